@@ -1,0 +1,35 @@
+"""What differs between ``pytorch_lightning`` and ``lightning.pytorch``, and between versions of either.
+
+The two packages hold the same classes twice, and each accepts only its own. A callback that inherits from both is
+accepted by both. Private names of Lightning that have no public counterpart stand here too, one function each.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import BasePredictionWriter, Callback, ProgressBar
+
+if TYPE_CHECKING or find_spec("lightning") is None:
+    DualCallback = Callback
+    DualPredictionWriter = BasePredictionWriter
+    PROGRESS_BARS: tuple[type, ...] = (ProgressBar,)
+else:
+    import lightning.pytorch.callbacks as twins
+
+    class DualCallback(Callback, twins.Callback):
+        """A callback for the trainers of both packages."""
+
+    class DualPredictionWriter(BasePredictionWriter, twins.BasePredictionWriter):
+        """A prediction writer for the trainers of both packages."""
+
+    PROGRESS_BARS = (ProgressBar, twins.ProgressBar)
+
+
+def batch_to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
+    """Move a batch as the fit loop does: all batch hooks of the module or the datamodule, then the precision's cast."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

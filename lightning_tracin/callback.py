@@ -1,0 +1,348 @@
+"""TracInCallback: writes a Trace while fit runs."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_tracin._compat import DualCallback, batch_to_device
+from lightning_tracin.capture import Captured, Losses, capture, check_independent, gradients_enabled
+from lightning_tracin.layers import layer_name
+from lightning_tracin.losses import MeanLoss, labels_of
+from lightning_tracin.methods import METHODS
+from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
+from lightning_tracin.report.progress import progress_task
+from lightning_tracin.store import DTYPES, Dtype, encoded_bytes
+from lightning_tracin.trace import Checkpoint, Step, Trace, stored_gradients
+from lightning_tracin.training_set import TrainingSet
+
+
+class TracInCallback(DualCallback):
+    """Records checkpoints and learning rates during ``fit``, and stores every training example's gradients.
+
+    What it writes is a :class:`~lightning_tracin.Trace`, from which ``trainer.influence`` scores training examples,
+    in this process or in another. Training itself stays bit for bit as it is without the callback.
+
+    Args:
+        dirpath: folder of the trace. By default ``trace`` below the logger's folder (``lightning_logs/version_0``),
+            or below ``default_root_dir`` without a logger.
+        every_n_epochs: epochs between checkpoints, taken at the end of an epoch.
+        every_n_train_steps: optimizer steps between checkpoints; if given, epochs do not count.
+        cache: "checkpoint" makes a pass over the training set, in eval mode, at each checkpoint, and stores every
+            example's gradients. "on_demand" leaves that to the first call of ``trainer.influence``.
+        methods: what to store gradients for: "tracin-we" (the word embedding table), "tracin-last" (the last layer).
+        dtype: what gradients are stored in. "float16" scales each row by its own float32 norm: exact to about 1e-3
+            of a score however small gradients are. "float32" takes twice the space.
+        top_words: store only each example's k words of largest gradient norm.
+        overwrite: whether a trace that is already in ``dirpath`` may be replaced.
+
+    Raises:
+        ValueError: on a wrong argument, and before training on a module, a loss or a training set that influence
+            cannot be computed for. The message says what to change.
+        FileExistsError: if ``dirpath`` holds the trace of another fit and ``overwrite`` is False.
+        OSError: if the disk has not enough space for the gradients, before anything is written.
+
+    Example::
+
+        trainer = Trainer(max_epochs=3, callbacks=[TracInCallback("trace")])
+        trainer.fit(model, datamodule=news)
+        print(trainer.influence(test_loader))
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        *,
+        every_n_epochs: int = 1,
+        every_n_train_steps: int | None = None,
+        cache: Literal["checkpoint", "on_demand"] = "checkpoint",
+        methods: Sequence[str] = ("tracin-we", "tracin-last"),
+        dtype: Dtype = "float16",
+        top_words: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        if cache not in ("checkpoint", "on_demand"):
+            raise ValueError(f"cache must be 'checkpoint' or 'on_demand', but got {cache!r}.")
+        if not methods or isinstance(methods, str) or set(methods) - set(METHODS):
+            raise ValueError(f"methods must be some of {tuple(METHODS)}, but got {methods!r}.")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {tuple(DTYPES)}, but got {dtype!r}.")
+        for name, value in (("top_words", top_words), ("every_n_train_steps", every_n_train_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be None or at least 1, but got {value}.")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, but got {every_n_epochs}.")
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.every_n_epochs = every_n_epochs
+        self.every_n_train_steps = every_n_train_steps
+        self.cache = cache
+        self.methods = tuple(method for method in METHODS if method in methods)
+        self.dtype: Dtype = dtype
+        self.top_words = top_words
+        self.overwrite = overwrite
+        self.trace: Trace | None = None
+        self._fitting = False
+        self._steps: list[Step] = []
+        self._resumed: dict[str, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Tells apart the callbacks of one trainer that write to different folders."""
+        return self._generate_state_key(dirpath=str(self.dirpath))
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Start afresh for a fit; other stages leave the trace alone."""
+        self._fitting = stage == "fit"
+        if self._fitting:
+            require_one_process(trainer)
+            self._steps, self._resumed = [], {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit needs to go on with the same trace."""
+        if self.trace is None:
+            return {}
+        return {"trace": self.trace.id, "path": str(self.trace.path.absolute()), "steps": self._steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the trace to go on with; only a fit does (predict with a checkpoint restores callbacks too)."""
+        if self._fitting:
+            self._resumed = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check all that can be checked on a first batch, and open the trace."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
+            return
+        path = self._resolve_path(trainer)
+        resumed = self._resumable(path)
+        if resumed is None and (path / "trace.json").exists() and not self.overwrite:
+            raise FileExistsError(
+                f"{path.absolute()} holds the trace of another fit. Pass another dirpath, or overwrite=True to replace "
+                "it; a fit that is resumed with ckpt_path continues its own trace."
+            )
+        training_set = TrainingSet(trainer.train_dataloader)
+        layers, example = first_batch(trainer, pl_module, training_set, self.methods)
+        self._require_space(trainer, pl_module, path, example, len(training_set))
+        fingerprint = training_set.fingerprint()
+        if resumed is not None:
+            resumed.check_model(pl_module)
+            resumed.check_data(len(training_set), fingerprint)
+            resumed.drop_checkpoints_after(trainer.global_step)
+            last = resumed.checkpoints[-1].step if resumed.checkpoints else 0
+            self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]  # type: ignore[misc]
+            self.trace = resumed
+            return
+        self.trace = Trace.create(
+            path,
+            module=pl_module,
+            n_train=len(training_set),
+            data_fingerprint=fingerprint,
+            layers=layers,
+            dtype=self.dtype,
+            top_words=self.top_words,
+        )
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Note the learning rates of this step: the last hook before a scheduler changes them."""
+        number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is _unwrapped(optimizer)), 0)
+        self._steps.append((trainer.global_step, number, [float(group["lr"]) for group in optimizer.param_groups]))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take a checkpoint if ``every_n_train_steps`` is due."""
+        if self.every_n_train_steps is not None and self._steps:
+            before = self._steps[0][0] // self.every_n_train_steps
+            if trainer.global_step // self.every_n_train_steps > before:
+                self._take_checkpoint(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take a checkpoint if ``every_n_epochs`` is due."""
+        if self.every_n_train_steps is None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._take_checkpoint(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the fit was too short for a checkpoint."""
+        if self.trace is not None and not self.trace.checkpoints:
+            rank_zero_warn(
+                f"The fit ended before the first checkpoint of the trace in {self.trace.path} was due: there is "
+                "nothing to compute influence from. Lower every_n_epochs or every_n_train_steps."
+            )
+
+    def _take_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trace = self.trace
+        if trace is None or not self._steps or trainer.sanity_checking:
+            return  # nothing was trained since the last checkpoint
+        step = trainer.global_step
+        optimizers = [_unwrapped(each) for each in trainer.optimizers]
+        with trace.new_checkpoint(
+            module, optimizers, step=step, epoch=trainer.current_epoch, steps=self._steps
+        ) as checkpoint:
+            if self.cache == "checkpoint":
+                self._cache(trainer, module, trace, checkpoint)
+        self._steps = []
+
+    def _cache(self, trainer: pl.Trainer, module: pl.LightningModule, trace: Trace, checkpoint: Checkpoint) -> None:
+        """Store every training example's gradients at the module's present weights."""
+        loader = TrainingSet(trainer.train_dataloader).sequential_loader()
+        with (
+            trace.caching(checkpoint, self.methods) as cache,
+            progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
+            _inside_fit(trainer, module),
+        ):
+            for batch in loader:
+                batch = batch_to_device(trainer, module, batch)
+                captured = capture_at(module, trace.layers, self.methods, losses_of(module), batch)
+                cache.add(captured, labels_of(batch), words_of_batch(module, batch, cache.unknown_tokens(captured)))
+                advance()
+
+    def _resolve_path(self, trainer: pl.Trainer) -> Path:
+        """The folder of the trace: as given, as resumed, or where ModelCheckpoint would put its own."""
+        if self.dirpath is not None:
+            return self.dirpath
+        if self._resumed and Path(self._resumed["path"]).exists():
+            return Path(self._resumed["path"])
+        if not trainer.loggers:
+            return Path(trainer.default_root_dir) / "trace"
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "trace"
+
+    def _resumable(self, path: Path) -> Trace | None:
+        """The trace that a resumed fit goes on with, if it is still there."""
+        if not self._resumed:
+            return None
+        if (path / "trace.json").exists():
+            trace = Trace(path)
+            if trace.id == self._resumed["trace"]:
+                return trace
+        rank_zero_warn(
+            f"This fit is resumed, but the trace that it began ({self._resumed['path']}) is not in {path}: the "
+            "checkpoints before this one will be missing from the scores."
+        )
+        return None
+
+    def _require_space(
+        self, trainer: pl.Trainer, module: pl.LightningModule, path: Path, example: Captured, n_train: int
+    ) -> None:
+        """Compare what the fit will write with what the disk holds.
+
+        Raises:
+            OSError: if it is not enough; the message says how much is needed, and what would need less.
+        """
+        checkpoints = self._expected_checkpoints(trainer)
+        weights = sum(value.nbytes for value in module.state_dict().values() if isinstance(value, Tensor))
+
+        def needed(dtype: Dtype, top_words: int | None, cached: bool = True) -> float:
+            per_example = sum(
+                encoded_bytes(stored_gradients(example, method, top_words), dtype) for method in self.methods
+            ) / len(example)
+            return checkpoints * (weights + cached * per_example * n_train)
+
+        existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
+        free = shutil.disk_usage(existing).free
+        need = needed(self.dtype, self.top_words, self.cache == "checkpoint")
+        if need <= free:
+            return
+        words = self.top_words or 10
+        savers = [
+            f'top_words={words} with dtype="float16" would need {_gigabytes(needed("float16", words))}',
+            f'dtype="float16" {_gigabytes(needed("float16", self.top_words))}',
+            f'cache="on_demand" {_gigabytes(needed(self.dtype, None, cached=False))} until influence is asked for',
+        ]
+        raise OSError(
+            errno.ENOSPC,
+            f"The trace in {path} needs about {_gigabytes(need)} for {checkpoints} checkpoints of {n_train} training "
+            f"examples, but only {_gigabytes(free)} are free; nothing was written. {'; '.join(savers)}; a larger "
+            "every_n_epochs, or fewer methods, less.",
+        )
+
+    def _expected_checkpoints(self, trainer: pl.Trainer) -> int:
+        """How many checkpoints the fit has yet to take; 1 if it has no end."""
+        if self.every_n_train_steps is not None:
+            steps = trainer.estimated_stepping_batches
+            return max(1, int(steps) // self.every_n_train_steps) if math.isfinite(steps) else 1
+        epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+        return max(1, (epochs - trainer.current_epoch) // self.every_n_epochs)
+
+
+def first_batch(
+    trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet, methods: Sequence[str]
+) -> tuple[dict[str, str], Captured]:
+    """Find the layers, and check on the training set's first batch that influence can be computed.
+
+    Returns:
+        The layers' names by method, and the first batch's gradients.
+
+    Raises:
+        ValueError: if it cannot; the message says why, and what to do.
+    """
+    losses = losses_of(module)
+    with _inside_fit(trainer, module):
+        batch = batch_to_device(trainer, module, next(iter(training_set.sequential_loader())))
+        if isinstance(losses, MeanLoss):
+            losses.check(batch)
+        layers = {}
+        if "tracin-we" in methods:
+            layers["tracin-we"] = layer_name(module, embedding_layer_of(module))
+        if "tracin-last" in methods:
+            layers["tracin-last"] = layer_name(module, last_layer_of(module, lambda: losses(batch)))
+        captured = capture_at(module, layers, methods, losses, batch)
+        if not isinstance(losses, MeanLoss):
+            check_independent(losses, batch, module.get_submodule(next(iter(layers.values()))))
+    bad = captured.first_not_finite()
+    if bad is not None:
+        raise ValueError(f"The loss or gradient of training example {bad} is NaN or infinite before training began.")
+    return layers, captured
+
+
+def capture_at(
+    module: torch.nn.Module, layers: dict[str, str], methods: Sequence[str], losses: Losses, batch: Any
+) -> Captured:
+    """The gradients of a batch that some methods need, at the layers of those names."""
+
+    def layer(method: str) -> torch.nn.Module | None:
+        return module.get_submodule(layers[method]) if method in methods else None
+
+    return capture(losses, batch, embedding_layer=layer("tracin-we"), linear_layer=layer("tracin-last"))
+
+
+@contextmanager
+def _inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Compute gradients between two training batches without a trace in training: no random number is drawn from it."""
+    with isolate_rng(), gradients_enabled(module), trainer.precision_plugin.predict_step_context():
+        yield
+
+
+def require_one_process(trainer: pl.Trainer) -> None:
+    """Check that the trainer runs one process.
+
+    Raises:
+        ValueError: if it runs several.
+    """
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"lightning_tracin works in one process so far, but the trainer has {trainer.world_size}. Use devices=1."
+        )
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer inside Lightning's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

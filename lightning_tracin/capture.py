@@ -1,0 +1,283 @@
+"""From one backward pass to the gradient of every example in a batch.
+
+One forward pass gives the loss of each example, one backward pass of their sum gives the gradient at the output of the
+embedding layer and of the linear layer. Neither needs a parameter that requires a gradient, so frozen, tied, quantised
+and LoRA-wrapped weights all serve, and no parameter's ``.grad`` is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_tracin.gradients import LinearGradients, WordGradients
+
+#: From a batch to the losses of its examples, (B,). A mean loss is given as that mean, repeated B times.
+Losses: TypeAlias = Callable[[Any], Tensor]
+
+#: Input and output of each call of one layer in one forward pass.
+_Calls: TypeAlias = list[tuple[Tensor, Tensor]]
+
+_MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one batch gave.
+
+    Attributes:
+        losses: (B,) float32.
+        token_owners: (P,) the example of each position that the embedding layer read, padding left out.
+        token_ids: (P,) its token id, in reading order inside an example.
+        words: gradients at the word embedding table, if an embedding layer was given.
+        linear: gradients at the linear layer, if one was given.
+    """
+
+    losses: Tensor
+    token_owners: Tensor
+    token_ids: Tensor
+    words: WordGradients | None
+    linear: LinearGradients | None
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def first_not_finite(self) -> int | None:
+        """The first example whose loss or gradient is NaN or infinite, by its place in the batch."""
+        bad = ~torch.isfinite(self.losses)
+        if self.words is not None:
+            bad[self.words.examples[~torch.isfinite(self.words.norms)]] = True
+        if self.linear is not None:
+            norms = self.linear.input_norms * self.linear.delta_norms
+            bad[self.linear.examples[~torch.isfinite(norms)]] = True
+        return int(torch.nonzero(bad)[0, 0]) if bool(bad.any()) else None
+
+
+def capture(
+    losses: Losses,
+    batch: Any,
+    *,
+    embedding_layer: nn.Module | None = None,
+    linear_layer: nn.Module | None = None,
+) -> Captured:
+    """The gradients of a batch's examples, by one forward and one backward pass.
+
+    Call it inside :func:`gradients_enabled`. Results lie on the CPU.
+
+    Args:
+        losses: from the batch to its examples' losses.
+        batch: what the module's ``training_step`` takes, on the module's device.
+        embedding_layer: module called with token ids; its calls in one forward pass add up.
+        linear_layer: ``nn.Linear``; its calls in one forward pass, and its positions, add up.
+
+    Raises:
+        ValueError: if the losses are not of shape (B,), or a layer was not called as expected.
+    """
+    embeddings: _Calls = []
+    linears: _Calls = []
+    with ExitStack() as hooks:
+        if embedding_layer is not None:
+            hooks.enter_context(_hooked(embedding_layer, embeddings, cut=True))
+        if linear_layer is not None:
+            hooks.enter_context(_hooked(linear_layer, linears, cut=False))
+        per_example = losses(batch)
+    _check_losses(per_example)
+    for layer, calls in ((embedding_layer, embeddings), (linear_layer, linears)):
+        if layer is not None and not calls:
+            raise ValueError(f"The layer {layer} was not called when the loss of a batch was computed.")
+    if not per_example.requires_grad:
+        raise ValueError(
+            "The losses do not depend on the layers' outputs: influence_loss must not detach them or use torch.no_grad."
+        )
+    n = len(per_example)
+    embedding_owners = [_owners(per_example, ids.shape, output) for ids, output in embeddings]
+    linear_owners = [_owners(per_example, output.shape[:-1], output) for _, output in linears]
+    outputs = [output for _, output in [*embeddings, *linears]]
+    gradients = [
+        torch.zeros_like(output) if gradient is None else gradient
+        for output, gradient in zip(
+            outputs, torch.autograd.grad(per_example.sum(), outputs, allow_unused=True), strict=True
+        )
+    ]
+    owners = ids = torch.empty(0, dtype=torch.long)
+    words = linear = None
+    if embedding_layer is not None:
+        at_words = gradients[: len(embeddings)]
+        owners, ids, rows = _word_positions(embedding_layer, embeddings, embedding_owners, at_words, batch)
+        words = WordGradients.from_positions(n, owners, ids, rows)
+    if linear_layer is not None:
+        positions = _linear_positions(linear_layer, linears, linear_owners, gradients[len(embeddings) :])
+        linear = LinearGradients.from_positions(n, *positions)
+    return Captured(per_example.detach().float().cpu(), owners, ids, words, linear)
+
+
+def check_independent(losses: Losses, batch: Any, layer: nn.Module) -> None:
+    """Check that the loss of a batch's first example does not depend on the other examples.
+
+    Raises:
+        ValueError: if it does: batch norm in training mode, negatives taken from the batch, a loss over the batch.
+    """
+    calls: _Calls = []
+    with _hooked(layer, calls, cut=False):
+        per_example = losses(batch)
+    _check_losses(per_example)
+    outputs = [output for _, output in calls]
+    gradients = torch.autograd.grad(per_example[0], outputs, allow_unused=True, retain_graph=True)
+    for output, gradient in zip(outputs, gradients, strict=True):
+        owners = _owners(per_example, output.shape[:-1], output).to(output.device)
+        if gradient is not None and bool(gradient[owners != 0].any()):
+            raise ValueError(
+                "The loss of the first example depends on the other examples of its batch, so it has no gradient of "
+                "its own. Compute each example's loss from that example alone (no statistics over the batch, no "
+                "negatives from the batch) in influence_loss."
+            )
+
+
+@contextmanager
+def gradients_enabled(module: nn.Module) -> Iterator[None]:
+    """Run a module in eval mode with autograd on, and leave every submodule's training flag as it was.
+
+    Works inside ``torch.no_grad`` and ``torch.inference_mode``; hooks fire in compiled modules too, which run eagerly.
+    """
+    training = {part: part.training for part in module.modules()}
+    # cuDNN has no backward pass for a recurrent layer in eval mode; PyTorch's own kernels have one.
+    recurrent = any(isinstance(part, nn.RNNBase) for part in training)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if recurrent:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            module.eval()
+            yield
+        finally:
+            for part, flag in training.items():
+                part.training = flag
+
+
+def usable_in_autograd(batch: Any) -> Any:
+    """The batch with inference tensors, which autograd refuses, replaced by copies."""
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
+@contextmanager
+def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool) -> Iterator[None]:
+    """Record the layer's calls; with ``cut`` nothing before its output is differentiated."""
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        value = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+        if value is None or not isinstance(output, Tensor):
+            raise ValueError(f"The layer {layer} must take a tensor and return a tensor; it returned {type(output)}.")
+        if cut or not output.requires_grad:
+            output = output.detach().requires_grad_()
+        calls.append((value.detach().clone(), output))
+        return output.clone()  # the model may change its copy in place; the gradient is taken at the output itself
+
+    handle = layer.register_forward_hook(record, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_losses(losses: Any) -> None:
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
+        got = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            "influence_loss must return one unreduced loss for each example of the batch, a float tensor of shape "
+            f"(B,), but got {got}. Use reduction='none', and average over an example's own tokens or outputs only."
+        )
+    if len(losses) == 0:
+        raise ValueError("influence_loss returned no loss: the batch is empty.")
+
+
+def _owners(losses: Tensor, shape: torch.Size, output: Tensor) -> Tensor:
+    """The example of each position of a layer's call, in the shape of the positions.
+
+    Examples are counted by the first dimension, or by the second (time first).
+    """
+    n = len(losses)
+    fits = [dim for dim in range(min(2, len(shape))) if shape[dim] == n]
+    if not fits:
+        raise ValueError(
+            f"A layer was called on positions of shape {tuple(shape)}, of which neither the first nor the second "
+            f"dimension is the number of losses, {n}. Each example needs its own row: rearrange what the layer is "
+            "called with, or return one loss for each of its rows."
+        )
+    dim = 1 if len(fits) == 2 and _is_time_first(losses, output) else fits[0]
+    view = [1] * len(shape)
+    view[dim] = n
+    return torch.arange(n).view(view).expand(shape)
+
+
+def _is_time_first(losses: Tensor, output: Tensor) -> bool:
+    """With as many positions as examples: whether the first example's loss moves its own column, not its own row."""
+    if len(losses) == 1 or losses.stride(0) == 0:  # one mean repeated says nothing of single examples
+        return False
+    gradient = torch.autograd.grad(losses[0], output, allow_unused=True, retain_graph=True)[0]
+    if gradient is None:
+        return False
+    moved = gradient.flatten(2).abs().amax(-1)
+    return bool(moved[1:].any()) and not bool(moved[:, 1:].any())
+
+
+def _word_positions(
+    layer: nn.Module, calls: _Calls, owners_of_calls: list[Tensor], gradients: list[Tensor], batch: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Example, token id and gradient of every position that is not padding, over all calls of the embedding layer."""
+    padding = getattr(getattr(layer, "base_layer", layer), "padding_idx", None)  # peft wraps the layer
+    parts = []
+    for (ids, output), owners, gradient in zip(calls, owners_of_calls, gradients, strict=True):
+        if ids.is_floating_point() or output.shape[:-1] != ids.shape:
+            raise ValueError(
+                f"The embedding layer must turn ids of shape (B, T) into vectors of shape (B, T, H), but turned "
+                f"{ids.dtype} {tuple(ids.shape)} into {tuple(output.shape)}. Return the word embedding layer from "
+                "influence_embedding_layer (an EmbeddingBag has no gradient for each word)."
+            )
+        keep = torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
+        mask = _attention_mask(batch, ids)
+        if mask is not None:
+            keep &= mask != 0
+        keep = keep.cpu()
+        parts.append((owners[keep], ids.cpu()[keep].long(), gradient.float().cpu()[keep]))
+    return _by_example(parts)
+
+
+def _linear_positions(
+    layer: nn.Module, calls: _Calls, owners_of_calls: list[Tensor], gradients: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Example, input (a 1 appended where there is a bias) and delta of every position, over all calls of the layer."""
+    parts = []
+    for (inputs, _), owners, delta in zip(calls, owners_of_calls, gradients, strict=True):
+        flat = inputs.float().cpu().reshape(-1, inputs.shape[-1])
+        if getattr(layer, "bias", None) is not None:
+            flat = torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
+        parts.append((owners.reshape(-1), flat, delta.float().cpu().reshape(-1, delta.shape[-1])))
+    return _by_example(parts)
+
+
+def _by_example(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The positions of all calls, example by example, each in the order of its calls and positions."""
+    owners, first, second = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    order = torch.argsort(owners, stable=True)
+    return owners[order], first[order], second[order]
+
+
+def _attention_mask(batch: Any, ids: Tensor) -> Tensor | None:
+    """The attention mask that belongs to the ids that the embedding layer was called with."""
+    if not isinstance(batch, Mapping):
+        return None
+    for ids_name, mask_name in _MASKS.items():
+        named, mask = batch.get(ids_name), batch.get(mask_name)
+        if isinstance(named, Tensor) and isinstance(mask, Tensor) and mask.shape == ids.shape == named.shape:
+            if torch.equal(named, ids):
+                return mask
+    return None

@@ -1,0 +1,296 @@
+"""The shapes of data in memory: word gradients, linear gradients, and what goes with them.
+
+Gradients keep every row as a unit vector beside its float32 norm. The norm is what methods scale, select and rank by; the
+unit vector is what is multiplied, and what can be stored in half precision however small the gradient is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WordGradients:
+    """Gradients of ``n_examples`` losses at the word embedding table: one row for each word of each example.
+
+    Attributes:
+        n_examples: number of examples in this block.
+        examples: (R,) int64, the example that each row belongs to, counted from 0 inside the block.
+        tokens: (R,) int64, the token id of each row. No (example, token) pair occurs twice.
+        norms: (R,) float32, Euclidean norm of each row.
+        directions: (R, H) float32 or float16, each row divided by its norm.
+    """
+
+    n_examples: int
+    examples: Tensor
+    tokens: Tensor
+    norms: Tensor
+    directions: Tensor
+
+    @classmethod
+    def from_positions(cls, n_examples: int, examples: Tensor, tokens: Tensor, gradients: Tensor) -> WordGradients:
+        """Sum the gradients at the embedding's output, one for each position, into one row per word and example.
+
+        Args:
+            n_examples: number of examples in the batch.
+            examples: (P,) the example of each position.
+            tokens: (P,) the token id at each position.
+            gradients: (P, H) the gradient at each position. Words whose sum is zero are left out.
+        """
+        keys, row_of = torch.unique(tokens * n_examples + examples, return_inverse=True)
+        rows = torch.zeros(len(keys), gradients.shape[1], device=gradients.device)
+        rows.index_add_(0, row_of, gradients.float())
+        norms, directions = unit_rows(rows)
+        words = cls(n_examples, keys % n_examples, keys // n_examples, norms, directions)
+        return words.select(norms != 0)
+
+    @classmethod
+    def cat(cls, blocks: Sequence[WordGradients]) -> WordGradients:
+        """Join blocks one after the other; examples are renumbered, and rows are sorted by (token, example)."""
+        return cls(
+            sum(block.n_examples for block in blocks),
+            _renumbered(blocks),
+            torch.cat([block.tokens for block in blocks]),
+            torch.cat([block.norms for block in blocks]),
+            torch.cat([block.directions for block in blocks]),
+        ).sorted_by_token()
+
+    def select(self, rows: Tensor) -> WordGradients:
+        """Only the given rows: a boolean mask (R,) or row numbers."""
+        return replace(
+            self,
+            examples=self.examples[rows],
+            tokens=self.tokens[rows],
+            norms=self.norms[rows],
+            directions=self.directions[rows],
+        )
+
+    def sorted_by_token(self) -> WordGradients:
+        """Rows sorted by token and, for one token, by example: the order in which words are joined."""
+        return self.select(torch.argsort(self.tokens * max(self.n_examples, 1) + self.examples))
+
+    def slice(self, start: int, stop: int) -> WordGradients:
+        """The examples from ``start`` to ``stop``, renumbered from 0."""
+        part = self.select((self.examples >= start) & (self.examples < stop))
+        return replace(part, n_examples=stop - start, examples=part.examples - start)
+
+    def arranged(self, places: Tensor) -> WordGradients:
+        """Every example moved to its place, (n_examples,), those with place -1 left out."""
+        part = self.select(places[self.examples] >= 0)
+        moved = replace(part, n_examples=int((places >= 0).sum()), examples=places[part.examples])
+        return moved.sorted_by_token()
+
+    def scaled(self, factors: Tensor) -> WordGradients:
+        """Every example's gradient times its own factor, (n_examples,)."""
+        return replace(self, norms=self.norms * factors[self.examples])
+
+    def example_norms(self) -> Tensor:
+        """(n_examples,) norm of each example's whole gradient."""
+        largest = torch.zeros(self.n_examples).scatter_reduce(0, self.examples, self.norms, "amax")
+        safe = torch.where(largest > 0, largest, 1.0)  # squares of norms under 1e-19 would vanish in float32
+        squares = torch.zeros(self.n_examples).index_add_(0, self.examples, (self.norms / safe[self.examples]) ** 2)
+        return largest * squares.sqrt()
+
+    def top_words(self, k: int) -> WordGradients:
+        """Each example's ``k`` rows of largest norm (ties go to the smaller token id)."""
+        by_norm = torch.argsort(self.norms, descending=True, stable=True)
+        order = by_norm[torch.argsort(self.examples[by_norm], stable=True)]
+        counts = torch.bincount(self.examples, minlength=self.n_examples)
+        rank = torch.arange(len(order)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        return self.select(torch.sort(order[rank < k]).values)
+
+
+@dataclass(frozen=True)
+class LinearGradients:
+    """Gradients of ``n_examples`` losses at a linear layer, as the two factors of each position's outer product.
+
+    The gradient of example i is the sum over its positions of ``delta ⊗ input``; it is never formed. A classifier's
+    head has one position for each example, a head applied to every token has many. A layer with a bias has a 1
+    appended to its input, so that the bias is one more column of the weight.
+
+    Attributes:
+        n_examples: number of examples in this block.
+        examples: (P,) int64, the example of each position, ascending.
+        input_norms: (P,) float32.
+        inputs: (P, in) or (P, in + 1), each position's input divided by its norm.
+        delta_norms: (P,) float32.
+        deltas: (P, out), each position's gradient at the layer's output divided by its norm.
+    """
+
+    n_examples: int
+    examples: Tensor
+    input_norms: Tensor
+    inputs: Tensor
+    delta_norms: Tensor
+    deltas: Tensor
+
+    @classmethod
+    def from_positions(cls, n_examples: int, examples: Tensor, inputs: Tensor, deltas: Tensor) -> LinearGradients:
+        """From raw factors; positions whose gradient is zero (unlabelled, padding) are left out.
+
+        Args:
+            n_examples: number of examples in the batch.
+            examples: (P,) the example of each position.
+            inputs: (P, in) the layer's input, a 1 appended if the layer has a bias.
+            deltas: (P, out) the gradient at the layer's output.
+        """
+        delta_norms, deltas = unit_rows(deltas.float())
+        input_norms, inputs = unit_rows(inputs.float())
+        return cls(n_examples, examples, input_norms, inputs, delta_norms, deltas).select(
+            torch.nonzero((delta_norms != 0) & (input_norms != 0))[:, 0]
+        )
+
+    @classmethod
+    def cat(cls, blocks: Sequence[LinearGradients]) -> LinearGradients:
+        """Join blocks one after the other; examples are renumbered."""
+        joined = cls(
+            sum(block.n_examples for block in blocks),
+            _renumbered(blocks),
+            torch.cat([block.input_norms for block in blocks]),
+            torch.cat([block.inputs for block in blocks]),
+            torch.cat([block.delta_norms for block in blocks]),
+            torch.cat([block.deltas for block in blocks]),
+        )
+        return joined.select(torch.argsort(joined.examples, stable=True))
+
+    def select(self, positions: Tensor) -> LinearGradients:
+        """Only the given positions: a boolean mask (P,) or position numbers."""
+        return replace(
+            self,
+            examples=self.examples[positions],
+            input_norms=self.input_norms[positions],
+            inputs=self.inputs[positions],
+            delta_norms=self.delta_norms[positions],
+            deltas=self.deltas[positions],
+        )
+
+    def slice(self, start: int, stop: int) -> LinearGradients:
+        """The examples from ``start`` to ``stop``, renumbered from 0."""
+        part = self.select((self.examples >= start) & (self.examples < stop))
+        return replace(part, n_examples=stop - start, examples=part.examples - start)
+
+    def arranged(self, places: Tensor) -> LinearGradients:
+        """Every example moved to its place, (n_examples,), those with place -1 left out."""
+        part = self.select(places[self.examples] >= 0)
+        moved = replace(part, n_examples=int((places >= 0).sum()), examples=places[part.examples])
+        return moved.select(torch.argsort(moved.examples, stable=True))
+
+    def scaled(self, factors: Tensor) -> LinearGradients:
+        """Every example's gradient times its own factor, (n_examples,)."""
+        return replace(self, delta_norms=self.delta_norms * factors[self.examples])
+
+    def example_norms(self, weights: Tensor | None = None) -> Tensor:
+        """(n_examples,) norm of each example's whole gradient G: the root of Σ weights · G², weights (out, in)."""
+        counts = torch.bincount(self.examples, minlength=self.n_examples)
+        if weights is None and not bool((counts > 1).any()):
+            return torch.zeros(self.n_examples).index_add_(0, self.examples, self.input_norms * self.delta_norms)
+        norms = torch.zeros(self.n_examples)
+        stops = counts.cumsum(0)
+        for example, (start, stop) in enumerate(zip((stops - counts).tolist(), stops.tolist(), strict=True)):
+            inputs, deltas = self.inputs[start:stop].float(), self.deltas[start:stop].float()
+            scale = (self.input_norms[start:stop] * self.delta_norms[start:stop]).double()
+            if weights is None:
+                gram = (inputs @ inputs.T).double() * (deltas @ deltas.T).double()
+                square = scale @ gram @ scale
+            else:
+                gradient = (deltas * scale.float()[:, None]).T @ inputs
+                square = (weights * gradient.double() ** 2).sum()
+            norms[example] = square.clamp(min=0).sqrt()
+        return norms
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """Adam's bias-corrected second moments of a layer's weight.
+
+    Attributes:
+        values: (rows, columns) of the weight; for a linear layer with a bias, its bias is the last column.
+        rows: (rows,) sorted token ids, where only the rows of words that were trained on are kept; else None.
+        eps: Adam's epsilon.
+    """
+
+    values: Tensor
+    rows: Tensor | None
+    eps: float
+
+    def weights(self) -> Tensor:
+        """What a product of two gradients is multiplied with: 1 / (root + eps); 0 where Adam has not stepped yet."""
+        return torch.where(self.values > 0, 1 / (self.values.sqrt() + self.eps), 0.0)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the examples of a block say: their token ids, in reading order, and their labels.
+
+    Attributes:
+        n_examples: number of examples in this block.
+        examples: (P,) int64, the example of each position, ascending.
+        ids: (P,) int64, token ids.
+        labels: (n_examples,) float64, NaN for an example that has not one number as its label.
+    """
+
+    n_examples: int
+    examples: Tensor
+    ids: Tensor
+    labels: Tensor
+
+    @classmethod
+    def cat(cls, blocks: Sequence[Texts]) -> Texts:
+        """Join blocks one after the other; examples are renumbered."""
+        return cls(
+            sum(block.n_examples for block in blocks),
+            _renumbered(blocks),
+            torch.cat([block.ids for block in blocks]),
+            torch.cat([block.labels for block in blocks]),
+        )
+
+    def slice(self, start: int, stop: int) -> Texts:
+        """The examples from ``start`` to ``stop``, renumbered from 0."""
+        inside = (self.examples >= start) & (self.examples < stop)
+        return Texts(stop - start, self.examples[inside] - start, self.ids[inside], self.labels[start:stop])
+
+    def arranged(self, places: Tensor) -> Texts:
+        """Every example moved to its place, (n_examples,), those with place -1 left out."""
+        kept = places >= 0
+        moved = places[self.examples]
+        order = torch.argsort(moved, stable=True)[int((moved < 0).sum()) :]
+        labels = torch.empty(int(kept.sum()), dtype=self.labels.dtype)
+        labels[places[kept]] = self.labels[kept]
+        return Texts(len(labels), moved[order], self.ids[order], labels)
+
+    def ids_of(self, example: int) -> list[int]:
+        """One example's token ids."""
+        return self.ids[self.examples == example].tolist()
+
+    def label_of(self, example: int) -> float | None:
+        """One example's label; None where it has none."""
+        label = float(self.labels[example])
+        return None if math.isnan(label) else label
+
+
+Gradients: TypeAlias = WordGradients | LinearGradients
+
+
+def _renumbered(blocks: Sequence[WordGradients] | Sequence[LinearGradients] | Sequence[Texts]) -> Tensor:
+    """The blocks' example numbers, (rows,), counted on from block to block."""
+    numbered, offset = [], 0
+    for block in blocks:
+        numbered.append(block.examples + offset)
+        offset += block.n_examples
+    return torch.cat(numbered)
+
+
+def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Split (R, H) rows into norms (R,) and unit vectors (R, H), exactly also where squares would underflow."""
+    if rows.numel() == 0:
+        return rows.new_zeros(rows.shape[0]), rows
+    largest = rows.abs().amax(dim=1)
+    scaled = rows / torch.where(largest > 0, largest, 1.0)[:, None]
+    length = scaled.norm(dim=1)
+    return largest * length, scaled / torch.where(length > 0, length, 1.0)[:, None]

@@ -1,0 +1,150 @@
+"""Finding the two layers that influence is computed at, and naming them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EMBEDDING_ADVICE = "Return the word embedding layer from influence_embedding_layer() of the module"
+LAST_ADVICE = "Return the last layer from influence_last_layer() of the module"
+
+
+def find_embedding_layer(module: nn.Module) -> nn.Module:
+    """The word embedding layer: a Hugging Face model's own answer, else the only ``nn.Embedding``.
+
+    Raises:
+        ValueError: if there is none, or more than one; the message lists the candidates by name.
+    """
+    candidates = _hugging_face_embeddings(module) or [
+        part for part in module.modules() if isinstance(part, nn.Embedding)
+    ]
+    unique = list({id(part): part for part in candidates}.values())
+    if len(unique) == 1:
+        return unique[0]
+    if not unique:
+        raise ValueError(
+            f"{type(module).__name__} has no embedding layer, which TracIn-WE needs. {EMBEDDING_ADVICE}, or use "
+            'methods=("tracin-last",) in TracInCallback and method="tracin-last" in influence.'
+        )
+    raise ValueError(
+        f"{type(module).__name__} has {len(unique)} candidates for the word embedding layer: "
+        f"{_listed(module, unique)}. {EMBEDDING_ADVICE}."
+    )
+
+
+def find_last_layer(module: nn.Module) -> nn.Linear:
+    """The last linear layer: a Hugging Face model's output embedding, else the ``nn.Linear`` registered last.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for part in module.modules():
+        outputs = _called(part, "get_output_embeddings")
+        if isinstance(outputs, nn.Linear):
+            return outputs
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    if not linears:
+        raise ValueError(f"{type(module).__name__} has no nn.Linear, which TracIn-Last needs. {LAST_ADVICE}.")
+    return linears[-1]
+
+
+def find_layers_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> list[nn.Linear]:
+    """The linear layers whose output reaches the loss through no other linear layer, from one forward pass.
+
+    This is what "last" means when layers are registered in another order than they run in.
+    """
+    layer_of: dict[Any, nn.Linear] = {}
+
+    def record(layer: nn.Module, _: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return output
+        output = (output if output.requires_grad else output.detach().requires_grad_()).clone()
+        layer_of[output.grad_fn] = layer  # type: ignore[assignment]
+        return output
+
+    handles = [part.register_forward_hook(record) for part in module.modules() if isinstance(part, nn.Linear)]
+    try:
+        total = losses().sum()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[int, nn.Linear] = {}
+    seen: set[Any] = set()
+    nodes = [total.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in layer_of:
+            found[id(layer_of[node])] = layer_of[node]
+        else:
+            nodes.extend(following for following, _ in node.next_functions)
+    return list(found.values())
+
+
+def only_layer_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> nn.Linear:
+    """The linear layer that alone feeds the loss.
+
+    Raises:
+        ValueError: if there is none, or several; the message lists them by name.
+    """
+    layers = find_layers_before_loss(module, losses)
+    if len(layers) == 1:
+        return layers[0]
+    if not layers:
+        raise ValueError(f"No nn.Linear of {type(module).__name__} feeds the loss. {LAST_ADVICE}.")
+    raise ValueError(
+        f"{len(layers)} linear layers of {type(module).__name__} feed the loss directly: "
+        f"{_listed(module, list(layers))}. {LAST_ADVICE}."
+    )
+
+
+def layer_name(module: nn.Module, layer: nn.Module) -> str:
+    """The layer's dotted name inside the module.
+
+    Raises:
+        ValueError: if the layer is not part of the module.
+    """
+    for name, part in module.named_modules():
+        if part is layer:
+            return name
+    raise ValueError(f"The layer {layer} is not a part of {type(module).__name__}; return one that is.")
+
+
+def _hugging_face_embeddings(module: nn.Module) -> list[nn.Module]:
+    """What the outermost parts that have ``get_input_embeddings`` say it is."""
+    answers: list[nn.Module] = []
+    inside: set[int] = set()
+    for part in module.modules():
+        if id(part) in inside:
+            continue
+        layer = _called(part, "get_input_embeddings")
+        weight = getattr(layer, "weight", None)
+        if isinstance(layer, nn.Module) and isinstance(weight, Tensor) and weight.dim() == 2:
+            answers.append(layer)
+            inside.update(id(child) for child in part.modules())
+    return answers
+
+
+def _called(part: nn.Module, method: str) -> Any:
+    """What a Hugging Face model's getter returns; None where it has no such layer."""
+    getter = getattr(part, method, None)
+    if not callable(getter):
+        return None
+    try:
+        return getter()
+    except (NotImplementedError, AttributeError):  # how transformers says that a model has none
+        return None
+
+
+def _listed(module: nn.Module, layers: list[nn.Module]) -> str:
+    return ", ".join(
+        f"{layer_name(module, layer)} ({tuple(weight.shape)})"
+        if isinstance(weight := getattr(layer, "weight", None), torch.Tensor)
+        else layer_name(module, layer)
+        for layer in layers
+    )

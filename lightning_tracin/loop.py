@@ -1,0 +1,539 @@
+"""The influence loop: checkpoint by checkpoint, batch by batch, over the public ``Trainer.predict``.
+
+``predict`` is the one entry point of Lightning that reports true data set indices, does not wrap the module and does
+not pad. The loop gives it the module at each checkpoint's weights in turn, with a step that returns gradients, and a
+prediction writer that takes them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter
+from lightning_tracin.callback import TracInCallback, capture_at, require_one_process
+from lightning_tracin.capture import Captured, Losses, gradients_enabled, usable_in_autograd
+from lightning_tracin.gradients import SecondMoments, Texts
+from lightning_tracin.losses import MeanLoss, labels_of
+from lightning_tracin.methods import Method, TracInWE, method_of
+from lightning_tracin.mixin import losses_of, words_of_batch
+from lightning_tracin.result import InfluenceResult, TopK, clipped_k, merge_top
+from lightning_tracin.trace import CachePass, Checkpoint, Trace, stored_gradients, texts_of
+from lightning_tracin.training_set import TrainingSet, only_test_loader
+
+#: Takes a batch's gradients, the data set indices of its examples (none for an iterable data set), and the batch.
+_Take: TypeAlias = Callable[[Captured, list[int], Any], None]
+
+
+def influence(
+    trainer: pl.Trainer,
+    dataloaders: Any = None,
+    model: pl.LightningModule | None = None,
+    *,
+    datamodule: pl.LightningDataModule | None = None,
+    train_dataloaders: Any = None,
+    trace: str | Path | Trace | None = None,
+    method: str | Method = "tracin-we",
+    k: int | None = None,
+) -> InfluenceResult:
+    """Score every training example's influence on every test example.
+
+    Works with the trainers of ``pytorch_lightning`` and ``lightning.pytorch``.
+
+    Args:
+        trainer: runs the test examples through the model, on its own device and precision.
+        dataloaders: one loader of test examples, in batches that ``training_step`` takes.
+        model: the trained module; by default that of the last fit in this process.
+        datamodule: gives ``test_dataloader`` and ``train_dataloader`` where loaders are not passed.
+        train_dataloaders: one loader of the training set of the fit. It is needed only where gradients are not
+            stored yet (``cache="on_demand"``); by default that of the last fit in this process.
+        trace: what the fit recorded, or its folder; by default that of the last fit in this process.
+        method: "tracin-we", "tracin-last", or a :class:`TracInWE` or :class:`TracInLast` with options.
+        k: keep only the k strongest proponents and opponents of each test example. Memory then does not grow with
+            the training set.
+
+    Returns:
+        Scores, one row for each test example in the order of the test data set.
+
+    Raises:
+        ValueError: if the model or the training set is not that of the trace, if a loader is empty or there are
+            several, if gradients are not finite, or if there is nothing to score from. The message says what to do.
+    """
+    chosen = method_of(method)
+    module = _module(trainer, model)
+    opened = _trace(trainer, trace)
+    if dataloaders is None and datamodule is not None:
+        dataloaders = _from_datamodule(trainer, datamodule, "test")
+    loader = only_test_loader(dataloaders)
+    kept = None if k is None else clipped_k(k, opened.n_train)
+    with _weights_kept(module):
+        checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders)
+        indices, texts, vocabulary, gradients = _test_examples(
+            trainer, module, chosen, checkpoints, loader, datamodule or _attached(trainer)
+        )
+    result = InfluenceResult(
+        method=chosen,
+        n_train=opened.n_train,
+        test_indices=indices,
+        test_texts=texts,
+        test_gradients=gradients,
+        words_of_ids={**opened.vocabulary, **vocabulary},
+        label_names=_label_names(module),
+        trace=opened,
+    )
+    return _scored(result, opened, checkpoints, kept)
+
+
+def self_influence(
+    trainer: pl.Trainer,
+    model: pl.LightningModule | None = None,
+    *,
+    datamodule: pl.LightningDataModule | None = None,
+    train_dataloaders: Any = None,
+    trace: str | Path | Trace | None = None,
+    method: str | Method = "tracin-we",
+) -> Tensor:
+    """Every training example's influence on itself: high for mislabelled and for atypical examples.
+
+    Args:
+        trainer: as for :func:`influence`, like all that follow.
+        model: needed only where gradients are not stored yet.
+        datamodule: see :func:`influence`.
+        train_dataloaders: see :func:`influence`.
+        trace: see :func:`influence`.
+        method: see :func:`influence`.
+
+    Returns:
+        (n_train,) float32: the diagonal of the training examples' scores on themselves.
+
+    Raises:
+        ValueError: see :func:`influence`.
+    """
+    chosen = method_of(method)
+    opened = _trace(trainer, trace)
+    module = getattr(model, "_orig_mod", model) or trainer.lightning_module
+    with _weights_kept(module) if module is not None else nullcontext():
+        checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders)
+    scores = torch.zeros(opened.n_train)
+    for checkpoint in checkpoints:
+        rate = checkpoint.learning_rate_of(chosen.name)
+        moments = _moments(checkpoint, chosen)
+        shards = checkpoint.gradients(chosen.name)
+        for shard in range(len(shards)):
+            block = shards.read(shard)
+            norms = [chosen.norms(chosen.prepare(block, moments, side), moments) for side in ("test", "train")]
+            scores[slice(*shards.bounds(shard))] += rate * norms[0] * norms[1]
+    return scores
+
+
+class InfluenceTrainerMixin:
+    """``trainer.influence`` and ``trainer.self_influence`` for a subclass of any Lightning trainer.
+
+    Example::
+
+        import lightning.pytorch as L
+
+        class Trainer(InfluenceTrainerMixin, L.Trainer):
+            pass
+    """
+
+    def influence(
+        self,
+        dataloaders: Any = None,
+        model: pl.LightningModule | None = None,
+        *,
+        datamodule: pl.LightningDataModule | None = None,
+        train_dataloaders: Any = None,
+        trace: str | Path | Trace | None = None,
+        method: str | Method = "tracin-we",
+        k: int | None = None,
+    ) -> InfluenceResult:
+        """Score every training example's influence on every test example; see :func:`influence`.
+
+        Args:
+            dataloaders: one loader of test examples, in batches that ``training_step`` takes.
+            model: the trained module; by default that of the last fit in this process.
+            datamodule: gives ``test_dataloader`` and ``train_dataloader`` where loaders are not passed.
+            train_dataloaders: one loader of the training set, where gradients are not stored yet.
+            trace: what the fit recorded, or its folder; by default that of the last fit in this process.
+            method: "tracin-we", "tracin-last", or a method with options.
+            k: keep only the k strongest proponents and opponents of each test example.
+        """
+        return influence(
+            self,  # type: ignore[arg-type]
+            dataloaders,
+            model,
+            datamodule=datamodule,
+            train_dataloaders=train_dataloaders,
+            trace=trace,
+            method=method,
+            k=k,
+        )
+
+    def self_influence(
+        self,
+        model: pl.LightningModule | None = None,
+        *,
+        datamodule: pl.LightningDataModule | None = None,
+        train_dataloaders: Any = None,
+        trace: str | Path | Trace | None = None,
+        method: str | Method = "tracin-we",
+    ) -> Tensor:
+        """Every training example's influence on itself, (n_train,); see :func:`self_influence`.
+
+        Args:
+            model: the trained module, where gradients are not stored yet.
+            datamodule: gives ``train_dataloader`` where no loader is passed.
+            train_dataloaders: one loader of the training set, where gradients are not stored yet.
+            trace: what the fit recorded, or its folder; by default that of the last fit in this process.
+            method: "tracin-we", "tracin-last", or a method with options.
+        """
+        return self_influence(
+            self,  # type: ignore[arg-type]
+            model,
+            datamodule=datamodule,
+            train_dataloaders=train_dataloaders,
+            trace=trace,
+            method=method,
+        )
+
+
+def _ready(
+    trainer: pl.Trainer,
+    module: pl.LightningModule | None,
+    trace: Trace,
+    method: Method,
+    datamodule: pl.LightningDataModule | None,
+    train_dataloaders: Any,
+) -> list[Checkpoint]:
+    """The trace's checkpoints, each with the gradients that the method needs; missing ones are computed now."""
+    checkpoints = trace.checkpoints
+    if not checkpoints:
+        raise ValueError(f"The trace in {trace.path} has no checkpoint yet: there is nothing to score from.")
+    if trace.top_words is not None and (getattr(method, "top_words", None) or 0) > trace.top_words:
+        raise ValueError(f"The trace keeps {trace.top_words} words of each example; {method} asks for more.")
+    if method.precondition == "adam":
+        for checkpoint in checkpoints:
+            if method.name in trace.layers:
+                checkpoint.second_moments(method.name)  # raises where there are none
+    if module is not None:
+        trace.check_model(module)
+    loaders = train_dataloaders
+    if loaders is None and datamodule is not None:
+        loaders = _from_datamodule(trainer, datamodule, "train")
+    explicit = loaders is not None
+    missing = [each for each in checkpoints if not each.has_gradients(method.name)]
+    if missing and not explicit:
+        loaders = trainer.train_dataloader
+    if not missing and not explicit:
+        return checkpoints
+    if loaders is None or module is None:
+        what = "training set (train_dataloaders=... or datamodule=...)" if module is not None else "model (model=...)"
+        raise ValueError(
+            f"{len(missing)} of the {len(checkpoints)} checkpoints in {trace.path} have no stored gradients for "
+            f"{method.name}; pass the {what} to compute them."
+        )
+    training_set = TrainingSet(loaders)
+    trace.check_data(len(training_set), training_set.fingerprint())
+    if missing:
+        _fill(trainer, module, trace, method, missing, training_set, datamodule or _attached(trainer))
+    return trace.checkpoints
+
+
+def _fill(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    trace: Trace,
+    method: Method,
+    missing: Sequence[Checkpoint],
+    training_set: TrainingSet,
+    datamodule: pl.LightningDataModule | None,
+) -> None:
+    """Compute and store the training examples' gradients at the checkpoints that have none."""
+    if method.name not in trace.layers:
+        raise ValueError(
+            f"The fit did not record the layer of {method.name}: it ran with methods={tuple(trace.layers)}. Fit again "
+            f'with "{method.name}" among the methods of TracInCallback.'
+        )
+    with _attribute(trainer, "limit_predict_batches", 1.0):  # every training example, whatever the trainer's limit
+        loader = training_set.sequential_loader()
+        for number, checkpoint in enumerate(missing, start=1):
+            with trace.caching(checkpoint, [method.name]) as cache:
+
+                def take(captured: Captured, _: list[int], batch: Any, cache: CachePass = cache) -> None:
+                    words = words_of_batch(module, batch, cache.unknown_tokens(captured))
+                    cache.add(captured, labels_of(batch), words)
+
+                description = f"Training gradients {number}/{len(missing)}"
+                _run(trainer, module, checkpoint, method, loader, datamodule, take, description)
+
+
+def _test_examples(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    method: Method,
+    checkpoints: Sequence[Checkpoint],
+    loader: Any,
+    datamodule: pl.LightningDataModule | None,
+) -> tuple[Tensor, Texts, dict[int, str], list[Any]]:
+    """Run the test examples through every checkpoint.
+
+    Returns:
+        Their data set indices, ascending; what they say; what to print for their token ids; and their prepared
+        gradients at each checkpoint.
+    """
+    order = torch.empty(0, dtype=torch.long)
+    texts: list[Texts] = []
+    vocabulary: dict[int, str] = {}
+    gradients = []
+    for number, checkpoint in enumerate(checkpoints, start=1):
+        blocks: list[Any] = []
+        indices: list[int] = []
+
+        def take(
+            captured: Captured, given: list[int], batch: Any, blocks: list[Any] = blocks, indices: list[int] = indices
+        ) -> None:
+            given = given or list(range(len(indices), len(indices) + len(captured)))  # an iterable: counted
+            if len(given) != len(captured):
+                raise ValueError(
+                    f"A batch of {len(given)} test examples has {len(captured)} losses: the collate function drops or "
+                    "adds examples, so that they cannot be numbered."
+                )
+            bad = captured.first_not_finite()
+            if bad is not None:
+                raise ValueError(f"The loss or gradient of test example {given[bad]} is NaN or infinite.")
+            indices.extend(given)
+            blocks.append(stored_gradients(captured, method.name, None))
+            if number == 1:
+                texts.append(texts_of(captured, labels_of(batch)))
+                new = [token for token in captured.token_ids.unique().tolist() if token not in vocabulary]
+                vocabulary.update(words_of_batch(module, batch, new))
+
+        description = f"Test gradients {number}/{len(checkpoints)}"
+        _run(trainer, module, checkpoint, method, loader, datamodule, take, description)
+        if not blocks:
+            raise ValueError("The test loader is empty: there is nothing to explain.")
+        places, seen = _places(indices)
+        if number == 1:
+            order = seen
+            texts = [Texts.cat(texts).arranged(places)]
+        elif not torch.equal(order, seen):
+            raise ValueError(
+                "The test loader gave other examples at each pass. Use a sampler that yields the same examples each "
+                "time; their order does not matter."
+            )
+        block = type(blocks[0]).cat(blocks).arranged(places)
+        gradients.append(method.prepare(block, _moments(checkpoint, method), "test"))
+    return order, texts[0], vocabulary, gradients
+
+
+def _run(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    checkpoint: Checkpoint,
+    method: Method,
+    loader: Any,
+    datamodule: pl.LightningDataModule | None,
+    take: _Take,
+    description: str,
+) -> None:
+    """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand each batch's gradients on."""
+    require_one_process(trainer)
+    losses = losses_of(module)
+    module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
+    step = partial(_gradient_step, module, checkpoint.layers, method.name, losses)
+    bars = [_labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        stack.enter_context(_attribute(trainer, "callbacks", [*bars, _Writer(take)]))
+        stack.enter_context(_attribute(module, "predict_step", step))
+        if datamodule is None:
+            trainer.predict(module, loader, return_predictions=False)
+        else:
+            stack.enter_context(_attribute(trainer, "datamodule", trainer.datamodule))  # type: ignore[attr-defined]
+            trainer.predict(module, datamodule=_serving(datamodule, loader), return_predictions=False)
+
+
+def _gradient_step(
+    module: pl.LightningModule,
+    layers: dict[str, str],
+    method: str,
+    losses: Losses,
+    batch: Any,
+    batch_idx: int,
+) -> Captured:
+    """Stands in for ``predict_step``: the gradients of a batch, in spite of predict's inference mode."""
+    with gradients_enabled(module):
+        batch = usable_in_autograd(batch)
+        if isinstance(losses, MeanLoss) and batch_idx == 0:
+            losses.check(batch)
+        try:
+            return capture_at(module, layers, [method], losses, batch)
+        except RuntimeError as error:
+            if "Inference tensors cannot be saved for backward" in str(error):
+                raise RuntimeError(
+                    f"{type(module).__name__} keeps a tensor that an earlier trainer.predict, test or validate made in "
+                    "inference mode. Build the trainer with inference_mode=False."
+                ) from error
+            raise
+
+
+class _Writer(DualPredictionWriter):
+    """Learns from Lightning which examples a batch held."""
+
+    def __init__(self, take: _Take) -> None:
+        super().__init__("batch")
+        self.take = take
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Hand a batch's gradients on, with the data set indices of its examples; none for an iterable data set."""
+        self.take(prediction, [int(index) for index in batch_indices or ()], batch)
+
+
+def _scored(result: InfluenceResult, trace: Trace, checkpoints: Sequence[Checkpoint], k: int | None) -> InfluenceResult:
+    """Multiply the test gradients with the stored ones, shard by shard: no more than one shard is in memory."""
+    method = result.method
+    n_test = len(result.test_indices)
+    stored = [checkpoint.gradients(method.name) for checkpoint in checkpoints]
+    moments = [_moments(checkpoint, method) for checkpoint in checkpoints]
+    rates = [checkpoint.learning_rate_of(method.name) for checkpoint in checkpoints]
+    whole = torch.zeros(n_test, trace.n_train) if k is None else None
+    strongest: tuple[TopK, TopK] | None = None
+    for shard in range(len(stored[0])):
+        start, stop = stored[0].bounds(shard)
+        scores = torch.zeros(n_test, stop - start)
+        for place, test in enumerate(result.test_gradients):
+            block = stored[place].read(shard, tokens=_needed_tokens(method, test))
+            prepared = method.prepare(block, moments[place], "train")
+            scores += rates[place] * method.dot(test, prepared, moments[place])
+        if whole is not None:
+            whole[:, start:stop] = scores
+        elif k is not None:
+            strongest = merge_top(strongest, scores, start, k)
+    result.scores = whole
+    if strongest is not None:
+        result.strongest_proponents, result.strongest_opponents = strongest
+    return result
+
+
+def _needed_tokens(method: Method, test: Any) -> Tensor | None:
+    """The tokens whose rows are enough for a product; None where a norm or a choice of words needs all rows."""
+    if not isinstance(method, TracInWE) or method.normalize is not None or method.top_words is not None:
+        return None
+    return test.tokens.unique()  # type: ignore[no-any-return]
+
+
+def _moments(checkpoint: Checkpoint, method: Method) -> SecondMoments | None:
+    return checkpoint.second_moments(method.name) if method.precondition == "adam" else None
+
+
+def _places(indices: list[int]) -> tuple[Tensor, Tensor]:
+    """For examples in the order they came: each one's place by data set index (-1 for a repetition), and the indices."""
+    came = torch.tensor(indices)
+    seen, place = came.unique(return_inverse=True)
+    first = torch.full((len(seen),), len(came)).scatter_reduce(0, place, torch.arange(len(came)), "amin")
+    places = torch.full((len(came),), -1)
+    places[first] = torch.arange(len(seen))
+    return places, seen
+
+
+def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.LightningModule:
+    module = getattr(model, "_orig_mod", model) or trainer.lightning_module
+    if module is None:
+        raise ValueError("This trainer has not fitted a model in this process: pass model=..., and trace=...")
+    return module  # type: ignore[no-any-return]
+
+
+def _trace(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:
+    """The trace that is passed, or that the last fit of this trainer wrote; read afresh from its folder."""
+    if trace is not None:
+        return trace if isinstance(trace, Trace) else Trace(trace)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, TracInCallback) and callback.trace is not None:
+            return Trace(callback.trace.path)
+    raise ValueError(
+        "There is no trace to compute influence from: fit with TracInCallback among the trainer's callbacks, or pass "
+        "the folder of an earlier fit as trace=..."
+    )
+
+
+def _from_datamodule(trainer: pl.Trainer, datamodule: pl.LightningDataModule, kind: str) -> Any:
+    """A datamodule's test or training loader, set up as Lightning would."""
+    datamodule.prepare_data()
+    datamodule.setup("test" if kind == "test" else "fit")
+    return datamodule.test_dataloader() if kind == "test" else datamodule.train_dataloader()
+
+
+def _attached(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    """The datamodule of the last fit, whose batch hooks the examples go through."""
+    return trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+
+
+def _label_names(module: nn.Module) -> dict[int, str]:
+    """The names of a Hugging Face classifier's labels."""
+    for part in module.modules():
+        names = getattr(getattr(part, "config", None), "id2label", None)
+        if isinstance(names, dict):
+            return {int(number): str(name) for number, name in names.items()}
+    return {}
+
+
+def _serving(datamodule: pl.LightningDataModule, loader: Any) -> pl.LightningDataModule:
+    """A copy of a datamodule that predict takes this loader from, so that its batch hooks run."""
+    copied = copy.copy(datamodule)
+    copied.predict_dataloader = lambda: loader  # type: ignore[method-assign]
+    copied.prepare_data = lambda: None  # type: ignore[method-assign]
+    copied.setup = lambda stage: None  # type: ignore[method-assign]
+    copied.teardown = lambda stage: None  # type: ignore[method-assign]
+    return copied
+
+
+def _labelled(bar: Any, description: str) -> Any:
+    """A copy of a progress bar that says what this pass of predict is."""
+    copied = copy.copy(bar)
+    copied.__class__ = type(type(bar).__name__, (type(bar),), {"predict_description": description})
+    return copied
+
+
+@contextmanager
+def _weights_kept(module: nn.Module) -> Iterator[None]:
+    """Give a module back the weights and the training flags that it had."""
+    state = {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    training = {part: part.training for part in module.modules()}
+    try:
+        yield
+    finally:
+        module.load_state_dict(state, strict=False)
+        for part, flag in training.items():
+            part.training = flag
+
+
+@contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an instance for a while."""
+    had = name in vars(owner)
+    before = getattr(owner, name)
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            object.__setattr__(owner, name, before)
+        else:
+            object.__delattr__(owner, name)

@@ -1,0 +1,241 @@
+"""One loss for each example: from a Hugging Face output, or from a mean that is checked to be one."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics import Metric, MetricCollection
+
+OVERRIDE = "Override influence_loss(batch) to return one unreduced loss for each example, shape (B,)"
+
+# Classes of transformers whose logits at a position predict the next token, so that the labels are shifted by one.
+_CAUSAL = re.compile(r"CausalLM|LMHeadModel|DoubleHeads|WithLMHead$")
+_IGNORED = -100  # transformers' label of a position that has no loss
+
+
+def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
+    """The losses of a batch's examples, for a module whose forward returns a Hugging Face output with ``logits``.
+
+    Classification, multi-label classification, regression, token classification, masked and causal language models
+    are told apart by the labels' shape and the config's ``problem_type``, as transformers does. An example with
+    many labels (tokens, classes, targets) has their mean as its loss: what the model itself returns for a batch of
+    one. Where the output carries the batch's own loss, the result is checked against it.
+
+    Args:
+        module: its forward takes the batch, or the batch's entries by name.
+        batch: a mapping with ``labels`` (or ``label``).
+
+    Returns:
+        (B,) float tensor.
+
+    Raises:
+        ValueError: if the batch, the output or the loss is not of such a form; the message names ``influence_loss``.
+    """
+    labels = labels_of(batch)
+    if not isinstance(batch, Mapping) or labels is None:
+        raise ValueError(
+            f"{type(module).__name__} has no loss for each example: the default influence_loss needs a batch that is "
+            f"a mapping with 'labels', but got {_described(batch)}. {OVERRIDE}."
+        )
+    output = _forward(module, batch)
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"{type(module).__name__} has no loss for each example: its forward returned {type(output).__name__}, "
+            f"not a Hugging Face output with logits. {OVERRIDE}."
+        )
+    model = _hugging_face_model(module)
+    config = getattr(model, "config", None)
+    values, counted = _elementwise(
+        logits.float(),
+        labels,
+        problem_type=getattr(config, "problem_type", None),
+        causal=bool(_CAUSAL.search(type(model).__name__)) and not getattr(config, "is_encoder_decoder", False),
+    )
+    values, counted = values.flatten(1), counted.flatten(1)
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(own, Tensor) and own.dim() == 0 and bool(counted.any()):
+        mean = values.sum() / counted.sum()
+        if not torch.isclose(mean.detach(), own.detach().float(), rtol=1e-2, atol=1e-4):
+            raise ValueError(
+                f"The model's own loss is {own.item():.6g}, but the mean of its examples' losses, as far as their "
+                f"logits and labels tell, is {mean.item():.6g}: {type(model).__name__} computes its loss in another "
+                f"way. {OVERRIDE}."
+            )
+    return values.sum(1) / counted.sum(1).clamp(min=1)
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """The batch's labels, where they can be told: by name in a mapping, the last entry of a pair."""
+    if isinstance(batch, Mapping):
+        labels = batch.get("labels", batch.get("label"))
+    else:
+        labels = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    return labels if isinstance(labels, Tensor) else None
+
+
+class MeanLoss:
+    """The losses of a module that only has a ``training_step`` which returns their mean.
+
+    The gradient of the sum of the examples' losses is B times the gradient of their mean, so the mean repeated B times
+    stands for them. That it *is* the mean of independent losses is checked by :meth:`check`, on a first batch.
+
+    Args:
+        module: a LightningModule with automatic optimization.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, batch: Any) -> Tensor:
+        size = _batch_size(batch)
+        if size is None:
+            raise ValueError(f"Cannot tell how many examples a batch of {_described(batch)} holds. {_use_mixin()}.")
+        return self._training_loss(batch).expand(size)
+
+    def check(self, batch: Any) -> None:
+        """Check that the loss of the batch is the mean of the losses of its rows.
+
+        Raises:
+            ValueError: if it is not, or cannot be computed; the message names ``TracInMixin``.
+        """
+        size = _batch_size(batch)
+        if size is None:
+            raise ValueError(f"Cannot tell how many examples a batch of {_described(batch)} holds. {_use_mixin()}.")
+        with torch.no_grad():
+            whole = float(self._training_loss(batch))
+            rows = [float(self._training_loss(_row(batch, row, size))) for row in range(size)]
+        mean = sum(rows) / size
+        if not abs(whole - mean) <= 1e-3 * max(abs(whole), abs(mean)) + 1e-6:
+            raise ValueError(
+                f"The training_step of {type(self.module).__name__} returned {whole:.6g} for a batch of {size} "
+                f"examples, but {mean:.6g} is the mean of what it returned for each of them alone: its loss is not a "
+                f"mean of independent losses. {_use_mixin()}."
+            )
+
+    def _training_loss(self, batch: Any) -> Tensor:
+        if not getattr(self.module, "automatic_optimization", True):
+            raise ValueError(f"{type(self.module).__name__} optimizes manually in training_step. {_use_mixin()}.")
+        step: Any = self.module.training_step
+        arguments = (batch, 0) if len(inspect.signature(step).parameters) > 1 else (batch,)
+        with _side_effects_undone(self.module):
+            output = step(*arguments)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(
+                f"The training_step of {type(self.module).__name__} returned {_described(output)}, not one mean loss. "
+                f"{_use_mixin()}."
+            )
+        return loss.reshape(())
+
+
+@contextmanager
+def _side_effects_undone(module: Any) -> Iterator[None]:
+    """Call a ``training_step`` without logging, and without updating the module's metrics."""
+    metrics = [
+        (part, name, child)
+        for part in list(module.modules())
+        for name, child in part.named_children()
+        if isinstance(child, (Metric, MetricCollection))
+    ]
+    for part, name, metric in metrics:
+        part._modules[name] = deepcopy(metric)
+    for name in ("log", "log_dict"):
+        module.__dict__[name] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            module.__dict__.pop(name, None)
+        for part, name, metric in metrics:
+            part._modules[name] = metric
+
+
+def _elementwise(logits: Tensor, labels: Tensor, *, problem_type: str | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """The loss at each label, (B, ...), and which of the labels count, of the same shape."""
+    regression = problem_type == "regression" or (problem_type is None and logits.dim() == 2 and logits.shape[1] == 1)
+    if regression and labels.numel() == logits.numel():
+        values = (logits - labels.view_as(logits).float()) ** 2
+        return values, torch.ones_like(values, dtype=torch.bool)
+    if labels.shape == logits.shape and (problem_type == "multi_label_classification" or labels.is_floating_point()):
+        values = functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+        return values, torch.ones_like(values, dtype=torch.bool)
+    if logits.dim() == labels.dim() + 1 and logits.shape[:-1] == labels.shape and not labels.is_floating_point():
+        if causal and labels.dim() > 1:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        values = functional.cross_entropy(logits.movedim(-1, 1), labels.long(), ignore_index=_IGNORED, reduction="none")
+        counted = labels != _IGNORED
+        if values.dim() == 1:
+            return values[:, None], counted[:, None]
+        return values, counted
+    raise ValueError(
+        f"Cannot tell the loss from logits {tuple(logits.shape)} and labels {labels.dtype} {tuple(labels.shape)} "
+        f"(problem_type {problem_type!r}). {OVERRIDE}."
+    )
+
+
+def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Call the module with the whole batch, or with those of its entries that forward takes by name."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return module(**batch)
+    named = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL}
+    if named & batch.keys():
+        return module(**{name: value for name, value in batch.items() if name in named})
+    return module(batch)
+
+
+def _hugging_face_model(module: nn.Module) -> nn.Module | None:
+    """The model of transformers inside the module, whatever wraps it; told by its base class, without the import."""
+    for part in module.modules():
+        if any(base.__name__ == "PreTrainedModel" for base in type(part).__mro__):
+            return part
+    return None
+
+
+def _batch_size(batch: Any) -> int | None:
+    """The length of the first dimension of the batch's first tensor."""
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
+    return next((len(tensor) for tensor in tensors if tensor.dim() > 0), None)
+
+
+def _row(batch: Any, row: int, size: int) -> Any:
+    """The batch of one example; whatever has one entry for each example is cut, the rest is kept."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[row : row + 1] if value.dim() > 0 and len(value) == size else value
+        if isinstance(value, Mapping):
+            cut_values = {name: cut(each) for name, each in value.items()}
+            return cut_values if type(value) is dict else type(value)(cut_values)  # type: ignore[call-arg]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(cut(each) for each in value))
+        if isinstance(value, (list, tuple)):
+            if len(value) == size and not any(isinstance(each, (Tensor, Mapping, list, tuple)) for each in value):
+                return type(value)(value[row : row + 1])
+            return type(value)(cut(each) for each in value)
+        return value
+
+    return cut(batch)
+
+
+def _use_mixin() -> str:
+    return "Put TracInMixin before LightningModule in the bases, and override influence_loss(batch)"
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with {sorted(map(str, value))}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,465 @@
+"""Trace: the folder that a fit leaves behind.
+
+JSON and safetensors only. Every file, every folder of gradients and every checkpoint appears whole or not at all: it is
+written under a name that ends in ``.partial`` and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lightning_tracin.capture import Captured
+from lightning_tracin.gradients import Gradients, SecondMoments, Texts
+from lightning_tracin.store import Dtype, Shards, ShardWriter, read_json, write_json, write_tensors
+
+FORMAT_VERSION = 1
+_PARTIAL = ".partial"
+
+#: One optimizer step: its number (``trainer.global_step`` before it), the optimizer, the rate of each of its groups.
+Step = tuple[int, int, list[float]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of one moment of a fit, and the learning rates that led to it.
+
+    Attributes:
+        path: folder of this checkpoint.
+        step: ``trainer.global_step``.
+        epoch: ``trainer.current_epoch``.
+        steps: the optimizer steps since the previous checkpoint.
+        groups: for each optimizer and parameter group, the names of its parameters.
+        layers: for each method, the name of the layer that it takes gradients at.
+    """
+
+    path: Path
+    step: int
+    epoch: int
+    steps: list[Step]
+    groups: list[list[list[str]]]
+    layers: dict[str, str]
+
+    @property
+    def learning_rate(self) -> float:
+        """The word embedding layer's mean learning rate since the previous checkpoint (last layer's without one)."""
+        return self.learning_rate_of(next(iter(self.layers)))
+
+    def learning_rate_of(self, method: str) -> float:
+        """Mean rate, over the optimizer steps since the previous checkpoint, of the group that holds a layer.
+
+        A layer that no optimizer trains (a frozen embedding) gets the mean over all groups.
+
+        Args:
+            method: "tracin-we" or "tracin-last".
+        """
+        prefix = f"{self.layers[method]}."
+        held = {
+            (optimizer, group)
+            for optimizer, groups in enumerate(self.groups)
+            for group, names in enumerate(groups)
+            if any(name.startswith(prefix) for name in names)
+        }
+        rates = [
+            rate
+            for _, optimizer, of_groups in self.steps
+            for group, rate in enumerate(of_groups)
+            if not held or (optimizer, group) in held
+        ]
+        return sum(rates) / len(rates) if rates else 0.0
+
+    def weights(self) -> dict[str, Tensor]:
+        """The module's state dict, as trained: not averaged, tied weights under each of their names."""
+        with safe_open(self.path / "weights.safetensors", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tied = file.metadata() or {}
+        return {**tensors, **{alias: tensors[name] for alias, name in tied.items()}}
+
+    def second_moments(self, method: str) -> SecondMoments:
+        """Adam's bias-corrected second moments of the layer of a method.
+
+        Raises:
+            ValueError: if the fit's optimizer kept none of that layer.
+        """
+        path = self.path / f"second-moments-{method}.safetensors"
+        if not path.exists():
+            raise ValueError(
+                f'precondition="adam" needs Adam\'s second moments, but the fit kept none of {self.layers[method]!r} '
+                f"at step {self.step}: it was frozen, or its optimizer is not of the Adam family."
+            )
+        with safe_open(path, framework="pt") as file:
+            rows = file.get_tensor("rows") if "rows" in file.keys() else None  # noqa: SIM118 (not a mapping)
+            return SecondMoments(file.get_tensor("values"), rows, float(file.metadata()["eps"]))
+
+    def has_gradients(self, method: str) -> bool:
+        """Whether the training examples' gradients for a method are stored."""
+        return (self.path / method / "index.json").exists()
+
+    def gradients(self, method: str) -> Shards:
+        """The training examples' gradients for a method."""
+        return Shards.open(self.path / method)
+
+
+class Trace:
+    """Opens the folder that a fit with :class:`~lightning_tracin.TracInCallback` left behind.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        FileNotFoundError: if there is no trace in the folder.
+        ValueError: if a newer version of lightning_tracin wrote it.
+
+    Example::
+
+        for checkpoint in Trace("trace").checkpoints:
+            print(checkpoint.step, checkpoint.learning_rate)
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "trace.json").exists():
+            raise FileNotFoundError(
+                f"There is no trace in {self.path.absolute()}: it holds no trace.json. Fit with TracInCallback first, "
+                "or pass the folder that it wrote to."
+            )
+        header = read_json(self.path / "trace.json")
+        if header.get("version", 0) > FORMAT_VERSION:
+            raise ValueError(
+                f"The trace in {self.path} is of format version {header['version']}, but this lightning_tracin reads "
+                f"up to {FORMAT_VERSION}. Update lightning_tracin, or fit again."
+            )
+        self.id: str = header["id"]
+        self.n_train: int = header["n_train"]
+        self.data_fingerprint: str = header["data_fingerprint"]
+        self.model_fingerprint: str = header["model_fingerprint"]
+        self.model_class: str = header["model_class"]
+        self.layers: dict[str, str] = header["layers"]
+        self.dtype: Dtype = header["dtype"]
+        self.top_words: int | None = header["top_words"]
+
+    def __repr__(self) -> str:
+        return f"Trace({str(self.path)!r}, n_train={self.n_train}, checkpoints={len(self.checkpoints)})"
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        *,
+        module: nn.Module,
+        n_train: int,
+        data_fingerprint: str,
+        layers: Mapping[str, str],
+        dtype: Dtype,
+        top_words: int | None,
+    ) -> Trace:
+        """Start an empty trace; one that is there already is removed."""
+        remove_trace(path)
+        path.mkdir(parents=True, exist_ok=True)
+        header = {
+            "format": "lightning_tracin trace",
+            "version": FORMAT_VERSION,
+            "id": uuid.uuid4().hex,
+            "n_train": n_train,
+            "data_fingerprint": data_fingerprint,
+            "model_fingerprint": model_fingerprint(module.state_dict()),
+            "model_class": type(module).__name__,
+            "layers": dict(layers),
+            "dtype": dtype,
+            "top_words": top_words,
+        }
+        write_json(path / "trace.json", header)
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The complete checkpoints, in the order of the fit; read from the folder each time."""
+        folders = sorted(self.path.glob("checkpoints/*/checkpoint.json"))
+        return [
+            Checkpoint(path=file.parent, layers=self.layers, **read_json(file))
+            for file in folders
+            if file.parent.suffix != _PARTIAL
+        ]
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether the training examples' token ids and labels are stored: from the first caching on."""
+        return (self.path / "texts" / "index.json").exists()
+
+    def text(self, example: int) -> Texts:
+        """Token ids and label of one training example."""
+        return self._texts.read_example(example)  # type: ignore[no-any-return]
+
+    @cached_property
+    def vocabulary(self) -> dict[int, str]:
+        """What to print for the token ids that occur in the training set."""
+        path = self.path / "vocabulary.json"
+        return {int(token): word for token, word in read_json(path).items()} if path.exists() else {}
+
+    @cached_property
+    def _texts(self) -> Shards:
+        return Shards.open(self.path / "texts")
+
+    def check_model(self, module: nn.Module) -> None:
+        """Check that a module is the one that was trained: the same parameters of the same shapes.
+
+        Raises:
+            ValueError: if it is not; the message names parameters that differ.
+        """
+        state = module.state_dict()
+        if model_fingerprint(state) == self.model_fingerprint:
+            return
+        own = _shapes(state)
+        recorded = _shapes(self.checkpoints[0].weights()) if self.checkpoints else {}
+        differing = sorted(name for name in own.keys() | recorded.keys() if own.get(name) != recorded.get(name))
+        raise ValueError(
+            f"The trace in {self.path} is of another model ({self.model_class}) than {type(module).__name__}: "
+            f"{len(differing)} parameters differ in name or shape, such as "
+            + "; ".join(f"{name}: {recorded.get(name)} in the trace, {own.get(name)} here" for name in differing[:3])
+            + "."
+        )
+
+    def check_data(self, n_train: int, fingerprint: str) -> None:
+        """Check that a training set is the one that was trained on.
+
+        Raises:
+            ValueError: if it has another number of examples, or other examples.
+        """
+        if (n_train, fingerprint) == (self.n_train, self.data_fingerprint):
+            return
+        difference = (
+            f"it had {self.n_train} examples, this one has {n_train}"
+            if n_train != self.n_train
+            else "the examples, or their order in the data set, differ"
+        )
+        raise ValueError(
+            f"The trace in {self.path} is of another training set: {difference}. Pass the data set of the fit, in its "
+            "order, or fit again."
+        )
+
+    @contextmanager
+    def new_checkpoint(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        step: int,
+        epoch: int,
+        steps: list[Step],
+    ) -> Iterator[Checkpoint]:
+        """Record a checkpoint. It joins the trace, whole, when the context is left without an exception."""
+        names = _parameter_names(module)
+        groups = [
+            [[name for parameter in group["params"] for name in names[id(parameter)]] for group in each.param_groups]
+            for each in optimizers
+        ]
+        with _appearing(self.path / "checkpoints" / f"step-{step:09d}") as folder:
+            _write_weights(folder / "weights.safetensors", module)
+            for method, layer in self.layers.items():
+                moments = _second_moments(module.get_submodule(layer), optimizers, sparse=method == "tracin-we")
+                if moments is not None:
+                    _write_moments(folder / f"second-moments-{method}.safetensors", moments)
+            write_json(folder / "checkpoint.json", {"step": step, "epoch": epoch, "steps": steps, "groups": groups})
+            yield Checkpoint(folder, step, epoch, steps, groups, self.layers)
+
+    @contextmanager
+    def caching(self, checkpoint: Checkpoint, methods: Sequence[str]) -> Iterator[CachePass]:
+        """Store the training examples' gradients at a checkpoint; all appear when every example was added.
+
+        Raises:
+            ValueError: if another number of examples was added than the training set has.
+        """
+        with ExitStack() as folders:
+            writers = {}
+            for method in methods:
+                folder = folders.enter_context(_appearing(checkpoint.path / method))
+                writers[method] = ShardWriter(folder, dtype=self.dtype, shard_examples=self._shard_examples(method))
+            texts = None
+            if not self.has_texts:
+                texts = ShardWriter(folders.enter_context(_appearing(self.path / "texts")))
+            cache = CachePass(self, writers, texts)
+            yield cache
+            cache.close()
+
+    def drop_checkpoints_after(self, step: int) -> None:
+        """Remove the checkpoints beyond a step, when a fit is resumed from an earlier one."""
+        for checkpoint in self.checkpoints:
+            if checkpoint.step > step:
+                shutil.rmtree(checkpoint.path)
+
+    def _shard_examples(self, method: str) -> int | None:
+        """Shards hold the same examples at every checkpoint, so that scores can be added up shard by shard."""
+        stored = (each.gradients(method).shard_examples for each in self.checkpoints if each.has_gradients(method))
+        return next(stored, None)
+
+
+class CachePass:
+    """Takes the captured batches of one pass over the training set, in the order of the data set."""
+
+    def __init__(self, trace: Trace, writers: Mapping[str, ShardWriter], texts: ShardWriter | None) -> None:
+        self.n_examples = 0
+        self._trace = trace
+        self._writers = writers
+        self._texts = texts
+        self._vocabulary: dict[int, str] = {}
+
+    def unknown_tokens(self, captured: Captured) -> list[int]:
+        """The token ids of a batch whose words are not known yet, each once."""
+        if self._texts is None:
+            return []
+        return [token for token in captured.token_ids.unique().tolist() if token not in self._vocabulary]
+
+    def add(self, captured: Captured, labels: Tensor | None, words: Mapping[int, str]) -> None:
+        """Store the next examples.
+
+        Args:
+            captured: their gradients.
+            labels: (B, ...) their labels, kept for printing if they are one number for each.
+            words: what to print for token ids that are new.
+
+        Raises:
+            ValueError: if a loss or gradient is not finite; the message names the training example.
+        """
+        bad = captured.first_not_finite()
+        if bad is not None:
+            raise ValueError(
+                f"The loss or gradient of training example {self.n_examples + bad} is NaN or infinite. Look at that "
+                "example, or at the learning rate; what was stored before is complete."
+            )
+        for method, writer in self._writers.items():
+            writer.add(stored_gradients(captured, method, self._trace.top_words))
+        if self._texts is not None:
+            self._vocabulary.update(words)
+            self._texts.add(texts_of(captured, labels))
+        self.n_examples += len(captured)
+
+    def close(self) -> None:
+        """Finish the files; every training example must have been added."""
+        if self.n_examples != self._trace.n_train:
+            raise ValueError(
+                f"The training set has {self._trace.n_train} examples, but a pass over it gave {self.n_examples}: the "
+                "collate function drops or adds examples, so that they cannot be numbered."
+            )
+        for writer in self._writers.values():
+            writer.close()
+        if self._texts is not None:
+            self._texts.close()
+            write_json(self._trace.path / "vocabulary.json", self._vocabulary)
+
+
+def stored_gradients(captured: Captured, method: str, top_words: int | None) -> Gradients:
+    """What is stored of a batch for a method."""
+    if method == "tracin-we":
+        assert captured.words is not None
+        return captured.words if top_words is None else captured.words.top_words(top_words)
+    assert captured.linear is not None
+    return captured.linear
+
+
+def texts_of(captured: Captured, labels: Tensor | None) -> Texts:
+    """What the examples of a batch say."""
+    single = labels is not None and labels.shape == (len(captured),)
+    numbers = labels.detach().cpu().double() if single and labels is not None else None
+    unknown = torch.full((len(captured),), torch.nan, dtype=torch.float64)
+    return Texts(len(captured), captured.token_owners, captured.token_ids, unknown if numbers is None else numbers)
+
+
+def model_fingerprint(state: Mapping[str, Any]) -> str:
+    """A hash of the names and shapes of a state dict's tensors."""
+    return hashlib.sha256(repr(sorted(_shapes(state).items())).encode()).hexdigest()
+
+
+def remove_trace(path: Path) -> None:
+    """Remove a trace's own files from a folder, and nothing else."""
+    (path / "trace.json").unlink(missing_ok=True)
+    (path / "vocabulary.json").unlink(missing_ok=True)
+    for folder in ("checkpoints", "texts", "texts" + _PARTIAL):
+        shutil.rmtree(path / folder, ignore_errors=True)
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when it is complete and vanishes when it is not."""
+    partial = folder.with_name(folder.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _parameter_names(module: nn.Module) -> dict[int, list[str]]:
+    """Each parameter's names: more than one where it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def _write_weights(path: Path, module: nn.Module) -> None:
+    """Write a state dict's tensors, those that share memory once."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    storages: set[int] = set()
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            continue
+        place = (value.device, value.data_ptr(), value.shape, value.stride())
+        if value.numel() and place in first:
+            tied[name] = first[place]
+        else:
+            first[place] = name
+            storage = value.untyped_storage().data_ptr()
+            tensors[name] = value.detach().cpu() if storage not in storages else value.detach().cpu().clone()
+            storages.add(storage)
+    write_tensors(path, tensors, tied)
+
+
+def _second_moments(
+    layer: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, sparse: bool
+) -> SecondMoments | None:
+    """Adam's bias-corrected second moments of a layer's weight and bias; with ``sparse``, of the rows that have any."""
+    columns: list[Tensor] = []
+    eps = 0.0
+    for parameter in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
+        if parameter is None:
+            continue
+        moments = next((each for each in optimizers if "exp_avg_sq" in each.state.get(parameter, {})), None)
+        if moments is None:
+            return None
+        group = next(group for group in moments.param_groups if any(p is parameter for p in group["params"]))
+        state = moments.state[parameter]
+        corrected = state["exp_avg_sq"].float().cpu() / (1 - group["betas"][1] ** float(state["step"]))
+        columns.append(corrected if corrected.dim() == 2 else corrected[:, None])
+        eps = group["eps"]
+    if not columns:
+        return None
+    values = torch.cat(columns, dim=1)
+    rows = torch.nonzero(values.any(dim=1))[:, 0] if sparse else None
+    return SecondMoments(values if rows is None else values[rows], rows, eps)
+
+
+def _write_moments(path: Path, moments: SecondMoments) -> None:
+    tensors = {"values": moments.values}
+    if moments.rows is not None:
+        tensors["rows"] = moments.rows
+    write_tensors(path, tensors, {"eps": repr(moments.eps)})

@@ -1,0 +1,148 @@
+"""The training set as numbered examples: read in the order of the data set, and recognised when it comes again."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+
+_SAMPLED = 64  # examples that the fingerprint looks at
+_BATCH_SIZE = 32  # for a batch sampler that does not tell its own
+
+
+class TrainingSet:
+    """A training data loader's data set, each example once, numbered as the data set numbers it.
+
+    Shuffling, sampling with weights, ``drop_last`` and batch samplers of the loader do not matter here.
+
+    Args:
+        loaders: what ``train_dataloader`` returned: one ``DataLoader``.
+
+    Raises:
+        TypeError: if it is not a ``DataLoader``.
+        ValueError: if there are several loaders, none, no examples, or no way to tell how many examples there are.
+    """
+
+    def __init__(self, loaders: Any) -> None:
+        loader = _only_loader(loaders, "training")
+        if not isinstance(loader, DataLoader):
+            raise TypeError(
+                f"The training set must come in a torch.utils.data.DataLoader, but got {type(loader).__name__}: "
+                "its examples could not be numbered."
+            )
+        self.loader = loader
+        self.iterable = isinstance(loader.dataset, IterableDataset)
+        if not hasattr(loader.dataset, "__len__"):
+            raise ValueError(
+                f"The training set ({type(loader.dataset).__name__}) does not tell how many examples it has. Give it "
+                "a __len__, and let it yield the same examples in the same order each time, or use a map-style "
+                "dataset."
+            )
+        if len(self) == 0:
+            raise ValueError("The training set is empty.")
+
+    def __len__(self) -> int:
+        return len(self.loader.dataset)  # type: ignore[arg-type]
+
+    def sequential_loader(self) -> DataLoader[Any]:
+        """A loader over every example once, in the order of the data set."""
+        loader = self.loader
+        shared: dict[str, Any] = {
+            "collate_fn": loader.collate_fn,
+            "pin_memory": loader.pin_memory,
+            "timeout": loader.timeout,
+            "worker_init_fn": loader.worker_init_fn,
+        }
+        if self.iterable:  # several workers would each yield all of it, or in an order of their own
+            return DataLoader(loader.dataset, batch_size=loader.batch_size, **{**shared, "timeout": 0})
+        if loader.num_workers:
+            shared |= {
+                "num_workers": loader.num_workers,
+                "prefetch_factor": loader.prefetch_factor,
+                "multiprocessing_context": loader.multiprocessing_context,
+            }
+        if loader.batch_size is None and loader.batch_sampler is None:
+            if not isinstance(loader.sampler, BatchSampler):
+                raise ValueError(
+                    "The training DataLoader does not batch (batch_size=None), so its examples cannot be numbered. "
+                    "Give it a batch_size, or a BatchSampler as its sampler."
+                )
+            batches = BatchSampler(SequentialSampler(loader.dataset), loader.sampler.batch_size, drop_last=False)  # type: ignore[arg-type]
+            return DataLoader(loader.dataset, batch_size=None, sampler=batches, **shared)
+        size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or _BATCH_SIZE
+        return DataLoader(loader.dataset, batch_size=size, shuffle=False, drop_last=False, **shared)
+
+    def fingerprint(self) -> str:
+        """A hash of the number of examples and of 64 of them, spread evenly; an iterable's number only."""
+        digest = hashlib.sha256(f"{len(self)}".encode())
+        if not self.iterable:
+            step = max(1, len(self) // _SAMPLED)
+            with isolate_rng():
+                random.seed(0)  # so that an example which is augmented at random looks the same each time
+                np.random.seed(0)  # noqa: NPY002 (the global state is what data sets use)
+                torch.manual_seed(0)
+                for index in range(0, len(self), step):
+                    _digest(digest, self.loader.dataset[index])
+        return digest.hexdigest()
+
+
+def only_test_loader(loaders: Any) -> Any:
+    """The one loader of test examples.
+
+    Raises:
+        TypeError: if it is not a data loader.
+        ValueError: if there are several loaders, none, or an empty one.
+    """
+    loader = _only_loader(loaders, "test")
+    if isinstance(loader, (list, tuple, dict, Tensor)) or not hasattr(loader, "__iter__"):
+        raise TypeError(f"The test examples must come in a DataLoader, but got {type(loader).__name__}.")
+    if hasattr(loader, "__len__") and not isinstance(getattr(loader, "dataset", None), IterableDataset):
+        if len(loader) == 0:
+            raise ValueError("The test loader is empty: there is nothing to explain.")
+    return loader
+
+
+def _only_loader(loaders: Any, kind: str) -> Any:
+    loaders = getattr(loaders, "iterables", loaders)  # Lightning's CombinedLoader
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):
+        if len(loaders) != 1:
+            raise ValueError(
+                f"Influence needs one {kind} loader, but got {len(loaders)} of them. Join the data sets "
+                "(torch.utils.data.ConcatDataset), so that each example has one number."
+            )
+        return loaders[0]
+    if loaders is None:
+        raise ValueError(f"There is no {kind} loader: pass one.")
+    return loaders
+
+
+def _digest(digest: Any, item: Any) -> None:
+    """Add an example to the hash, whatever it is made of; objects that have no bytes count by their type."""
+    digest.update(type(item).__name__.encode())
+    if isinstance(item, Tensor):
+        item = item.detach().cpu()
+        item = item.float().numpy() if item.dtype == torch.bfloat16 else item.numpy()
+    if isinstance(item, np.ndarray) and item.dtype != object:
+        digest.update(repr(item.shape).encode() + np.ascontiguousarray(item).tobytes())
+    elif isinstance(item, (str, bytes, int, float, bool, np.generic)):
+        digest.update(repr(item).encode())
+    elif isinstance(item, Mapping):
+        for name in sorted(item, key=str):
+            digest.update(str(name).encode())
+            _digest(digest, item[name])
+    elif isinstance(item, (list, tuple)):
+        for each in item:
+            _digest(digest, each)
+    elif is_dataclass(item):
+        for each in fields(item):
+            _digest(digest, getattr(item, each.name))
