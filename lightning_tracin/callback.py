@@ -121,7 +121,7 @@ class TracInCallback(DualCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check all that can be checked on a first batch, and open the trace."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:
             rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
             return
         path = self._resolve_path(trainer)

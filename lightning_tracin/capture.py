@@ -99,12 +99,7 @@ def capture(
     embedding_owners = [_owners(per_example, ids.shape, output) for ids, output in embeddings]
     linear_owners = [_owners(per_example, output.shape[:-1], output) for _, output in linears]
     outputs = [output for _, output in [*embeddings, *linears]]
-    gradients = [
-        torch.zeros_like(output) if gradient is None else gradient
-        for output, gradient in zip(
-            outputs, torch.autograd.grad(per_example.sum(), outputs, allow_unused=True), strict=True
-        )
-    ]
+    gradients = list(torch.autograd.grad(per_example.sum(), outputs, materialize_grads=True))
     owners = ids = torch.empty(0, dtype=torch.long)
     words = linear = None
     if embedding_layer is not None:
@@ -128,10 +123,10 @@ def check_independent(losses: Losses, batch: Any, layer: nn.Module) -> None:
         per_example = losses(batch)
     _check_losses(per_example)
     outputs = [output for _, output in calls]
-    gradients = torch.autograd.grad(per_example[0], outputs, allow_unused=True, retain_graph=True)
+    gradients = torch.autograd.grad(per_example[0], outputs, materialize_grads=True)
     for output, gradient in zip(outputs, gradients, strict=True):
         owners = _owners(per_example, output.shape[:-1], output).to(output.device)
-        if gradient is not None and bool(gradient[owners != 0].any()):
+        if bool(gradient[owners != 0].any()):
             raise ValueError(
                 "The loss of the first example depends on the other examples of its batch, so it has no gradient of "
                 "its own. Compute each example's loss from that example alone (no statistics over the batch, no "
@@ -179,7 +174,8 @@ def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool) -> Iterator[None]:
         if cut or not output.requires_grad:
             output = output.detach().requires_grad_()
         calls.append((value.detach().clone(), output))
-        return output.clone()  # the model may change its copy in place; the gradient is taken at the output itself
+        copy: Tensor = output.clone()  # the model may change it in place; the gradient is taken at the output itself
+        return copy
 
     handle = layer.register_forward_hook(record, with_kwargs=True)
     try:
@@ -188,7 +184,7 @@ def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool) -> Iterator[None]:
         handle.remove()
 
 
-def _check_losses(losses: Any) -> None:
+def _check_losses(losses: object) -> None:
     if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
         got = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
@@ -222,9 +218,7 @@ def _is_time_first(losses: Tensor, output: Tensor) -> bool:
     """With as many positions as examples: whether the first example's loss moves its own column, not its own row."""
     if len(losses) == 1 or losses.stride(0) == 0:  # one mean repeated says nothing of single examples
         return False
-    gradient = torch.autograd.grad(losses[0], output, allow_unused=True, retain_graph=True)[0]
-    if gradient is None:
-        return False
+    (gradient,) = torch.autograd.grad(losses[0], output, retain_graph=True, materialize_grads=True)
     moved = gradient.flatten(2).abs().amax(-1)
     return bool(moved[1:].any()) and not bool(moved[:, 1:].any())
 
@@ -277,7 +271,8 @@ def _attention_mask(batch: Any, ids: Tensor) -> Tensor | None:
         return None
     for ids_name, mask_name in _MASKS.items():
         named, mask = batch.get(ids_name), batch.get(mask_name)
-        if isinstance(named, Tensor) and isinstance(mask, Tensor) and mask.shape == ids.shape == named.shape:
-            if torch.equal(named, ids):
-                return mask
+        if not isinstance(named, Tensor) or not isinstance(mask, Tensor):
+            continue
+        if mask.shape == ids.shape == named.shape and torch.equal(named, ids):
+            return mask
     return None

@@ -1,7 +1,7 @@
 """The shapes of data in memory: word gradients, linear gradients, and what goes with them.
 
-Gradients keep every row as a unit vector beside its float32 norm. The norm is what methods scale, select and rank by; the
-unit vector is what is multiplied, and what can be stored in half precision however small the gradient is.
+Gradients keep every row as a unit vector beside its float32 norm. The norm is what methods scale, select and rank by;
+the unit vector is what is multiplied, and what can be stored in half precision however small the gradient is.
 """
 
 from __future__ import annotations
@@ -275,6 +275,11 @@ class Texts:
 
 
 Gradients: TypeAlias = WordGradients | LinearGradients
+
+
+def distinct(tokens: Tensor) -> list[int]:
+    """The token ids that occur, each once, ascending."""
+    return [int(token) for token in torch.unique(tokens)]
 
 
 def _renumbered(blocks: Sequence[WordGradients] | Sequence[LinearGradients] | Sequence[Texts]) -> Tensor:

@@ -109,6 +109,7 @@ def layer_name(module: nn.Module, layer: nn.Module) -> str:
     Raises:
         ValueError: if the layer is not part of the module.
     """
+    name: str
     for name, part in module.named_modules():
         if part is layer:
             return name

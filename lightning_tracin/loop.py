@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter
 from lightning_tracin.callback import TracInCallback, capture_at, require_one_process
 from lightning_tracin.capture import Captured, Losses, gradients_enabled, usable_in_autograd
-from lightning_tracin.gradients import SecondMoments, Texts
+from lightning_tracin.gradients import SecondMoments, Texts, WordGradients, distinct
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
 from lightning_tracin.mixin import losses_of, words_of_batch
@@ -76,16 +76,19 @@ def influence(
     kept = None if k is None else clipped_k(k, opened.n_train)
     with _weights_kept(module):
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders)
-        indices, texts, vocabulary, gradients = _test_examples(
-            trainer, module, chosen, checkpoints, loader, datamodule or _attached(trainer)
-        )
+        test = _TestExamples(module, chosen)
+        for number, checkpoint in enumerate(checkpoints, start=1):
+            description = f"Test gradients {number}/{len(checkpoints)}"
+            hooks = datamodule or _attached(trainer)
+            _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description)
+            test.finish_checkpoint(checkpoint, opened)
     result = InfluenceResult(
         method=chosen,
         n_train=opened.n_train,
-        test_indices=indices,
-        test_texts=texts,
-        test_gradients=gradients,
-        words_of_ids={**opened.vocabulary, **vocabulary},
+        test_indices=test.indices,
+        test_texts=test.texts,
+        test_gradients=test.gradients,
+        words_of_ids={**opened.vocabulary, **test.vocabulary},
         label_names=_label_names(module),
         trace=opened,
     )
@@ -216,36 +219,43 @@ def _ready(
 ) -> list[Checkpoint]:
     """The trace's checkpoints, each with the gradients that the method needs; missing ones are computed now."""
     checkpoints = trace.checkpoints
-    if not checkpoints:
-        raise ValueError(f"The trace in {trace.path} has no checkpoint yet: there is nothing to score from.")
-    if trace.top_words is not None and (getattr(method, "top_words", None) or 0) > trace.top_words:
-        raise ValueError(f"The trace keeps {trace.top_words} words of each example; {method} asks for more.")
-    if method.precondition == "adam":
-        for checkpoint in checkpoints:
-            if method.name in trace.layers:
-                checkpoint.second_moments(method.name)  # raises where there are none
+    _check_recorded(trace, method, checkpoints)
     if module is not None:
         trace.check_model(module)
+    missing = [each for each in checkpoints if not each.has_gradients(method.name)]
     loaders = train_dataloaders
     if loaders is None and datamodule is not None:
         loaders = _from_datamodule(trainer, datamodule, "train")
-    explicit = loaders is not None
-    missing = [each for each in checkpoints if not each.has_gradients(method.name)]
-    if missing and not explicit:
+    if loaders is None and missing:
         loaders = trainer.train_dataloader
-    if not missing and not explicit:
-        return checkpoints
-    if loaders is None or module is None:
-        what = "training set (train_dataloaders=... or datamodule=...)" if module is not None else "model (model=...)"
+    if loaders is not None:
+        training_set = TrainingSet(loaders)
+        trace.check_data(len(training_set), training_set.fingerprint())
+        if missing and module is not None:
+            _fill(trainer, module, trace, method, missing, training_set, datamodule or _attached(trainer))
+            return checkpoints
+    if missing:
+        what = "model (model=...)" if module is None else "training set (train_dataloaders=... or datamodule=...)"
         raise ValueError(
             f"{len(missing)} of the {len(checkpoints)} checkpoints in {trace.path} have no stored gradients for "
             f"{method.name}; pass the {what} to compute them."
         )
-    training_set = TrainingSet(loaders)
-    trace.check_data(len(training_set), training_set.fingerprint())
-    if missing:
-        _fill(trainer, module, trace, method, missing, training_set, datamodule or _attached(trainer))
-    return trace.checkpoints
+    return checkpoints
+
+
+def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoint]) -> None:
+    """Check that the fit recorded what a method needs."""
+    if not checkpoints:
+        raise ValueError(f"The trace in {trace.path} has no checkpoint yet: there is nothing to score from.")
+    if method.name not in trace.layers:
+        raise ValueError(
+            f"The fit did not record the layer of {method.name}: it ran with methods={tuple(trace.layers)}. Fit again "
+            f'with "{method.name}" among the methods of TracInCallback.'
+        )
+    if trace.top_words is not None and (getattr(method, "top_words", None) or 0) > trace.top_words:
+        raise ValueError(f"The trace keeps {trace.top_words} words of each example; {method} asks for more.")
+    for checkpoint in checkpoints:
+        _moments(checkpoint, method)  # raises where the method needs some and there are none
 
 
 def _fill(
@@ -258,11 +268,6 @@ def _fill(
     datamodule: pl.LightningDataModule | None,
 ) -> None:
     """Compute and store the training examples' gradients at the checkpoints that have none."""
-    if method.name not in trace.layers:
-        raise ValueError(
-            f"The fit did not record the layer of {method.name}: it ran with methods={tuple(trace.layers)}. Fit again "
-            f'with "{method.name}" among the methods of TracInCallback.'
-        )
     with _attribute(trainer, "limit_predict_batches", 1.0):  # every training example, whatever the trainer's limit
         loader = training_set.sequential_loader()
         for number, checkpoint in enumerate(missing, start=1):
@@ -276,63 +281,56 @@ def _fill(
                 _run(trainer, module, checkpoint, method, loader, datamodule, take, description)
 
 
-def _test_examples(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    method: Method,
-    checkpoints: Sequence[Checkpoint],
-    loader: Any,
-    datamodule: pl.LightningDataModule | None,
-) -> tuple[Tensor, Texts, dict[int, str], list[Any]]:
-    """Run the test examples through every checkpoint.
+class _TestExamples:
+    """The test examples of one query: what they say, and their prepared gradients at each checkpoint."""
 
-    Returns:
-        Their data set indices, ascending; what they say; what to print for their token ids; and their prepared
-        gradients at each checkpoint.
-    """
-    order = torch.empty(0, dtype=torch.long)
-    texts: list[Texts] = []
-    vocabulary: dict[int, str] = {}
-    gradients = []
-    for number, checkpoint in enumerate(checkpoints, start=1):
-        blocks: list[Any] = []
-        indices: list[int] = []
+    def __init__(self, module: nn.Module, method: Method) -> None:
+        self.module = module
+        self.method = method
+        self.indices = torch.empty(0, dtype=torch.long)
+        self.texts = Texts(0, self.indices, self.indices, torch.empty(0, dtype=torch.float64))
+        self.vocabulary: dict[int, str] = {}
+        self.gradients: list[Any] = []
+        self._came: list[int] = []
+        self._blocks: list[Any] = []
+        self._texts: list[Texts] = []
 
-        def take(
-            captured: Captured, given: list[int], batch: Any, blocks: list[Any] = blocks, indices: list[int] = indices
-        ) -> None:
-            given = given or list(range(len(indices), len(indices) + len(captured)))  # an iterable: counted
-            if len(given) != len(captured):
-                raise ValueError(
-                    f"A batch of {len(given)} test examples has {len(captured)} losses: the collate function drops or "
-                    "adds examples, so that they cannot be numbered."
-                )
-            bad = captured.first_not_finite()
-            if bad is not None:
-                raise ValueError(f"The loss or gradient of test example {given[bad]} is NaN or infinite.")
-            indices.extend(given)
-            blocks.append(stored_gradients(captured, method.name, None))
-            if number == 1:
-                texts.append(texts_of(captured, labels_of(batch)))
-                new = [token for token in captured.token_ids.unique().tolist() if token not in vocabulary]
-                vocabulary.update(words_of_batch(module, batch, new))
+    def take(self, captured: Captured, indices: list[int], batch: Any) -> None:
+        """Keep a batch's gradients, and at the first checkpoint its texts."""
+        came = indices or list(range(len(self._came), len(self._came) + len(captured)))  # an iterable's are counted
+        if len(came) != len(captured):
+            raise ValueError(
+                f"A batch of {len(came)} test examples has {len(captured)} losses: the collate function drops or adds "
+                "examples, so that they cannot be numbered."
+            )
+        bad = captured.first_not_finite()
+        if bad is not None:
+            raise ValueError(f"The loss or gradient of test example {came[bad]} is NaN or infinite.")
+        self._came.extend(came)
+        self._blocks.append(stored_gradients(captured, self.method.name, None))
+        if not self.gradients:
+            self._texts.append(texts_of(captured, labels_of(batch)))
+            new = [token for token in distinct(captured.token_ids) if token not in self.vocabulary]
+            self.vocabulary.update(words_of_batch(self.module, batch, new))
 
-        description = f"Test gradients {number}/{len(checkpoints)}"
-        _run(trainer, module, checkpoint, method, loader, datamodule, take, description)
-        if not blocks:
+    def finish_checkpoint(self, checkpoint: Checkpoint, trace: Trace) -> None:
+        """Arrange what came at a checkpoint in the order of the data set."""
+        if not self._blocks:
             raise ValueError("The test loader is empty: there is nothing to explain.")
-        places, seen = _places(indices)
-        if number == 1:
-            order = seen
-            texts = [Texts.cat(texts).arranged(places)]
-        elif not torch.equal(order, seen):
+        places, indices = _places(self._came)
+        if not self.gradients:
+            self.indices = indices
+            self.texts = Texts.cat(self._texts).arranged(places)
+        elif not torch.equal(indices, self.indices):
             raise ValueError(
                 "The test loader gave other examples at each pass. Use a sampler that yields the same examples each "
                 "time; their order does not matter."
             )
-        block = type(blocks[0]).cat(blocks).arranged(places)
-        gradients.append(method.prepare(block, _moments(checkpoint, method), "test"))
-    return order, texts[0], vocabulary, gradients
+        block = type(self._blocks[0]).cat(self._blocks).arranged(places)
+        if trace.top_words is not None and isinstance(block, WordGradients):
+            block = block.top_words(trace.top_words)  # as the training side was stored
+        self.gradients.append(self.method.prepare(block, _moments(checkpoint, self.method), "test"))
+        self._came, self._blocks = [], []
 
 
 def _run(
@@ -436,7 +434,8 @@ def _needed_tokens(method: Method, test: Any) -> Tensor | None:
     """The tokens whose rows are enough for a product; None where a norm or a choice of words needs all rows."""
     if not isinstance(method, TracInWE) or method.normalize is not None or method.top_words is not None:
         return None
-    return test.tokens.unique()  # type: ignore[no-any-return]
+    tokens: Tensor = torch.unique(test.tokens)
+    return tokens
 
 
 def _moments(checkpoint: Checkpoint, method: Method) -> SecondMoments | None:
@@ -444,9 +443,9 @@ def _moments(checkpoint: Checkpoint, method: Method) -> SecondMoments | None:
 
 
 def _places(indices: list[int]) -> tuple[Tensor, Tensor]:
-    """For examples in the order they came: each one's place by data set index (-1 for a repetition), and the indices."""
+    """Of examples as they came: the place of each by data set index (-1 for a repetition), and the indices."""
     came = torch.tensor(indices)
-    seen, place = came.unique(return_inverse=True)
+    seen, place = torch.unique(came, return_inverse=True)
     first = torch.full((len(seen),), len(came)).scatter_reduce(0, place, torch.arange(len(came)), "amin")
     places = torch.full((len(came),), -1)
     places[first] = torch.arange(len(seen))

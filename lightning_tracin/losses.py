@@ -97,6 +97,7 @@ class MeanLoss:
         self.module = module
 
     def __call__(self, batch: Any) -> Tensor:
+        """The mean loss of a batch, repeated for each of its examples, (B,)."""
         size = _batch_size(batch)
         if size is None:
             raise ValueError(f"Cannot tell how many examples a batch of {_described(batch)} holds. {_use_mixin()}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,31 @@ Precondition: TypeAlias = Literal["adam"] | None
 _PAIRS = 1 << 16
 # Words with more pairs of rows than this are worth a matrix product of their own.
 _MATRIX = 256
+
+
+class Method(Protocol):
+    """What the influence loop asks of a method; gradients are of the method's own shape."""
+
+    @property
+    def name(self) -> str:
+        """The name that it goes by in arguments and on disk."""
+
+    @property
+    def normalize(self) -> Normalize:
+        """Which norms products are divided by."""
+
+    @property
+    def precondition(self) -> Precondition:
+        """Which second moments products are divided by."""
+
+    def prepare(self, gradients: Any, moments: SecondMoments | None, side: Side) -> Any:
+        """The gradients of a block of examples as they are multiplied."""
+
+    def dot(self, test: Any, train: Any, moments: SecondMoments | None) -> Tensor:
+        """(n_test, n_train) products of prepared blocks."""
+
+    def norms(self, gradients: Any, moments: SecondMoments | None) -> Tensor:
+        """(n_examples,) norms of a prepared block."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +145,10 @@ class TracInLast:
         return linear.example_norms(None if moments is None else moments.weights())
 
 
-Method: TypeAlias = TracInWE | TracInLast
-
-METHODS: dict[str, type[TracInWE] | type[TracInLast]] = {"tracin-we": TracInWE, "tracin-last": TracInLast}
+METHODS: dict[str, type[TracInWE | TracInLast]] = {"tracin-we": TracInWE, "tracin-last": TracInLast}
 
 
-def method_of(method: Any) -> Method:
+def method_of(method: str | Method) -> Method:
     """A method from its name, or itself.
 
     Raises:
@@ -133,14 +156,15 @@ def method_of(method: Any) -> Method:
     """
     if isinstance(method, (TracInWE, TracInLast)):
         return method
-    if method in METHODS:
+    if isinstance(method, str) and method in METHODS:
         return METHODS[method]()
     raise ValueError(f"method must be one of {', '.join(METHODS)}, or a TracInWE or TracInLast, but got {method!r}.")
 
 
 def method_to_json(method: Method) -> dict[str, Any]:
     """The method as JSON, for :func:`method_from_json`."""
-    return {"method": method.name, **asdict(method)}
+    options: Any = method
+    return {"method": method.name, **asdict(options)}
 
 
 def method_from_json(content: dict[str, Any]) -> Method:
@@ -173,7 +197,7 @@ def _dot_words(test: WordGradients, train: WordGradients) -> Tensor:
     left_rows = test_starts[rare][of_pair] + place // per_test.clamp(min=1)
     right_rows = train_starts[rare][of_pair] + place % per_test.clamp(min=1)
     flat = scores.view(-1)
-    for a_rows, b_rows in zip(left_rows.split(_PAIRS), right_rows.split(_PAIRS), strict=True):
+    for a_rows, b_rows in zip(torch.split(left_rows, _PAIRS), torch.split(right_rows, _PAIRS), strict=True):
         products = (test.directions[a_rows].float() * train.directions[b_rows].float()).sum(1)
         products *= test.norms[a_rows] * train.norms[b_rows]
         flat.index_add_(0, test.examples[a_rows] * train.n_examples + train.examples[b_rows], products)
@@ -186,7 +210,7 @@ def _dot_linear(test: LinearGradients, train: LinearGradients) -> Tensor:
     test_inputs = test.inputs.float() * test.input_norms[:, None]
     test_deltas = test.deltas.float() * test.delta_norms[:, None]
     chunk = max(1, (1 << 24) // max(len(test.examples), 1))
-    for positions in torch.arange(len(train.examples)).split(chunk):
+    for positions in torch.split(torch.arange(len(train.examples)), chunk):
         inputs = train.inputs[positions].float() * train.input_norms[positions, None]
         deltas = train.deltas[positions].float() * train.delta_norms[positions, None]
         products = (inputs @ test_inputs.T) * (deltas @ test_deltas.T)
@@ -196,7 +220,7 @@ def _dot_linear(test: LinearGradients, train: LinearGradients) -> Tensor:
 
 
 def _dot_weighted(test: LinearGradients, train: LinearGradients, weights: Tensor) -> Tensor:
-    """(test.n_examples, train.n_examples) of Σ weights · G · G', weights (out, in): one test gradient is formed a time."""
+    """(test.n_examples, train.n_examples) of Σ weights · G · G', weights (out, in); forms one G at a time."""
     scores = torch.zeros(test.n_examples, train.n_examples)
     inputs = train.inputs.float() * train.input_norms[:, None]
     deltas = train.deltas.float() * train.delta_norms[:, None]

@@ -151,7 +151,7 @@ def _tokenizer(module: Any) -> Any:
 def _token_ids(batch: Any) -> Tensor | None:
     """The batch's token ids (B, T): by name in a mapping, else its first tensor of whole numbers in two dimensions."""
     if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-        return batch["input_ids"]
+        return batch["input_ids"]  # type: ignore[no-any-return]
     tensors: list[Tensor] = []
     apply_to_collection(batch, Tensor, tensors.append)
     return next((t for t in tensors if t.dim() == 2 and not t.is_floating_point()), None)

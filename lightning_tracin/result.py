@@ -83,7 +83,8 @@ class InfluenceResult:
             yield from self._tables(row, _PRINTED_K)
         left = len(self.test_indices) - shown
         if left:
-            yield f"... and {left} more test example{'s' if left > 1 else ''}: result.show(index), index up to {left + shown - 1}"
+            last = len(self.test_indices) - 1
+            yield f"... and {left} more test example{'s' * (left > 1)}: result.show(index), index up to {last}"
 
     def show(self, test_index: int, k: int = 5) -> None:
         """Print one test example with its k strongest proponents and opponents.

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_tracin.capture import Captured
-from lightning_tracin.gradients import Gradients, SecondMoments, Texts
+from lightning_tracin.gradients import Gradients, SecondMoments, Texts, distinct
 from lightning_tracin.store import Dtype, Shards, ShardWriter, read_json, write_json, write_tensors
 
 FORMAT_VERSION = 1
@@ -318,7 +318,7 @@ class CachePass:
         """The token ids of a batch whose words are not known yet, each once."""
         if self._texts is None:
             return []
-        return [token for token in captured.token_ids.unique().tolist() if token not in self._vocabulary]
+        return [token for token in distinct(captured.token_ids) if token not in self._vocabulary]
 
     def add(self, captured: Captured, labels: Tensor | None, words: Mapping[int, str]) -> None:
         """Store the next examples.

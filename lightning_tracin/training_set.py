@@ -104,9 +104,9 @@ def only_test_loader(loaders: Any) -> Any:
     loader = _only_loader(loaders, "test")
     if isinstance(loader, (list, tuple, dict, Tensor)) or not hasattr(loader, "__iter__"):
         raise TypeError(f"The test examples must come in a DataLoader, but got {type(loader).__name__}.")
-    if hasattr(loader, "__len__") and not isinstance(getattr(loader, "dataset", None), IterableDataset):
-        if len(loader) == 0:
-            raise ValueError("The test loader is empty: there is nothing to explain.")
+    iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    if hasattr(loader, "__len__") and not iterable and len(loader) == 0:
+        raise ValueError("The test loader is empty: there is nothing to explain.")
     return loader
 
 

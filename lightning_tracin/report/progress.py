@@ -14,7 +14,7 @@ def progress_task(bar: Any, description: str, total: int) -> Iterator[Callable[[
     """Show a task of ``total`` batches in a running progress bar.
 
     Args:
-        bar: ``trainer.progress_bar_callback``: RichProgressBar, TQDMProgressBar, or another or none, which shows nothing.
+        bar: ``trainer.progress_bar_callback``: a RichProgressBar or TQDMProgressBar; any other shows nothing.
         description: what the bar says.
         total: number of batches.
 
