@@ -121,7 +121,7 @@ class TracInCallback(DualCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check all that can be checked on a first batch, and open the trace."""
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
             return
         path = self._resolve_path(trainer)
@@ -140,7 +140,7 @@ class TracInCallback(DualCallback):
             resumed.check_data(len(training_set), fingerprint)
             resumed.drop_checkpoints_after(trainer.global_step)
             last = resumed.checkpoints[-1].step if resumed.checkpoints else 0
-            self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]  # type: ignore[misc]
+            self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
             self.trace = resumed
             return
         self.trace = Trace.create(

@@ -123,10 +123,10 @@ def check_independent(losses: Losses, batch: Any, layer: nn.Module) -> None:
         per_example = losses(batch)
     _check_losses(per_example)
     outputs = [output for _, output in calls]
+    owners = [_owners(per_example, output.shape[:-1], output).to(output.device) for output in outputs]
     gradients = torch.autograd.grad(per_example[0], outputs, materialize_grads=True)
-    for output, gradient in zip(outputs, gradients, strict=True):
-        owners = _owners(per_example, output.shape[:-1], output).to(output.device)
-        if bool(gradient[owners != 0].any()):
+    for owner, gradient in zip(owners, gradients, strict=True):
+        if bool(gradient[owner != 0].any()):
             raise ValueError(
                 "The loss of the first example depends on the other examples of its batch, so it has no gradient of "
                 "its own. Compute each example's loss from that example alone (no statistics over the batch, no "

