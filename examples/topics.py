@@ -10,6 +10,7 @@ predictions come from, and whether self-influence finds the flipped labels. ``ma
 from __future__ import annotations
 
 import argparse
+import io
 import random
 import time
 from collections.abc import Sequence
@@ -99,7 +100,7 @@ def bbc_news() -> tuple[Articles, list[str]]:
 def hub_data(name: str) -> tuple[Articles, list[str]]:
     """A data set of the Hugging Face hub with columns ``text`` and ``label``."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # type: ignore[import-not-found]
     except ModuleNotFoundError:
         raise SystemExit("Data sets of the hub need the package datasets: pip install datasets") from None
     data = load_dataset(name, split="train")
@@ -169,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--test-size", type=int, default=500)
     parser.add_argument("--max-length", type=int, default=64, help="tokens of each article")
     parser.add_argument("--flip", type=float, default=0.05, help="share of training labels flipped on purpose")
-    parser.add_argument("--output", type=Path, default=Path("demo_output"))
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where trace and result are left")
+    parser.add_argument("--picture", type=Path, help="also draw the first answer as an SVG (the README's picture)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
@@ -212,14 +214,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         verdict = "right" if predicted == test[index][1] else "wrong"
         console.print(
             f"\n[bold]Test article {index}[/]: predicted [bold]{topics[predicted]}[/] "
-            f"({probabilities[index, predicted]:.0%}), {verdict}. Who taught it that? ({method.name}, proponents of its "
-            f"label {topics[test[index][1]]})"
+            f"({probabilities[index, predicted]:.0%}), {verdict}. Which training articles spoke for its label "
+            f"{topics[test[index][1]]}, and which against it?"
         )
-        result.show(row, k=3)
+        result.show(row, k=3, console=console)
 
     scores = {each.name: trainer.self_influence(method=each) for each in (TracInWE(), TracInLast())}
     console.print()
-    console.print(found_table(flipped, scores))
+    table = found_table(flipped, scores)
+    console.print(table)
+    if options.picture:
+        recorder = Console(record=True, width=110, file=io.StringIO())
+        result.show(0, k=2, console=recorder)
+        recorder.print(table)
+        recorder.save_svg(str(options.picture), title="trainer.influence(test_loader)")
     saved = result.save(options.output / "result.safetensors")
     size = sum(file.stat().st_size for file in (options.output / "trace").rglob("*") if file.is_file())
     console.print(

@@ -87,12 +87,12 @@ def influence(
         n_train=opened.n_train,
         test_indices=test.indices,
         test_texts=test.texts,
-        test_gradients=test.gradients,
+        test_gradients=test.gradients if isinstance(chosen, TracInWE) else [],  # only word terms are asked for later
         words_of_ids={**opened.vocabulary, **test.vocabulary},
         label_names=_label_names(module),
         trace=opened,
     )
-    return _scored(result, opened, checkpoints, kept)
+    return _scored(result, test.gradients, checkpoints, kept)
 
 
 def self_influence(
@@ -404,22 +404,23 @@ class _Writer(DualPredictionWriter):
         self.take(prediction, [int(index) for index in batch_indices or ()], batch)
 
 
-def _scored(result: InfluenceResult, trace: Trace, checkpoints: Sequence[Checkpoint], k: int | None) -> InfluenceResult:
+def _scored(
+    result: InfluenceResult, test: Sequence[Any], checkpoints: Sequence[Checkpoint], k: int | None
+) -> InfluenceResult:
     """Multiply the test gradients with the stored ones, shard by shard: no more than one shard is in memory."""
     method = result.method
     n_test = len(result.test_indices)
     stored = [checkpoint.gradients(method.name) for checkpoint in checkpoints]
     moments = [_moments(checkpoint, method) for checkpoint in checkpoints]
     rates = [checkpoint.learning_rate_of(method.name) for checkpoint in checkpoints]
-    whole = torch.zeros(n_test, trace.n_train) if k is None else None
+    whole = torch.zeros(n_test, result.n_train) if k is None else None
     strongest: tuple[TopK, TopK] | None = None
     for shard in range(len(stored[0])):
         start, stop = stored[0].bounds(shard)
         scores = torch.zeros(n_test, stop - start)
-        for place, test in enumerate(result.test_gradients):
-            block = stored[place].read(shard, tokens=_needed_tokens(method, test))
-            prepared = method.prepare(block, moments[place], "train")
-            scores += rates[place] * method.dot(test, prepared, moments[place])
+        for gradients, shards, moment, rate in zip(test, stored, moments, rates, strict=True):
+            block = shards.read(shard, tokens=_needed_tokens(method, gradients))
+            scores += rate * method.dot(gradients, method.prepare(block, moment, "train"), moment)
         if whole is not None:
             whole[:, start:stop] = scores
         elif k is not None:
@@ -513,7 +514,7 @@ def _labelled(bar: Any, description: str) -> Any:
 @contextmanager
 def _weights_kept(module: nn.Module) -> Iterator[None]:
     """Give a module back the weights and the training flags that it had."""
-    state = {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    state = {name: value.cpu().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     training = {part: part.training for part in module.modules()}
     try:
         yield

@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_tracin.gradients import LinearGradients, Texts, WordGradients
+from lightning_tracin.gradients import Texts, WordGradients
 from lightning_tracin.methods import Method, TracInWE, method_from_json, method_to_json
 from lightning_tracin.report.tables import Example, Influential, influence_tables
 from lightning_tracin.store import write_tensors
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT_VERSION = 1
+_WORD_TENSORS = ("examples", "tokens", "norms", "directions")
 _PRINTED_TESTS = 3
 _PRINTED_K = 3
 
@@ -54,7 +55,7 @@ class InfluenceResult:
     n_train: int
     test_indices: Tensor
     test_texts: Texts
-    test_gradients: list[Any]
+    test_gradients: list[WordGradients]
     words_of_ids: dict[int, str]
     label_names: dict[int, str]
     trace: Trace | None
@@ -86,15 +87,19 @@ class InfluenceResult:
             last = len(self.test_indices) - 1
             yield f"... and {left} more test example{'s' * (left > 1)}: result.show(index), index up to {last}"
 
-    def show(self, test_index: int, k: int = 5) -> None:
+    def show(self, test_index: int, k: int = 5, *, console: Console | None = None) -> None:
         """Print one test example with its k strongest proponents and opponents.
 
         Args:
             test_index: row of the scores.
             k: how many of each.
+            console: where to print; the terminal by default.
+
+        Raises:
+            IndexError: if there is no such test example.
         """
         self._check_test_index(test_index)
-        console = Console()
+        console = console or Console()
         for table in self._tables(test_index, k):
             console.print(table)
 
@@ -235,13 +240,13 @@ class InfluenceResult:
             if top is not None:
                 tensors |= {f"{name}.values": top.values, f"{name}.indices": top.indices}
         for number, gradients in enumerate(self.test_gradients):
-            tensors |= {f"gradients.{number}.{name}": getattr(gradients, name) for name in _tensor_names(gradients)}
+            tensors |= {f"gradients.{number}.{name}": getattr(gradients, name) for name in _WORD_TENSORS}
         used = set(self.test_texts.ids.tolist())
         header = {
             "version": FORMAT_VERSION,
             "method": method_to_json(self.method),
             "n_train": self.n_train,
-            "n_checkpoints": len(self.test_gradients),
+            "n_gradients": len(self.test_gradients),
             "words_of_ids": {str(token): word for token, word in self.words_of_ids.items() if token in used},
             "label_names": {str(number): name for number, name in self.label_names.items()},
             "trace_id": self.trace_id,
@@ -277,15 +282,14 @@ class InfluenceResult:
         ]
         words = {int(token): word for token, word in header["words_of_ids"].items()}
         method = method_from_json(header["method"])
-        kind = WordGradients if isinstance(method, TracInWE) else LinearGradients
         return cls(
             method=method,
             n_train=header["n_train"],
             test_indices=tensors["test_indices"],
             test_texts=Texts(n_test, tensors["texts.examples"], tensors["texts.ids"], tensors["texts.labels"]),
             test_gradients=[
-                kind(n_test, *(tensors[f"gradients.{number}.{name}"] for name in _tensor_names(kind)))
-                for number in range(header["n_checkpoints"])
+                WordGradients(n_test, *(tensors[f"gradients.{number}.{name}"] for name in _WORD_TENSORS))
+                for number in range(header["n_gradients"])
             ],
             words_of_ids=words if trace is None else {**trace.vocabulary, **words},
             label_names={int(number): name for number, name in header["label_names"].items()},
@@ -405,10 +409,6 @@ def clipped_k(k: int, n_train: int) -> int:
     if k > n_train:
         rank_zero_warn(f"k={k} is larger than the training set: all {n_train} training examples are kept.")
     return min(k, n_train)
-
-
-def _tensor_names(gradients: Any) -> list[str]:
-    return [name for name in gradients.__dataclass_fields__ if name != "n_examples"]
 
 
 def _find_trace(header: dict[str, Any], folder: Path) -> Trace | None:

@@ -201,6 +201,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file that appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=dict(metadata or {}))
+    partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
     _into_place(partial, path)
 
 
