@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_tracin.gradients import LinearGradients, Texts, WordGradients, unit_rows
+from lightning_tracin.methods import TracInLast, TracInWE
+
+
+def dense(words: WordGradients, vocabulary: int) -> torch.Tensor:
+    """(n_examples, vocabulary, H) float64."""
+    table = torch.zeros(words.n_examples, vocabulary, words.directions.shape[1], dtype=torch.float64)
+    table[words.examples, words.tokens] = words.norms[:, None].double() * words.directions.double()
+    return table
+
+
+def random_words(n_examples: int, vocabulary: int = 30, length: int = 9, hidden: int = 6, scale: float = 1.0):
+    owners = torch.arange(n_examples).repeat_interleave(length)
+    tokens = torch.randint(vocabulary, (n_examples * length,))
+    gradients = torch.randn(n_examples * length, hidden) * scale
+    table = torch.zeros(n_examples, vocabulary, hidden, dtype=torch.float64)
+    table.index_put_((owners, tokens), gradients.double(), accumulate=True)
+    return WordGradients.from_positions(n_examples, owners, tokens, gradients), table
+
+
+def random_linear(n_examples: int, positions: int, inputs: int = 5, outputs: int = 4):
+    owners = torch.arange(n_examples).repeat_interleave(positions)
+    h, delta = torch.randn(len(owners), inputs), torch.randn(len(owners), outputs)
+    table = torch.zeros(n_examples, outputs, inputs, dtype=torch.float64)
+    table.index_add_(0, owners, torch.einsum("po,pi->poi", delta, h).double())
+    return LinearGradients.from_positions(n_examples, owners, h, delta), table
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e-25, 1e25])
+def test_unit_rows_recover_rows_of_any_size(scale):
+    rows = torch.randn(7, 5) * scale
+    norms, directions = unit_rows(rows)
+    torch.testing.assert_close(norms[:, None] * directions, rows, rtol=1e-5, atol=0)
+    torch.testing.assert_close(directions.norm(dim=1), torch.ones(7))
+
+
+def test_unit_rows_keep_a_row_of_zeros():
+    norms, directions = unit_rows(torch.zeros(2, 3))
+    assert norms.tolist() == [0, 0]
+    assert not directions.any()
+
+
+def test_rows_of_a_token_that_occurs_twice_are_summed():
+    words, table = random_words(8, vocabulary=4)  # nine positions, four tokens: every example repeats some
+    torch.testing.assert_close(dense(words, 4), table, rtol=1e-5, atol=1e-6)
+    assert len(set(zip(words.examples.tolist(), words.tokens.tolist(), strict=True))) == len(words.tokens)
+
+
+def test_words_whose_gradient_is_zero_are_left_out():
+    words = WordGradients.from_positions(1, torch.tensor([0, 0]), torch.tensor([3, 5]), torch.tensor([[0.0], [2.0]]))
+    assert words.tokens.tolist() == [5]
+
+
+@pytest.mark.parametrize(("n_test", "n_train", "vocabulary"), [(6, 11, 30), (40, 50, 3), (1, 1, 200), (3, 4, 1)])
+def test_joining_words_equals_dense_products(n_test, n_train, vocabulary):
+    method = TracInWE()
+    test, test_table = random_words(n_test, vocabulary)
+    train, train_table = random_words(n_train, vocabulary)
+    scores = method.dot(method.prepare(test, None, "test"), method.prepare(train, None, "train"), None)
+    torch.testing.assert_close(
+        scores.double(), torch.einsum("avh,bvh->ab", test_table, train_table), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_examples_without_a_common_word_score_zero():
+    method = TracInWE()
+    test = WordGradients.from_positions(1, torch.tensor([0]), torch.tensor([1]), torch.ones(1, 2))
+    train = WordGradients.from_positions(1, torch.tensor([0]), torch.tensor([2]), torch.ones(1, 2))
+    assert method.dot(test, train, None).tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("positions", [1, 4])
+def test_linear_products_equal_products_of_dense_gradients(positions):
+    method = TracInLast()
+    test, test_table = random_linear(3, positions)
+    train, train_table = random_linear(5, positions)
+    expected = torch.einsum("aoi,boi->ab", test_table, train_table)
+    torch.testing.assert_close(method.dot(test, train, None).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(train.example_norms().double(), train_table.flatten(1).norm(dim=1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_top_words_are_those_of_largest_norm(k):
+    words, table = random_words(6)
+    norms = table.norm(dim=2)
+    kept = words.top_words(k)
+    for example in range(6):
+        expected = set(norms[example].topk(min(k, int((norms[example] > 0).sum()))).indices.tolist())
+        assert set(kept.tokens[kept.examples == example].tolist()) == expected
+
+
+@pytest.mark.parametrize("make", [random_words, lambda n: random_linear(n, 3)], ids=["words", "linear"])
+def test_blocks_can_be_cut_joined_and_arranged(make):
+    block, _ = make(7)
+    whole = type(block).cat([block.slice(0, 2), block.slice(2, 7)])
+    torch.testing.assert_close(whole.example_norms(), block.example_norms())
+    places = torch.tensor([2, -1, 0, 1, -1, 4, 3])
+    arranged = block.arranged(places)
+    assert arranged.n_examples == 5
+    torch.testing.assert_close(arranged.example_norms()[places[places >= 0]], block.example_norms()[places >= 0])
+
+
+def test_texts_can_be_cut_joined_and_arranged():
+    texts = Texts(3, torch.tensor([0, 0, 1, 2]), torch.tensor([7, 8, 9, 5]), torch.tensor([1.0, torch.nan, 2.0]))
+    joined = Texts.cat([texts.slice(0, 1), texts.slice(1, 3)])
+    assert [joined.ids_of(i) for i in range(3)] == [[7, 8], [9], [5]]
+    assert [joined.label_of(i) for i in range(3)] == [1.0, None, 2.0]
+    arranged = texts.arranged(torch.tensor([1, -1, 0]))
+    assert [arranged.ids_of(i) for i in range(2)] == [[5], [7, 8]]
+    assert [arranged.label_of(i) for i in range(2)] == [2.0, 1.0]
+
+
+def test_norms_of_tiny_gradients_do_not_vanish():
+    words, table = random_words(4, scale=1e-25)
+    torch.testing.assert_close(words.example_norms().double(), table.flatten(1).norm(dim=1), rtol=1e-4, atol=0)
