@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_tracin._compat import DualCallback, batch_to_device
 from lightning_tracin.capture import Captured, Losses, capture, check_independent, gradients_enabled
-from lightning_tracin.layers import layer_name
+from lightning_tracin.layers import layer_name, layers_of_table
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
@@ -302,7 +302,8 @@ def first_batch(
             layers["tracin-last"] = layer_name(module, last_layer_of(module, lambda: losses(batch)))
         captured = capture_at(module, layers, methods, losses, batch)
         if not isinstance(losses, MeanLoss):
-            check_independent(losses, batch, module.get_submodule(next(iter(layers.values()))))
+            first = module.get_submodule(next(iter(layers.values())))
+            check_independent(losses, batch, layers_of_table(module, first))
     bad = captured.first_not_finite()
     if bad is not None:
         raise ValueError(f"The loss or gradient of training example {bad} is NaN or infinite before training began.")
@@ -313,11 +314,13 @@ def capture_at(
     module: torch.nn.Module, layers: dict[str, str], methods: Sequence[str], losses: Losses, batch: Any
 ) -> Captured:
     """The gradients of a batch that some methods need, at the layers of those names."""
-
-    def layer(method: str) -> torch.nn.Module | None:
-        return module.get_submodule(layers[method]) if method in methods else None
-
-    return capture(losses, batch, embedding_layer=layer("tracin-we"), linear_layer=layer("tracin-last"))
+    tables: list[torch.nn.Module] = []
+    linear = None
+    if "tracin-we" in methods:
+        tables = layers_of_table(module, module.get_submodule(layers["tracin-we"]))
+    if "tracin-last" in methods:
+        linear = module.get_submodule(layers["tracin-last"])
+    return capture(losses, batch, embedding_layers=tables, linear_layer=linear)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ and LoRA-wrapped weights all serve, and no parameter's ``.grad`` is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -21,8 +21,6 @@ from lightning_tracin.gradients import LinearGradients, WordGradients
 #: From a batch to the losses of its examples, (B,). A mean loss is given as that mean, repeated B times.
 Losses: TypeAlias = Callable[[Any], Tensor]
 
-#: Input and output of each call of one layer in one forward pass.
-_Calls: TypeAlias = list[tuple[Tensor, Tensor]]
 
 _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 
@@ -63,7 +61,7 @@ def capture(
     losses: Losses,
     batch: Any,
     *,
-    embedding_layer: nn.Module | None = None,
+    embedding_layers: Sequence[nn.Module] = (),
     linear_layer: nn.Module | None = None,
 ) -> Captured:
     """The gradients of a batch's examples, by one forward and one backward pass.
@@ -73,7 +71,7 @@ def capture(
     Args:
         losses: from the batch to its examples' losses.
         batch: what the module's ``training_step`` takes, on the module's device.
-        embedding_layer: module called with token ids; its calls in one forward pass add up.
+        embedding_layers: modules called with token ids that share one table; all calls in a forward pass add up.
         linear_layer: ``nn.Linear``; its calls in one forward pass, and its positions, add up.
 
     Raises:
@@ -82,47 +80,48 @@ def capture(
     embeddings: _Calls = []
     linears: _Calls = []
     with ExitStack() as hooks:
-        if embedding_layer is not None:
-            hooks.enter_context(_hooked(embedding_layer, embeddings, cut=True))
+        for layer in embedding_layers:
+            hooks.enter_context(_hooked(layer, embeddings, cut=True))
         if linear_layer is not None:
             hooks.enter_context(_hooked(linear_layer, linears, cut=False))
         per_example = losses(batch)
     _check_losses(per_example)
-    for layer, calls in ((embedding_layer, embeddings), (linear_layer, linears)):
-        if layer is not None and not calls:
-            raise ValueError(f"The layer {layer} was not called when the loss of a batch was computed.")
+    for wanted, calls in ((list(embedding_layers), embeddings), ([linear_layer] * (linear_layer is not None), linears)):
+        if wanted and not calls:
+            raise ValueError(f"The layer {wanted[0]} was not called when the loss of a batch was computed.")
     if not per_example.requires_grad:
         raise ValueError(
             "The losses do not depend on the layers' outputs: influence_loss must not detach them or use torch.no_grad."
         )
     n = len(per_example)
-    embedding_owners = [_owners(per_example, ids.shape, output) for ids, output in embeddings]
-    linear_owners = [_owners(per_example, output.shape[:-1], output) for _, output in linears]
-    outputs = [output for _, output in [*embeddings, *linears]]
+    word_owners = [_owners(per_example, call.inputs.shape, call.output) for call in embeddings]
+    linear_owners = [_owners(per_example, call.output.shape[:-1], call.output) for call in linears]
+    outputs = [call.output for call in [*embeddings, *linears]]
     gradients = list(torch.autograd.grad(per_example.sum(), outputs, materialize_grads=True))
     owners = ids = torch.empty(0, dtype=torch.long)
     words = linear = None
-    if embedding_layer is not None:
-        at_words = gradients[: len(embeddings)]
-        owners, ids, rows = _word_positions(embedding_layer, embeddings, embedding_owners, at_words, batch)
+    if embeddings:
+        owners, ids, rows = _word_positions(embeddings, word_owners, gradients[: len(embeddings)], batch)
         words = WordGradients.from_positions(n, owners, ids, rows)
-    if linear_layer is not None:
-        positions = _linear_positions(linear_layer, linears, linear_owners, gradients[len(embeddings) :])
+    if linears:
+        positions = _linear_positions(linears, linear_owners, gradients[len(embeddings) :])
         linear = LinearGradients.from_positions(n, *positions)
     return Captured(per_example.detach().float().cpu(), owners, ids, words, linear)
 
 
-def check_independent(losses: Losses, batch: Any, layer: nn.Module) -> None:
+def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> None:
     """Check that the loss of a batch's first example does not depend on the other examples.
 
     Raises:
         ValueError: if it does: batch norm in training mode, negatives taken from the batch, a loss over the batch.
     """
     calls: _Calls = []
-    with _hooked(layer, calls, cut=False):
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(_hooked(layer, calls, cut=False))
         per_example = losses(batch)
     _check_losses(per_example)
-    outputs = [output for _, output in calls]
+    outputs = [call.output for call in calls]
     owners = [_owners(per_example, output.shape[:-1], output).to(output.device) for output in outputs]
     gradients = torch.autograd.grad(per_example[0], outputs, materialize_grads=True)
     for owner, gradient in zip(owners, gradients, strict=True):
@@ -163,6 +162,18 @@ def usable_in_autograd(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer in a forward pass."""
+
+    layer: nn.Module
+    inputs: Tensor
+    output: Tensor
+
+
+_Calls: TypeAlias = list[_Call]
+
+
 @contextmanager
 def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool) -> Iterator[None]:
     """Record the layer's calls; with ``cut`` nothing before its output is differentiated."""
@@ -173,7 +184,7 @@ def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool) -> Iterator[None]:
             raise ValueError(f"The layer {layer} must take a tensor and return a tensor; it returned {type(output)}.")
         if cut or not output.requires_grad:
             output = output.detach().requires_grad_()
-        calls.append((value.detach().clone(), output))
+        calls.append(_Call(layer, value.detach().clone(), output))
         copy: Tensor = output.clone()  # the model may change it in place; the gradient is taken at the output itself
         return copy
 
@@ -224,12 +235,13 @@ def _is_time_first(losses: Tensor, output: Tensor) -> bool:
 
 
 def _word_positions(
-    layer: nn.Module, calls: _Calls, owners_of_calls: list[Tensor], gradients: list[Tensor], batch: Any
+    calls: _Calls, owners_of_calls: list[Tensor], gradients: list[Tensor], batch: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Example, token id and gradient of every position that is not padding, over all calls of the embedding layer."""
-    padding = getattr(getattr(layer, "base_layer", layer), "padding_idx", None)  # peft wraps the layer
     parts = []
-    for (ids, output), owners, gradient in zip(calls, owners_of_calls, gradients, strict=True):
+    for call, owners, gradient in zip(calls, owners_of_calls, gradients, strict=True):
+        ids, output = call.inputs, call.output
+        padding = getattr(getattr(call.layer, "base_layer", call.layer), "padding_idx", None)  # peft wraps the layer
         if ids.is_floating_point() or output.shape[:-1] != ids.shape:
             raise ValueError(
                 f"The embedding layer must turn ids of shape (B, T) into vectors of shape (B, T, H), but turned "
@@ -246,13 +258,13 @@ def _word_positions(
 
 
 def _linear_positions(
-    layer: nn.Module, calls: _Calls, owners_of_calls: list[Tensor], gradients: list[Tensor]
+    calls: _Calls, owners_of_calls: list[Tensor], gradients: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Example, input (a 1 appended where there is a bias) and delta of every position, over all calls of the layer."""
     parts = []
-    for (inputs, _), owners, delta in zip(calls, owners_of_calls, gradients, strict=True):
-        flat = inputs.float().cpu().reshape(-1, inputs.shape[-1])
-        if getattr(layer, "bias", None) is not None:
+    for call, owners, delta in zip(calls, owners_of_calls, gradients, strict=True):
+        flat = call.inputs.float().cpu().reshape(-1, call.inputs.shape[-1])
+        if getattr(call.layer, "bias", None) is not None:
             flat = torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
         parts.append((owners.reshape(-1), flat, delta.float().cpu().reshape(-1, delta.shape[-1])))
     return _by_example(parts)

@@ -21,7 +21,7 @@ def find_embedding_layer(module: nn.Module) -> nn.Module:
     candidates = _hugging_face_embeddings(module) or [
         part for part in module.modules() if isinstance(part, nn.Embedding)
     ]
-    unique = list({id(part): part for part in candidates}.values())
+    unique = list({id(getattr(part, "weight", part)): part for part in candidates}.values())
     if len(unique) == 1:
         return unique[0]
     if not unique:
@@ -33,6 +33,14 @@ def find_embedding_layer(module: nn.Module) -> nn.Module:
         f"{type(module).__name__} has {len(unique)} candidates for the word embedding layer: "
         f"{_listed(module, unique)}. {EMBEDDING_ADVICE}."
     )
+
+
+def layers_of_table(module: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """The layer, and the other embedding layers of the module whose table is the same tensor (encoder and decoder)."""
+    weight = getattr(layer, "weight", None)
+    inside = set(layer.modules())  # peft's layer holds the one that it wraps
+    tied = [part for part in module.modules() if isinstance(part, nn.Embedding) and part.weight is weight]
+    return [layer, *(part for part in tied if part not in inside)]
 
 
 def find_last_layer(module: nn.Module) -> nn.Linear:
