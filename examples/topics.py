@@ -13,6 +13,7 @@ import argparse
 import io
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lightning_tracin import TracInCallback, TracInLast, TracInMixin, TracInWE, Trainer
+from lightning_tracin import InfluenceResult, TracInCallback, TracInLast, TracInMixin, TracInWE, Trainer
 
 console = Console()
 Articles = list[tuple[str, int]]  # text and label
@@ -160,6 +161,32 @@ def found_table(flipped: set[int], scores: dict[str, Tensor]) -> Table:
     return table
 
 
+def common_words(train_set: Tokenized, tokenizer: Any) -> set[str]:
+    """The words that more than a tenth of the training articles hold: mostly stop words and punctuation."""
+    counts = Counter(token for row in train_set.rows for token in set(row["input_ids"]))
+    return set(tokenizer.convert_ids_to_tokens([t for t, count in counts.items() if count > len(train_set) / 10]))
+
+
+def common_share(result: InfluenceResult, common: set[str]) -> float:
+    """The share of common words among the 5 strongest words of each test article's 5 strongest proponents."""
+    words = [
+        word
+        for row, train_indices in enumerate(result.proponents(5).indices.tolist())
+        for train_index in train_indices
+        for word, _ in result.words(row, train_index)[:5]
+    ]
+    return sum(word in common for word in words) / max(len(words), 1)
+
+
+def common_table(shares: dict[TracInWE, float]) -> Table:
+    """How much of an explanation is words that say nothing."""
+    table = Table("normalize", "precondition", title="Common words among the strongest words")
+    table.add_column("share", justify="right")
+    for method, share in shares.items():
+        table.add_row(str(method.normalize), str(method.precondition), f"{share:.0%}")
+    return table
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, ask, print; returns the figures that were printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,17 +232,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     accuracy = (probabilities.argmax(1) == labels).float().mean().item()
     console.print(f"\nAccuracy on {len(test)} test articles: [bold]{accuracy:.3f}[/]")
 
-    method = TracInWE(normalize="train", exclude_tokens=tokenizer.all_special_ids)
+    special = tokenizer.all_special_ids
+    method = TracInWE(normalize="cosine", precondition="adam", exclude_tokens=special)
     chosen = chosen_articles(probabilities, labels)
-    chosen_loader = DataLoader(Subset(test_set, chosen), batch_size=3, collate_fn=collate)
-    result = trainer.influence(chosen_loader, method=method)
+    predicted = probabilities.argmax(1).tolist()
+    # To ask what made the model say something, give the test example the label that the model said.
+    asked = Tokenized([(test[index][0], predicted[index]) for index in chosen], tokenizer, options.max_length)
+    result = trainer.influence(DataLoader(asked, batch_size=len(asked), collate_fn=collate), method=method)
     for row, index in enumerate(chosen):
-        predicted = int(probabilities[index].argmax())
-        verdict = "right" if predicted == test[index][1] else "wrong"
+        said, truth = topics[predicted[index]], topics[test[index][1]]
+        verdict = "and so it is" if said == truth else f"but it is {truth}"
         console.print(
-            f"\n[bold]Test article {index}[/]: predicted [bold]{topics[predicted]}[/] "
-            f"({probabilities[index, predicted]:.0%}), {verdict}. Which training articles spoke for its label "
-            f"{topics[test[index][1]]}, and which against it?"
+            f"\n[bold]Test article {index}[/]: the model says [bold]{said}[/] ({probabilities[index].max():.0%}), "
+            f"{verdict}. What taught it to say {said}?"
         )
         result.show(row, k=3, console=console)
 
@@ -223,6 +252,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     console.print()
     table = found_table(flipped, scores)
     console.print(table)
+
+    common = common_words(train_set, tokenizer)
+    some_loader = DataLoader(Subset(test_set, range(min(20, len(test_set)))), batch_size=20, collate_fn=collate)
+    shares = {
+        each: common_share(trainer.influence(some_loader, method=each, k=5), common)
+        for each in (TracInWE(exclude_tokens=special), TracInWE(normalize="train", exclude_tokens=special), method)
+    }
+    console.print(common_table(shares))
     if options.picture:
         recorder = Console(record=True, width=110, file=io.StringIO())
         result.show(0, k=2, console=recorder)

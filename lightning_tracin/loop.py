@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import pytorch_lightning as pl
 import torch
@@ -71,7 +71,7 @@ def influence(
     module = _module(trainer, model)
     opened = _trace(trainer, trace)
     if dataloaders is None and datamodule is not None:
-        dataloaders = _from_datamodule(trainer, datamodule, "test")
+        dataloaders = _from_datamodule(datamodule, "test")
     loader = only_test_loader(dataloaders)
     kept = None if k is None else clipped_k(k, opened.n_train)
     with _weights_kept(module):
@@ -224,8 +224,8 @@ def _ready(
         trace.check_model(module)
     missing = [each for each in checkpoints if not each.has_gradients(method.name)]
     loaders = train_dataloaders
-    if loaders is None and datamodule is not None:
-        loaders = _from_datamodule(trainer, datamodule, "train")
+    if loaders is None and datamodule is not None and datamodule is not _attached(trainer):
+        loaders = _from_datamodule(datamodule, "train")  # fit has set its own up: again could split the data anew
     if loaders is None and missing:
         loaders = trainer.train_dataloader
     if loaders is not None:
@@ -473,7 +473,7 @@ def _trace(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:
     )
 
 
-def _from_datamodule(trainer: pl.Trainer, datamodule: pl.LightningDataModule, kind: str) -> Any:
+def _from_datamodule(datamodule: pl.LightningDataModule, kind: Literal["test", "train"]) -> Any:
     """A datamodule's test or training loader, set up as Lightning would."""
     datamodule.prepare_data()
     datamodule.setup("test" if kind == "test" else "fit")

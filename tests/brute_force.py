@@ -1,0 +1,89 @@
+"""The definition of TracIn, word for word: one example at a time, dense gradients of the weights, double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def untie(module: nn.Module, embedding: nn.Module) -> None:
+    """Give linear layers that use the embedding's weight their own, so that its gradient is of the embedding alone."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear) and part.weight is embedding.weight:
+            part.weight = nn.Parameter(part.weight.detach().clone())
+
+
+def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+
+
+def dense_gradients(
+    module: nn.Module, layer: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]
+) -> Tensor:
+    """(examples, rows, columns): the gradient of the layer's weight, and of its bias as one more column."""
+    parameters = [each for each in (layer.weight, getattr(layer, "bias", None)) if each is not None]
+    module.eval()
+    for parameter in parameters:
+        parameter.requires_grad_()
+    gradients = [torch.autograd.grad(loss(batch), parameters) for batch in batches]
+    return torch.stack([with_bias(*each) if len(each) == 2 else each[0] for each in gradients]).double()
+
+
+@dataclass(frozen=True)
+class BruteForce:
+    """Gradients (examples, rows, columns) of one layer at every checkpoint, and its mean learning rates."""
+
+    rates: list[float]
+    test: list[Tensor]
+    train: list[Tensor]
+
+    def scores(
+        self,
+        *,
+        exclude_tokens: Iterable[int] = (),
+        top_words: int | None = None,
+        normalize: str | None = None,
+        second_moments: list[tuple[Tensor, float]] | None = None,
+    ) -> Tensor:
+        """(n_test, n_train); second moments are bias-corrected, (rows, columns), each with Adam's epsilon."""
+        total = torch.zeros(len(self.test[0]), len(self.train[0]), dtype=torch.float64)
+        for number, (rate, *sides) in enumerate(zip(self.rates, self.test, self.train, strict=True)):
+            weights = torch.ones_like(sides[0][0])
+            if second_moments is not None:
+                moments, eps = second_moments[number]
+                weights = torch.where(moments > 0, 1 / (moments.double().sqrt() + eps), 0.0)
+            test, train = (_chosen_rows(side, weights, exclude_tokens, top_words) for side in sides)
+            products = torch.einsum("iab,jab,ab->ij", test, train, weights)
+            test_norms, train_norms = (torch.einsum("iab,iab,ab->i", g, g, weights).sqrt() for g in (test, train))
+            if normalize in ("train", "cosine"):
+                products = products / train_norms
+            if normalize == "cosine":
+                products = products / test_norms[:, None]
+            total += rate * products
+        return total
+
+    def terms(self, test_index: int, train_index: int) -> Tensor:
+        """(rows,) each row's part in the score of a pair."""
+        return sum(
+            rate * (test[test_index] * train[train_index]).sum(1)
+            for rate, test, train in zip(self.rates, self.test, self.train, strict=True)
+        )
+
+
+def _chosen_rows(gradients: Tensor, weights: Tensor, exclude_tokens: Iterable[int], top_words: int | None) -> Tensor:
+    """The gradients with rows set to zero: those excluded, and all but the ``top_words`` longest of each example."""
+    gradients = gradients.clone()
+    gradients[:, list(exclude_tokens)] = 0
+    if top_words is not None:
+        lengths = (gradients**2 * weights).sum(2)
+        strongest = lengths.topk(top_words, dim=1).indices
+        gradients *= torch.zeros_like(lengths).scatter(1, strongest, 1.0)[..., None]
+    return gradients
