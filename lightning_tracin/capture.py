@@ -86,9 +86,8 @@ def capture(
             hooks.enter_context(_hooked(linear_layer, linears, cut=False))
         per_example = losses(batch)
     _check_losses(per_example)
-    for wanted, calls in ((list(embedding_layers), embeddings), ([linear_layer] * (linear_layer is not None), linears)):
-        if wanted and not calls:
-            raise ValueError(f"The layer {wanted[0]} was not called when the loss of a batch was computed.")
+    _require_called(embedding_layers, embeddings)
+    _require_called(() if linear_layer is None else (linear_layer,), linears)
     if not per_example.requires_grad:
         raise ValueError(
             "The losses do not depend on the layers' outputs: influence_loss must not detach them or use torch.no_grad."
@@ -193,6 +192,11 @@ def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _require_called(layers: Sequence[nn.Module], calls: _Calls) -> None:
+    if layers and not calls:
+        raise ValueError(f"The layer {layers[0]} was not called when the loss of a batch was computed.")
 
 
 def _check_losses(losses: object) -> None:

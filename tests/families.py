@@ -204,6 +204,14 @@ def labelled_texts(labels: Callable[[Tensor, Tensor], Tensor], padding: int = PA
     return rows({"input_ids": ids, "attention_mask": mask.long(), "labels": labels(ids, mask)})
 
 
+def padded_on_the_left(texts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The last padding of each text now predicts its first word."""
+    return [
+        {name: column.roll(len(column) - int(text["attention_mask"].sum())) for name, column in text.items()}
+        for text in texts
+    ]
+
+
 def masked_texts(padding: int = PADDING) -> list[dict[str, Tensor]]:
     ids, mask = sentences(padding=padding)
     hidden = (torch.rand(ids.shape, generator=draw()) < 0.3) & mask
@@ -366,6 +374,7 @@ class Family:
     module: Callable[[], Module]
     examples: list[Any]
     collate: Callable[[list[Any]], Any] | None = None
+    masked_tokens: tuple[int, ...] = ()  # ids that occur only where the attention mask is 0, and yet reach the loss
 
     def build(self) -> Module:
         with torch.random.fork_rng():
@@ -402,6 +411,7 @@ FAMILIES = {
         lambda: bert("BertForTokenClassification", "classifier", num_labels=CLASSES), labelled_texts(tags)
     ),
     "gpt2-causal": Family(gpt2, labelled_texts(next_words)),
+    "gpt2-padded-on-the-left": Family(gpt2, padded_on_the_left(labelled_texts(next_words)), masked_tokens=(PADDING,)),
     "bert-masked": Family(lambda: bert("BertForMaskedLM", "cls.predictions.decoder"), masked_texts()),
     "distilbert-masked": Family(distilbert_masked, masked_texts()),
     "roberta-masked": Family(roberta_masked, masked_texts(padding=1)),
