@@ -101,12 +101,11 @@ class Fitted:
         module.load_state_dict(Trace(self.path / "float32").checkpoints[at].weights())
         if module.embedding is not None:
             untie(module, module.get_submodule(module.embedding))
-        return dense_gradients(
-            module,
-            module.get_submodule(layer),
-            self.family.singles(side),
-            lambda batch: module.loss(batch) * self.scale,
-        )
+        at_layer, singles = module.get_submodule(layer), self.family.singles(side)
+        gradients = dense_gradients(module, at_layer, singles, lambda batch: module.loss(batch) * self.scale)
+        if layer == module.embedding:
+            gradients[:, list(self.family.masked_tokens)] = 0
+        return gradients
 
 
 @pytest.fixture(scope="module")
