@@ -10,11 +10,13 @@ predictions come from, and whether self-influence finds the flipped labels. ``ma
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import random
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_tracin import InfluenceResult, TracInCallback, TracInLast, TracInMixin, TracInWE, Trainer
@@ -178,17 +180,28 @@ def common_share(result: InfluenceResult, common: set[str]) -> float:
     return sum(word in common for word in words) / max(len(words), 1)
 
 
-def common_table(shares: dict[TracInWE, float]) -> Table:
-    """How much of an explanation is words that say nothing."""
-    table = Table("normalize", "precondition", title="Common words among the strongest words")
-    table.add_column("share", justify="right")
-    for method, share in shares.items():
-        table.add_row(str(method.normalize), str(method.precondition), f"{share:.0%}")
+def compared(
+    trainer: Trainer,
+    loader: DataLoader[Any],
+    said: Tensor,
+    train_labels: Tensor,
+    methods: Sequence[Any],
+    common: set[str],
+) -> Table:
+    """For some predictions: whether proponents have the label that the model said, and whether their words say much."""
+    table = Table("method", "normalize", "precondition", title=f"The 5 strongest proponents of {len(said)} predictions")
+    for column in ("same label", "common words"):
+        table.add_column(column, justify="right")
+    for method in methods:
+        result = trainer.influence(loader, method=method, k=5)
+        same = (train_labels[result.proponents(5).indices] == said[:, None]).float().mean().item()
+        words = f"{common_share(result, common):.0%}" if isinstance(method, TracInWE) else ""
+        table.add_row(method.name, str(method.normalize), str(method.precondition), f"{same:.0%}", words)
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, ask, print; returns the figures that were printed."""
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a Hugging Face name or a folder (default: MiniLM-L6 from its package)")
     parser.add_argument("--data", help="a data set on the hub with text and label (default: BBC News)")
@@ -200,8 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where trace and result are left")
     parser.add_argument("--picture", type=Path, help="also draw the first answer as an SVG (the README's picture)")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train, ask, print; returns the figures that were printed."""
+    options = parsed(arguments)
     started = time.monotonic()
     pl.seed_everything(options.seed, verbose=False)
     articles, topics = hub_data(options.data) if options.data else bbc_news()
@@ -212,58 +229,65 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     name = options.model or packaged_minilm()
     tokenizer = AutoTokenizer.from_pretrained(name)
     train_set = Tokenized(train, tokenizer, options.max_length)
-    test_set = Tokenized(test, tokenizer, options.max_length)
 
-    def collate(rows: list[dict[str, Any]]) -> Any:
-        return tokenizer.pad(rows, return_tensors="pt")
+    def loader_of(some: Articles | Tokenized, shuffle: bool = False) -> DataLoader[Any]:
+        data = some if isinstance(some, Tokenized) else Tokenized(some, tokenizer, options.max_length)
+        collate = functools.partial(tokenizer.pad, return_tensors="pt")
+        return DataLoader(data, batch_size=32, shuffle=shuffle, collate_fn=collate)
 
-    train_loader = DataLoader(train_set, batch_size=32, shuffle=True, collate_fn=collate)
-    test_loader = DataLoader(test_set, batch_size=32, collate_fn=collate)
-    model = Classifier(name, topics, tokenizer, total_steps=options.epochs * len(train_loader))
+    model = Classifier(name, topics, tokenizer, total_steps=options.epochs * -(-len(train) // 32))
     callback = TracInCallback(options.output / "trace", overwrite=True)
     trainer = Trainer(
         max_epochs=options.epochs, callbacks=[callback], logger=False, enable_checkpointing=False, log_every_n_steps=10
     )
-    trainer.fit(model, train_loader)
+    trainer.fit(model, loader_of(train_set, shuffle=True))
     fitted = time.monotonic()
 
-    probabilities = torch.cat(trainer.predict(model, test_loader))  # type: ignore[arg-type]
-    labels = torch.tensor([label for _, label in test])
-    accuracy = (probabilities.argmax(1) == labels).float().mean().item()
+    probabilities = torch.cat(trainer.predict(model, loader_of(test)))  # type: ignore[arg-type]
+    said = probabilities.argmax(1)
+    truth = torch.tensor([label for _, label in test])
+    accuracy = (said == truth).float().mean().item()
     console.print(f"\nAccuracy on {len(test)} test articles: [bold]{accuracy:.3f}[/]")
 
+    # To ask what made the model say something, give a test example the label that the model said.
+    as_said = [(text, label) for (text, _), label in zip(test, said.tolist(), strict=True)]
     special = tokenizer.all_special_ids
-    method = TracInWE(normalize="cosine", precondition="adam", exclude_tokens=special)
-    chosen = chosen_articles(probabilities, labels)
-    predicted = probabilities.argmax(1).tolist()
-    # To ask what made the model say something, give the test example the label that the model said.
-    asked = Tokenized([(test[index][0], predicted[index]) for index in chosen], tokenizer, options.max_length)
-    result = trainer.influence(DataLoader(asked, batch_size=len(asked), collate_fn=collate), method=method)
+    method = TracInWE(normalize="cosine", exclude_tokens=special)
+    chosen = chosen_articles(probabilities, truth)
+    result = trainer.influence(loader_of([as_said[index] for index in chosen]), method=method)
     for row, index in enumerate(chosen):
-        said, truth = topics[predicted[index]], topics[test[index][1]]
-        verdict = "and so it is" if said == truth else f"but it is {truth}"
+        topic = topics[as_said[index][1]]
+        verdict = "and so it is" if said[index] == truth[index] else f"but it is {topics[test[index][1]]}"
         console.print(
-            f"\n[bold]Test article {index}[/]: the model says [bold]{said}[/] ({probabilities[index].max():.0%}), "
-            f"{verdict}. What taught it to say {said}?"
+            f"\n[bold]Test article {index}[/]: the model says [bold]{topic}[/] ({probabilities[index].max():.0%}), "
+            f"{verdict}. What taught it to say {topic}?"
         )
         result.show(row, k=3, console=console)
 
     scores = {each.name: trainer.self_influence(method=each) for each in (TracInWE(), TracInLast())}
-    console.print()
-    table = found_table(flipped, scores)
-    console.print(table)
+    flipped_table = found_table(flipped, scores)
+    n_compared = min(40, len(test))
+    methods = [
+        TracInWE(exclude_tokens=special),
+        method,
+        replace(method, precondition="adam"),
+        TracInLast(),
+        TracInLast("cosine"),
+    ]
+    comparison = compared(
+        trainer,
+        loader_of(as_said[:n_compared]),
+        said[:n_compared],
+        torch.tensor([label for _, label in train]),
+        methods,
+        common_words(train_set, tokenizer),
+    )
+    console.print("\n", flipped_table, comparison)
 
-    common = common_words(train_set, tokenizer)
-    some_loader = DataLoader(Subset(test_set, range(min(20, len(test_set)))), batch_size=20, collate_fn=collate)
-    shares = {
-        each: common_share(trainer.influence(some_loader, method=each, k=5), common)
-        for each in (TracInWE(exclude_tokens=special), TracInWE(normalize="train", exclude_tokens=special), method)
-    }
-    console.print(common_table(shares))
     if options.picture:
         recorder = Console(record=True, width=110, file=io.StringIO())
         result.show(0, k=2, console=recorder)
-        recorder.print(table)
+        recorder.print(flipped_table)
         recorder.save_svg(str(options.picture), title="trainer.influence(test_loader)")
     saved = result.save(options.output / "result.safetensors")
     size = sum(file.stat().st_size for file in (options.output / "trace").rglob("*") if file.is_file())

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_tracin._compat import DualCallback, batch_to_device
-from lightning_tracin.capture import Captured, Losses, capture, check_independent, gradients_enabled
+from lightning_tracin.capture import Captured, Losses, capture, check_independent, checked, gradients_enabled
 from lightning_tracin.layers import layer_name, layers_of_table
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
@@ -92,6 +92,7 @@ class TracInCallback(DualCallback):
         self.top_words = top_words
         self.overwrite = overwrite
         self.trace: Trace | None = None
+        self.training_set: TrainingSet | None = None
         self._fitting = False
         self._steps: list[Step] = []
         self._resumed: dict[str, Any] = {}
@@ -131,7 +132,7 @@ class TracInCallback(DualCallback):
                 f"{path.absolute()} holds the trace of another fit. Pass another dirpath, or overwrite=True to replace "
                 "it; a fit that is resumed with ckpt_path continues its own trace."
             )
-        training_set = TrainingSet(trainer.train_dataloader)
+        self.training_set = training_set = TrainingSet(trainer.train_dataloader)
         layers, example = first_batch(trainer, pl_module, training_set, self.methods)
         self._require_space(trainer, pl_module, path, example, len(training_set))
         fingerprint = training_set.fingerprint()
@@ -197,7 +198,8 @@ class TracInCallback(DualCallback):
 
     def _cache(self, trainer: pl.Trainer, module: pl.LightningModule, trace: Trace, checkpoint: Checkpoint) -> None:
         """Store every training example's gradients at the module's present weights."""
-        loader = TrainingSet(trainer.train_dataloader).sequential_loader()
+        assert self.training_set is not None
+        loader = self.training_set.sequential_loader()
         with (
             trace.caching(checkpoint, self.methods) as cache,
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
@@ -299,14 +301,16 @@ def first_batch(
         if "tracin-we" in methods:
             layers["tracin-we"] = layer_name(module, embedding_layer_of(module))
         if "tracin-last" in methods:
-            layers["tracin-last"] = layer_name(module, last_layer_of(module, lambda: losses(batch)))
+            layers["tracin-last"] = layer_name(module, last_layer_of(module, lambda: checked(losses(batch))))
         captured = capture_at(module, layers, methods, losses, batch)
+        bad = captured.first_not_finite()
+        if bad is not None:
+            raise ValueError(
+                f"The loss or gradient of training example {bad} is NaN or infinite before training began."
+            )
         if not isinstance(losses, MeanLoss):
             first = module.get_submodule(next(iter(layers.values())))
             check_independent(losses, batch, layers_of_table(module, first))
-    bad = captured.first_not_finite()
-    if bad is not None:
-        raise ValueError(f"The loss or gradient of training example {bad} is NaN or infinite before training began.")
     return layers, captured
 
 

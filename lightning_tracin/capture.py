@@ -84,8 +84,7 @@ def capture(
             hooks.enter_context(_hooked(layer, embeddings, cut=True))
         if linear_layer is not None:
             hooks.enter_context(_hooked(linear_layer, linears, cut=False))
-        per_example = losses(batch)
-    _check_losses(per_example)
+        per_example = checked(losses(batch))
     _require_called(embedding_layers, embeddings)
     _require_called(() if linear_layer is None else (linear_layer,), linears)
     if not per_example.requires_grad:
@@ -108,6 +107,23 @@ def capture(
     return Captured(per_example.detach().float().cpu(), owners, ids, words, linear)
 
 
+def checked(losses: object) -> Tensor:
+    """The losses, if they are one for each example of a batch.
+
+    Raises:
+        ValueError: if they are not a float tensor of shape (B,).
+    """
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
+        got = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            "influence_loss must return one unreduced loss for each example of the batch, a float tensor of shape "
+            f"(B,), but got {got}. Use reduction='none', and average over an example's own tokens or outputs only."
+        )
+    if len(losses) == 0:
+        raise ValueError("influence_loss returned no loss: the batch is empty.")
+    return losses
+
+
 def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> None:
     """Check that the loss of a batch's first example does not depend on the other examples.
 
@@ -118,8 +134,7 @@ def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -
     with ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(_hooked(layer, calls, cut=False))
-        per_example = losses(batch)
-    _check_losses(per_example)
+        per_example = checked(losses(batch))
     outputs = [call.output for call in calls]
     owners = [_owners(per_example, output.shape[:-1], output).to(output.device) for output in outputs]
     gradients = torch.autograd.grad(per_example[0], outputs, materialize_grads=True)
@@ -197,17 +212,6 @@ def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool) -> Iterator[None]:
 def _require_called(layers: Sequence[nn.Module], calls: _Calls) -> None:
     if layers and not calls:
         raise ValueError(f"The layer {layers[0]} was not called when the loss of a batch was computed.")
-
-
-def _check_losses(losses: object) -> None:
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
-        got = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            "influence_loss must return one unreduced loss for each example of the batch, a float tensor of shape "
-            f"(B,), but got {got}. Use reduction='none', and average over an example's own tokens or outputs only."
-        )
-    if len(losses) == 0:
-        raise ValueError("influence_loss returned no loss: the batch is empty.")
 
 
 def _owners(losses: Tensor, shape: torch.Size, output: Tensor) -> Tensor:

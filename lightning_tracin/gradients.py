@@ -264,6 +264,11 @@ class Texts:
         labels[places[kept]] = self.labels[kept]
         return Texts(len(labels), moved[order], self.ids[order], labels)
 
+    def equals(self, other: Texts) -> bool:
+        """Whether both say the same."""
+        labels = torch.equal(self.labels.nan_to_num(), other.labels.nan_to_num())
+        return labels and torch.equal(self.examples, other.examples) and torch.equal(self.ids, other.ids)
+
     def ids_of(self, example: int) -> list[int]:
         """One example's token ids."""
         return self.ids[self.examples == example].tolist()

@@ -104,7 +104,9 @@ def only_layer_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> n
     if len(layers) == 1:
         return layers[0]
     if not layers:
-        raise ValueError(f"No nn.Linear of {type(module).__name__} feeds the loss. {LAST_ADVICE}.")
+        raise ValueError(
+            f"No nn.Linear of {type(module).__name__} feeds the losses, or influence_loss detaches them. {LAST_ADVICE}."
+        )
     raise ValueError(
         f"{len(layers)} linear layers of {type(module).__name__} feed the loss directly: "
         f"{_listed(module, list(layers))}. {LAST_ADVICE}."

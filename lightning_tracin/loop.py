@@ -223,13 +223,14 @@ def _ready(
     if module is not None:
         trace.check_model(module)
     missing = [each for each in checkpoints if not each.has_gradients(method.name)]
-    loaders = train_dataloaders
-    if loaders is None and datamodule is not None and datamodule is not _attached(trainer):
-        loaders = _from_datamodule(datamodule, "train")  # fit has set its own up: again could split the data anew
-    if loaders is None and missing:
-        loaders = trainer.train_dataloader
-    if loaders is not None:
-        training_set = TrainingSet(loaders)
+    training_set = None
+    if train_dataloaders is not None:
+        training_set = TrainingSet(train_dataloaders)
+    elif datamodule is not None and datamodule is not _attached(trainer):
+        training_set = TrainingSet(_from_datamodule(datamodule, "train"))
+    elif missing:
+        training_set = next((of for written, of in _last_fits(trainer) if written.id == trace.id), None)
+    if training_set is not None:
         trace.check_data(len(training_set), training_set.fingerprint())
         if missing and module is not None:
             _fill(trainer, module, trace, method, missing, training_set, datamodule or _attached(trainer))
@@ -294,10 +295,11 @@ class _TestExamples:
         self._came: list[int] = []
         self._blocks: list[Any] = []
         self._texts: list[Texts] = []
+        self._counted = False
 
     def take(self, captured: Captured, indices: list[int], batch: Any) -> None:
-        """Keep a batch's gradients, and at the first checkpoint its texts."""
-        came = indices or list(range(len(self._came), len(self._came) + len(captured)))  # an iterable's are counted
+        """Keep a batch's gradients and texts."""
+        came = indices or list(range(len(self._came), len(self._came) + len(captured)))  # a stream's are counted
         if len(came) != len(captured):
             raise ValueError(
                 f"A batch of {len(came)} test examples has {len(captured)} losses: the collate function drops or adds "
@@ -308,8 +310,9 @@ class _TestExamples:
             raise ValueError(f"The loss or gradient of test example {came[bad]} is NaN or infinite.")
         self._came.extend(came)
         self._blocks.append(stored_gradients(captured, self.method.name, None))
+        self._texts.append(texts_of(captured, labels_of(batch)))
+        self._counted = not indices
         if not self.gradients:
-            self._texts.append(texts_of(captured, labels_of(batch)))
             new = [token for token in distinct(captured.token_ids) if token not in self.vocabulary]
             self.vocabulary.update(words_of_batch(self.module, batch, new))
 
@@ -318,19 +321,19 @@ class _TestExamples:
         if not self._blocks:
             raise ValueError("The test loader is empty: there is nothing to explain.")
         places, indices = _places(self._came)
+        texts = Texts.cat(self._texts).arranged(places)
         if not self.gradients:
-            self.indices = indices
-            self.texts = Texts.cat(self._texts).arranged(places)
-        elif not torch.equal(indices, self.indices):
+            self.indices, self.texts = indices, texts
+        elif not torch.equal(indices, self.indices) or (self._counted and not texts.equals(self.texts)):
             raise ValueError(
-                "The test loader gave other examples at each pass. Use a sampler that yields the same examples each "
-                "time; their order does not matter."
+                "The test loader gave other examples at each pass, one for each checkpoint. Use a sampler that yields "
+                "the same examples each time; their order does not matter, unless the data set is a stream."
             )
         block = type(self._blocks[0]).cat(self._blocks).arranged(places)
         if trace.top_words is not None and isinstance(block, WordGradients):
             block = block.top_words(trace.top_words)  # as the training side was stored
         self.gradients.append(self.method.prepare(block, _moments(checkpoint, self.method), "test"))
-        self._came, self._blocks = [], []
+        self._came, self._blocks, self._texts = [], [], []
 
 
 def _run(
@@ -349,6 +352,7 @@ def _run(
     module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
     step = partial(_gradient_step, module, checkpoint.layers, method.name, losses)
     bars = [_labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
+    trainer.predict_loop.current_batch_indices = []  # a loader without indices would be given those of the last one
     with ExitStack() as stack:
         stack.enter_context(_attribute(trainer, "callbacks", [*bars, _Writer(take)]))
         stack.enter_context(_attribute(module, "predict_step", step))
@@ -464,13 +468,18 @@ def _trace(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:
     """The trace that is passed, or that the last fit of this trainer wrote; read afresh from its folder."""
     if trace is not None:
         return trace if isinstance(trace, Trace) else Trace(trace)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, TracInCallback) and callback.trace is not None:
-            return Trace(callback.trace.path)
+    for written, _ in _last_fits(trainer):
+        return Trace(written.path)
     raise ValueError(
         "There is no trace to compute influence from: fit with TracInCallback among the trainer's callbacks, or pass "
         "the folder of an earlier fit as trace=..."
     )
+
+
+def _last_fits(trainer: pl.Trainer) -> list[tuple[Trace, TrainingSet]]:
+    """The traces that the last fit in this process wrote, and the training sets that they are of."""
+    callbacks = [each for each in trainer.callbacks if isinstance(each, TracInCallback)]  # type: ignore[attr-defined]
+    return [(each.trace, each.training_set) for each in callbacks if each.trace and each.training_set]
 
 
 def _from_datamodule(datamodule: pl.LightningDataModule, kind: Literal["test", "train"]) -> Any:

@@ -174,7 +174,9 @@ class InfluenceResult:
                 raise ValueError(f'k goes with aggregate("vote"), not with {how!r}.')
             if self.scores is None:
                 raise ValueError(f"aggregate({how!r}) needs all scores: call influence without k.")
-            return self.scores.mean(0) if how == "mean" else self.scores.argsort(1).argsort(1).float().mean(0)
+            if how == "mean":
+                return self.scores.mean(0)
+            return self.scores.argsort(1, stable=True).argsort(1).float().mean(0)
         opponents = self.opponents(min(10, self.n_train) if k is None else k)
         n_votes = opponents.indices.shape[1]
         votes = torch.arange(n_votes, 0, -1).float().expand(opponents.indices.shape)
@@ -306,7 +308,7 @@ class InfluenceResult:
     def _strongest(self, k: int, kept: TopK | None, *, largest: bool) -> TopK:
         k = clipped_k(k, self.n_train)
         if self.scores is not None:
-            return TopK(*self.scores.topk(k, dim=1, largest=largest))
+            return strongest(self.scores, k, largest=largest)
         assert kept is not None
         if k > kept.values.shape[1]:
             raise ValueError(f"Only the {kept.values.shape[1]} strongest were kept: call influence with k={k} or more.")
@@ -377,11 +379,17 @@ class InfluenceResult:
         return Example(ids, [self._word(token) for token in ids], named)
 
 
-def merge_top(strongest: tuple[TopK, TopK] | None, scores: Tensor, start: int, k: int) -> tuple[TopK, TopK]:
+def strongest(scores: Tensor, k: int, *, largest: bool) -> TopK:
+    """The k largest or smallest of each row, and where; of equal ones, those that come first."""
+    order = scores.sort(dim=1, descending=largest, stable=True)
+    return TopK(order.values[:, :k].clone(), order.indices[:, :k].clone())
+
+
+def merge_top(so_far: tuple[TopK, TopK] | None, scores: Tensor, start: int, k: int) -> tuple[TopK, TopK]:
     """The k strongest proponents and opponents among those so far and a further block of scores.
 
     Args:
-        strongest: those so far.
+        so_far: those among earlier blocks.
         scores: (n_test, block) scores of the training examples from ``start`` on.
         start: training index of the block's first column.
         k: how many to keep.
@@ -390,10 +398,10 @@ def merge_top(strongest: tuple[TopK, TopK] | None, scores: Tensor, start: int, k
     merged = []
     for place, largest in enumerate((True, False)):
         values, of = scores, indices
-        if strongest is not None:
-            values = torch.cat([strongest[place].values, scores], dim=1)
-            of = torch.cat([strongest[place].indices, indices], dim=1)
-        best = values.topk(min(k, values.shape[1]), dim=1, largest=largest)
+        if so_far is not None:
+            values = torch.cat([so_far[place].values, scores], dim=1)
+            of = torch.cat([so_far[place].indices, indices], dim=1)
+        best = strongest(values, min(k, values.shape[1]), largest=largest)
         merged.append(TopK(best.values, of.gather(1, best.indices)))
     return merged[0], merged[1]
 

@@ -105,6 +105,11 @@ def only_test_loader(loaders: Any) -> Any:
     if isinstance(loader, (list, tuple, dict, Tensor)) or not hasattr(loader, "__iter__"):
         raise TypeError(f"The test examples must come in a DataLoader, but got {type(loader).__name__}.")
     iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    if isinstance(loader, DataLoader) and loader.batch_sampler is None and not iterable:
+        raise ValueError(
+            "The test DataLoader does not batch (batch_size=None), so its examples cannot be numbered. Give it a "
+            "batch_size or a batch_sampler."
+        )
     if hasattr(loader, "__len__") and not iterable and len(loader) == 0:
         raise ValueError("The test loader is empty: there is nothing to explain.")
     return loader

@@ -1,1 +1,19 @@
-"""Small models and data that the tests share."""
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import fitted
+
+torch.set_num_threads(1)  # the models are tiny: threads cost more than they give
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A trainer whose fit left a float32 trace; tests only ask it."""
+    return fitted(tmp_path_factory.mktemp("toy") / "trace")
+
+
+@pytest.fixture
+def trace(toy):
+    """The folder of that trace; never written to by a test that keeps to it."""
+    return toy.callbacks[0].trace.path

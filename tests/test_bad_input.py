@@ -1,0 +1,416 @@
+"""Each mistake gets one clear error, early, and nothing that was stored is lost."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import CombinedLoader
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
+
+from lightning_tracin import Trace, TracInCallback, TracInLast, TracInMixin, TracInWE, store
+
+
+def with_loss(loss):
+    """A Toy whose influence_loss is another, and whose training is as before."""
+
+    class Other(Toy):
+        def influence_loss(self, batch):
+            return loss(self, batch)
+
+        def training_step(self, batch, batch_idx):
+            return functional.cross_entropy(self(batch[0]), batch[1])
+
+    return Other()
+
+
+def cross_entropy(module, batch, **options):
+    return functional.cross_entropy(module(batch[0]), batch[1], **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda m, b: cross_entropy(m, b), r"shape \(B,\), but got shape \(\)"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[:, None], r"but got shape \(4, 1\)"),
+        (lambda m, b: cross_entropy(m, b, reduction="none").tolist(), "but got list"),
+        (lambda m, b: b[1], "float tensor"),
+        (lambda m, b: cross_entropy(m, b, reduction="none").detach(), "detaches them"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[:2], "is the number of losses, 2"),
+        (lambda m, b: cross_entropy(m, b, reduction="none") * m(b[0]).mean(), "depends on the other examples"),
+    ],
+    ids=["scalar", "(B, 1)", "list", "integers", "detached", "too few", "of the whole batch"],
+)
+def test_a_loss_that_is_not_one_for_each_example(tmp_path, loss, message):
+    with pytest.raises(ValueError, match=message):
+        fitted(tmp_path / "trace", with_loss(loss))
+    assert not (tmp_path / "trace").exists()
+
+
+class Plain(pl.LightningModule):
+    """No mixin; its training_step returns what it is told to."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.embedding = nn.Embedding(40, 8, padding_idx=0)
+        self.head = nn.Linear(8, 3)
+        self.loss = loss
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.head(self.embedding(batch[0]).mean(1)), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda logits, labels: functional.cross_entropy(logits, labels, reduction="sum"), "not a mean of independent"),
+        (lambda logits, labels: functional.cross_entropy(logits, labels, weight=torch.arange(1.0, 4)), "not a mean of"),
+        (lambda logits, labels: functional.cross_entropy(logits @ logits.T, torch.arange(len(labels))), "not a mean"),
+    ],
+    ids=["sum", "weighted", "contrastive"],
+)
+def test_a_training_step_that_is_not_a_mean_of_independent_losses(tmp_path, loss, message):
+    with pytest.raises(ValueError, match=rf"(?s){message}.*TracInMixin"):
+        fitted(tmp_path / "trace", Plain(loss))
+
+
+def test_a_training_step_that_optimizes_by_hand(tmp_path):
+    module = Plain(functional.cross_entropy)
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match=r"(?s)optimizes manually.*TracInMixin"):
+        fitted(tmp_path / "trace", module)
+
+
+def test_the_default_loss_of_a_module_that_is_not_hugging_face(tmp_path):
+    class Defaulting(Toy):
+        influence_loss = TracInMixin.influence_loss
+
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(self, batch)
+
+    with pytest.raises(ValueError, match=r"(?s)no loss for each example.*Override influence_loss"):
+        fitted(tmp_path / "trace", Defaulting())
+
+
+def test_no_embedding_layer(tmp_path):
+    module = Toy()
+    module.embedding = nn.Sequential()
+    with pytest.raises(ValueError, match=r'has no embedding layer.*methods=\("tracin-last",\)'):
+        fitted(tmp_path / "trace", module)
+
+
+def test_two_embedding_layers(tmp_path):
+    module = Toy()
+    module.positions = nn.Embedding(7, 8)
+    with pytest.raises(ValueError, match=r"embedding \(\(40, 8\)\), positions \(\(7, 8\)\).*influence_embedding_layer"):
+        fitted(tmp_path / "trace", module)
+
+
+def test_two_heads(tmp_path):
+    class TwoHeads(Toy):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(8, 3)
+
+        def influence_loss(self, batch):
+            words = self.embedding(batch[0]).mean(1)
+            return functional.cross_entropy(self.head(words) + self.other(words), batch[1], reduction="none")
+
+    with pytest.raises(ValueError, match=r"(?s)head \(.*other \(.*influence_last_layer|other \(.*head \("):
+        fitted(tmp_path / "trace", TwoHeads())
+
+
+def test_a_named_layer_that_is_not_one(tmp_path):
+    class Wrong(Toy):
+        def influence_last_layer(self):
+            return self.dropout
+
+    with pytest.raises(ValueError, match=r"must return an nn\.Linear, but returned Dropout"):
+        fitted(tmp_path / "trace", Wrong())
+
+
+def test_an_embedding_bag_has_no_words(tmp_path):
+    class Bag(Toy):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.EmbeddingBag(40, 8)
+
+        def forward(self, ids):
+            return self.head(self.embedding(ids))
+
+        def influence_embedding_layer(self):
+            return self.embedding
+
+    with pytest.raises(ValueError, match="EmbeddingBag has no gradient for each word"):
+        fitted(tmp_path / "trace", Bag())
+
+
+def poisoned(index, value=torch.nan):
+    """Losses that are not finite for the example whose label is 9."""
+
+    def loss(module, batch):
+        ids, labels = batch
+        losses = functional.cross_entropy(module(ids), labels.clamp(max=2), reduction="none")
+        return losses * torch.where(labels == 9, value, 1.0)
+
+    data = texts()
+    data.tensors[1][index] = 9
+
+    module = with_loss(loss)
+    module.training_step = lambda batch, batch_idx: functional.cross_entropy(module(batch[0]), batch[1].clamp(max=2))
+    return module, data
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("index", [1, 13])
+def test_a_training_gradient_that_is_not_finite_is_named(tmp_path, index, value):
+    module, data = poisoned(index, value)
+    with pytest.raises(ValueError, match=rf"training example {index} is NaN or infinite"):
+        fitted(tmp_path / "trace", module, loader(data, shuffle=True))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_test_gradient_that_is_not_finite_is_named(tmp_path):
+    module, data = poisoned(13)
+    trainer = fitted(tmp_path / "trace", module, loader())
+    with pytest.raises(ValueError, match="test example 13 is NaN or infinite"):
+        trainer.influence(loader(data, shuffle=True))
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(texts())
+
+
+def empty():
+    return TensorDataset(torch.zeros(0, 7, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: loader(Endless()), "does not tell how many examples"),
+        (lambda: [loader(), loader()], "one training loader, but got 2"),
+        (lambda: {"a": loader(), "b": loader()}, "one training loader, but got 2"),
+        (lambda: CombinedLoader([loader(), loader()], "max_size"), "one training loader, but got 2"),
+        (lambda: DataLoader(texts(), batch_size=None), "does not batch"),
+        (lambda: [[torch.ones(2, 3)], [torch.ones(2, 3)]], "one training loader|must come in a"),
+    ],
+    ids=["unknown length", "list", "dict", "combined", "unbatched", "list of batches"],
+)
+def test_training_data_that_cannot_be_numbered(tmp_path, data, message):
+    class Any(Toy):
+        def training_step(self, batch, batch_idx):
+            return self.embedding.weight.sum()
+
+    with pytest.raises((ValueError, TypeError), match=message):
+        fitted(tmp_path / "trace", Any(), data())
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_collate_function_that_drops_examples(tmp_path):
+    def drop(rows):
+        return torch.utils.data.default_collate(rows[:-1])
+
+    with pytest.raises(ValueError, match=r"has 20 examples, but a pass over it gave 15"):
+        fitted(tmp_path / "trace", data=loader(collate_fn=drop))
+
+
+def test_an_empty_training_set(toy, trace):
+    with pytest.raises(ValueError, match="training set is empty"):
+        toy.influence(loader(test_texts()), train_dataloaders=loader(empty()))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: loader(empty()), "test loader is empty"),
+        (lambda: [loader(), loader()], "one test loader, but got 2"),
+        (lambda: None, "no test loader"),
+        (lambda: DataLoader(test_texts(), batch_size=None), "does not batch"),
+        (lambda: 3, "must come in a DataLoader, but got int"),
+        (
+            lambda: loader(test_texts(), collate_fn=lambda r: torch.utils.data.default_collate(r[1:])),
+            "collate function",
+        ),
+    ],
+    ids=["empty", "several", "none", "unbatched", "not a loader", "dropping collate"],
+)
+def test_test_data_that_cannot_be_numbered(toy, data, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        toy.influence(data())
+
+
+def test_a_test_loader_that_draws_other_examples_at_each_checkpoint(toy):
+    torch.manual_seed(0)
+    sampler = torch.utils.data.RandomSampler(test_texts(), replacement=True, num_samples=2)
+    with pytest.raises(ValueError, match="other examples at each pass"):
+        toy.influence(loader(test_texts(), sampler=sampler))
+
+
+def test_a_stream_that_is_shuffled_anew_at_each_checkpoint(toy):
+    class Shuffled(IterableDataset):
+        def __iter__(self):
+            return iter([test_texts()[int(index)] for index in torch.randperm(N_TEST)])
+
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="other examples at each pass"):
+        toy.influence(loader(Shuffled()))
+
+
+@pytest.mark.parametrize("k", [N_TRAIN + 1, 10**6])
+def test_k_beyond_the_training_set_is_clipped_and_says_so(toy, k):
+    with pytest.warns(UserWarning, match=rf"k={k} is larger than the training set: all {N_TRAIN}"):
+        result = toy.influence(loader(test_texts()), k=k)
+    assert result.proponents(N_TRAIN).values.shape == (N_TEST, N_TRAIN)
+    with pytest.warns(UserWarning, match="larger than the training set"):
+        assert result.opponents(k).indices.shape == (N_TEST, N_TRAIN)
+
+
+def test_k_below_one(toy):
+    with pytest.raises(ValueError, match="k must be at least 1, but got 0"):
+        toy.influence(loader(test_texts()), k=0)
+
+
+def test_more_than_was_kept(toy):
+    result = toy.influence(loader(test_texts()), k=3)
+    with pytest.raises(ValueError, match="Only the 3 strongest were kept"):
+        result.proponents(4)
+    with pytest.raises(ValueError, match="without k"):
+        result.aggregate("mean")
+
+
+def test_a_trace_of_another_model(toy, trace):
+    module = Toy()
+    module.hidden = nn.Linear(8, 9)
+    module.head = nn.Linear(9, 3)
+    with pytest.raises(ValueError, match=r"of another model.*head\.weight: \(3, 8\) in the trace, \(3, 9\) here"):
+        quiet().influence(loader(test_texts()), module, trace=trace)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: texts(19), "it had 20 examples, this one has 19"),
+        (lambda: texts(seed=5), "the examples, or their order"),
+    ],
+    ids=["length", "content"],
+)
+@pytest.mark.parametrize("cache", ["checkpoint", "on_demand"])
+def test_a_trace_of_another_data_set(tmp_path, other, message, cache):
+    fit = fitted(tmp_path / "trace", cache=cache)
+    with pytest.raises(ValueError, match=message):
+        fit.influence(loader(test_texts()), train_dataloaders=loader(other()))
+
+
+def test_a_trace_of_a_newer_version(tmp_path, trace):
+    copied = shutil.copytree(trace, tmp_path / "trace")
+    header = store.read_json(copied / "trace.json")
+    store.write_json(copied / "trace.json", {**header, "version": 99})
+    with pytest.raises(ValueError, match=r"format version 99.*Update lightning_tracin"):
+        Trace(copied)
+
+
+def test_no_trace():
+    with pytest.raises(ValueError, match="There is no trace"):
+        quiet().influence(loader(test_texts()), Toy())
+
+
+def test_a_folder_without_a_trace(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no trace\.json"):
+        quiet().influence(loader(test_texts()), Toy(), trace=tmp_path)
+
+
+def test_no_model(trace):
+    with pytest.raises(ValueError, match="pass model="):
+        quiet().influence(loader(test_texts()), trace=trace)
+
+
+def test_gradients_that_are_missing_and_no_training_set(tmp_path):
+    fitted(tmp_path / "trace", cache="on_demand")
+    with pytest.raises(ValueError, match=r"have no stored gradients for tracin-we; pass the training set"):
+        quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace")
+    with pytest.raises(ValueError, match=r"pass the model"):
+        quiet().self_influence(trace=tmp_path / "trace", train_dataloaders=loader())
+
+
+def test_a_method_whose_layer_was_not_recorded(tmp_path):
+    fit = fitted(tmp_path / "trace", methods=("tracin-we",))
+    with pytest.raises(ValueError, match="did not record the layer of tracin-last"):
+        fit.influence(loader(test_texts()), method="tracin-last")
+
+
+def test_more_words_than_are_stored(tmp_path):
+    fit = fitted(tmp_path / "trace", top_words=2)
+    with pytest.raises(ValueError, match="keeps 2 words"):
+        fit.influence(loader(test_texts()), method=TracInWE(top_words=3))
+
+
+def test_a_disk_without_enough_space(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 5000, 5000))
+    with pytest.raises(
+        OSError, match=r"(?s)needs about .* MB for 2 checkpoints of 20.*0\.0 MB are free.*top_words.*dtype"
+    ):
+        fitted(tmp_path / "trace")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
+    calls = []
+    save = store.save_file
+
+    def fill(tensors, path, **options):
+        calls.append(path)
+        if "step-000000010" in str(path) and "tracin-last" in str(path.parent):
+            raise OSError(28, "No space left on device")
+        save(tensors, path, **options)
+
+    monkeypatch.setattr(store, "save_file", fill)
+    with pytest.raises(OSError, match="No space left"):
+        fitted(tmp_path / "trace")
+    assert [each.step for each in Trace(tmp_path / "trace").checkpoints] == [5]
+    assert not list(tmp_path.rglob("*.partial"))
+    assert quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace").scores.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TracInCallback(cache="training"), "cache must be 'checkpoint' or 'on_demand', but got 'training'"),
+        (lambda: TracInCallback(methods=("tracin",)), "methods must be some of"),
+        (lambda: TracInCallback(methods="tracin-we"), "methods must be some of"),
+        (lambda: TracInCallback(methods=()), "methods must be some of"),
+        (lambda: TracInCallback(dtype="float8"), "dtype must be one of"),
+        (lambda: TracInCallback(top_words=0), "top_words must be None or at least 1, but got 0"),
+        (lambda: TracInCallback(every_n_epochs=0), "every_n_epochs must be at least 1, but got 0"),
+        (lambda: TracInCallback(every_n_train_steps=0), "every_n_train_steps must be None or at least 1, but got 0"),
+        (lambda: TracInWE(top_words=0), "top_words must be None or at least 1, but got 0"),
+        (lambda: TracInWE(normalize="test"), "normalize must be None, 'train' or 'cosine', but got 'test'"),
+        (lambda: TracInLast(precondition="sgd"), "precondition must be None or 'adam', but got 'sgd'"),
+    ],
+)
+def test_wrong_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_unknown_method(toy):
+    with pytest.raises(ValueError, match="method must be one of tracin-we, tracin-last"):
+        toy.influence(loader(test_texts()), method="trak")
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    trainer = quiet(callbacks=[TracInCallback(tmp_path / "trace")])
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    with pytest.raises(ValueError, match="works in one process so far"):
+        trainer.fit(Toy(), loader())

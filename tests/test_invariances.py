@@ -1,0 +1,208 @@
+"""What must not change a score."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
+from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
+
+from lightning_tracin import TracInLast, TracInWE, store
+
+METHODS = ["tracin-we", "tracin-last"]
+
+
+class Streamed(IterableDataset):
+    """The same examples without an index."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+class ByLength(BatchSampler):
+    """Batches of examples of like length, as bucketing samplers make them."""
+
+    def __init__(self, data, batch_size):
+        self.order = sorted(range(len(data)), key=lambda index: int((data[index][0] != 0).sum()))
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        return (self.order[start : start + self.batch_size] for start in range(0, len(self.order), self.batch_size))
+
+    def __len__(self):
+        return -(-len(self.order) // self.batch_size)
+
+
+@pytest.fixture(scope="module")
+def uncached(tmp_path_factory):
+    """A trace with checkpoints only, and the module that was fitted."""
+    path = tmp_path_factory.mktemp("uncached") / "trace"
+    return path, fitted(path, cache="on_demand").lightning_module
+
+
+@pytest.fixture(scope="module")
+def expected(toy):
+    return {method: toy.influence(loader(test_texts()), method=method).scores for method in METHODS}
+
+
+def assert_same(scores, expected):
+    assert scores.shape == (N_TEST, N_TRAIN)
+    assert (scores - expected).norm() <= 1e-5 * expected.norm()
+
+
+TRAINING_LOADERS = {
+    "one batch": lambda: loader(batch_size=N_TRAIN),
+    "batches of one": lambda: loader(batch_size=1),
+    "shuffled": lambda: loader(shuffle=True),
+    "last batch dropped": lambda: loader(batch_size=6, shuffle=True, drop_last=True),
+    "weighted sampler": lambda: loader(sampler=WeightedRandomSampler([1.0, 5.0] * (N_TRAIN // 2), 7)),
+    "workers": lambda: loader(shuffle=True, num_workers=2),
+    "own batch sampler": lambda: DataLoader(texts(), batch_sampler=ByLength(texts(), 3)),
+    "batch sampler as sampler": lambda: DataLoader(
+        texts(), batch_size=None, sampler=BatchSampler(RandomSampler(texts()), 3, drop_last=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("make", TRAINING_LOADERS.values(), ids=TRAINING_LOADERS)
+def test_how_the_training_loader_draws_does_not_matter(uncached, expected, tmp_path, make, method):
+    path = shutil.copytree(uncached[0], tmp_path / "trace")
+    result = quiet().influence(loader(test_texts()), uncached[1], train_dataloaders=make(), trace=path, method=method)
+    assert_same(result.scores, expected[method])
+
+
+TEST_LOADERS = {
+    "one batch": lambda: loader(test_texts(), batch_size=N_TEST),
+    "batches of one": lambda: loader(test_texts(), batch_size=1),
+    "shuffled": lambda: loader(test_texts(), shuffle=True),
+    "last batch dropped": lambda: loader(test_texts(), drop_last=True),
+    "some twice": lambda: loader(test_texts(), sampler=[3, 1, 0, 3, 2, 5, 4, 0]),
+    "workers": lambda: loader(test_texts(), num_workers=2),
+    "own batch sampler": lambda: DataLoader(test_texts(), batch_sampler=ByLength(test_texts(), 4)),
+    "a stream": lambda: loader(Streamed(test_texts())),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("make", TEST_LOADERS.values(), ids=TEST_LOADERS)
+def test_how_the_test_loader_draws_does_not_matter(toy, expected, make, method):
+    result = toy.influence(make(), method=method)
+    assert result.test_indices.tolist() == list(range(N_TEST))
+    assert_same(result.scores, expected[method])
+
+
+def test_rows_are_those_of_the_sampled_test_examples_in_the_order_of_the_data_set(toy, expected):
+    result = toy.influence(loader(test_texts(), sampler=[5, 2]))
+    assert result.test_indices.tolist() == [2, 5]
+    torch.testing.assert_close(result.scores, expected["tracin-we"][[2, 5]], rtol=1e-4, atol=1e-9)
+
+
+def test_a_subset_is_numbered_by_its_own_positions(toy, expected):
+    result = toy.influence(loader(Subset(test_texts(), [4, 1])))
+    assert result.test_indices.tolist() == [0, 1]
+    torch.testing.assert_close(result.scores, expected["tracin-we"][[4, 1]], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_to_another_length_does_not_matter(uncached, expected, tmp_path, method):
+    def padded(data):
+        ids, labels = data.tensors
+        return torch.utils.data.TensorDataset(torch.nn.functional.pad(ids, (0, 9)), labels)
+
+    path = tmp_path / "trace"
+    fit = fitted(path, data=loader(padded(texts()), shuffle=True))
+    scores = fit.influence(loader(padded(test_texts())), method=method).scores
+    # Sums over more positions are rounded otherwise, in training too.
+    assert (scores - expected[method]).norm() <= 1e-4 * expected[method].norm()
+
+
+def test_an_iterable_data_set_is_numbered_by_its_order(expected, tmp_path):
+    fit = fitted(tmp_path / "map", data=loader())
+    streamed = fitted(tmp_path / "stream", data=loader(Streamed(texts())))
+    scores = [each.influence(loader(test_texts())).scores for each in (fit, streamed)]
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", [*METHODS, TracInWE(normalize="cosine"), TracInLast(normalize="cosine")], ids=str)
+def test_scores_are_symmetric_under_swapping_the_sides(tmp_path, method):
+    """The test examples as the training set of a trace with the same checkpoints."""
+    fit = fitted(tmp_path / "a")
+    forward = fit.influence(loader(test_texts()), method=method).scores
+    # The same weights and rates, with the roles exchanged: another trace that holds the test examples' gradients.
+    swapped = fitted(tmp_path / "b", data=loader(test_texts()))
+    for own, other in zip(fit.callbacks[0].trace.checkpoints, swapped.callbacks[0].trace.checkpoints, strict=True):
+        for name in ("weights.safetensors", "checkpoint.json"):
+            shutil.copy(own.path / name, other.path / name)
+        for gradients in METHODS:
+            shutil.rmtree(other.path / gradients)
+    backward = swapped.influence(loader(), train_dataloaders=loader(test_texts()), method=method).scores
+    torch.testing.assert_close(forward, backward.T, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("shard_examples", [1, 3, 7, 4096])
+@pytest.mark.parametrize("k", [1, 4, N_TRAIN])
+def test_the_strongest_are_those_of_the_whole_matrix(tmp_path, monkeypatch, shard_examples, k):
+    monkeypatch.setattr(store, "_SHARD_EXAMPLES", shard_examples)
+    fit = fitted(tmp_path / "trace")
+    whole, strongest = fit.influence(loader(test_texts())), fit.influence(loader(test_texts()), k=k)
+    assert strongest.scores is None
+    for side in ("proponents", "opponents"):
+        for found, expected in zip(getattr(strongest, side)(k), getattr(whole, side)(k), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_shards_are_as_many_as_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_SHARD_EXAMPLES", 7)
+    trace = fitted(tmp_path / "trace").callbacks[0].trace
+    assert {len(list(each.path.glob("tracin-we/*.safetensors"))) for each in trace.checkpoints} == {3}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_self_influence_is_the_diagonal(toy, method):
+    diagonal = toy.influence(loader(), method=method).scores.diagonal()
+    torch.testing.assert_close(toy.self_influence(method=method), diagonal, rtol=1e-4, atol=1e-9)
+
+
+def test_word_terms_add_up_to_the_score(toy):
+    result = toy.influence(loader(test_texts()))
+    for test_index in range(N_TEST):
+        for train_index in range(N_TRAIN):
+            total = sum(term for _, term in result.words(test_index, train_index))
+            assert total == pytest.approx(float(result.scores[test_index, train_index]), rel=1e-4, abs=1e-9)
+
+
+def test_storing_the_top_words_scores_like_choosing_them(toy, tmp_path):
+    fit = fitted(tmp_path / "trace", top_words=2)
+    chosen = toy.influence(loader(test_texts()), method=TracInWE(top_words=2)).scores
+    torch.testing.assert_close(fit.influence(loader(test_texts())).scores, chosen)
+    assert not torch.allclose(chosen, toy.influence(loader(test_texts())).scores)
+
+
+def test_on_demand_scores_like_at_the_checkpoint(toy, tmp_path):
+    fit = fitted(tmp_path / "trace", cache="on_demand")
+    assert not list(tmp_path.rglob("tracin-*"))
+    for method in METHODS:
+        torch.testing.assert_close(
+            fit.influence(loader(test_texts()), method=method).scores,
+            toy.influence(loader(test_texts()), method=method).scores,
+        )
+
+
+def test_the_module_may_be_anywhere_in_training_when_it_is_asked(toy, expected):
+    module = Toy()  # other weights: those of the checkpoints are loaded, and these given back
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    module.hidden.eval()
+    scores = quiet().influence(loader(test_texts()), module, trace=toy.callbacks[0].trace).scores
+    assert_same(scores, expected["tracin-we"])
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert module.training
+    assert not module.hidden.training

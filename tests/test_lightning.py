@@ -1,0 +1,192 @@
+"""Beside Lightning's own parts: both packages, progress bars, datamodules, precisions, the command line."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import lightning.pytorch as twin
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
+from pytorch_lightning.cli import LightningCLI
+from tokenizers import Tokenizer, models
+from torch import nn
+from torch.nn import functional
+from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
+from transformers import PreTrainedTokenizerFast
+
+from lightning_tracin import Trace, TracInCallback, TracInMixin, influence
+from lightning_tracin.loop import InfluenceTrainerMixin
+
+
+class TwinToy(TracInMixin, twin.LightningModule):
+    """A module of lightning.pytorch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(40, 8, padding_idx=0)
+        self.head = nn.Linear(8, 3)
+
+    def influence_loss(self, batch):
+        return functional.cross_entropy(self.head(self.embedding(batch[0]).mean(1)), batch[1], reduction="none")
+
+    def training_step(self, batch, batch_idx):
+        return self.influence_loss(batch).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class TwinTrainer(InfluenceTrainerMixin, twin.Trainer):
+    """The README's two lines."""
+
+
+def test_lightning_pytorch_works_by_the_function_and_by_the_mixin(tmp_path):
+    module = TwinToy()
+    trainer = fitted(tmp_path / "a", copy.deepcopy(module), trainer={"kind": TwinTrainer})
+    stock = fitted(tmp_path / "b", module, trainer={"kind": twin.Trainer})
+    scores = [trainer.influence(loader(test_texts())).scores, influence(stock, loader(test_texts())).scores]
+    assert scores[0].shape == (N_TEST, N_TRAIN)
+    torch.testing.assert_close(*scores)
+
+
+def test_a_stock_trainer_of_pytorch_lightning_works_by_the_function(tmp_path, toy):
+    stock = fitted(tmp_path / "trace", trainer={"kind": pl.Trainer})
+    expected = toy.influence(loader(test_texts())).scores
+    torch.testing.assert_close(influence(stock, loader(test_texts())).scores, expected)
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_progress_is_shown_by_the_trainers_own_bar(tmp_path, capsys, bar):
+    trainer = quiet(callbacks=[bar(), TracInCallback(tmp_path / "trace")], enable_progress_bar=True)
+    trainer.fit(Toy(), loader())
+    fit_output = capsys.readouterr()
+    trainer.influence(loader(test_texts()))
+    output = capsys.readouterr()
+    assert "Test gradients 2/2" in output.out + output.err
+    if bar is TQDMProgressBar:
+        assert "TracIn gradients" in fit_output.out + fit_output.err
+
+
+class Shifting(pl.LightningDataModule):
+    """Makes the ids on the device, in its own hook, as datamodules that tokenise there do."""
+
+    def __init__(self):
+        super().__init__()
+        self.setups = 0
+
+    def setup(self, stage):
+        self.setups += stage == "fit"
+
+    def train_dataloader(self):
+        return loader(shuffle=True)
+
+    def test_dataloader(self):
+        return loader(test_texts())
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        ids, labels = batch
+        return [torch.where(ids > 0, (ids + 3) % 39 + 1, 0), labels]
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "on_demand"])
+def test_the_hooks_of_a_datamodule_run_in_every_pass(tmp_path, cache):
+    def shifted(data):
+        ids, labels = Shifting().on_after_batch_transfer(data.tensors, 0)
+        return torch.utils.data.TensorDataset(ids, labels)
+
+    expected = fitted(tmp_path / "shifted", data=loader(shifted(texts()), shuffle=True))
+    trainer = fitted(tmp_path / "trace", data=Shifting(), cache=cache)
+    scores = expected.influence(loader(shifted(test_texts()))).scores
+    torch.testing.assert_close(trainer.influence(loader(test_texts())).scores, scores, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(trainer.influence(datamodule=trainer.datamodule).scores, scores, rtol=1e-4, atol=1e-9)
+    assert trainer.datamodule.setups == 1  # a second set-up could split the data anew
+    other = quiet().influence(datamodule=Shifting(), model=Toy(), trace=tmp_path / "trace")
+    torch.testing.assert_close(other.scores, scores, rtol=1e-4, atol=1e-9)
+
+
+def test_mixed_precision_is_that_of_the_fit(tmp_path, toy):
+    trainer = fitted(tmp_path / "trace", trainer={"precision": "bf16-mixed", "max_epochs": 1})
+    scores = trainer.influence(loader(test_texts())).scores
+    exact = quiet().influence(
+        loader(test_texts()), Toy(), trace=recomputed(tmp_path / "trace"), train_dataloaders=loader()
+    )
+    assert not torch.equal(scores, exact.scores)
+    assert (scores - exact.scores).norm() < 0.05 * exact.scores.norm()
+
+
+def recomputed(path):
+    """The trace without its gradients, so that they are computed again."""
+    for folder in path.glob("checkpoints/*/tracin-*"):
+        shutil.rmtree(folder)
+    return path
+
+
+def test_validation_beside_it_changes_nothing(tmp_path, toy):
+    class Validated(Toy):
+        def validation_step(self, batch, batch_idx):
+            self.log("loss", self.influence_loss(batch).mean())
+
+    pl.seed_everything(0, verbose=False)
+    trainer = quiet(callbacks=[TracInCallback(tmp_path / "trace", dtype="float32")], num_sanity_val_steps=2)
+    trainer.fit(Validated(), loader(), loader(test_texts()))
+    assert len(Trace(tmp_path / "trace").checkpoints) == 2
+
+
+def test_words_are_those_of_the_tokenizer(tmp_path):
+    vocabulary = {"[PAD]": 0, **{f"word{number}": number for number in range(1, 40)}}
+    module = Toy()
+    module.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "[PAD]")))
+    result = fitted(tmp_path / "trace", module).influence(loader(test_texts()))
+    words = {word for index in range(N_TRAIN) for word, _ in result.words(0, index)}
+    assert words
+    assert words <= {f"word{token}" for token in test_texts()[0][0].tolist()}
+    assert Trace(tmp_path / "trace").vocabulary[7] == "word7"
+
+
+def test_words_are_those_that_the_module_says(tmp_path):
+    class Speaking(Toy):
+        def influence_words(self, batch):
+            return [[f"<{token}>" for token in row] for row in batch[0].tolist()]
+
+    result = fitted(tmp_path / "trace", Speaking()).influence(loader(test_texts()))
+    words = {word for index in range(N_TRAIN) for word, _ in result.words(0, index)}
+    assert words <= {f"<{token}>" for token in test_texts()[0][0].tolist()}
+
+
+def test_words_of_another_shape_are_refused(tmp_path):
+    class Speaking(Toy):
+        def influence_words(self, batch):
+            return [["one"] for _ in batch[0]]
+
+    with pytest.raises(ValueError, match="must return B lists of T strings"):
+        fitted(tmp_path / "trace", Speaking())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_callback_can_be_configured_from_the_command_line(tmp_path, monkeypatch):
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return loader(shuffle=True)
+
+    (tmp_path / "fit.yaml").write_text(f"""
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  callbacks:
+    - class_path: lightning_tracin.TracInCallback
+      init_args:
+        dirpath: {tmp_path}/trace
+        methods: [tracin-we]
+        dtype: float32
+        top_words: 3
+""")
+    monkeypatch.chdir(tmp_path)
+    LightningCLI(Toy, Data, args=["fit", "--config", str(tmp_path / "fit.yaml")])
+    trace = Trace(tmp_path / "trace")
+    assert (trace.dtype, trace.top_words, list(trace.layers)) == ("float32", 3, ["tracin-we"])

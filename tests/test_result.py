@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import io
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from toy import N_TEST, N_TRAIN, fitted, loader, test_texts, texts
+
+from lightning_tracin import InfluenceResult, TracInLast, TracInWE
+from lightning_tracin.report.tables import Example, Influential, influence_tables
+
+
+@pytest.fixture(scope="module")
+def result(toy):
+    return toy.influence(loader(test_texts()))
+
+
+@pytest.fixture(params=[None, 4], ids=["all scores", "k=4"])
+def saved(request, toy, tmp_path):
+    """A result, and what comes back from its file."""
+    result = toy.influence(
+        loader(test_texts()), method=TracInWE(normalize="cosine", exclude_tokens=[5]), k=request.param
+    )
+    return result, InfluenceResult.load(result.save(tmp_path / "result.safetensors"))
+
+
+def test_what_is_saved_comes_back(saved):
+    before, after = saved
+    assert after.method == before.method
+    assert repr(after) == repr(before)
+    assert (after.scores is None) == (before.scores is None)
+    if before.scores is not None:
+        assert torch.equal(after.scores, before.scores)
+    for side in ("proponents", "opponents"):
+        for mine, its in zip(getattr(before, side)(4), getattr(after, side)(4), strict=True):
+            assert torch.equal(mine, its)
+    assert after.words(1, 3) == before.words(1, 3)
+    assert str(after) == str(before)
+
+
+def test_a_result_finds_its_trace_where_both_were_moved(toy, tmp_path):
+    fit = fitted(tmp_path / "here" / "trace")
+    result = fit.influence(loader(test_texts()))
+    result.save(tmp_path / "here" / "result.safetensors")
+    words = result.words(0, 1)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert InfluenceResult.load(tmp_path / "there" / "result.safetensors").words(0, 1) == words
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["gone", "replaced by another fit"])
+def test_without_its_trace_a_result_still_prints_but_has_no_words(tmp_path, replaced):
+    result = fitted(tmp_path / "trace").influence(loader(test_texts()))
+    path = result.save(tmp_path / "result.safetensors")
+    shutil.rmtree(tmp_path / "trace")
+    if replaced:
+        fitted(tmp_path / "trace")
+    loaded = InfluenceResult.load(path)
+    assert "no text stored" in str(loaded)
+    for each in (loaded, result):
+        with pytest.raises(FileNotFoundError, match="trace"):
+            each.words(0, 0)
+
+
+def test_a_file_that_holds_no_result(toy):
+    weights = toy.callbacks[0].trace.checkpoints[0].path / "weights.safetensors"
+    with pytest.raises(ValueError, match="holds no InfluenceResult"):
+        InfluenceResult.load(weights)
+
+
+def test_proponents_and_opponents_are_sorted(result):
+    for test_index in range(N_TEST):
+        row = result.scores[test_index].tolist()  # with many zeros, where no word is shared: ties go to the first
+        falling, rising = (sorted(range(N_TRAIN), key=lambda index: sign * row[index]) for sign in (-1, 1))
+        assert result.proponents(15).indices[test_index].tolist() == falling[:15]
+        assert result.opponents(15).indices[test_index].tolist() == rising[:15]
+
+
+def test_aggregate_by_hand(result):
+    scores = result.scores.tolist()
+    mean, rank, vote = [0.0] * N_TRAIN, [0.0] * N_TRAIN, [0.0] * N_TRAIN
+    for row in scores:
+        for place, index in enumerate(sorted(range(N_TRAIN), key=lambda index: row[index])):
+            mean[index] += row[index] / N_TEST
+            rank[index] += place / N_TEST
+            vote[index] -= max(3 - place, 0)
+    torch.testing.assert_close(result.aggregate("mean"), torch.tensor(mean), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(result.aggregate("rank"), torch.tensor(rank))
+    torch.testing.assert_close(result.aggregate("vote", k=3), torch.tensor(vote))
+
+
+def test_votes_need_only_the_strongest(toy, result):
+    strongest = toy.influence(loader(test_texts()), k=3)
+    assert torch.equal(strongest.aggregate("vote", k=3), result.aggregate("vote", k=3))
+
+
+@pytest.mark.parametrize("arguments", [("median",), ("mean", 3)])
+def test_wrong_arguments_of_aggregate(result, arguments):
+    with pytest.raises(ValueError, match=r"must be 'mean'|goes with"):
+        result.aggregate(*arguments)
+
+
+def test_pandas(result):
+    frame = result.to_pandas(k=2)
+    assert len(frame) == N_TEST * 2 * 2
+    first = frame[(frame.test_index == 3) & (frame.role == "opponent") & (frame["rank"] == 1)].iloc[0]
+    assert first.train_index == int(result.opponents(1).indices[3, 0])
+    assert first.score == pytest.approx(float(result.scores[3].min()))
+    ids, label = texts()[first.train_index]
+    assert first.text == " ".join(str(token) for token in ids.tolist() if token)
+    assert first.label == str(int(label))
+
+
+def test_printing_shows_texts_labels_scores_and_how_many_are_left(result):
+    printed = str(result)
+    top = result.proponents(1)
+    assert "Test example 0, label" in printed
+    assert f"{float(top.values[0, 0]):+.3g}" in printed
+    assert " ".join(str(token) for token in texts()[int(top.indices[0, 0])][0].tolist() if token) in printed
+    assert f"{N_TEST - 3} more test examples" in printed
+    assert repr(result) == f"InfluenceResult(n_test={N_TEST}, n_train={N_TRAIN}, method={TracInWE()})"
+
+
+def test_showing_one_test_example(result, capsys):
+    result.show(4, k=7)
+    printed = capsys.readouterr().out
+    assert "Test example 4" in printed
+    for index in result.opponents(7).indices[4].tolist():
+        assert f" {index} " in printed
+
+
+def test_words_are_sorted_by_magnitude(result):
+    terms = [abs(term) for _, term in result.words(2, int(result.proponents(1).indices[2, 0]))]
+    assert terms == sorted(terms, reverse=True)
+
+
+@pytest.mark.parametrize("pair", [(N_TEST, 0), (-1, 0), (0, N_TRAIN), (0, -1)])
+def test_indices_beyond_the_data(result, pair):
+    with pytest.raises(IndexError, match="examples 0 to"):
+        result.words(*pair)
+
+
+def test_the_last_layer_has_no_words(toy):
+    result = toy.influence(loader(test_texts()), method=TracInLast(normalize="cosine"))
+    with pytest.raises(ValueError, match="no word terms"):
+        result.words(0, 0)
+    assert "Test example 0" in str(result)
+
+
+def test_long_labels_and_texts_do_not_break_the_table():
+    example = Example([1] * 500, ["w" * 300] * 500, "label " * 30)
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in influence_tables("t", example, [Influential(0, 1.0, example, {1: 1.0})], []):
+        console.print(table)
+    assert max(map(len, console.export_text().splitlines())) <= 80
