@@ -176,7 +176,7 @@ class InfluenceResult:
                 raise ValueError(f"aggregate({how!r}) needs all scores: call influence without k.")
             if how == "mean":
                 return self.scores.mean(0)
-            return self.scores.argsort(1, stable=True).argsort(1).float().mean(0)
+            return self.scores.argsort(stable=True, dim=1).argsort(1).float().mean(0)
         opponents = self.opponents(min(10, self.n_train) if k is None else k)
         n_votes = opponents.indices.shape[1]
         votes = torch.arange(n_votes, 0, -1).float().expand(opponents.indices.shape)
