@@ -18,7 +18,7 @@ from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 from transformers import PreTrainedTokenizerFast
 
 from lightning_tracin import Trace, TracInCallback, TracInMixin, influence
-from lightning_tracin.loop import InfluenceTrainerMixin
+from lightning_tracin.trainer import InfluenceTrainerMixin
 
 
 class TwinToy(TracInMixin, twin.LightningModule):
