@@ -137,6 +137,12 @@ class TracInCallback(DualCallback):
         self._require_space(trainer, pl_module, path, example, len(training_set))
         fingerprint = training_set.fingerprint()
         if resumed is not None:
+            recorded = (resumed.layers, resumed.dtype, resumed.top_words)
+            if recorded != (layers, self.dtype, self.top_words):
+                raise ValueError(
+                    f"The trace in {path} was begun with layers, dtype and top_words {recorded}, but this fit would go "
+                    f"on with {(layers, self.dtype, self.top_words)}. Resume with the same arguments."
+                )
             resumed.check_model(pl_module)
             resumed.check_data(len(training_set), fingerprint)
             resumed.drop_checkpoints_after(trainer.global_step)

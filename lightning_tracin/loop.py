@@ -76,10 +76,10 @@ def influence(
     kept = None if k is None else clipped_k(k, opened.n_train)
     with _weights_kept(module):
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders)
+        hooks = datamodule or _attached(trainer, module)
         test = _TestExamples(module, chosen)
         for number, checkpoint in enumerate(checkpoints, start=1):
             description = f"Test gradients {number}/{len(checkpoints)}"
-            hooks = datamodule or _attached(trainer)
             _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description)
             test.finish_checkpoint(checkpoint, opened)
     result = InfluenceResult(
@@ -154,14 +154,14 @@ def _ready(
     training_set = None
     if train_dataloaders is not None:
         training_set = TrainingSet(train_dataloaders)
-    elif datamodule is not None and datamodule is not _attached(trainer):
+    elif datamodule is not None and datamodule is not trainer.datamodule:  # type: ignore[attr-defined]
         training_set = TrainingSet(_from_datamodule(datamodule, "train"))
     elif missing:
         training_set = next((of for written, of in _last_fits(trainer) if written.id == trace.id), None)
     if training_set is not None:
         trace.check_data(len(training_set), training_set.fingerprint())
         if missing and module is not None:
-            _fill(trainer, module, trace, method, missing, training_set, datamodule or _attached(trainer))
+            _fill(trainer, module, trace, method, missing, training_set, datamodule or _attached(trainer, module))
             return checkpoints
     if missing:
         what = "model (model=...)" if module is None else "training set (train_dataloaders=... or datamodule=...)"
@@ -393,15 +393,19 @@ def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.Lightni
 
 
 def _trace(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:
-    """The trace that is passed, or that the last fit of this trainer wrote; read afresh from its folder."""
-    if trace is not None:
-        return trace if isinstance(trace, Trace) else Trace(trace)
-    for written, _ in _last_fits(trainer):
-        return Trace(written.path)
-    raise ValueError(
-        "There is no trace to compute influence from: fit with TracInCallback among the trainer's callbacks, or pass "
-        "the folder of an earlier fit as trace=..."
-    )
+    """The trace that is passed, or that the last fit of this trainer wrote."""
+    if trace is None:
+        trace = next((written for written, _ in _last_fits(trainer)), None)
+    if trace is None:
+        raise ValueError(
+            "There is no trace to compute influence from: fit with TracInCallback among the trainer's callbacks, or "
+            "pass the folder of an earlier fit as trace=..."
+        )
+    if not isinstance(trace, Trace):
+        return Trace(trace)
+    if Trace(trace.path).id != trace.id:
+        raise ValueError(f"Another fit has replaced the trace in {trace.path}; pass that folder to use its trace.")
+    return trace
 
 
 def _last_fits(trainer: pl.Trainer) -> list[tuple[Trace, TrainingSet]]:
@@ -417,9 +421,9 @@ def _from_datamodule(datamodule: pl.LightningDataModule, kind: Literal["test", "
     return datamodule.test_dataloader() if kind == "test" else datamodule.train_dataloader()
 
 
-def _attached(trainer: pl.Trainer) -> pl.LightningDataModule | None:
-    """The datamodule of the last fit, whose batch hooks the examples go through."""
-    return trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+def _attached(trainer: pl.Trainer, module: nn.Module) -> pl.LightningDataModule | None:
+    """The datamodule of the last fit, if that was a fit of this module: its batch hooks belong to the examples."""
+    return trainer.datamodule if module is trainer.lightning_module else None  # type: ignore[attr-defined]
 
 
 def _label_names(module: nn.Module) -> dict[int, str]:

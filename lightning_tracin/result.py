@@ -37,7 +37,7 @@ class TopK(NamedTuple):
     indices: Tensor
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class InfluenceResult:
     """How much each training example pushed the model's loss on each test example.
 

@@ -320,6 +320,14 @@ def test_a_trace_of_a_newer_version(tmp_path, trace):
         Trace(copied)
 
 
+def test_a_trace_that_another_fit_has_replaced(tmp_path):
+    first = fitted(tmp_path / "trace")
+    fitted(tmp_path / "trace", overwrite=True)
+    with pytest.raises(ValueError, match="Another fit has replaced the trace"):
+        first.influence(loader(test_texts()))
+    assert first.influence(loader(test_texts()), trace=tmp_path / "trace").scores.shape == (N_TEST, N_TRAIN)
+
+
 def test_no_trace():
     with pytest.raises(ValueError, match="There is no trace"):
         quiet().influence(loader(test_texts()), Toy())

@@ -256,12 +256,10 @@ class Reproducible(Toy):
         return self(batch[0])
 
 
-def resumable(path, epochs, **fit):
+def resumable(path, epochs, dtype="float32", **fit):
     pl.seed_everything(0, verbose=False)
     saver = ModelCheckpoint(path.parent / f"saved-{path.name}", save_top_k=-1, filename="{step}")
-    trainer = quiet(
-        callbacks=[TracInCallback(path, dtype="float32"), saver], max_epochs=epochs, enable_checkpointing=True
-    )
+    trainer = quiet(callbacks=[TracInCallback(path, dtype=dtype), saver], max_epochs=epochs, enable_checkpointing=True)
     trainer.fit(Reproducible(), loader(), **fit)
     return trainer
 
@@ -276,6 +274,14 @@ def test_a_resumed_fit_continues_its_trace(tmp_path, step):
     assert [each.learning_rate for each in found] == pytest.approx([each.learning_rate for each in expected])
     scores = [each.influence(loader(test_texts())).scores for each in (whole, resumed)]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_fit_that_is_resumed_with_other_arguments_is_refused(tmp_path):
+    resumable(tmp_path / "cut", 1)
+    with pytest.raises(ValueError, match="Resume with the same arguments"):
+        resumable(tmp_path / "cut", 2, dtype="float16", ckpt_path=str(tmp_path / "saved-cut" / "step=5.ckpt"))
+    assert [each.step for each in Trace(tmp_path / "cut").checkpoints] == [5]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
