@@ -25,6 +25,7 @@ from lightning_tracin.gradients import SecondMoments, Texts, WordGradients, dist
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
 from lightning_tracin.mixin import losses_of, words_of_batch
+from lightning_tracin.report.progress import labelled
 from lightning_tracin.result import InfluenceResult, TopK, clipped_k, merge_top
 from lightning_tracin.trace import CachePass, Checkpoint, Trace, stored_gradients, texts_of
 from lightning_tracin.training_set import TrainingSet, only_test_loader
@@ -279,7 +280,7 @@ def _run(
     losses = losses_of(module)
     module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
     step = partial(_gradient_step, module, checkpoint.layers, method.name, losses)
-    bars = [_labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
+    bars = [labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
     trainer.predict_loop.current_batch_indices = []  # a loader without indices would be given those of the last one
     with ExitStack() as stack:
         stack.enter_context(_attribute(trainer, "callbacks", [*bars, _Writer(take)]))
@@ -442,13 +443,6 @@ def _serving(datamodule: pl.LightningDataModule, loader: Any) -> pl.LightningDat
     copied.prepare_data = lambda: None  # type: ignore[method-assign]
     copied.setup = lambda stage: None  # type: ignore[method-assign]
     copied.teardown = lambda stage: None  # type: ignore[method-assign]
-    return copied
-
-
-def _labelled(bar: Any, description: str) -> Any:
-    """A copy of a progress bar that says what this pass of predict is."""
-    copied = copy.copy(bar)
-    copied.__class__ = type(type(bar).__name__, (type(bar),), {"predict_description": description})
     return copied
 
 

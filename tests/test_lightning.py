@@ -58,7 +58,9 @@ def test_a_stock_trainer_of_pytorch_lightning_works_by_the_function(tmp_path, to
     torch.testing.assert_close(influence(stock, loader(test_texts())).scores, expected)
 
 
-@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+@pytest.mark.parametrize(
+    "bar", [lambda: RichProgressBar(console_kwargs={"force_terminal": True}), TQDMProgressBar], ids=["rich", "tqdm"]
+)
 def test_progress_is_shown_by_the_trainers_own_bar(tmp_path, capsys, bar):
     trainer = quiet(callbacks=[bar(), TracInCallback(tmp_path / "trace")], enable_progress_bar=True)
     trainer.fit(Toy(), loader())

@@ -1,7 +1,8 @@
-"""Progress through the trainer's own progress bar, for work that Lightning has no loop for."""
+"""Progress through the trainer's own progress bar."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,3 +39,31 @@ def progress_task(bar: Any, description: str, total: int) -> Iterator[Callable[[
             tqdm.close()
     else:
         yield lambda: None
+
+
+def labelled(bar: Any, description: str) -> Any:
+    """A copy of a progress bar that says what a pass of ``trainer.predict`` is, and clears away when that is done.
+
+    Args:
+        bar: a progress bar callback of Lightning.
+        description: what the copy says instead of "Predicting".
+    """
+
+    class Labelled(type(bar)):  # type: ignore[misc]
+        predict_description = description
+
+        def init_predict_tqdm(self) -> Any:
+            tqdm = super().init_predict_tqdm()
+            tqdm.leave = False
+            return tqdm
+
+        def on_predict_end(self, *arguments: Any) -> None:
+            progress = getattr(self, "progress", None)
+            if isinstance(progress, Progress):
+                for task in progress.task_ids:
+                    progress.update(task, visible=False)
+            super().on_predict_end(*arguments)
+
+    copied = copy.copy(bar)
+    copied.__class__ = Labelled
+    return copied
