@@ -233,14 +233,8 @@ def _dot_weighted(test: LinearGradients, train: LinearGradients, weights: Tensor
 
 
 def _preconditioned(words: WordGradients, moments: SecondMoments) -> WordGradients:
-    """Rows times the fourth root of the weights' square, on each side, so that products are divided by the root."""
-    weights = moments.weights().sqrt()
-    if moments.rows is None:
-        factors = weights[words.tokens]
-    else:
-        found = torch.searchsorted(moments.rows, words.tokens).clamp(max=len(moments.rows) - 1)
-        known = moments.rows[found] == words.tokens
-        factors = weights[found] * known[:, None]
+    """Rows times the root of the weights, on both sides, so that their product is weighted once."""
+    factors = moments.of_tokens(words.tokens).weights().sqrt()
     norms, directions = unit_rows(words.directions.float() * factors)
     return replace(words, norms=words.norms * norms, directions=directions)
 

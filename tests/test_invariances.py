@@ -10,6 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInLast, TracInWE, store
+from lightning_tracin.training_set import TrainingSet
 
 METHODS = ["tracin-we", "tracin-last"]
 
@@ -158,6 +159,78 @@ def test_the_strongest_are_those_of_the_whole_matrix(tmp_path, monkeypatch, shar
     for side in ("proponents", "opponents"):
         for found, expected in zip(getattr(strongest, side)(k), getattr(whole, side)(k), strict=True):
             assert torch.equal(found, expected)
+
+
+VARIANTS = [
+    TracInLast(),
+    TracInLast(normalize="cosine", precondition="adam"),
+    TracInWE(top_words=2),
+    TracInWE(exclude_tokens=range(1, 12), normalize="train"),
+    TracInWE(top_words=3, normalize="cosine", precondition="adam"),
+]
+
+
+@pytest.fixture(scope="module")
+def in_shards(tmp_path_factory):
+    """The session's fit once more, its gradients in many small shards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_SHARD_EXAMPLES", 4)
+        return fitted(tmp_path_factory.mktemp("shards") / "trace")
+
+
+@pytest.mark.parametrize("method", VARIANTS, ids=str)
+def test_methods_do_not_depend_on_shards_nor_on_k(toy, in_shards, method):
+    whole = toy.influence(loader(test_texts()), method=method).scores
+    found = in_shards.influence(loader(test_texts()), method=method).scores
+    assert_same(found, whole)
+    for k in (1, 5):
+        strongest = in_shards.influence(loader(test_texts()), method=method, k=k)
+        for side, largest in ((strongest.proponents(k), True), (strongest.opponents(k), False)):
+            torch.testing.assert_close(side.values, found.topk(k, largest=largest).values, rtol=1e-5, atol=0)
+            assert torch.equal(side.values, found.gather(1, side.indices))
+    diagonal = toy.influence(loader(), method=method).scores.diagonal()
+    torch.testing.assert_close(in_shards.self_influence(method=method), diagonal, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", VARIANTS[2:], ids=str)
+def test_word_terms_add_up_to_the_score_of_each_variant(in_shards, method):
+    result = in_shards.influence(loader(test_texts()), method=method)
+    assert result.scores.count_nonzero() > N_TRAIN
+    for test_index in range(N_TEST):
+        for train_index in range(N_TRAIN):
+            total = sum(term for _, term in result.words(test_index, train_index))
+            assert total == pytest.approx(float(result.scores[test_index, train_index]), rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_is_close_to_full(expected, tmp_path, method):
+    scores = fitted(tmp_path / "trace", dtype="float16").influence(loader(test_texts()), method=method).scores
+    assert not torch.equal(scores, expected[method])
+    assert (scores - expected[method]).norm() <= 1e-3 * expected[method].norm()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_as_training_set_scores_like_the_data_set(uncached, expected, tmp_path, workers):
+    """Several workers would each yield the whole stream."""
+    path = shutil.copytree(uncached[0], tmp_path / "trace")
+    header = store.read_json(path / "trace.json")
+    stream = loader(Streamed(texts()), num_workers=workers)
+    fingerprint = TrainingSet(stream).fingerprint()  # of its length: a stream's examples cannot be looked up
+    store.write_json(path / "trace.json", {**header, "data_fingerprint": fingerprint})
+    scores = quiet().influence(loader(test_texts()), uncached[1], train_dataloaders=stream, trace=path).scores
+    assert_same(scores, expected["tracin-we"])
+
+
+def test_limits_of_the_trainer_do_not_cut_the_training_set(uncached, expected, tmp_path):
+    path = shutil.copytree(uncached[0], tmp_path / "trace")
+    trainer = quiet(limit_predict_batches=1, limit_train_batches=1)
+    scores = trainer.influence(loader(test_texts()), uncached[1], train_dataloaders=loader(), trace=path).scores
+    torch.testing.assert_close(scores, expected["tracin-we"][:4], rtol=1e-4, atol=1e-9)
+
+
+def test_asking_twice_gives_the_same(toy):
+    first, second = (toy.influence(loader(test_texts(), shuffle=True)).scores for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-9)
 
 
 def test_shards_are_as_many_as_asked_for(tmp_path, monkeypatch):

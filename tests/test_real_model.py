@@ -64,6 +64,6 @@ def test_the_demo_finds_flipped_labels_and_leaves_its_trace_behind(tmp_path, cap
     assert result.scores.shape == (len(figures["chosen"]), 400)
     index = int(result.proponents(1).indices[0, 0])
     assert sum(term for _, term in result.words(0, index)) == pytest.approx(float(result.scores[0, index]), rel=1e-3)
-    assert "Flipped labels" in capsys.readouterr().out
+    assert "flipped labels" in capsys.readouterr().out
     assert isinstance(result.method, TracInWE)
     assert not isinstance(result.method, TracInLast)
