@@ -94,6 +94,7 @@ class TracInCallback(DualCallback):
         self.trace: Trace | None = None
         self.training_set: TrainingSet | None = None
         self._fitting = False
+        self._recording = False
         self._steps: list[Step] = []
         self._resumed: dict[str, Any] = {}
 
@@ -105,6 +106,7 @@ class TracInCallback(DualCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start afresh for a fit; other stages leave the trace alone."""
         self._fitting = stage == "fit"
+        self._recording = False
         if self._fitting:
             require_one_process(trainer)
             self._steps, self._resumed = [], {}
@@ -132,7 +134,7 @@ class TracInCallback(DualCallback):
                 f"{path.absolute()} holds the trace of another fit. Pass another dirpath, or overwrite=True to replace "
                 "it; a fit that is resumed with ckpt_path continues its own trace."
             )
-        self.training_set = training_set = TrainingSet(trainer.train_dataloader)
+        training_set = TrainingSet(trainer.train_dataloader)
         layers, example = first_batch(trainer, pl_module, training_set, self.methods)
         self._require_space(trainer, pl_module, path, example, len(training_set))
         fingerprint = training_set.fingerprint()
@@ -149,16 +151,18 @@ class TracInCallback(DualCallback):
             last = resumed.checkpoints[-1].step if resumed.checkpoints else 0
             self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
             self.trace = resumed
-            return
-        self.trace = Trace.create(
-            path,
-            module=pl_module,
-            n_train=len(training_set),
-            data_fingerprint=fingerprint,
-            layers=layers,
-            dtype=self.dtype,
-            top_words=self.top_words,
-        )
+        else:
+            self.trace = Trace.create(
+                path,
+                module=pl_module,
+                n_train=len(training_set),
+                data_fingerprint=fingerprint,
+                layers=layers,
+                dtype=self.dtype,
+                top_words=self.top_words,
+            )
+        self.training_set = training_set
+        self._recording = True
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -183,7 +187,7 @@ class TracInCallback(DualCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the fit was too short for a checkpoint."""
-        if self.trace is not None and not self.trace.checkpoints:
+        if self._recording and self.trace is not None and not self.trace.checkpoints:
             rank_zero_warn(
                 f"The fit ended before the first checkpoint of the trace in {self.trace.path} was due: there is "
                 "nothing to compute influence from. Lower every_n_epochs or every_n_train_steps."
@@ -191,8 +195,8 @@ class TracInCallback(DualCallback):
 
     def _take_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         trace = self.trace
-        if trace is None or not self._steps or trainer.sanity_checking:
-            return  # nothing was trained since the last checkpoint
+        if trace is None or not self._recording or not self._steps:
+            return  # a fast_dev_run, or nothing was trained since the last checkpoint
         step = trainer.global_step
         optimizers = [_unwrapped(each) for each in trainer.optimizers]
         with trace.new_checkpoint(
@@ -301,8 +305,6 @@ def first_batch(
     losses = losses_of(module)
     with _inside_fit(trainer, module):
         batch = batch_to_device(trainer, module, next(iter(training_set.sequential_loader())))
-        if isinstance(losses, MeanLoss):
-            losses.check(batch)
         layers = {}
         if "tracin-we" in methods:
             layers["tracin-we"] = layer_name(module, embedding_layer_of(module))
@@ -314,10 +316,20 @@ def first_batch(
             raise ValueError(
                 f"The loss or gradient of training example {bad} is NaN or infinite before training began."
             )
-        if not isinstance(losses, MeanLoss):
-            first = module.get_submodule(next(iter(layers.values())))
-            check_independent(losses, batch, layers_of_table(module, first))
+        check_losses(module, next(iter(layers.values())), losses, batch)
     return layers, captured
+
+
+def check_losses(module: torch.nn.Module, layer: str, losses: Losses, batch: Any) -> None:
+    """Check on a batch that its examples' losses do not depend on each other.
+
+    Raises:
+        ValueError: if they do, or if a module without losses of single examples returns anything but their mean.
+    """
+    if isinstance(losses, MeanLoss):
+        losses.check(batch)
+    else:
+        check_independent(losses, batch, layers_of_table(module, module.get_submodule(layer)))
 
 
 def capture_at(

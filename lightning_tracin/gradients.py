@@ -44,7 +44,7 @@ class WordGradients:
             gradients: (P, H) the gradient at each position. Words whose sum is zero are left out.
         """
         keys, row_of = torch.unique(tokens * n_examples + examples, return_inverse=True)
-        rows = torch.zeros(len(keys), gradients.shape[1], device=gradients.device)
+        rows = torch.zeros(len(keys), gradients.shape[1], device=gradients.device, dtype=torch.float32)
         rows.index_add_(0, row_of, gradients.float())
         norms, directions = unit_rows(rows)
         words = cls(n_examples, keys % n_examples, keys // n_examples, norms, directions)
@@ -92,9 +92,11 @@ class WordGradients:
 
     def example_norms(self) -> Tensor:
         """(n_examples,) norm of each example's whole gradient."""
-        largest = torch.zeros(self.n_examples).scatter_reduce(0, self.examples, self.norms, "amax")
+        largest = torch.zeros(self.n_examples, dtype=torch.float32).scatter_reduce(0, self.examples, self.norms, "amax")
         safe = torch.where(largest > 0, largest, 1.0)  # squares of norms under 1e-19 would vanish in float32
-        squares = torch.zeros(self.n_examples).index_add_(0, self.examples, (self.norms / safe[self.examples]) ** 2)
+        squares = torch.zeros(self.n_examples, dtype=torch.float32).index_add_(
+            0, self.examples, (self.norms / safe[self.examples]) ** 2
+        )
         return largest * squares.sqrt()
 
     def top_words(self, k: int) -> WordGradients:
@@ -189,8 +191,10 @@ class LinearGradients:
         """(n_examples,) norm of each example's whole gradient G: the root of Σ weights · G², weights (out, in)."""
         counts = torch.bincount(self.examples, minlength=self.n_examples)
         if weights is None and not bool((counts > 1).any()):
-            return torch.zeros(self.n_examples).index_add_(0, self.examples, self.input_norms * self.delta_norms)
-        norms = torch.zeros(self.n_examples)
+            return torch.zeros(self.n_examples, dtype=torch.float32).index_add_(
+                0, self.examples, self.input_norms * self.delta_norms
+            )
+        norms = torch.zeros(self.n_examples, dtype=torch.float32)
         stops = counts.cumsum(0)
         for example, (start, stop) in enumerate(zip((stops - counts).tolist(), stops.tolist(), strict=True)):
             inputs, deltas = self.inputs[start:stop].float(), self.deltas[start:stop].float()

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter
-from lightning_tracin.callback import TracInCallback, capture_at, require_one_process
+from lightning_tracin.callback import TracInCallback, capture_at, check_losses, require_one_process
 from lightning_tracin.capture import Captured, Losses, gradients_enabled, usable_in_autograd
 from lightning_tracin.gradients import SecondMoments, Texts, WordGradients, distinct
-from lightning_tracin.losses import MeanLoss, labels_of
+from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
 from lightning_tracin.mixin import losses_of, words_of_batch
 from lightning_tracin.report.progress import labelled
@@ -81,7 +81,7 @@ def influence(
         test = _TestExamples(module, chosen)
         for number, checkpoint in enumerate(checkpoints, start=1):
             description = f"Test gradients {number}/{len(checkpoints)}"
-            _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description)
+            _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description, number == 1)
             test.finish_checkpoint(checkpoint, opened)
     result = InfluenceResult(
         method=chosen,
@@ -92,6 +92,7 @@ def influence(
         words_of_ids={**opened.vocabulary, **test.vocabulary},
         label_names=_label_names(module),
         trace=opened,
+        checkpoint_ids=[each.id for each in checkpoints],
     )
     return _scored(result, test.gradients, checkpoints, kept)
 
@@ -126,7 +127,7 @@ def self_influence(
     module = getattr(model, "_orig_mod", model) or trainer.lightning_module
     with _weights_kept(module) if module is not None else nullcontext():
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders)
-    scores = torch.zeros(opened.n_train)
+    scores = torch.zeros(opened.n_train, dtype=torch.float32)
     for checkpoint in checkpoints:
         rate = checkpoint.learning_rate_of(chosen.name)
         moments = _moments(checkpoint, chosen)
@@ -208,7 +209,7 @@ def _fill(
                     cache.add(captured, labels_of(batch), words)
 
                 description = f"Training gradients {number}/{len(missing)}"
-                _run(trainer, module, checkpoint, method, loader, datamodule, take, description)
+                _run(trainer, module, checkpoint, method, loader, datamodule, take, description, number == 1)
 
 
 class _TestExamples:
@@ -274,12 +275,15 @@ def _run(
     datamodule: pl.LightningDataModule | None,
     take: _Take,
     description: str,
+    first: bool,
 ) -> None:
-    """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand each batch's gradients on."""
+    """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand each batch's gradients on.
+
+    The first of several runs also checks that the losses are those of single examples.
+    """
     require_one_process(trainer)
-    losses = losses_of(module)
     module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
-    step = partial(_gradient_step, module, checkpoint.layers, method.name, losses)
+    step = partial(_gradient_step, module, checkpoint.layers, method.name, losses_of(module), first)
     bars = [labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
     trainer.predict_loop.current_batch_indices = []  # a loader without indices would be given those of the last one
     with ExitStack() as stack:
@@ -297,14 +301,15 @@ def _gradient_step(
     layers: dict[str, str],
     method: str,
     losses: Losses,
+    check: bool,
     batch: Any,
     batch_idx: int,
 ) -> Captured:
     """Stands in for ``predict_step``: the gradients of a batch, in spite of predict's inference mode."""
     with gradients_enabled(module):
         batch = usable_in_autograd(batch)
-        if isinstance(losses, MeanLoss) and batch_idx == 0:
-            losses.check(batch)
+        if check and batch_idx == 0:
+            check_losses(module, layers[method], losses, batch)
         try:
             return capture_at(module, layers, [method], losses, batch)
         except RuntimeError as error:
@@ -346,11 +351,11 @@ def _scored(
     stored = [checkpoint.gradients(method.name) for checkpoint in checkpoints]
     moments = [_moments(checkpoint, method) for checkpoint in checkpoints]
     rates = [checkpoint.learning_rate_of(method.name) for checkpoint in checkpoints]
-    whole = torch.zeros(n_test, result.n_train) if k is None else None
+    whole = torch.zeros(n_test, result.n_train, dtype=torch.float32) if k is None else None
     strongest: tuple[TopK, TopK] | None = None
     for shard in range(len(stored[0])):
         start, stop = stored[0].bounds(shard)
-        scores = torch.zeros(n_test, stop - start)
+        scores = torch.zeros(n_test, stop - start, dtype=torch.float32)
         for gradients, shards, moment, rate in zip(test, stored, moments, rates, strict=True):
             block = shards.read(shard, tokens=_needed_tokens(method, gradients))
             scores += rate * method.dot(gradients, method.prepare(block, moment, "train"), moment)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Mapping
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -127,10 +126,11 @@ class MeanLoss:
     def _training_loss(self, batch: Any) -> Tensor:
         if not getattr(self.module, "automatic_optimization", True):
             raise ValueError(f"{type(self.module).__name__} optimizes manually in training_step. {_use_mixin()}.")
-        step: Any = self.module.training_step
-        arguments = (batch, 0) if len(inspect.signature(step).parameters) > 1 else (batch,)
-        with _side_effects_undone(self.module):
-            output = step(*arguments)
+        module = _stand_in(self.module)
+        for name in ("log", "log_dict"):  # there is nothing to log outside of training
+            module.__dict__[name] = lambda *_, **__: None
+        step = module.training_step
+        output = step(batch, 0) if len(inspect.signature(step).parameters) > 1 else step(batch)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(
@@ -140,26 +140,22 @@ class MeanLoss:
         return loss.reshape(())
 
 
-@contextmanager
-def _side_effects_undone(module: Any) -> Iterator[None]:
-    """Call a ``training_step`` without logging, and without updating the module's metrics."""
-    metrics = [
-        (part, name, child)
-        for part in list(module.modules())
-        for name, child in part.named_children()
-        if isinstance(child, (Metric, MetricCollection))
-    ]
-    for part, name, metric in metrics:
-        part._modules[name] = deepcopy(metric)
-    for name in ("log", "log_dict"):
-        module.__dict__[name] = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        for name in ("log", "log_dict"):
-            module.__dict__.pop(name, None)
-        for part, name, metric in metrics:
-            part._modules[name] = metric
+def _stand_in(module: nn.Module) -> Any:
+    """A module that shares another's layers and weights, and keeps what a ``training_step`` remembers to itself.
+
+    Its attributes, lists, buffers and metrics are its own.
+    """
+    copied: Any = object.__new__(type(module))
+    for name, value in vars(module).items():
+        copied.__dict__[name] = copy(value) if isinstance(value, (list, dict, set)) else value
+    for name, buffer in module._buffers.items():
+        copied._buffers[name] = None if buffer is None else buffer.clone()
+    for name, child in module.named_children():
+        if isinstance(child, (Metric, MetricCollection)):
+            copied._modules[name] = deepcopy(child)
+        elif any(isinstance(part, Metric) for part in child.modules()):
+            copied._modules[name] = _stand_in(child)
+    return copied
 
 
 def _elementwise(logits: Tensor, labels: Tensor, *, problem_type: str | None, causal: bool) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,7 @@ def method_from_json(content: dict[str, Any]) -> Method:
 
 def _dot_words(test: WordGradients, train: WordGradients) -> Tensor:
     """Join two blocks, each sorted by token, on the token: (test.n_examples, train.n_examples)."""
-    scores = torch.zeros(test.n_examples, train.n_examples)
+    scores = torch.zeros(test.n_examples, train.n_examples, dtype=torch.float32)
     test_tokens, test_starts, test_counts = _groups(test.tokens)
     train_tokens, train_starts, train_counts = _groups(train.tokens)
     _, in_test, in_train = _intersection(test_tokens, train_tokens)
@@ -206,7 +206,7 @@ def _dot_words(test: WordGradients, train: WordGradients) -> Tensor:
 
 def _dot_linear(test: LinearGradients, train: LinearGradients) -> Tensor:
     """(test.n_examples, train.n_examples), in chunks of positions."""
-    scores = torch.zeros(train.n_examples, test.n_examples)
+    scores = torch.zeros(train.n_examples, test.n_examples, dtype=torch.float32)
     test_inputs = test.inputs.float() * test.input_norms[:, None]
     test_deltas = test.deltas.float() * test.delta_norms[:, None]
     chunk = max(1, (1 << 24) // max(len(test.examples), 1))
@@ -214,14 +214,16 @@ def _dot_linear(test: LinearGradients, train: LinearGradients) -> Tensor:
         inputs = train.inputs[positions].float() * train.input_norms[positions, None]
         deltas = train.deltas[positions].float() * train.delta_norms[positions, None]
         products = (inputs @ test_inputs.T) * (deltas @ test_deltas.T)
-        by_test = torch.zeros(len(positions), test.n_examples).index_add_(1, test.examples, products)
+        by_test = torch.zeros(len(positions), test.n_examples, dtype=torch.float32).index_add_(
+            1, test.examples, products
+        )
         scores.index_add_(0, train.examples[positions], by_test)
     return scores.T
 
 
 def _dot_weighted(test: LinearGradients, train: LinearGradients, weights: Tensor) -> Tensor:
     """(test.n_examples, train.n_examples) of Σ weights · G · G', weights (out, in); forms one G at a time."""
-    scores = torch.zeros(test.n_examples, train.n_examples)
+    scores = torch.zeros(test.n_examples, train.n_examples, dtype=torch.float32)
     inputs = train.inputs.float() * train.input_norms[:, None]
     deltas = train.deltas.float() * train.delta_norms[:, None]
     for example in range(test.n_examples):

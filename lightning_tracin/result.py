@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from lightning_tracin.gradients import Texts, WordGradients
 from lightning_tracin.methods import Method, TracInWE, method_from_json, method_to_json
 from lightning_tracin.report.tables import Example, Influential, influence_tables
 from lightning_tracin.store import write_tensors
-from lightning_tracin.trace import Trace
+from lightning_tracin.trace import Checkpoint, Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,14 +59,10 @@ class InfluenceResult:
     words_of_ids: dict[int, str]
     label_names: dict[int, str]
     trace: Trace | None
+    checkpoint_ids: list[str]
     scores: Tensor | None = None
     strongest_proponents: TopK | None = None
     strongest_opponents: TopK | None = None
-    trace_id: str = field(default="")
-
-    def __post_init__(self) -> None:
-        if self.trace is not None:
-            self.trace_id = self.trace.id
 
     def __repr__(self) -> str:
         kept = "" if self.strongest_proponents is None else f", k={self.strongest_proponents.values.shape[1]}"
@@ -180,7 +176,9 @@ class InfluenceResult:
         opponents = self.opponents(min(10, self.n_train) if k is None else k)
         n_votes = opponents.indices.shape[1]
         votes = torch.arange(n_votes, 0, -1).float().expand(opponents.indices.shape)
-        return -torch.zeros(self.n_train).index_add_(0, opponents.indices.flatten(), votes.flatten())
+        return -torch.zeros(self.n_train, dtype=torch.float32).index_add_(
+            0, opponents.indices.flatten(), votes.flatten()
+        )
 
     def to_pandas(self, k: int = 10) -> pd.DataFrame:
         """The k strongest proponents and opponents of each test example, a row each.
@@ -251,7 +249,7 @@ class InfluenceResult:
             "n_gradients": len(self.test_gradients),
             "words_of_ids": {str(token): word for token, word in self.words_of_ids.items() if token in used},
             "label_names": {str(number): name for number, name in self.label_names.items()},
-            "trace_id": self.trace_id,
+            "checkpoint_ids": self.checkpoint_ids,
             "trace": None if self.trace is None else str(self.trace.path.absolute()),
             "trace_relative": None if self.trace is None else os.path.relpath(self.trace.path, path.parent),
         }
@@ -296,10 +294,10 @@ class InfluenceResult:
             words_of_ids=words if trace is None else {**trace.vocabulary, **words},
             label_names={int(number): name for number, name in header["label_names"].items()},
             trace=trace,
+            checkpoint_ids=header["checkpoint_ids"],
             scores=tensors.get("scores"),
             strongest_proponents=tops[0],
             strongest_opponents=tops[1],
-            trace_id=header["trace_id"],
         )
 
     def _n_kept(self) -> int:
@@ -326,13 +324,8 @@ class InfluenceResult:
         method = self.method
         if not isinstance(method, TracInWE):
             raise ValueError(f"{method} has no word terms: they are a property of the word embedding layer (TracInWE).")
-        if self.trace is None or Trace(self.trace.path).id != self.trace_id:
-            raise FileNotFoundError(
-                "The trace that these scores were computed from is gone, or another fit took its place; the words of "
-                "a pair are read from it."
-            )
         terms: dict[int, float] = defaultdict(float)
-        for checkpoint, gradients in zip(self.trace.checkpoints, self.test_gradients, strict=True):
+        for checkpoint, gradients in zip(self._checkpoints(), self.test_gradients, strict=True):
             moments = checkpoint.second_moments(method.name) if method.precondition == "adam" else None
             train = checkpoint.gradients(method.name).read_example(train_index)
             prepared = method.prepare(train, moments, "train")
@@ -340,6 +333,20 @@ class InfluenceResult:
             for token, term in method.terms(gradients.slice(test_index, test_index + 1), prepared).items():
                 terms[token] += rate * term
         return dict(terms)
+
+    def _checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints that the scores were computed from, if they are still there."""
+        stored = {} if self.trace is None else {each.id: each for each in self.trace.checkpoints}
+        if not stored.keys() >= set(self.checkpoint_ids):
+            raise FileNotFoundError(
+                "The trace that these scores were computed from is gone, or another fit took its place; the words of "
+                "a pair and the texts of training examples are read from it."
+            )
+        return [stored[each] for each in self.checkpoint_ids]
+
+    @property
+    def _has_trace(self) -> bool:
+        return self.trace is not None and set(self.checkpoint_ids) <= {each.id for each in self.trace.checkpoints}
 
     def _word(self, token: int) -> str:
         return self.words_of_ids.get(token, str(token))
@@ -358,12 +365,12 @@ class InfluenceResult:
     def _influential(self, test_index: int, top: TopK, rank: int) -> Influential:
         train_index, score = int(top.indices[test_index, rank]), float(top.values[test_index, rank])
         terms = {}
-        if isinstance(self.method, TracInWE) and self.trace is not None:
+        if isinstance(self.method, TracInWE) and self._has_trace:
             terms = self._terms(test_index, train_index)
         return Influential(train_index, score, self._train_example(train_index), terms)
 
     def _train_example(self, train_index: int) -> Example:
-        if self.trace is None or not self.trace.has_texts:
+        if self.trace is None or not self._has_trace:
             return Example([], [], None)
         return self._example(self.trace.text(train_index), 0)
 
@@ -424,6 +431,6 @@ def _find_trace(header: dict[str, Any], folder: Path) -> Trace | None:
     for place in (header["trace"], header["trace_relative"] and folder / header["trace_relative"]):
         if place is not None and (Path(place) / "trace.json").exists():
             trace = Trace(place)
-            if trace.id == header["trace_id"]:
+            if set(header["checkpoint_ids"]) <= {each.id for each in trace.checkpoints}:
                 return trace
     return None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -199,17 +200,17 @@ def _ranges(starts: Tensor, stops: Tensor) -> Tensor:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=dict(metadata or {}))
-    partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
-    _into_place(partial, path)
+    with _appearing_file(path) as partial:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=dict(metadata or {})
+        )
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _into_place(partial, path)
+    with _appearing_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -217,10 +218,18 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _into_place(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+@contextmanager
+def _appearing_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes its name when it is on disk and vanishes when it cannot be written."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _shard(folder: Path, number: int) -> Path:

@@ -37,6 +37,7 @@ class Checkpoint:
 
     Attributes:
         path: folder of this checkpoint.
+        id: tells it apart from every other, also from one that a resumed fit put in its place.
         step: ``trainer.global_step``.
         epoch: ``trainer.current_epoch``.
         steps: the optimizer steps since the previous checkpoint.
@@ -45,6 +46,7 @@ class Checkpoint:
     """
 
     path: Path
+    id: str
     step: int
     epoch: int
     steps: list[Step]
@@ -270,8 +272,10 @@ class Trace:
                 moments = _second_moments(module.get_submodule(layer), optimizers, sparse=method == "tracin-we")
                 if moments is not None:
                     _write_moments(folder / f"second-moments-{method}.safetensors", moments)
-            write_json(folder / "checkpoint.json", {"step": step, "epoch": epoch, "steps": steps, "groups": groups})
-            yield Checkpoint(folder, step, epoch, steps, groups, self.layers)
+            content: dict[str, Any] = {"step": step, "epoch": epoch, "steps": steps, "groups": groups}
+            content["id"] = uuid.uuid4().hex
+            write_json(folder / "checkpoint.json", content)
+            yield Checkpoint(path=folder, layers=self.layers, **content)
 
     @contextmanager
     def caching(self, checkpoint: Checkpoint, methods: Sequence[str]) -> Iterator[CachePass]:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
-from lightning_tracin import Trace, TracInCallback, TracInLast, TracInMixin, TracInWE, store
+from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInMixin, TracInWE, store
 
 
 def with_loss(loss):
@@ -39,13 +39,14 @@ def cross_entropy(module, batch, **options):
     [
         (lambda m, b: cross_entropy(m, b), r"shape \(B,\), but got shape \(\)"),
         (lambda m, b: cross_entropy(m, b, reduction="none")[:, None], r"but got shape \(4, 1\)"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[:, None].expand(-1, 7), r"but got shape \(4, 7\)"),
         (lambda m, b: cross_entropy(m, b, reduction="none").tolist(), "but got list"),
         (lambda m, b: b[1], "float tensor"),
         (lambda m, b: cross_entropy(m, b, reduction="none").detach(), "detaches them"),
         (lambda m, b: cross_entropy(m, b, reduction="none")[:2], "is the number of losses, 2"),
         (lambda m, b: cross_entropy(m, b, reduction="none") * m(b[0]).mean(), "depends on the other examples"),
     ],
-    ids=["scalar", "(B, 1)", "list", "integers", "detached", "too few", "of the whole batch"],
+    ids=["scalar", "(B, 1)", "(B, T)", "list", "integers", "detached", "too few", "of the whole batch"],
 )
 def test_a_loss_that_is_not_one_for_each_example(tmp_path, loss, message):
     with pytest.raises(ValueError, match=message):
@@ -184,6 +185,50 @@ def test_a_test_gradient_that_is_not_finite_is_named(tmp_path):
     trainer = fitted(tmp_path / "trace", module, loader())
     with pytest.raises(ValueError, match="test example 13 is NaN or infinite"):
         trainer.influence(loader(data, shuffle=True))
+
+
+def test_a_gradient_that_becomes_nan_late_keeps_the_checkpoints_before_it(tmp_path):
+    class Late(Toy):
+        def influence_loss(self, batch):
+            losses = super().influence_loss(batch)
+            if self.training or self.trainer.current_epoch == 0:
+                return losses
+            return torch.where((batch[0] == texts()[17][0]).all(1), torch.nan, losses)
+
+    with pytest.raises(ValueError, match="training example 17 is NaN or infinite"):
+        fitted(tmp_path / "trace", Late())
+    assert [each.step for each in Trace(tmp_path / "trace").checkpoints] == [5]
+    assert not list(tmp_path.rglob("*.partial"))
+    assert quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace").scores.abs().sum() > 0
+
+
+def test_a_loss_that_depends_on_other_test_examples(tmp_path):
+    """Unseen in training with batches of one."""
+    module = with_loss(lambda m, b: cross_entropy(m, b, reduction="none") * m(b[0]).mean())
+    trainer = fitted(tmp_path / "trace", module, loader(batch_size=1))
+    with pytest.raises(ValueError, match="depends on the other examples"):
+        trainer.influence(loader(test_texts()))
+
+
+def test_a_training_step_that_is_a_sum_is_found_at_the_query_too(tmp_path):
+    """Unseen in training with batches of one."""
+    module = Plain(lambda logits, labels: functional.cross_entropy(logits, labels, reduction="sum"))
+    trainer = fitted(tmp_path / "trace", module, loader(batch_size=1))
+    with pytest.raises(ValueError, match=r"(?s)not a mean of independent.*TracInMixin"):
+        trainer.influence(loader(test_texts()))
+
+
+@pytest.mark.parametrize("told", [N_TRAIN - 1, N_TRAIN + 1])
+def test_a_stream_that_tells_a_wrong_number_of_examples(tmp_path, told):
+    class Wrong(IterableDataset):
+        def __len__(self):
+            return told
+
+        def __iter__(self):
+            return iter(texts())
+
+    with pytest.raises(ValueError, match=rf"has {told} examples, but a pass over it gave {N_TRAIN}"):
+        fitted(tmp_path / "trace", data=DataLoader(Wrong(), batch_size=N_TRAIN + 1))
 
 
 class Endless(IterableDataset):
@@ -422,3 +467,52 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(type(trainer), "world_size", 2)
     with pytest.raises(ValueError, match="works in one process so far"):
         trainer.fit(Toy(), loader())
+
+
+def test_several_processes_are_refused_by_influence(toy, trace, monkeypatch):
+    trainer = quiet()
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    with pytest.raises(ValueError, match="works in one process so far"):
+        trainer.influence(loader(test_texts()), Toy(), trace=trace)
+
+
+def test_a_trace_of_another_model_is_refused_before_anything_is_computed(toy, trace):
+    class Other(Toy):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(8, 3)
+
+    module = Other()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"of another model.*2 parameters differ.*extra\.bias: None in the trace"):
+        quiet().influence(loader(test_texts()), module, trace=trace)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_a_result_that_cannot_be_written_leaves_the_old_one(toy, tmp_path, monkeypatch):
+    result = toy.influence(loader(test_texts()))
+    path = result.save(tmp_path / "result.safetensors")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            toy.influence(loader(test_texts()), k=2).save(path)
+    assert torch.equal(InfluenceResult.load(path).scores, result.scores)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_fit_without_a_training_example(tmp_path):
+    trainer = fitted(tmp_path / "trace", data=loader(empty()))
+    with pytest.raises(ValueError, match="There is no trace"):
+        trainer.influence(loader(test_texts()))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_dirpath_that_is_not_a_folder(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file"):
+        fitted(tmp_path / place, overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"

@@ -195,7 +195,7 @@ def test_methods_do_not_depend_on_shards_nor_on_k(toy, in_shards, method):
 @pytest.mark.parametrize("method", VARIANTS[2:], ids=str)
 def test_word_terms_add_up_to_the_score_of_each_variant(in_shards, method):
     result = in_shards.influence(loader(test_texts()), method=method)
-    assert result.scores.count_nonzero() > N_TRAIN
+    assert result.scores.count_nonzero() > 10  # few pairs share one of their top words
     for test_index in range(N_TEST):
         for train_index in range(N_TRAIN):
             total = sum(term for _, term in result.words(test_index, train_index))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 
 import lightning.pytorch as twin
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning.pytorch.cli import LightningCLI as TwinCLI
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.tuner import Tuner
 from tokenizers import Tokenizer, models
 from torch import nn
 from torch.nn import functional
@@ -72,6 +75,44 @@ def test_progress_is_shown_by_the_trainers_own_bar(tmp_path, capsys, bar):
         assert "TracIn gradients" in fit_output.out + fit_output.err
 
 
+@pytest.mark.parametrize(
+    "bar",
+    [lambda: twin.callbacks.RichProgressBar(console_kwargs={"force_terminal": True}), twin.callbacks.TQDMProgressBar],
+    ids=["rich", "tqdm"],
+)
+def test_progress_bars_of_lightning_pytorch_show_it_too(tmp_path, capsys, bar):
+    callbacks = [bar(), TracInCallback(tmp_path / "trace")]
+    trainer = quiet(TwinTrainer, callbacks=callbacks, enable_progress_bar=True)
+    trainer.fit(TwinToy(), loader(), loader(test_texts()))
+    capsys.readouterr()
+    trainer.influence(loader(test_texts()))
+    output = capsys.readouterr()
+    assert "Test gradients 2/2" in output.out + output.err
+    assert type(trainer.callbacks[0]) is type(bar())
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "on_demand"])
+def test_a_datamodule_of_lightning_pytorch(tmp_path, cache):
+    class Data(twin.LightningDataModule):
+        def train_dataloader(self):
+            return loader(shuffle=True)
+
+        def test_dataloader(self):
+            return loader(test_texts())
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            ids, labels = batch
+            return [torch.where(ids > 0, (ids + 3) % 39 + 1, 0), labels]
+
+    trainer = quiet(TwinTrainer, callbacks=[TracInCallback(tmp_path / "trace", cache=cache)])
+    trainer.fit(TwinToy(), datamodule=Data())
+    scores = trainer.influence(datamodule=trainer.datamodule).scores
+    by_loader = trainer.influence(loader(test_texts())).scores
+    torch.testing.assert_close(scores, by_loader)
+    other = quiet(TwinTrainer).influence(loader(test_texts()), TwinToy(), trace=tmp_path / "trace").scores
+    assert not torch.allclose(scores, other)  # without the datamodule's hook the test examples are others
+
+
 class Shifting(pl.LightningDataModule):
     """Makes the ids on the device, in its own hook, as datamodules that tokenise there do."""
 
@@ -119,6 +160,17 @@ def test_mixed_precision_is_that_of_the_fit(tmp_path, toy):
     assert (scores - exact.scores).norm() < 0.05 * exact.scores.norm()
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-4), ("bf16-true", 0.1)])
+def test_true_precisions(tmp_path, precision, tolerance):
+    """Influence runs at the precision of the trainer; the trace holds the weights as they were."""
+    trainer = fitted(tmp_path / "trace", trainer={"precision": precision, "max_epochs": 1})
+    scores = trainer.influence(loader(test_texts())).scores
+    path = recomputed(tmp_path / "trace")
+    exact = quiet().influence(loader(test_texts()), Toy(), trace=path, train_dataloaders=loader()).scores
+    assert scores.dtype == torch.float32
+    assert (scores - exact).norm() < tolerance * exact.norm()
+
+
 def recomputed(path):
     """The trace without its gradients, so that they are computed again."""
     for folder in path.glob("checkpoints/*/tracin-*"):
@@ -135,6 +187,41 @@ def test_validation_beside_it_changes_nothing(tmp_path, toy):
     trainer = quiet(callbacks=[TracInCallback(tmp_path / "trace", dtype="float32")], num_sanity_val_steps=2)
     trainer.fit(Validated(), loader(), loader(test_texts()))
     assert len(Trace(tmp_path / "trace").checkpoints) == 2
+
+
+def test_a_loader_that_is_made_anew_each_epoch(tmp_path):
+    trainer = fitted(tmp_path / "trace", data=Shifting(), trainer={"reload_dataloaders_every_n_epochs": 1})
+    once = fitted(tmp_path / "once", data=Shifting())
+    scores = [each.influence(loader(test_texts())).scores for each in (trainer, once)]
+    torch.testing.assert_close(*scores)
+
+
+def test_the_search_for_a_learning_rate_leaves_no_trace(tmp_path, monkeypatch):
+    class Tunable(Toy):
+        lr = 0.1
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), self.lr)
+
+    monkeypatch.chdir(tmp_path)
+    trainer = quiet(callbacks=[TracInCallback(tmp_path / "trace")], default_root_dir=tmp_path)
+    module = Tunable()
+    Tuner(trainer).lr_find(module, loader(), num_training=8, update_attr=False)
+    assert not (tmp_path / "trace").exists()
+    trainer.fit(module, loader())
+    checkpoints = Trace(tmp_path / "trace").checkpoints
+    assert [(each.step, each.learning_rate) for each in checkpoints] == [(5, 0.1), (10, 0.1)]
+
+
+def test_a_whole_compiled_module_is_unwrapped(toy, trace):
+    class Wrapper:
+        """What torch.compile returns, as far as it is looked at."""
+
+        def __init__(self, module):
+            self._orig_mod = module
+
+    expected = toy.influence(loader(test_texts())).scores
+    assert torch.equal(quiet().influence(loader(test_texts()), Wrapper(Toy()), trace=trace).scores, expected)
 
 
 def test_words_are_those_of_the_tokenizer(tmp_path):
@@ -192,3 +279,38 @@ trainer:
     LightningCLI(Toy, Data, args=["fit", "--config", str(tmp_path / "fit.yaml")])
     trace = Trace(tmp_path / "trace")
     assert (trace.dtype, trace.top_words, list(trace.layers)) == ("float32", 3, ["tracin-we"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_line_of_lightning_pytorch_takes_the_callback_too(tmp_path, monkeypatch):
+    class Data(twin.LightningDataModule):
+        def train_dataloader(self):
+            return loader(shuffle=True)
+
+    monkeypatch.chdir(tmp_path)
+    TwinCLI(
+        TwinToy,
+        Data,
+        args=[
+            "fit",
+            "--trainer.max_epochs=1",
+            "--trainer.accelerator=cpu",
+            "--trainer.logger=false",
+            "--trainer.enable_checkpointing=false",
+            "--trainer.callbacks+=lightning_tracin.TracInCallback",
+            f"--trainer.callbacks.dirpath={tmp_path}/trace",
+            "--trainer.callbacks.cache=on_demand",
+        ],
+    )
+    trace = Trace(tmp_path / "trace")
+    assert [each.step for each in trace.checkpoints] == [5]
+    assert not trace.checkpoints[0].has_gradients("tracin-we")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_argument_on_the_command_line_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    callback = {"class_path": "lightning_tracin.TracInCallback", "init_args": {"dtype": "float8"}}
+    with pytest.raises(SystemExit):
+        LightningCLI(Toy, args=["fit", "--trainer.callbacks", json.dumps([callback])])
+    assert "float8" in capsys.readouterr().err

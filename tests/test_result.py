@@ -9,6 +9,7 @@ from rich.console import Console
 from toy import N_TEST, N_TRAIN, fitted, loader, test_texts, texts
 
 from lightning_tracin import InfluenceResult, TracInLast, TracInWE
+from lightning_tracin import result as result_module
 from lightning_tracin.report.tables import Example, Influential, influence_tables
 
 
@@ -63,6 +64,36 @@ def test_without_its_trace_a_result_still_prints_but_has_no_words(tmp_path, repl
             each.words(0, 0)
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["gone", "replaced by another fit"])
+@pytest.mark.parametrize("k", [None, 4])
+def test_a_result_in_memory_whose_trace_is_lost_shows_no_text_and_never_that_of_another(tmp_path, replaced, k):
+    result = fitted(tmp_path / "trace").influence(loader(test_texts()), k=k)
+    expected = result.proponents(3)
+    shutil.rmtree(tmp_path / "trace")
+    if replaced:
+        fitted(tmp_path / "trace", data=loader(texts(seed=9)))
+    frame = result.to_pandas(k=2)
+    assert set(frame.text) == {""}
+    assert frame.label.isna().all()
+    printed = str(result)
+    assert "no text stored" in printed
+    assert f"{float(expected.values[0, 0]):+.3g}" in printed
+
+
+def test_a_result_of_a_newer_version(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(result_module, "FORMAT_VERSION", 99)
+    path = result.save(tmp_path / "result.safetensors")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"format version 99.*Update lightning_tracin"):
+        InfluenceResult.load(path)
+
+
+def test_saving_makes_folders_and_tells_where(result, tmp_path):
+    path = result.save(str(tmp_path / "a" / "b" / "result.safetensors"))
+    assert path == tmp_path / "a" / "b" / "result.safetensors"
+    assert [each.name for each in path.parent.iterdir()] == ["result.safetensors"]
+
+
 def test_a_file_that_holds_no_result(toy):
     weights = toy.callbacks[0].trace.checkpoints[0].path / "weights.safetensors"
     with pytest.raises(ValueError, match="holds no InfluenceResult"):
@@ -90,6 +121,14 @@ def test_aggregate_by_hand(result):
     torch.testing.assert_close(result.aggregate("vote", k=3), torch.tensor(vote))
 
 
+def test_votes_count_ten_opponents_by_default_and_all_of_fewer(result):
+    assert torch.equal(result.aggregate("vote"), result.aggregate("vote", k=10))
+    votes = result.aggregate("vote", k=N_TRAIN)
+    assert float(votes.sum()) == -N_TEST * N_TRAIN * (N_TRAIN + 1) / 2
+    with pytest.warns(UserWarning, match="larger than the training set"):
+        assert torch.equal(result.aggregate("vote", k=N_TRAIN + 5), votes)
+
+
 def test_votes_need_only_the_strongest(toy, result):
     strongest = toy.influence(loader(test_texts()), k=3)
     assert torch.equal(strongest.aggregate("vote", k=3), result.aggregate("vote", k=3))
@@ -110,6 +149,12 @@ def test_pandas(result):
     ids, label = texts()[first.train_index]
     assert first.text == " ".join(str(token) for token in ids.tolist() if token)
     assert first.label == str(int(label))
+
+
+def test_pandas_of_the_strongest_only(toy, result):
+    kept = toy.influence(loader(test_texts()), k=3).to_pandas()
+    assert len(kept) == N_TEST * 2 * 3
+    assert kept.equals(result.to_pandas(k=3))
 
 
 def test_printing_shows_texts_labels_scores_and_how_many_are_left(result):
@@ -139,6 +184,21 @@ def test_words_are_sorted_by_magnitude(result):
 def test_indices_beyond_the_data(result, pair):
     with pytest.raises(IndexError, match="examples 0 to"):
         result.words(*pair)
+
+
+@pytest.mark.parametrize("test_index", [N_TEST, -1])
+def test_showing_a_test_example_that_there_is_not(result, test_index):
+    with pytest.raises(IndexError, match=f"test examples 0 to {N_TEST - 1}, but got {test_index}"):
+        result.show(test_index)
+
+
+def test_rows_of_a_few_test_examples_are_titled_by_their_index(toy):
+    result = toy.influence(loader(test_texts(), sampler=[5, 2]))
+    printed = str(result)
+    assert "Test example 2, label" in printed
+    assert "Test example 5, label" in printed
+    assert "more test example" not in printed
+    assert "k=2" in repr(toy.influence(loader(test_texts()), k=2))
 
 
 def test_the_last_layer_has_no_words(toy):
