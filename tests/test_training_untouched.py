@@ -14,6 +14,7 @@ from test_fit import Plain, same_weights
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
+from torchmetrics import MeanMetric
 from toy import CLASSES, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInCallback
@@ -254,3 +255,29 @@ def test_the_same_trainer_fits_on_after_influence(tmp_path):
         assert len(trainer.callbacks[0].trace.checkpoints) == 1
     assert same_weights(outcomes[0][0], outcomes[1][0])
     assert outcomes[0][1] == outcomes[1][1]
+
+
+class Nested(pl.LightningModule):
+    """No mixin. Its metric lies two containers down, and is logged by what it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(40, 8, padding_idx=0)
+        self.head = nn.Linear(8, CLASSES)
+        self.metrics = nn.ModuleDict({"training": nn.ModuleDict({"mean": MeanMetric()})})
+
+    def training_step(self, batch, batch_idx):
+        loss = functional.cross_entropy(self.head(self.embedding(batch[0]).mean(1)), batch[1])
+        self.metrics["training"]["mean"].update(loss)
+        return loss
+
+    def on_train_epoch_end(self):
+        self.log("mean", self.metrics["training"]["mean"].compute())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("callback", CALLBACKS.values(), ids=CALLBACKS)
+def test_metrics_in_containers_of_a_plain_module(tmp_path, callback):
+    assert "mean" in assert_untouched(tmp_path, Nested, callback=callback)["logged"]
