@@ -264,15 +264,15 @@ class Nested(pl.LightningModule):
         super().__init__()
         self.embedding = nn.Embedding(40, 8, padding_idx=0)
         self.head = nn.Linear(8, CLASSES)
-        self.metrics = nn.ModuleDict({"training": nn.ModuleDict({"mean": MeanMetric()})})
+        self.metrics = nn.ModuleDict({"fit": nn.ModuleDict({"mean_loss": MeanMetric()})})
 
     def training_step(self, batch, batch_idx):
         loss = functional.cross_entropy(self.head(self.embedding(batch[0]).mean(1)), batch[1])
-        self.metrics["training"]["mean"].update(loss)
+        self.metrics["fit"]["mean_loss"].update(loss)
         return loss
 
     def on_train_epoch_end(self):
-        self.log("mean", self.metrics["training"]["mean"].compute())
+        self.log("mean", self.metrics["fit"]["mean_loss"].compute())
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
