@@ -175,33 +175,34 @@ def method_from_json(content: dict[str, Any]) -> Method:
 
 def _dot_words(test: WordGradients, train: WordGradients) -> Tensor:
     """Join two blocks, each sorted by token, on the token: (test.n_examples, train.n_examples)."""
-    scores = torch.zeros(test.n_examples, train.n_examples, dtype=torch.float32)
+    scores = torch.zeros(train.n_examples, test.n_examples, dtype=torch.float32)
     test_tokens, test_starts, test_counts = _groups(test.tokens)
     train_tokens, train_starts, train_counts = _groups(train.tokens)
     _, in_test, in_train = _intersection(test_tokens, train_tokens)
     test_starts, test_counts = test_starts[in_test], test_counts[in_test]
     train_starts, train_counts = train_starts[in_train], train_counts[in_train]
-    # A word that several examples of both sides hold: one matrix product. No pair of examples meets twice in it.
+    # A word that several test examples hold: one matrix product with all of them, added to whole rows of scores.
     frequent = (test_counts > 1) & (test_counts * train_counts > _MATRIX)
     for a, n_a, b, n_b in torch.stack([test_starts, test_counts, train_starts, train_counts], 1)[frequent].tolist():
         rows, columns = slice(a, a + n_a), slice(b, b + n_b)
-        left = test.directions[rows].float() * test.norms[rows, None]
+        left = torch.zeros(test.n_examples, test.directions.shape[1], dtype=torch.float32)
+        left[test.examples[rows]] = test.directions[rows].float() * test.norms[rows, None]
         right = train.directions[columns].float() * train.norms[columns, None]
-        scores[test.examples[rows, None], train.examples[None, columns]] += left @ right.T
+        scores.index_add_(0, train.examples[columns], right @ left.T)
     # The many rare words: all their pairs of rows in a few long products.
     rare = ~frequent
     pairs = test_counts[rare] * train_counts[rare]
     of_pair = torch.repeat_interleave(torch.arange(len(pairs)), pairs)
     place = torch.arange(len(of_pair)) - (pairs.cumsum(0) - pairs)[of_pair]
     per_test = train_counts[rare][of_pair]
-    left_rows = test_starts[rare][of_pair] + place // per_test.clamp(min=1)
-    right_rows = train_starts[rare][of_pair] + place % per_test.clamp(min=1)
+    left_rows = test_starts[rare][of_pair] + place // per_test
+    right_rows = train_starts[rare][of_pair] + place % per_test
     flat = scores.view(-1)
     for a_rows, b_rows in zip(torch.split(left_rows, _PAIRS), torch.split(right_rows, _PAIRS), strict=True):
         products = (test.directions[a_rows].float() * train.directions[b_rows].float()).sum(1)
         products *= test.norms[a_rows] * train.norms[b_rows]
-        flat.index_add_(0, test.examples[a_rows] * train.n_examples + train.examples[b_rows], products)
-    return scores
+        flat.index_add_(0, train.examples[b_rows] * test.n_examples + test.examples[a_rows], products)
+    return scores.T
 
 
 def _dot_linear(test: LinearGradients, train: LinearGradients) -> Tensor:
