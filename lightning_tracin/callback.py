@@ -18,12 +18,13 @@ from torch import Tensor
 
 from lightning_tracin._compat import DualCallback, batch_to_device
 from lightning_tracin.capture import Captured, Losses, capture, check_independent, checked, gradients_enabled
+from lightning_tracin.gradients import DTYPES, Dtype
 from lightning_tracin.layers import layer_name, layers_of_table
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
 from lightning_tracin.report.progress import progress_task
-from lightning_tracin.store import DTYPES, Dtype, encoded_bytes
+from lightning_tracin.store import encoded_bytes, fitting_shard_examples
 from lightning_tracin.trace import Checkpoint, Step, Trace, stored_gradients
 from lightning_tracin.training_set import TrainingSet
 
@@ -160,6 +161,7 @@ class TracInCallback(DualCallback):
                 layers=layers,
                 dtype=self.dtype,
                 top_words=self.top_words,
+                shard_examples=fitting_shard_examples(self._bytes_per_example(example, self.dtype, self.top_words)),
             )
         self.training_set = training_set
         self._recording = True
@@ -259,9 +261,7 @@ class TracInCallback(DualCallback):
         weights = sum(value.nbytes for value in module.state_dict().values() if isinstance(value, Tensor))
 
         def needed(dtype: Dtype, top_words: int | None, cached: bool = True) -> float:
-            per_example = sum(
-                encoded_bytes(stored_gradients(example, method, top_words), dtype) for method in self.methods
-            ) / len(example)
+            per_example = self._bytes_per_example(example, dtype, top_words)
             return checkpoints * (weights + cached * per_example * n_train)
 
         existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
@@ -281,6 +281,11 @@ class TracInCallback(DualCallback):
             f"examples, but only {_gigabytes(free)} are free; nothing was written. {'; '.join(savers)}; a larger "
             "every_n_epochs, or fewer methods, less.",
         )
+
+    def _bytes_per_example(self, example: Captured, dtype: Dtype, top_words: int | None) -> float:
+        """Bytes that a checkpoint stores for each training example, as a first batch tells."""
+        stored = (encoded_bytes(stored_gradients(example, method, top_words), dtype) for method in self.methods)
+        return sum(stored) / len(example)
 
     def _expected_checkpoints(self, trainer: pl.Trainer) -> int:
         """How many checkpoints the fit has yet to take; 1 if it has no end."""

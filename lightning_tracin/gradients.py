@@ -1,7 +1,8 @@
 """The shapes of data in memory: word gradients, linear gradients, and what goes with them.
 
-Gradients keep every row as a unit vector beside its float32 norm. The norm is what methods scale, select and rank by;
-the unit vector is what is multiplied, and what can be stored in half precision however small the gradient is.
+Gradients keep every row as a direction beside its float32 norm. The norm is what methods scale, select and rank by;
+the direction is what is multiplied, and what can be stored in half precision, or in a byte for each number, however
+small the gradient is.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+#: What directions are kept in.
+Dtype: TypeAlias = Literal["float32", "float16", "int8"]
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class WordGradients:
         examples: (R,) int64, the example that each row belongs to, counted from 0 inside the block.
         tokens: (R,) int64, the token id of each row. No (example, token) pair occurs twice.
         norms: (R,) float32, Euclidean norm of each row.
-        directions: (R, H) float32 or float16, each row divided by its norm.
+        directions: (R, H) float32, float16 or int8, each row a multiple of the gradient.
+        lengths: (R,) float32, Euclidean norm of each direction; None where all are 1.
     """
 
     n_examples: int
@@ -32,6 +38,12 @@ class WordGradients:
     tokens: Tensor
     norms: Tensor
     directions: Tensor
+    lengths: Tensor | None = None
+
+    @property
+    def factors(self) -> Tensor:
+        """(R,) what each direction is multiplied with to give the gradient."""
+        return self.norms if self.lengths is None else self.norms / self.lengths
 
     @classmethod
     def from_positions(cls, n_examples: int, examples: Tensor, tokens: Tensor, gradients: Tensor) -> WordGradients:
@@ -53,13 +65,19 @@ class WordGradients:
     @classmethod
     def cat(cls, blocks: Sequence[WordGradients]) -> WordGradients:
         """Join blocks one after the other; examples are renumbered, and rows are sorted by (token, example)."""
-        return cls(
-            sum(block.n_examples for block in blocks),
-            _renumbered(blocks),
-            torch.cat([block.tokens for block in blocks]),
-            torch.cat([block.norms for block in blocks]),
-            torch.cat([block.directions for block in blocks]),
-        ).sorted_by_token()
+        n_examples = sum(block.n_examples for block in blocks)
+        tokens, examples = torch.cat([block.tokens for block in blocks]), _renumbered(blocks)
+        order = torch.argsort(tokens * max(n_examples, 1) + examples)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        directions = blocks[0].directions.new_empty(len(order), blocks[0].directions.shape[1])
+        start = 0
+        for block in blocks:  # each row to its place at once: a block for the disk is as large as memory allows
+            directions[place[start : start + len(block.tokens)]] = block.directions
+            start += len(block.tokens)
+        norms, lengths = torch.cat([block.norms for block in blocks]), _joined([block.lengths for block in blocks])
+        lengths = None if lengths is None else lengths[order]
+        return cls(n_examples, examples[order], tokens[order], norms[order], directions, lengths)
 
     def select(self, rows: Tensor) -> WordGradients:
         """Only the given rows: a boolean mask (R,) or row numbers."""
@@ -69,14 +87,37 @@ class WordGradients:
             tokens=self.tokens[rows],
             norms=self.norms[rows],
             directions=self.directions[rows],
+            lengths=None if self.lengths is None else self.lengths[rows],
         )
 
     def sorted_by_token(self) -> WordGradients:
         """Rows sorted by token and, for one token, by example: the order in which words are joined."""
-        return self.select(torch.argsort(self.tokens * max(self.n_examples, 1) + self.examples))
+        keys = self.tokens * max(self.n_examples, 1) + self.examples
+        if bool((keys[1:] >= keys[:-1]).all()):
+            return self  # stored rows are, and stay memory-mapped
+        return self.select(torch.argsort(keys))
+
+    def as_dtype(self, dtype: Dtype) -> WordGradients:
+        """Unit directions in another dtype; "int8" scales each by its largest entry."""
+        if dtype != "int8":
+            return replace(self, directions=self.directions.to(DTYPES[dtype]))
+        directions, lengths = _in_bytes(self.directions)
+        return replace(self, directions=directions, lengths=lengths)
+
+    def projected(self, projection: Tensor) -> WordGradients:
+        """Directions times a (H, p) matrix, scaled back to length 1: norms stay those of the whole gradients."""
+        _, directions = unit_rows(self.directions.float() @ projection)
+        return replace(self, directions=directions)
+
+    def without(self, tokens: Sequence[int]) -> WordGradients:
+        """The rows of some tokens set to zero, without a copy of the others."""
+        left_out = torch.isin(self.tokens, torch.tensor(list(tokens)))
+        return replace(self, norms=torch.where(left_out, 0.0, self.norms))
 
     def slice(self, start: int, stop: int) -> WordGradients:
         """The examples from ``start`` to ``stop``, renumbered from 0."""
+        if (start, stop) == (0, self.n_examples):
+            return self
         part = self.select((self.examples >= start) & (self.examples < stop))
         return replace(part, n_examples=stop - start, examples=part.examples - start)
 
@@ -172,8 +213,16 @@ class LinearGradients:
             deltas=self.deltas[positions],
         )
 
+    def as_dtype(self, dtype: Dtype) -> LinearGradients:
+        """Unit factors in another dtype; "int8" scales each by its largest entry."""
+        if dtype == "int8":
+            return replace(self, inputs=_in_bytes(self.inputs)[0], deltas=_in_bytes(self.deltas)[0])
+        return replace(self, inputs=self.inputs.to(DTYPES[dtype]), deltas=self.deltas.to(DTYPES[dtype]))
+
     def slice(self, start: int, stop: int) -> LinearGradients:
         """The examples from ``start`` to ``stop``, renumbered from 0."""
+        if (start, stop) == (0, self.n_examples):
+            return self
         part = self.select((self.examples >= start) & (self.examples < stop))
         return replace(part, n_examples=stop - start, examples=part.examples - start)
 
@@ -264,6 +313,8 @@ class Texts:
 
     def slice(self, start: int, stop: int) -> Texts:
         """The examples from ``start`` to ``stop``, renumbered from 0."""
+        if (start, stop) == (0, self.n_examples):
+            return self
         inside = (self.examples >= start) & (self.examples < stop)
         return Texts(stop - start, self.examples[inside] - start, self.ids[inside], self.labels[start:stop])
 
@@ -297,6 +348,21 @@ Gradients: TypeAlias = WordGradients | LinearGradients
 def distinct(tokens: Tensor) -> list[int]:
     """The token ids that occur, each once, ascending."""
     return [int(token) for token in torch.unique(tokens)]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Tensors one after the other, if there are any."""
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if tensors else None
+
+
+def _in_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (R, H) as int8, scaled so that each row's largest entry is 127, and the norms of those (R,)."""
+    rows = rows.float()
+    if rows.numel() == 0:
+        return rows.to(torch.int8), rows.new_zeros(rows.shape[0])
+    scaled = (rows * (127 / rows.abs().amax(dim=1, keepdim=True))).round()
+    return scaled.to(torch.int8), scaled.norm(dim=1)
 
 
 def _renumbered(blocks: Sequence[WordGradients] | Sequence[LinearGradients] | Sequence[Texts]) -> Tensor:

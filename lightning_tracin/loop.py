@@ -357,7 +357,7 @@ def _scored(
         start, stop = stored[0].bounds(shard)
         scores = torch.zeros(n_test, stop - start, dtype=torch.float32)
         for gradients, shards, moment, rate in zip(test, stored, moments, rates, strict=True):
-            block = shards.read(shard, tokens=_needed_tokens(method, gradients))
+            block = shards.read(shard)
             scores += rate * method.dot(gradients, method.prepare(block, moment, "train"), moment)
         if whole is not None:
             whole[:, start:stop] = scores
@@ -367,14 +367,6 @@ def _scored(
     if strongest is not None:
         result.strongest_proponents, result.strongest_opponents = strongest
     return result
-
-
-def _needed_tokens(method: Method, test: Any) -> Tensor | None:
-    """The tokens whose rows are enough for a product; None where a norm or a choice of words needs all rows."""
-    if not isinstance(method, TracInWE) or method.normalize is not None or method.top_words is not None:
-        return None
-    tokens: Tensor = torch.unique(test.tokens)
-    return tokens
 
 
 def _moments(checkpoint: Checkpoint, method: Method) -> SecondMoments | None:

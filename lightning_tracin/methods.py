@@ -6,9 +6,9 @@ normalises) and then multiplies them. Word terms are products of the same prepar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,10 +19,13 @@ Side: TypeAlias = Literal["test", "train"]
 Normalize: TypeAlias = Literal["train", "cosine"] | None
 Precondition: TypeAlias = Literal["adam"] | None
 
-# Pairs of rows that are multiplied one by one, rather than as a matrix: bounds the temporary to some 100 MB.
-_PAIRS = 1 << 16
-# Words with more pairs of rows than this are worth a matrix product of their own.
-_MATRIX = 256
+# Rows that are multiplied at once, with how many columns where several words share a product: they fit into a cache.
+_PIECE = 1024
+_COLUMNS = 16
+# From this many training rows on, a word's rows are multiplied as a matrix.
+_LONG = 64
+# From this many test rows on, a word's products are worth adding as whole rows of scores.
+_FEW = 4
 
 
 class Method(Protocol):
@@ -83,7 +86,7 @@ class TracInWE:
     def prepare(self, words: WordGradients, moments: SecondMoments | None, side: Side) -> WordGradients:
         """The rows of a block of examples as they are multiplied, sorted by token."""
         if self.exclude_tokens:
-            words = words.select(~torch.isin(words.tokens, torch.tensor(self.exclude_tokens)))
+            words = words.without(self.exclude_tokens)
         if moments is not None:
             words = _preconditioned(words, moments)
         if self.top_words is not None:
@@ -102,9 +105,10 @@ class TracInWE:
 
     def terms(self, test: WordGradients, train: WordGradients) -> dict[int, float]:
         """The term of each shared token in the product of two prepared blocks of one example each."""
+        test, train = (each.select(each.norms != 0) for each in (test, train))
         tokens, of_test, of_train = _intersection(test.tokens, train.tokens)
         products = (test.directions[of_test].float() * train.directions[of_train].float()).sum(1)
-        products = products.double() * test.norms[of_test].double() * train.norms[of_train].double()
+        products = products.double() * test.factors[of_test].double() * train.factors[of_train].double()
         return dict(zip(tokens.tolist(), products.tolist(), strict=True))
 
 
@@ -174,35 +178,73 @@ def method_from_json(content: dict[str, Any]) -> Method:
 
 
 def _dot_words(test: WordGradients, train: WordGradients) -> Tensor:
-    """Join two blocks, each sorted by token, on the token: (test.n_examples, train.n_examples)."""
+    """Join two blocks, each sorted by token, on the token: (test.n_examples, train.n_examples).
+
+    The rows of one word lie together, so they are read as they are stored, a piece at a time that fits into a cache.
+    """
     scores = torch.zeros(train.n_examples, test.n_examples, dtype=torch.float32)
-    test_tokens, test_starts, test_counts = _groups(test.tokens)
-    train_tokens, train_starts, train_counts = _groups(train.tokens)
-    _, in_test, in_train = _intersection(test_tokens, train_tokens)
-    test_starts, test_counts = test_starts[in_test], test_counts[in_test]
-    train_starts, train_counts = train_starts[in_train], train_counts[in_train]
-    # A word that several test examples hold: one matrix product with all of them, added to whole rows of scores.
-    frequent = (test_counts > 1) & (test_counts * train_counts > _MATRIX)
-    for a, n_a, b, n_b in torch.stack([test_starts, test_counts, train_starts, train_counts], 1)[frequent].tolist():
-        rows, columns = slice(a, a + n_a), slice(b, b + n_b)
-        left = torch.zeros(test.n_examples, test.directions.shape[1], dtype=torch.float32)
-        left[test.examples[rows]] = test.directions[rows].float() * test.norms[rows, None]
-        right = train.directions[columns].float() * train.norms[columns, None]
-        scores.index_add_(0, train.examples[columns], right @ left.T)
-    # The many rare words: all their pairs of rows in a few long products.
-    rare = ~frequent
-    pairs = test_counts[rare] * train_counts[rare]
-    of_pair = torch.repeat_interleave(torch.arange(len(pairs)), pairs)
-    place = torch.arange(len(of_pair)) - (pairs.cumsum(0) - pairs)[of_pair]
-    per_test = train_counts[rare][of_pair]
-    left_rows = test_starts[rare][of_pair] + place // per_test
-    right_rows = train_starts[rare][of_pair] + place % per_test
-    flat = scores.view(-1)
-    for a_rows, b_rows in zip(torch.split(left_rows, _PAIRS), torch.split(right_rows, _PAIRS), strict=True):
-        products = (test.directions[a_rows].float() * train.directions[b_rows].float()).sum(1)
-        products *= test.norms[a_rows] * train.norms[b_rows]
-        flat.index_add_(0, train.examples[b_rows] * test.n_examples + test.examples[a_rows], products)
+    shared = _shared_words(test.tokens, train.tokens)
+    test_rows = test.directions.float() * test.factors[:, None]
+    factors = train.factors
+    common = (shared.n_test > _FEW) & (shared.n_train >= _LONG)
+    long = ~common & (shared.n_train >= _LONG)
+    _add_common(scores, shared.select(common), test, train, test_rows, factors)
+    for words, multiply in ((shared.select(long), _long_products), (shared.select(~common & ~long), _rare_products)):
+        if not len(words.n_test):
+            continue
+        train_of, test_of = words.pairs()
+        products = multiply(words, train, test_rows).mul_(factors[train_of])
+        places = train.examples[train_of] * test.n_examples + test.examples[test_of]
+        scores.view(-1).index_add_(0, places, products)
     return scores.T
+
+
+def _add_common(
+    scores: Tensor,
+    words: _SharedWords,
+    test: WordGradients,
+    train: WordGradients,
+    test_rows: Tensor,
+    factors: Tensor,
+) -> None:
+    """Add the products of words that many test examples hold: whole rows of scores."""
+    wide = torch.empty(_PIECE, test.n_examples)
+    piece = torch.empty(_PIECE, test_rows.shape[1])
+    for of_test, of_train in words.slices():
+        right, columns = test_rows[of_test].T, test.examples[of_test]
+        wide.zero_()
+        for start in range(of_train.start, of_train.stop, _PIECE):
+            part = slice(start, min(start + _PIECE, of_train.stop))
+            directions = piece[: part.stop - start].copy_(train.directions[part])
+            products = torch.mm(directions, right).mul_(factors[part, None])
+            scores.index_add_(0, train.examples[part], wide[: len(products)].index_copy_(1, columns, products))
+
+
+def _long_products(words: _SharedWords, train: WordGradients, test_rows: Tensor) -> Tensor:
+    """The product of each pair of directions, for words with many training rows: several words in one product."""
+    train_of, right = words.train_rows(), test_rows[words.test_rows()].T
+    products: list[Tensor] = []
+    starts: list[int] = []
+    strides: list[int] = []
+    done = 0
+    for piece in words.pieces():
+        directions = train.directions.index_select(0, train_of[piece.rows]).float()
+        products.append((directions @ right[:, piece.columns]).view(-1))
+        starts += [done + place for place in piece.places]
+        strides += [piece.columns.stop - piece.columns.start] * len(piece.places)
+        done += len(products[-1])
+    word, row, column = words.numbered_pairs()
+    places = torch.tensor(starts)[word] + row * torch.tensor(strides)[word] + column
+    return torch.cat(products)[places]
+
+
+def _rare_products(words: _SharedWords, train: WordGradients, test_rows: Tensor) -> Tensor:
+    """The product of each pair of directions, for words with few training rows: pair by pair."""
+    products = [
+        train.directions.index_select(0, train_of).float().mul_(test_rows.index_select(0, test_of)).sum(1)
+        for train_of, test_of in zip(*(torch.split(side, _PIECE) for side in words.pairs()), strict=True)
+    ]
+    return torch.cat(products)
 
 
 def _dot_linear(test: LinearGradients, train: LinearGradients) -> Tensor:
@@ -239,13 +281,85 @@ def _preconditioned(words: WordGradients, moments: SecondMoments) -> WordGradien
     """Rows times the root of the weights, on both sides, so that their product is weighted once."""
     factors = moments.of_tokens(words.tokens).weights().sqrt()
     norms, directions = unit_rows(words.directions.float() * factors)
-    return replace(words, norms=words.norms * norms, directions=directions)
+    return replace(words, norms=words.factors * norms, directions=directions, lengths=None)
 
 
-def _groups(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of sorted tokens: each once, where its rows start, and how many there are."""
-    unique, counts = torch.unique_consecutive(tokens, return_counts=True)
-    return unique, counts.cumsum(0) - counts, counts
+@dataclass(frozen=True)
+class _SharedWords:
+    """The words that two blocks, each sorted by token, share, and where either holds their rows; all (W,) int64."""
+
+    test_starts: Tensor
+    n_test: Tensor
+    train_starts: Tensor
+    n_train: Tensor
+
+    def select(self, words: Tensor) -> _SharedWords:
+        """Some of the words, by a mask (W,)."""
+        return _SharedWords(self.test_starts[words], self.n_test[words], self.train_starts[words], self.n_train[words])
+
+    def slices(self) -> Iterator[tuple[slice, slice]]:
+        """Each word's rows on the test and on the training side."""
+        numbers = torch.stack([self.test_starts, self.n_test, self.train_starts, self.n_train], 1).tolist()
+        for test, n_test, train, n_train in numbers:
+            yield slice(test, test + n_test), slice(train, train + n_train)
+
+    def numbered_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every pair of rows: its word, and the numbers of its training and of its test row inside the word."""
+        n_pairs = self.n_test * self.n_train
+        word = torch.repeat_interleave(torch.arange(len(n_pairs)), n_pairs)
+        number = torch.arange(len(word)) - (n_pairs.cumsum(0) - n_pairs)[word]
+        return word, number // self.n_test[word], number % self.n_test[word]
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """The training row and the test row of every pair."""
+        word, train, test = self.numbered_pairs()
+        return self.train_starts[word] + train, self.test_starts[word] + test
+
+    def train_rows(self) -> Tensor:
+        """The training rows of all words, word by word."""
+        return _ranges(self.train_starts, self.n_train)
+
+    def test_rows(self) -> Tensor:
+        """The test rows of all words, word by word."""
+        return _ranges(self.test_starts, self.n_test)
+
+    def pieces(self) -> Iterator[_Piece]:
+        """The words cut into pieces of about ``_PIECE`` training rows and ``_COLUMNS`` test rows."""
+        row = column = 0
+        rows = columns = 0
+        places: list[tuple[int, int]] = []
+        counts = torch.stack([self.n_train, self.n_test], 1).tolist()
+        for n_train, n_test in [*counts, (_PIECE + 1, 0)]:
+            if places and (rows + n_train > _PIECE or columns + n_test > _COLUMNS):
+                yield _Piece(
+                    slice(row, row + rows), slice(column, column + columns), [r * columns + c for r, c in places]
+                )
+                row, column, rows, columns, places = row + rows, column + columns, 0, 0, []
+            places.append((rows, columns))
+            rows, columns = rows + n_train, columns + n_test
+
+
+class _Piece(NamedTuple):
+    """Some words' rows and columns among those of all, and where each word's block begins in their product."""
+
+    rows: slice
+    columns: slice
+    places: list[int]
+
+
+def _shared_words(test_tokens: Tensor, train_tokens: Tensor) -> _SharedWords:
+    """The words that two sorted columns of tokens share."""
+    unique, counts = torch.unique_consecutive(test_tokens, return_counts=True)
+    train_unique, train_counts = torch.unique_consecutive(train_tokens, return_counts=True)
+    _, in_test, in_train = _intersection(unique, train_unique)
+    starts, train_starts = counts.cumsum(0) - counts, train_counts.cumsum(0) - train_counts
+    return _SharedWords(starts[in_test], counts[in_test], train_starts[in_train], train_counts[in_train])
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The numbers from each start on, one range after the other."""
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - before, lengths)
 
 
 def _intersection(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

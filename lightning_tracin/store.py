@@ -1,64 +1,77 @@
 """Gradients and texts on disk: shards of safetensors, each with a fixed number of examples, memory-mapped when read.
 
-A folder holds ``00000.safetensors``, ``00001.safetensors``, ... and ``index.json``, which is written last. Shard ``j``
-holds examples ``j * shard_examples`` up to ``(j + 1) * shard_examples``. Word gradients are sorted by token, so that a
-query reads only the rows of the words that it asks for.
+A folder holds ``00000.safetensors``, ``00001.safetensors``, ... and ``index.json``, which is written last and knows the
+checksum of each. Shard ``j`` holds examples ``j * shard_examples`` up to ``(j + 1) * shard_examples``. Word gradients
+are sorted by token, so that a query touches only the rows of the words that it asks for.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from safetensors import safe_open
+import xxhash
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_tracin.gradients import Gradients, LinearGradients, Texts, WordGradients
-
-Dtype: TypeAlias = Literal["float32", "float16"]
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
+from lightning_tracin.gradients import Dtype, Gradients, LinearGradients, Texts, WordGradients, unit_rows
 
 #: What a shard can hold.
 Block: TypeAlias = Gradients | Texts
 
-# Small enough that a few shards fit into memory beside a model, large enough that reading one is one long read.
-_SHARD_BYTES = 64 * 2**20
-_SHARD_EXAMPLES = 4096
+# Long words' rows lie together, so a query is the faster the larger shards are; a few must fit beside a model.
+_SHARD_BYTES = 256 * 2**20
+_SHARD_EXAMPLES = 8192
 
 
 class ShardWriter:
     """Writes the blocks of a training set, handed over in the order of the data set, into shards.
 
+    A thread sorts, writes and flushes a full shard while the next one is filled. Leave the context to wait for it.
+
     Args:
         folder: an existing, empty folder.
-        dtype: what unit vectors are stored in. "float16" is exact to about 5e-4 of each row's norm, whatever the norm.
-        shard_examples: examples in each shard; by default so many that a shard holds about 64 MiB.
+        dtype: what directions are stored in. "float16" is exact to about 5e-4 of each row's norm, whatever the norm;
+            "int8" to about 1 %.
+        shard_examples: examples in each shard.
     """
 
-    def __init__(self, folder: Path, *, dtype: Dtype = "float32", shard_examples: int | None = None) -> None:
+    def __init__(self, folder: Path, *, dtype: Dtype, shard_examples: int) -> None:
         self.folder = folder
-        self.dtype = dtype
+        self.dtype: Dtype = dtype
         self.shard_examples = shard_examples
         self.n_examples = 0
         self._kind: str | None = None
         self._waiting: list[Block] = []
         self._n_waiting = 0
-        self._n_shards = 0
+        self._checksums: list[str] = []
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lightning_tracin-store")
+        self._written: Future[None] | None = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
     def add(self, block: Block) -> None:
-        """Take the next examples; full shards are written at once."""
+        """Take the next examples.
+
+        Raises:
+            OSError: if an earlier shard could not be written.
+        """
         self._kind = _KINDS[type(block)]
-        if self.shard_examples is None:
-            per_example = encoded_bytes(block, self.dtype) / block.n_examples
-            self.shard_examples = max(1, min(_SHARD_EXAMPLES, int(_SHARD_BYTES / max(per_example, 1))))
-        self._waiting.append(block)
+        self._waiting.append(block if isinstance(block, Texts) else block.as_dtype(self.dtype))
         self._n_waiting += block.n_examples
         self.n_examples += block.n_examples
         if self._n_waiting >= self.shard_examples:
@@ -68,26 +81,38 @@ class ShardWriter:
         """Write what is left, then the index that makes the folder readable."""
         if self._n_waiting:
             self._flush(1)
+        self._wait()
         index = {
             "kind": self._kind,
             "dtype": self.dtype,
             "n_examples": self.n_examples,
             "shard_examples": self.shard_examples,
+            "checksums": self._checksums,
         }
         write_json(self.folder / "index.json", index)
 
     def _flush(self, n_least: int) -> None:
-        """Write shards as long as at least ``n_least`` examples wait."""
-        assert self.shard_examples is not None
-        block = _cat(self._waiting)
-        start = 0
-        while block.n_examples - start >= n_least:
-            stop = min(start + self.shard_examples, block.n_examples)
-            write_tensors(_shard(self.folder, self._n_shards), encode(block.slice(start, stop), self.dtype))
-            self._n_shards += 1
-            start = stop
-        self._n_waiting = block.n_examples - start
-        self._waiting = [block.slice(start, block.n_examples)] if self._n_waiting else []
+        """Hand what waits to the thread; it writes shards as long as at least ``n_least`` examples are left."""
+        self._wait()
+        blocks = self._waiting
+        n_left = self._n_waiting % self.shard_examples if n_least > 1 else 0
+        kept = _cat(blocks[-1:]).slice(blocks[-1].n_examples - n_left, blocks[-1].n_examples) if n_left else None
+        self._waiting = [] if kept is None else [kept]
+        self._written = self._thread.submit(self._write, blocks, self._n_waiting - n_left)
+        self._n_waiting = n_left
+
+    def _write(self, blocks: list[Block], n_examples: int) -> None:
+        block = _cat(blocks)
+        for start in range(0, n_examples, self.shard_examples):
+            part = block.slice(start, min(start + self.shard_examples, n_examples))
+            path = _shard(self.folder, len(self._checksums))
+            self._checksums.append(write_tensors(path, encode(part)))
+
+    def _wait(self) -> None:
+        """Wait for the thread, and raise what it raised."""
+        if self._written is not None:
+            self._written.result()
+            self._written = None
 
 
 @dataclass(frozen=True)
@@ -96,9 +121,11 @@ class Shards:
 
     Attributes:
         folder: where the shards lie.
+        kind: "words", "linear" or "texts".
         n_examples: number of examples over all shards.
         shard_examples: number of examples in each shard but the last.
-        dtype: what unit vectors are stored in.
+        dtype: what directions are stored in.
+        checksums: of each shard's file.
     """
 
     folder: Path
@@ -106,6 +133,7 @@ class Shards:
     n_examples: int
     shard_examples: int
     dtype: Dtype
+    checksums: Sequence[str]
 
     @classmethod
     def open(cls, folder: Path) -> Shards:
@@ -123,23 +151,21 @@ class Shards:
         """First example of a shard, and one past its last."""
         return shard * self.shard_examples, min((shard + 1) * self.shard_examples, self.n_examples)
 
-    def read(self, shard: int, *, tokens: Tensor | None = None) -> Any:
-        """A shard's block; examples are counted from 0 inside the shard.
+    def read(self, shard: int) -> Any:
+        """A shard's block, memory-mapped; examples are counted from 0 inside the shard.
 
-        Args:
-            shard: number of the shard.
-            tokens: token ids; word gradients of other tokens are not read from disk.
+        Raises:
+            ValueError: if the file is not as it was written.
         """
         start, stop = self.bounds(shard)
-        stored = self._stored(shard)
-        rows: Tensor | slice = slice(None)
-        if tokens is not None:
-            wanted = torch.nonzero(torch.isin(stored["tokens"], tokens.int()))[:, 0]
-            rows = _ranges(stored["offsets"][wanted], stored["offsets"][wanted + 1])
-        return _decode(self.kind, stored, rows, stop - start)
+        return _decode(self.kind, self._stored(shard), slice(None), stop - start)
 
     def read_example(self, example: int) -> Any:
-        """One example's block, of that one example."""
+        """One example's block, of that one example.
+
+        Raises:
+            ValueError: if the file is not as it was written.
+        """
         shard, offset = divmod(example, self.shard_examples)
         start, stop = self.bounds(shard)
         stored = self._stored(shard)
@@ -147,12 +173,16 @@ class Shards:
         return _decode(self.kind, stored, rows, stop - start).slice(offset, offset + 1)
 
     def _stored(self, shard: int) -> dict[str, Tensor]:
-        """The tensors of a shard, memory-mapped."""
-        with safe_open(_shard(self.folder, shard), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        tensors, _ = read_tensors(_shard(self.folder, shard), self.checksums[shard])
+        return tensors
 
 
-def encode(block: Block, dtype: Dtype) -> dict[str, Tensor]:
+def fitting_shard_examples(bytes_per_example: float) -> int:
+    """How many examples make a shard of about 256 MiB."""
+    return max(1, min(_SHARD_EXAMPLES, int(_SHARD_BYTES / max(bytes_per_example, 1))))
+
+
+def encode(block: Block) -> dict[str, Tensor]:
     """The tensors that a shard of this block holds on disk."""
     if isinstance(block, Texts):
         return {"examples": block.examples.int(), "ids": block.ids.int(), "labels": block.labels}
@@ -163,20 +193,21 @@ def encode(block: Block, dtype: Dtype) -> dict[str, Tensor]:
             "offsets": torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
             "examples": block.examples.int(),
             "norms": block.norms,
-            "directions": block.directions.to(DTYPES[dtype]),
+            "directions": block.directions,
+            **({} if block.lengths is None else {"lengths": block.lengths}),
         }
     return {
         "examples": block.examples.int(),
         "input_norms": block.input_norms,
-        "inputs": block.inputs.to(DTYPES[dtype]),
+        "inputs": block.inputs,
         "delta_norms": block.delta_norms,
-        "deltas": block.deltas.to(DTYPES[dtype]),
+        "deltas": block.deltas,
     }
 
 
-def encoded_bytes(block: Block, dtype: Dtype) -> int:
+def encoded_bytes(block: Gradients, dtype: Dtype) -> int:
     """Bytes that this block takes on disk."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in encode(block, dtype).values())
+    return sum(tensor.nbytes for tensor in encode(block.as_dtype(dtype)).values())
 
 
 def _decode(kind: str, stored: Mapping[str, Tensor], rows: Tensor | slice, n_examples: int) -> Block:
@@ -186,25 +217,41 @@ def _decode(kind: str, stored: Mapping[str, Tensor], rows: Tensor | slice, n_exa
         return Texts(n_examples, examples, stored["ids"][rows].long(), stored["labels"])
     if kind == "words":
         tokens = torch.repeat_interleave(stored["tokens"].long(), stored["offsets"].diff())
-        return WordGradients(n_examples, examples, tokens[rows], stored["norms"][rows], stored["directions"][rows])
-    factors = (stored[name][rows] for name in ("input_norms", "inputs", "delta_norms", "deltas"))
-    return LinearGradients(n_examples, examples, *factors)
+        lengths = stored["lengths"][rows] if "lengths" in stored else None
+        norms, directions = stored["norms"][rows], stored["directions"][rows]
+        return WordGradients(n_examples, examples, tokens[rows], norms, directions, lengths)
+    inputs, deltas = (stored[name][rows] for name in ("inputs", "deltas"))
+    if inputs.dtype == torch.int8:
+        inputs, deltas = unit_rows(inputs.float())[1], unit_rows(deltas.float())[1]
+    return LinearGradients(
+        n_examples, examples, stored["input_norms"][rows], inputs, stored["delta_norms"][rows], deltas
+    )
 
 
-def _ranges(starts: Tensor, stops: Tensor) -> Tensor:
-    """The numbers from each start up to its stop, one range after the other."""
-    lengths = stops - starts
-    before = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - before, lengths)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file that appears whole or not at all."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file that appears whole or not at all, and return its checksum."""
     with _appearing_file(path) as partial:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=dict(metadata or {})
-        )
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(contiguous, partial, metadata=dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}. What was stored before is complete.") from error
         partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+        return _hash_of_file(partial)
+
+
+def read_tensors(path: Path, checksum: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, memory-mapped, and its metadata.
+
+    A file is checked the first time that a process reads it.
+
+    Raises:
+        ValueError: if the file is not as it was written.
+    """
+    status = path.stat()
+    _check(path, status.st_size, status.st_mtime_ns, checksum)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -216,6 +263,23 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _check(path: Path, size: int, modified: int, checksum: str) -> None:
+    """Compare a file with its checksum, once for each state that it is found in."""
+    found = _hash_of_file(path) if size else "of an empty file"
+    if found != checksum:
+        raise ValueError(
+            f"{path} is damaged: its {size} bytes have the checksum {found}, but {checksum} was written. Restore the "
+            "file from a copy, or fit again; if it holds gradients, it is enough to remove its folder: the next "
+            "influence with the training set at hand computes them again."
+        )
+
+
+def _hash_of_file(path: Path) -> str:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return xxhash.xxh3_128_hexdigest(content)
 
 
 @contextmanager

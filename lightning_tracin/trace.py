@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_tracin.capture import Captured
-from lightning_tracin.gradients import Gradients, SecondMoments, Texts, distinct
-from lightning_tracin.store import Dtype, Shards, ShardWriter, read_json, write_json, write_tensors
+from lightning_tracin.gradients import Dtype, Gradients, SecondMoments, Texts, distinct
+from lightning_tracin.store import Shards, ShardWriter, read_json, read_tensors, write_json, write_tensors
 
 FORMAT_VERSION = 1
 _PARTIAL = ".partial"
@@ -42,6 +41,7 @@ class Checkpoint:
         epoch: ``trainer.current_epoch``.
         steps: the optimizer steps since the previous checkpoint.
         groups: for each optimizer and parameter group, the names of its parameters.
+        checksums: of the weights' and second moments' files.
         layers: for each method, the name of the layer that it takes gradients at.
     """
 
@@ -51,6 +51,7 @@ class Checkpoint:
     epoch: int
     steps: list[Step]
     groups: list[list[list[str]]]
+    checksums: dict[str, str]
     layers: dict[str, str]
 
     @property
@@ -82,27 +83,28 @@ class Checkpoint:
         return sum(rates) / len(rates) if rates else 0.0
 
     def weights(self) -> dict[str, Tensor]:
-        """The module's state dict, as trained: not averaged, tied weights under each of their names."""
-        with safe_open(self.path / "weights.safetensors", framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            tied = file.metadata() or {}
+        """The module's state dict, as trained: not averaged, tied weights under each of their names.
+
+        Raises:
+            ValueError: if the file is not as it was written.
+        """
+        tensors, tied = self._read("weights.safetensors")
         return {**tensors, **{alias: tensors[name] for alias, name in tied.items()}}
 
     def second_moments(self, method: str) -> SecondMoments:
         """Adam's bias-corrected second moments of the layer of a method.
 
         Raises:
-            ValueError: if the fit's optimizer kept none of that layer.
+            ValueError: if the fit's optimizer kept none of that layer, or the file is not as it was written.
         """
-        path = self.path / f"second-moments-{method}.safetensors"
-        if not path.exists():
+        name = f"second-moments-{method}.safetensors"
+        if name not in self.checksums:
             raise ValueError(
                 f'precondition="adam" needs Adam\'s second moments, but the fit kept none of {self.layers[method]!r} '
                 f"at step {self.step}: it was frozen, or its optimizer is not of the Adam family."
             )
-        with safe_open(path, framework="pt") as file:
-            rows = file.get_tensor("rows") if "rows" in file.keys() else None  # noqa: SIM118 (not a mapping)
-            return SecondMoments(file.get_tensor("values"), rows, float(file.metadata()["eps"]))
+        tensors, metadata = self._read(name)
+        return SecondMoments(tensors["values"], tensors.get("rows"), float(metadata["eps"]))
 
     def has_gradients(self, method: str) -> bool:
         """Whether the training examples' gradients for a method are stored."""
@@ -111,6 +113,9 @@ class Checkpoint:
     def gradients(self, method: str) -> Shards:
         """The training examples' gradients for a method."""
         return Shards.open(self.path / method)
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return read_tensors(self.path / name, self.checksums[name])
 
 
 class Trace:
@@ -150,6 +155,7 @@ class Trace:
         self.layers: dict[str, str] = header["layers"]
         self.dtype: Dtype = header["dtype"]
         self.top_words: int | None = header["top_words"]
+        self.shard_examples: int = header["shard_examples"]
 
     def __repr__(self) -> str:
         return f"Trace({str(self.path)!r}, n_train={self.n_train}, checkpoints={len(self.checkpoints)})"
@@ -165,6 +171,7 @@ class Trace:
         layers: Mapping[str, str],
         dtype: Dtype,
         top_words: int | None,
+        shard_examples: int,
     ) -> Trace:
         """Start an empty trace; one that is there already is removed."""
         remove_trace(path)
@@ -180,6 +187,7 @@ class Trace:
             "layers": dict(layers),
             "dtype": dtype,
             "top_words": top_words,
+            "shard_examples": shard_examples,
         }
         write_json(path / "trace.json", header)
         return cls(path)
@@ -267,13 +275,20 @@ class Trace:
             for each in optimizers
         ]
         with _appearing(self.path / "checkpoints" / f"step-{step:09d}") as folder:
-            _write_weights(folder / "weights.safetensors", module)
+            checksums = {"weights.safetensors": _write_weights(folder / "weights.safetensors", module)}
             for method, layer in self.layers.items():
                 moments = _second_moments(module.get_submodule(layer), optimizers, sparse=method == "tracin-we")
                 if moments is not None:
-                    _write_moments(folder / f"second-moments-{method}.safetensors", moments)
-            content: dict[str, Any] = {"step": step, "epoch": epoch, "steps": steps, "groups": groups}
-            content["id"] = uuid.uuid4().hex
+                    name = f"second-moments-{method}.safetensors"
+                    checksums[name] = _write_moments(folder / name, moments)
+            content: dict[str, Any] = {
+                "id": uuid.uuid4().hex,
+                "step": step,
+                "epoch": epoch,
+                "steps": steps,
+                "groups": groups,
+                "checksums": checksums,
+            }
             write_json(folder / "checkpoint.json", content)
             yield Checkpoint(path=folder, layers=self.layers, **content)
 
@@ -287,11 +302,8 @@ class Trace:
         with ExitStack() as folders:
             writers = {}
             for method in methods:
-                folder = folders.enter_context(_appearing(checkpoint.path / method))
-                writers[method] = ShardWriter(folder, dtype=self.dtype, shard_examples=self._shard_examples(method))
-            texts = None
-            if not self.has_texts:
-                texts = ShardWriter(folders.enter_context(_appearing(self.path / "texts")))
+                writers[method] = self._writer(folders, checkpoint.path / method)
+            texts = None if self.has_texts else self._writer(folders, self.path / "texts")
             cache = CachePass(self, writers, texts)
             yield cache
             cache.close()
@@ -302,10 +314,13 @@ class Trace:
             if checkpoint.step > step:
                 shutil.rmtree(checkpoint.path)
 
-    def _shard_examples(self, method: str) -> int | None:
-        """Shards hold the same examples at every checkpoint, so that scores can be added up shard by shard."""
-        stored = (each.gradients(method).shard_examples for each in self.checkpoints if each.has_gradients(method))
-        return next(stored, None)
+    def _writer(self, contexts: ExitStack, folder: Path) -> ShardWriter:
+        """A writer into a folder that appears when it is complete.
+
+        Shards hold the same examples at every checkpoint, so that scores can be added up shard by shard.
+        """
+        appearing = contexts.enter_context(_appearing(folder))
+        return contexts.enter_context(ShardWriter(appearing, dtype=self.dtype, shard_examples=self.shard_examples))
 
 
 class CachePass:
@@ -418,8 +433,8 @@ def _parameter_names(module: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _write_weights(path: Path, module: nn.Module) -> None:
-    """Write a state dict's tensors, those that share memory once."""
+def _write_weights(path: Path, module: nn.Module) -> str:
+    """Write a state dict's tensors, those that share memory once, and return the file's checksum."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -435,7 +450,7 @@ def _write_weights(path: Path, module: nn.Module) -> None:
             storage = value.untyped_storage().data_ptr()
             tensors[name] = value.detach().cpu() if storage not in storages else value.detach().cpu().clone()
             storages.add(storage)
-    write_tensors(path, tensors, tied)
+    return write_tensors(path, tensors, tied)
 
 
 def _second_moments(
@@ -462,8 +477,8 @@ def _second_moments(
     return SecondMoments(values if rows is None else values[rows], rows, eps)
 
 
-def _write_moments(path: Path, moments: SecondMoments) -> None:
+def _write_moments(path: Path, moments: SecondMoments) -> str:
     tensors = {"values": moments.values}
     if moments.rows is not None:
         tensors["rows"] = moments.rows
-    write_tensors(path, tensors, {"eps": repr(moments.eps)})
+    return write_tensors(path, tensors, {"eps": repr(moments.eps)})

@@ -10,7 +10,7 @@ from lightning_tracin.methods import TracInLast, TracInWE
 def dense(words: WordGradients, vocabulary: int) -> torch.Tensor:
     """(n_examples, vocabulary, H) float64."""
     table = torch.zeros(words.n_examples, vocabulary, words.directions.shape[1], dtype=torch.float64)
-    table[words.examples, words.tokens] = words.norms[:, None].double() * words.directions.double()
+    table[words.examples, words.tokens] = words.factors[:, None].double() * words.directions.double()
     return table
 
 
@@ -56,7 +56,11 @@ def test_words_whose_gradient_is_zero_are_left_out():
     assert words.tokens.tolist() == [5]
 
 
-@pytest.mark.parametrize(("n_test", "n_train", "vocabulary"), [(6, 11, 30), (40, 50, 3), (1, 1, 200), (3, 4, 1)])
+# Words that few or many test examples hold, with few or many training rows, in more than one piece.
+JOINS = [(6, 11, 30), (40, 50, 3), (1, 1, 200), (3, 4, 1), (3, 500, 4), (40, 300, 20), (40, 900, 150), (5, 2500, 2)]
+
+
+@pytest.mark.parametrize(("n_test", "n_train", "vocabulary"), JOINS)
 def test_joining_words_equals_dense_products(n_test, n_train, vocabulary):
     method = TracInWE()
     test, test_table = random_words(n_test, vocabulary)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_gradients import dense, random_linear, random_words
 
@@ -10,11 +13,11 @@ from lightning_tracin.gradients import Texts
 from lightning_tracin.store import Shards, ShardWriter, encoded_bytes
 
 
-def written(folder, block, *, batch=4, **options):
-    writer = ShardWriter(folder, **options)
-    for start in range(0, block.n_examples, batch):
-        writer.add(block.slice(start, min(start + batch, block.n_examples)))
-    writer.close()
+def written(folder, block, *, batch=4, dtype="float32", shard_examples=100):
+    with ShardWriter(folder, dtype=dtype, shard_examples=shard_examples) as writer:
+        for start in range(0, block.n_examples, batch):
+            writer.add(block.slice(start, min(start + batch, block.n_examples)))
+        writer.close()
     return Shards.open(folder)
 
 
@@ -30,12 +33,13 @@ def test_every_example_comes_back_from_its_shard(tmp_path, shard_examples):
         torch.testing.assert_close(dense(shards.read_example(example), 30)[0], table[example], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3), ("int8", 1e-2)])
 @pytest.mark.parametrize("scale", [1.0, 1e-9, 1e-20])
 def test_the_error_of_a_row_does_not_depend_on_its_size(tmp_path, dtype, tolerance, scale):
     words, table = random_words(10, scale=scale)
-    read = dense(written(tmp_path, words, dtype=dtype).read(0), 30)
-    assert (read - table).norm() <= tolerance * table.norm()
+    stored = written(tmp_path, words, dtype=dtype).read(0)
+    assert (dense(stored, 30) - table).norm() <= tolerance * table.norm()
+    torch.testing.assert_close(stored.example_norms(), words.example_norms(), rtol=1e-6, atol=0)  # norms are exact
 
 
 def test_linear_factors_come_back(tmp_path):
@@ -53,11 +57,13 @@ def test_texts_come_back(tmp_path):
     assert [shards.read_example(i).label_of(0) for i in range(3)] == [1.0, None, 0.0]
 
 
-def test_only_rows_of_the_wanted_words_are_read(tmp_path):
-    words, table = random_words(12)
-    read = written(tmp_path, words).read(0, tokens=torch.tensor([2, 3, 29]))
-    assert set(read.tokens.tolist()) <= {2, 3, 29}
-    torch.testing.assert_close(dense(read, 30)[:, [2, 3, 29]], table[:, [2, 3, 29]], rtol=1e-5, atol=1e-6)
+def test_stored_rows_stay_on_disk_until_they_are_used(tmp_path):
+    words, _ = random_words(12)
+    read = written(tmp_path, words).read(0)
+    path = str(tmp_path / "00000.safetensors")
+    mapped = [line.split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(path)]
+    address = read.sorted_by_token().without([3]).scaled(torch.ones(12)).directions.data_ptr()
+    assert any(int(start, 16) <= address < int(stop.split()[0], 16) for start, stop, *_ in mapped)
 
 
 def test_encoded_bytes_is_what_lies_on_disk(tmp_path):
@@ -68,8 +74,8 @@ def test_encoded_bytes_is_what_lies_on_disk(tmp_path):
 
 
 def test_a_folder_without_an_index_cannot_be_opened(tmp_path):
-    writer = ShardWriter(tmp_path, shard_examples=2)
-    writer.add(random_words(4)[0])
+    with ShardWriter(tmp_path, dtype="float32", shard_examples=2) as writer:
+        writer.add(random_words(4)[0])
     assert (tmp_path / "00000.safetensors").exists()
     with pytest.raises(FileNotFoundError, match=r"index\.json"):
         Shards.open(tmp_path)
@@ -83,3 +89,44 @@ def test_a_file_whose_writing_fails_does_not_appear(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         store.write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_that_cannot_be_written_is_an_error_of_the_writer(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with ShardWriter(tmp_path, dtype="float32", shard_examples=2) as writer:
+        writer.add(random_words(4)[0])
+        with pytest.raises(OSError, match=r"00000\.safetensors could not be written.*No space left"):
+            writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def flipped(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def truncated(path, n_bytes):
+    path.write_bytes(path.read_bytes()[:n_bytes])
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: flipped(path, 8 * path.stat().st_size - 5), lambda path: flipped(path, 70)]
+)
+@pytest.mark.parametrize("shorter", [None, 0, 7, 300])
+def test_a_damaged_shard_is_named(tmp_path, damage, shorter):
+    words, _ = random_words(12)
+    shards = written(tmp_path, words, shard_examples=5)
+    path = tmp_path / "00001.safetensors"
+    shards.read(1)
+    if shorter is None:
+        damage(path)
+    else:
+        truncated(path, shorter)
+    with pytest.raises(ValueError, match=r"00001\.safetensors is damaged"):
+        shards.read(1)
+    shards.read(0)
+    shards.read(2)
