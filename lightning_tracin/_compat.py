@@ -6,6 +6,7 @@ accepted by both. Private names of Lightning that have no public counterpart sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -33,3 +34,27 @@ def batch_to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any)
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def on_training_loader(trainer: pl.Trainer, see: Callable[[Any], None] | None) -> None:
+    """Show every loader that a fit is about to read to a function, after Lightning has given it its sampler.
+
+    Lightning has no hook between the two; the strategy's ``process_dataloader`` is the last to touch a loader.
+
+    Args:
+        trainer: the trainer whose fit it is.
+        see: is called with the loader; None takes the last function back.
+    """
+    strategy = trainer.strategy
+    strategy.__dict__.pop("process_dataloader", None)
+    if see is None:
+        return
+    own = strategy.process_dataloader
+
+    def process_dataloader(loader: object) -> object:
+        loader = own(loader)
+        if trainer.training:
+            see(loader)
+        return loader
+
+    strategy.__dict__["process_dataloader"] = process_dataloader

@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_tracin._compat import DualCallback, batch_to_device
+from lightning_tracin._compat import DualCallback, batch_to_device, on_training_loader
 from lightning_tracin.capture import Captured, Losses, capture, check_independent, checked, gradients_enabled
 from lightning_tracin.gradients import DTYPES, Dtype
 from lightning_tracin.layers import layer_name, layers_of_table
@@ -24,8 +24,10 @@ from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
 from lightning_tracin.report.progress import progress_task
+from lightning_tracin.sampled_indices import SampledIndices
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
 from lightning_tracin.trace import Checkpoint, Step, Trace, stored_gradients
+from lightning_tracin.training_cache import TrainingCache, check_training, divisor_of
 from lightning_tracin.training_set import TrainingSet
 
 
@@ -41,7 +43,9 @@ class TracInCallback(DualCallback):
         every_n_epochs: epochs between checkpoints, taken at the end of an epoch.
         every_n_train_steps: optimizer steps between checkpoints; if given, epochs do not count.
         cache: "checkpoint" makes a pass over the training set, in eval mode, at each checkpoint, and stores every
-            example's gradients. "on_demand" leaves that to the first call of ``trainer.influence``.
+            example's gradients. "training" takes them from training's own backward passes, at next to no cost; they
+            are then of the weights of the moment and with dropout on, and an example that no batch held since the
+            last checkpoint counts zero there. "on_demand" leaves it to the first call of ``trainer.influence``.
         methods: what to store gradients for: "tracin-we" (the word embedding table), "tracin-last" (the last layer).
         dtype: what gradients are stored in. "float16" scales each row by its own float32 norm: exact to about 1e-3
             of a score however small gradients are. "float32" takes twice the space.
@@ -67,14 +71,14 @@ class TracInCallback(DualCallback):
         *,
         every_n_epochs: int = 1,
         every_n_train_steps: int | None = None,
-        cache: Literal["checkpoint", "on_demand"] = "checkpoint",
+        cache: Literal["checkpoint", "training", "on_demand"] = "checkpoint",
         methods: Sequence[str] = ("tracin-we", "tracin-last"),
         dtype: Dtype = "float16",
         top_words: int | None = None,
         overwrite: bool = False,
     ) -> None:
-        if cache not in ("checkpoint", "on_demand"):
-            raise ValueError(f"cache must be 'checkpoint' or 'on_demand', but got {cache!r}.")
+        if cache not in ("checkpoint", "training", "on_demand"):
+            raise ValueError(f"cache must be 'checkpoint', 'training' or 'on_demand', but got {cache!r}.")
         if not methods or isinstance(methods, str) or set(methods) - set(METHODS):
             raise ValueError(f"methods must be some of {tuple(METHODS)}, but got {methods!r}.")
         if dtype not in DTYPES:
@@ -98,6 +102,8 @@ class TracInCallback(DualCallback):
         self._recording = False
         self._steps: list[Step] = []
         self._resumed: dict[str, Any] = {}
+        self._sampled: SampledIndices | None = None
+        self._training: TrainingCache | None = None
 
     @property
     def state_key(self) -> str:
@@ -111,6 +117,8 @@ class TracInCallback(DualCallback):
         if self._fitting:
             require_one_process(trainer)
             self._steps, self._resumed = [], {}
+            if self.cache == "training":
+                on_training_loader(trainer, self._sample)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to go on with the same trace."""
@@ -137,6 +145,10 @@ class TracInCallback(DualCallback):
             )
         training_set = TrainingSet(trainer.train_dataloader)
         layers, example = first_batch(trainer, pl_module, training_set, self.methods)
+        form = None
+        if self.cache == "training":
+            with _inside_fit(trainer, pl_module):
+                form = check_training(pl_module, layers, self.methods, _first(trainer, pl_module, training_set))
         self._require_space(trainer, pl_module, path, example, len(training_set))
         fingerprint = training_set.fingerprint()
         if resumed is not None:
@@ -164,7 +176,23 @@ class TracInCallback(DualCallback):
                 shard_examples=fitting_shard_examples(self._bytes_per_example(example, self.dtype, self.top_words)),
             )
         self.training_set = training_set
+        if form is not None:
+            self._training = TrainingCache(pl_module, self.trace, self.methods, form)
         self._recording = True
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Learn which examples the batch holds."""
+        if self._training is not None and self._sampled is not None:
+            self._training.begin(self._sampled.next_batch(), batch)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the gradients of a training batch."""
+        if self._training is not None:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            divisor, scaled = divisor_of(trainer.accumulate_grad_batches, scaler)
+            self._training.backward_ended(divisor=divisor, scaled=scaled)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -176,7 +204,9 @@ class TracInCallback(DualCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take a checkpoint if ``every_n_train_steps`` is due."""
+        """Keep the batch's gradients, and take a checkpoint if ``every_n_train_steps`` is due."""
+        if self._training is not None:
+            self._training.end()
         if self.every_n_train_steps is not None and self._steps:
             before = self._steps[0][0] // self.every_n_train_steps
             if trainer.global_step // self.every_n_train_steps > before:
@@ -195,6 +225,27 @@ class TracInCallback(DualCallback):
                 "nothing to compute influence from. Lower every_n_epochs or every_n_train_steps."
             )
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the loader and the module as they were."""
+        self._leave(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the loader and the module as they were; Lightning calls no ``teardown`` after an error."""
+        self._leave(trainer)
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        if self._training is not None:
+            self._training.close()
+        if self._sampled is not None:
+            self._sampled.restore()
+        if self.cache == "training":
+            on_training_loader(trainer, None)
+        self._training = self._sampled = None
+
+    def _sample(self, loader: Any) -> None:
+        """Remember what the sampler of the loader that the fit is about to read yields."""
+        self._sampled = SampledIndices(loader)
+
     def _take_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         trace = self.trace
         if trace is None or not self._recording or not self._steps:
@@ -206,6 +257,8 @@ class TracInCallback(DualCallback):
         ) as checkpoint:
             if self.cache == "checkpoint":
                 self._cache(trainer, module, trace, checkpoint)
+            elif self._training is not None:
+                self._training.store(checkpoint)
         self._steps = []
 
     def _cache(self, trainer: pl.Trainer, module: pl.LightningModule, trace: Trace, checkpoint: Checkpoint) -> None:
@@ -262,11 +315,12 @@ class TracInCallback(DualCallback):
 
         def needed(dtype: Dtype, top_words: int | None, cached: bool = True) -> float:
             per_example = self._bytes_per_example(example, dtype, top_words)
-            return checkpoints * (weights + cached * per_example * n_train)
+            passes = checkpoints + (self.cache == "training")  # what came since the last checkpoint lies beside it
+            return checkpoints * weights + cached * passes * per_example * n_train
 
         existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
         free = shutil.disk_usage(existing).free
-        need = needed(self.dtype, self.top_words, self.cache == "checkpoint")
+        need = needed(self.dtype, self.top_words, self.cache != "on_demand")
         if need <= free:
             return
         words = self.top_words or 10
@@ -309,7 +363,7 @@ def first_batch(
     """
     losses = losses_of(module)
     with _inside_fit(trainer, module):
-        batch = batch_to_device(trainer, module, next(iter(training_set.sequential_loader())))
+        batch = _first(trainer, module, training_set)
         layers = {}
         if "tracin-we" in methods:
             layers["tracin-we"] = layer_name(module, embedding_layer_of(module))
@@ -323,6 +377,11 @@ def first_batch(
             )
         check_losses(module, next(iter(layers.values())), losses, batch)
     return layers, captured
+
+
+def _first(trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet) -> Any:
+    """The training set's first batch, on the module's device."""
+    return batch_to_device(trainer, module, next(iter(training_set.sequential_loader())))
 
 
 def check_losses(module: torch.nn.Module, layer: str, losses: Losses, batch: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -63,6 +63,7 @@ def capture(
     *,
     embedding_layers: Sequence[nn.Module] = (),
     linear_layer: nn.Module | None = None,
+    dims: Mapping[nn.Module, int] | None = None,
 ) -> Captured:
     """The gradients of a batch's examples, by one forward and one backward pass.
 
@@ -73,6 +74,7 @@ def capture(
         batch: what the module's ``training_step`` takes, on the module's device.
         embedding_layers: modules called with token ids that share one table; all calls in a forward pass add up.
         linear_layer: ``nn.Linear``; its calls in one forward pass, and its positions, add up.
+        dims: what :func:`batch_dims` found, where the losses themselves do not tell.
 
     Raises:
         ValueError: if the losses are not of shape (B,), or a layer was not called as expected.
@@ -91,20 +93,35 @@ def capture(
         raise ValueError(
             "The losses do not depend on the layers' outputs: influence_loss must not detach them or use torch.no_grad."
         )
-    n = len(per_example)
-    word_owners = [_owners(per_example, call.inputs.shape, call.output) for call in embeddings]
-    linear_owners = [_owners(per_example, call.output.shape[:-1], call.output) for call in linears]
-    outputs = [call.output for call in [*embeddings, *linears]]
-    gradients = list(torch.autograd.grad(per_example.sum(), outputs, materialize_grads=True))
-    owners = ids = torch.empty(0, dtype=torch.long)
+    calls = [*embeddings, *linears]
+    dims = dims or {call.layer: _batch_dim(per_example, call.output) for call in calls}
+    gradients = torch.autograd.grad(per_example.sum(), [call.output for call in calls], allow_unused=True)
+    for call, gradient in zip(calls, gradients, strict=True):
+        call.gradient = gradient
+    return collected(per_example.detach().float().cpu(), batch, _reached(embeddings), _reached(linears), dims)
+
+
+def collected(
+    losses: Tensor, batch: Any, embeddings: Sequence[Call], linears: Sequence[Call], dims: Mapping[nn.Module, int]
+) -> Captured:
+    """What the calls of a batch's forward pass give once a backward pass has given them gradients.
+
+    Args:
+        losses: (B,) the losses of the batch's examples.
+        batch: what the module was called with; its attention masks say what is padding.
+        embeddings: calls of embedding layers.
+        linears: calls of the linear layer.
+        dims: for each layer, the dimension of its calls that counts the examples: 0, or 1 (time first).
+    """
+    owners = [_owners(len(losses), call.output.shape[:-1], dims[call.layer]) for call in [*embeddings, *linears]]
+    token_owners = ids = torch.empty(0, dtype=torch.long)
     words = linear = None
     if embeddings:
-        owners, ids, rows = _word_positions(embeddings, word_owners, gradients[: len(embeddings)], batch)
-        words = WordGradients.from_positions(n, owners, ids, rows)
+        token_owners, ids, rows = _word_positions(embeddings, owners[: len(embeddings)], batch)
+        words = WordGradients.from_positions(len(losses), token_owners, ids, rows)
     if linears:
-        positions = _linear_positions(linears, linear_owners, gradients[len(embeddings) :])
-        linear = LinearGradients.from_positions(n, *positions)
-    return Captured(per_example.detach().float().cpu(), owners, ids, words, linear)
+        linear = LinearGradients.from_positions(len(losses), *_linear_positions(linears, owners[len(embeddings) :]))
+    return Captured(losses, token_owners, ids, words, linear)
 
 
 def checked(losses: object) -> Tensor:
@@ -136,7 +153,11 @@ def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -
             hooks.enter_context(_hooked(layer, calls, cut=False))
         per_example = checked(losses(batch))
     outputs = [call.output for call in calls]
-    owners = [_owners(per_example, output.shape[:-1], output).to(output.device) for output in outputs]
+    dims = [_batch_dim(per_example, output) for output in outputs]
+    owners = [
+        _owners(len(per_example), output.shape[:-1], dim).to(output.device)
+        for output, dim in zip(outputs, dims, strict=True)
+    ]
     gradients = torch.autograd.grad(per_example[0], outputs, materialize_grads=True)
     for owner, gradient in zip(owners, gradients, strict=True):
         if bool(gradient[owner != 0].any()):
@@ -145,6 +166,16 @@ def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -
                 "its own. Compute each example's loss from that example alone (no statistics over the batch, no "
                 "negatives from the batch) in influence_loss."
             )
+
+
+def batch_dims(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> dict[nn.Module, int]:
+    """For each layer, the dimension of its calls that counts the examples: 0, or 1 (time first)."""
+    calls: _Calls = []
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(_hooked(layer, calls, cut=False))
+        per_example = checked(losses(batch))
+    return {call.layer: _batch_dim(per_example, call.output) for call in calls}
 
 
 @contextmanager
@@ -176,29 +207,43 @@ def usable_in_autograd(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a layer in a forward pass."""
+@dataclass
+class Call:
+    """One call of a layer in a forward pass, and the gradient at its output once a backward pass has given one."""
 
     layer: nn.Module
     inputs: Tensor
     output: Tensor
+    gradient: Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+        """From what a forward hook is given.
+
+        Raises:
+            ValueError: if the layer does not take a tensor and return a tensor.
+        """
+        value = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+        if value is None or not isinstance(output, Tensor):
+            raise ValueError(f"The layer {layer} must take a tensor and return a tensor; it returned {type(output)}.")
+        return cls(layer, value.detach().clone(), output)
 
 
-_Calls: TypeAlias = list[_Call]
+_Calls: TypeAlias = list[Call]
 
 
 @contextmanager
 def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool) -> Iterator[None]:
     """Record the layer's calls; with ``cut`` nothing before its output is differentiated."""
 
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-        value = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
-        if value is None or not isinstance(output, Tensor):
-            raise ValueError(f"The layer {layer} must take a tensor and return a tensor; it returned {type(output)}.")
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not torch.is_grad_enabled():  # the losses cannot depend on it
+            return output
+        call = Call.of(layer, args, kwargs, output)
         if cut or not output.requires_grad:
             output = output.detach().requires_grad_()
-        calls.append(_Call(layer, value.detach().clone(), output))
+        call.output = output
+        calls.append(call)
         copy: Tensor = output.clone()  # the model may change it in place; the gradient is taken at the output itself
         return copy
 
@@ -209,17 +254,20 @@ def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool) -> Iterator[None]:
         handle.remove()
 
 
+def _reached(calls: _Calls) -> _Calls:
+    """The calls that the losses depend on; if there are none, all of them, with gradients of zero."""
+    reached = [call for call in calls if call.gradient is not None]
+    return reached or [replace(call, gradient=torch.zeros_like(call.output)) for call in calls]
+
+
 def _require_called(layers: Sequence[nn.Module], calls: _Calls) -> None:
     if layers and not calls:
         raise ValueError(f"The layer {layers[0]} was not called when the loss of a batch was computed.")
 
 
-def _owners(losses: Tensor, shape: torch.Size, output: Tensor) -> Tensor:
-    """The example of each position of a layer's call, in the shape of the positions.
-
-    Examples are counted by the first dimension, or by the second (time first).
-    """
-    n = len(losses)
+def _batch_dim(losses: Tensor, output: Tensor) -> int:
+    """Whether a layer's call counts examples by its first dimension, or by its second (time first)."""
+    n, shape = len(losses), output.shape[:-1]
     fits = [dim for dim in range(min(2, len(shape))) if shape[dim] == n]
     if not fits:
         raise ValueError(
@@ -227,10 +275,14 @@ def _owners(losses: Tensor, shape: torch.Size, output: Tensor) -> Tensor:
             f"dimension is the number of losses, {n}. Each example needs its own row: rearrange what the layer is "
             "called with, or return one loss for each of its rows."
         )
-    dim = 1 if len(fits) == 2 and _is_time_first(losses, output) else fits[0]
+    return 1 if len(fits) == 2 and _is_time_first(losses, output) else fits[0]
+
+
+def _owners(n_examples: int, shape: torch.Size, dim: int) -> Tensor:
+    """The example of each position of a layer's call, in the shape of the positions."""
     view = [1] * len(shape)
-    view[dim] = n
-    return torch.arange(n).view(view).expand(shape)
+    view[dim] = n_examples
+    return torch.arange(n_examples).view(view).expand(shape)
 
 
 def _is_time_first(losses: Tensor, output: Tensor) -> bool:
@@ -242,12 +294,11 @@ def _is_time_first(losses: Tensor, output: Tensor) -> bool:
     return bool(moved[1:].any()) and not bool(moved[:, 1:].any())
 
 
-def _word_positions(
-    calls: _Calls, owners_of_calls: list[Tensor], gradients: list[Tensor], batch: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Example, token id and gradient of every position that is not padding, over all calls of the embedding layer."""
     parts = []
-    for call, owners, gradient in zip(calls, owners_of_calls, gradients, strict=True):
+    for call, owners in zip(calls, owners_of_calls, strict=True):
+        assert call.gradient is not None
         ids, output = call.inputs, call.output
         padding = getattr(getattr(call.layer, "base_layer", call.layer), "padding_idx", None)  # peft wraps the layer
         if ids.is_floating_point() or output.shape[:-1] != ids.shape:
@@ -261,20 +312,20 @@ def _word_positions(
         if mask is not None:
             keep &= mask != 0
         keep = keep.cpu()
-        parts.append((owners[keep], ids.cpu()[keep].long(), gradient.float().cpu()[keep]))
+        parts.append((owners[keep], ids.cpu()[keep].long(), call.gradient.float().cpu()[keep]))
     return _by_example(parts)
 
 
-def _linear_positions(
-    calls: _Calls, owners_of_calls: list[Tensor], gradients: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_positions(calls: Sequence[Call], owners_of_calls: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Example, input (a 1 appended where there is a bias) and delta of every position, over all calls of the layer."""
     parts = []
-    for call, owners, delta in zip(calls, owners_of_calls, gradients, strict=True):
+    for call, owners in zip(calls, owners_of_calls, strict=True):
+        assert call.gradient is not None
+        delta = call.gradient.float().cpu()
         flat = call.inputs.float().cpu().reshape(-1, call.inputs.shape[-1])
         if getattr(call.layer, "bias", None) is not None:
             flat = torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
-        parts.append((owners.reshape(-1), flat, delta.float().cpu().reshape(-1, delta.shape[-1])))
+        parts.append((owners.reshape(-1), flat, delta.reshape(-1, delta.shape[-1])))
     return _by_example(parts)
 
 

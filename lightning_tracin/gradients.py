@@ -65,8 +65,16 @@ class WordGradients:
     @classmethod
     def cat(cls, blocks: Sequence[WordGradients]) -> WordGradients:
         """Join blocks one after the other; examples are renumbered, and rows are sorted by (token, example)."""
-        n_examples = sum(block.n_examples for block in blocks)
-        tokens, examples = torch.cat([block.tokens for block in blocks]), _renumbered(blocks)
+        return cls._joined(blocks, sum(block.n_examples for block in blocks), _renumbered(blocks))
+
+    @classmethod
+    def union(cls, blocks: Sequence[WordGradients]) -> WordGradients:
+        """Join blocks of the same examples, of which only one has rows of any example."""
+        return cls._joined(blocks, blocks[0].n_examples, torch.cat([block.examples for block in blocks]))
+
+    @classmethod
+    def _joined(cls, blocks: Sequence[WordGradients], n_examples: int, examples: Tensor) -> WordGradients:
+        tokens = torch.cat([block.tokens for block in blocks])
         order = torch.argsort(tokens * max(n_examples, 1) + examples)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))
@@ -121,11 +129,10 @@ class WordGradients:
         part = self.select((self.examples >= start) & (self.examples < stop))
         return replace(part, n_examples=stop - start, examples=part.examples - start)
 
-    def arranged(self, places: Tensor) -> WordGradients:
-        """Every example moved to its place, (n_examples,), those with place -1 left out."""
+    def arranged(self, places: Tensor, n_examples: int) -> WordGradients:
+        """Every example moved to its place, (self.n_examples,), among ``n_examples``; those with place -1 left out."""
         part = self.select(places[self.examples] >= 0)
-        moved = replace(part, n_examples=int((places >= 0).sum()), examples=places[part.examples])
-        return moved.sorted_by_token()
+        return replace(part, n_examples=n_examples, examples=places[part.examples]).sorted_by_token()
 
     def scaled(self, factors: Tensor) -> WordGradients:
         """Every example's gradient times its own factor, (n_examples,)."""
@@ -192,9 +199,18 @@ class LinearGradients:
     @classmethod
     def cat(cls, blocks: Sequence[LinearGradients]) -> LinearGradients:
         """Join blocks one after the other; examples are renumbered."""
+        return cls._joined(blocks, sum(block.n_examples for block in blocks), _renumbered(blocks))
+
+    @classmethod
+    def union(cls, blocks: Sequence[LinearGradients]) -> LinearGradients:
+        """Join blocks of the same examples, of which only one has positions of any example."""
+        return cls._joined(blocks, blocks[0].n_examples, torch.cat([block.examples for block in blocks]))
+
+    @classmethod
+    def _joined(cls, blocks: Sequence[LinearGradients], n_examples: int, examples: Tensor) -> LinearGradients:
         joined = cls(
-            sum(block.n_examples for block in blocks),
-            _renumbered(blocks),
+            n_examples,
+            examples,
             torch.cat([block.input_norms for block in blocks]),
             torch.cat([block.inputs for block in blocks]),
             torch.cat([block.delta_norms for block in blocks]),
@@ -226,10 +242,10 @@ class LinearGradients:
         part = self.select((self.examples >= start) & (self.examples < stop))
         return replace(part, n_examples=stop - start, examples=part.examples - start)
 
-    def arranged(self, places: Tensor) -> LinearGradients:
-        """Every example moved to its place, (n_examples,), those with place -1 left out."""
+    def arranged(self, places: Tensor, n_examples: int) -> LinearGradients:
+        """Every example moved to its place, (self.n_examples,), among ``n_examples``; those with place -1 left out."""
         part = self.select(places[self.examples] >= 0)
-        moved = replace(part, n_examples=int((places >= 0).sum()), examples=places[part.examples])
+        moved = replace(part, n_examples=n_examples, examples=places[part.examples])
         return moved.select(torch.argsort(moved.examples, stable=True))
 
     def scaled(self, factors: Tensor) -> LinearGradients:
@@ -318,14 +334,25 @@ class Texts:
         inside = (self.examples >= start) & (self.examples < stop)
         return Texts(stop - start, self.examples[inside] - start, self.ids[inside], self.labels[start:stop])
 
-    def arranged(self, places: Tensor) -> Texts:
-        """Every example moved to its place, (n_examples,), those with place -1 left out."""
+    @classmethod
+    def union(cls, blocks: Sequence[Texts]) -> Texts:
+        """Join blocks of the same examples, of which only one says what any example is."""
+        examples = torch.cat([block.examples for block in blocks])
+        order = torch.argsort(examples, stable=True)
+        ids = torch.cat([block.ids for block in blocks])
+        labels = blocks[0].labels
+        for block in blocks[1:]:
+            labels = torch.where(torch.isnan(labels), block.labels, labels)
+        return cls(blocks[0].n_examples, examples[order], ids[order], labels)
+
+    def arranged(self, places: Tensor, n_examples: int) -> Texts:
+        """Every example moved to its place, (self.n_examples,), among ``n_examples``; those with place -1 left out."""
         kept = places >= 0
         moved = places[self.examples]
         order = torch.argsort(moved, stable=True)[int((moved < 0).sum()) :]
-        labels = torch.empty(int(kept.sum()), dtype=self.labels.dtype)
+        labels = torch.full((n_examples,), torch.nan, dtype=self.labels.dtype)
         labels[places[kept]] = self.labels[kept]
-        return Texts(len(labels), moved[order], self.ids[order], labels)
+        return Texts(n_examples, moved[order], self.ids[order], labels)
 
     def equals(self, other: Texts) -> bool:
         """Whether both say the same."""

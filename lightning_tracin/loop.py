@@ -251,7 +251,7 @@ class _TestExamples:
         if not self._blocks:
             raise ValueError("The test loader is empty: there is nothing to explain.")
         places, indices = _places(self._came)
-        texts = Texts.cat(self._texts).arranged(places)
+        texts = Texts.cat(self._texts).arranged(places, len(indices))
         if not self.gradients:
             self.indices, self.texts = indices, texts
         elif not torch.equal(indices, self.indices) or (self._counted and not texts.equals(self.texts)):
@@ -259,7 +259,7 @@ class _TestExamples:
                 "The test loader gave other examples at each pass, one for each checkpoint. Use a sampler that yields "
                 "the same examples each time; their order does not matter, unless the data set is a stream."
             )
-        block = type(self._blocks[0]).cat(self._blocks).arranged(places)
+        block = type(self._blocks[0]).cat(self._blocks).arranged(places, len(indices))
         if trace.top_words is not None and isinstance(block, WordGradients):
             block = block.top_words(trace.top_words)  # as the training side was stored
         self.gradients.append(self.method.prepare(block, _moments(checkpoint, self.method), "test"))

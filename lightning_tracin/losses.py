@@ -53,13 +53,8 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
             f"not a Hugging Face output with logits. {OVERRIDE}."
         )
     model = _hugging_face_model(module)
-    config = getattr(model, "config", None)
-    values, counted = _elementwise(
-        logits.float(),
-        labels,
-        problem_type=getattr(config, "problem_type", None),
-        causal=bool(_CAUSAL.search(type(model).__name__)) and not getattr(config, "is_encoder_decoder", False),
-    )
+    problem_type = getattr(getattr(model, "config", None), "problem_type", None)
+    values, counted = _elementwise(logits.float(), labels, problem_type=problem_type, causal=_is_causal(model))
     values, counted = values.flatten(1), counted.flatten(1)
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(own, Tensor) and own.dim() == 0 and bool(counted.any()):
@@ -71,6 +66,24 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
                 f"way. {OVERRIDE}."
             )
     return values.sum(1) / counted.sum(1).clamp(min=1)
+
+
+def label_counts(module: nn.Module, batch: Any) -> Tensor | None:
+    """How many tokens of each example have a label, (B,): a model's own loss is a mean over all of them.
+
+    None where examples have one label each, or it is not for :func:`hugging_face_losses` to say.
+    """
+    labels = labels_of(batch)
+    model = _hugging_face_model(module)
+    if model is None or labels is None or labels.dim() < 2 or labels.is_floating_point():
+        return None
+    return (labels[:, 1:] if _is_causal(model) else labels).ne(_IGNORED).flatten(1).sum(1)
+
+
+def _is_causal(model: nn.Module | None) -> bool:
+    """Whether a model of transformers shifts its labels by one."""
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(_CAUSAL.search(type(model).__name__)) and not encoder_decoder
 
 
 def labels_of(batch: Any) -> Tensor | None:

@@ -29,7 +29,9 @@ from lightning_tracin.gradients import Dtype, Gradients, LinearGradients, Texts,
 #: What a shard can hold.
 Block: TypeAlias = Gradients | Texts
 
-# Long words' rows lie together, so a query is the faster the larger shards are; a few must fit beside a model.
+KINDS: dict[type, str] = {WordGradients: "words", LinearGradients: "linear", Texts: "texts"}
+
+# The rows of one word lie together, so queries are faster the larger shards are; a few must fit beside a model.
 _SHARD_BYTES = 256 * 2**20
 _SHARD_EXAMPLES = 8192
 
@@ -70,7 +72,7 @@ class ShardWriter:
         Raises:
             OSError: if an earlier shard could not be written.
         """
-        self._kind = _KINDS[type(block)]
+        self._kind = KINDS[type(block)]
         self._waiting.append(block if isinstance(block, Texts) else block.as_dtype(self.dtype))
         self._n_waiting += block.n_examples
         self.n_examples += block.n_examples
@@ -158,7 +160,7 @@ class Shards:
             ValueError: if the file is not as it was written.
         """
         start, stop = self.bounds(shard)
-        return _decode(self.kind, self._stored(shard), slice(None), stop - start)
+        return decode(self.kind, self._stored(shard), slice(None), stop - start)
 
     def read_example(self, example: int) -> Any:
         """One example's block, of that one example.
@@ -170,7 +172,7 @@ class Shards:
         start, stop = self.bounds(shard)
         stored = self._stored(shard)
         rows = torch.nonzero(stored["examples"] == offset)[:, 0]
-        return _decode(self.kind, stored, rows, stop - start).slice(offset, offset + 1)
+        return decode(self.kind, stored, rows, stop - start).slice(offset, offset + 1)
 
     def _stored(self, shard: int) -> dict[str, Tensor]:
         tensors, _ = read_tensors(_shard(self.folder, shard), self.checksums[shard])
@@ -210,7 +212,7 @@ def encoded_bytes(block: Gradients, dtype: Dtype) -> int:
     return sum(tensor.nbytes for tensor in encode(block.as_dtype(dtype)).values())
 
 
-def _decode(kind: str, stored: Mapping[str, Tensor], rows: Tensor | slice, n_examples: int) -> Block:
+def decode(kind: str, stored: Mapping[str, Tensor], rows: Tensor | slice, n_examples: int) -> Block:
     """The block that a shard's tensors hold, of the given rows only."""
     examples = stored["examples"][rows].long()
     if kind == "texts":
@@ -298,9 +300,6 @@ def _appearing_file(path: Path) -> Iterator[Path]:
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
-
-
-_KINDS: dict[type, str] = {WordGradients: "words", LinearGradients: "linear", Texts: "texts"}
 
 
 def _cat(blocks: list[Any]) -> Any:

@@ -205,11 +205,15 @@ class Trace:
     @property
     def has_texts(self) -> bool:
         """Whether the training examples' token ids and labels are stored: from the first caching on."""
-        return (self.path / "texts" / "index.json").exists()
+        return bool(self._texts())
 
     def text(self, example: int) -> Texts:
-        """Token ids and label of one training example."""
-        return self._texts.read_example(example)  # type: ignore[no-any-return]
+        """Token ids and label of one training example; nothing of one that training has not come upon yet."""
+        for texts in self._texts():
+            text: Texts = texts.read_example(example)
+            if len(text.ids) or text.label_of(0) is not None:
+                return text
+        return text
 
     @cached_property
     def vocabulary(self) -> dict[int, str]:
@@ -217,9 +221,15 @@ class Trace:
         path = self.path / "vocabulary.json"
         return {int(token): word for token, word in read_json(path).items()} if path.exists() else {}
 
-    @cached_property
-    def _texts(self) -> Shards:
-        return Shards.open(self.path / "texts")
+    def add_words(self, words: Mapping[int, str]) -> None:
+        """Keep what to print for token ids."""
+        write_json(self.path / "vocabulary.json", {**self.vocabulary, **words})
+        self.__dict__.pop("vocabulary", None)
+
+    def _texts(self) -> list[Shards]:
+        """The stored texts: of the whole training set, or of what was trained on up to each checkpoint."""
+        folders = [self.path / "texts", *sorted(self.path.glob("checkpoints/*/texts"))]
+        return [Shards.open(folder) for folder in folders if (folder / "index.json").exists()]
 
     def check_model(self, module: nn.Module) -> None:
         """Check that a module is the one that was trained: the same parameters of the same shapes.
@@ -302,8 +312,8 @@ class Trace:
         with ExitStack() as folders:
             writers = {}
             for method in methods:
-                writers[method] = self._writer(folders, checkpoint.path / method)
-            texts = None if self.has_texts else self._writer(folders, self.path / "texts")
+                writers[method] = self.writer(folders, checkpoint.path / method)
+            texts = None if self.has_texts else self.writer(folders, self.path / "texts")
             cache = CachePass(self, writers, texts)
             yield cache
             cache.close()
@@ -314,7 +324,7 @@ class Trace:
             if checkpoint.step > step:
                 shutil.rmtree(checkpoint.path)
 
-    def _writer(self, contexts: ExitStack, folder: Path) -> ShardWriter:
+    def writer(self, contexts: ExitStack, folder: Path) -> ShardWriter:
         """A writer into a folder that appears when it is complete.
 
         Shards hold the same examples at every checkpoint, so that scores can be added up shard by shard.
@@ -374,7 +384,7 @@ class CachePass:
             writer.close()
         if self._texts is not None:
             self._texts.close()
-            write_json(self._trace.path / "vocabulary.json", self._vocabulary)
+            self._trace.add_words(self._vocabulary)
 
 
 def stored_gradients(captured: Captured, method: str, top_words: int | None) -> Gradients:
@@ -403,7 +413,7 @@ def remove_trace(path: Path) -> None:
     """Remove a trace's own files from a folder, and nothing else."""
     (path / "trace.json").unlink(missing_ok=True)
     (path / "vocabulary.json").unlink(missing_ok=True)
-    for folder in ("checkpoints", "texts", "texts" + _PARTIAL):
+    for folder in ("checkpoints", "texts", "texts" + _PARTIAL, "running" + _PARTIAL):
         shutil.rmtree(path / folder, ignore_errors=True)
 
 

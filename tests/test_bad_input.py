@@ -439,7 +439,10 @@ def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TracInCallback(cache="training"), "cache must be 'checkpoint' or 'on_demand', but got 'training'"),
+        (
+            lambda: TracInCallback(cache="always"),
+            "cache must be 'checkpoint', 'training' or 'on_demand', but got 'always'",
+        ),
         (lambda: TracInCallback(methods=("tracin",)), "methods must be some of"),
         (lambda: TracInCallback(methods="tracin-we"), "methods must be some of"),
         (lambda: TracInCallback(methods=()), "methods must be some of"),

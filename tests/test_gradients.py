@@ -104,7 +104,7 @@ def test_blocks_can_be_cut_joined_and_arranged(make):
     whole = type(block).cat([block.slice(0, 2), block.slice(2, 7)])
     torch.testing.assert_close(whole.example_norms(), block.example_norms())
     places = torch.tensor([2, -1, 0, 1, -1, 4, 3])
-    arranged = block.arranged(places)
+    arranged = block.arranged(places, 5)
     assert arranged.n_examples == 5
     torch.testing.assert_close(arranged.example_norms()[places[places >= 0]], block.example_norms()[places >= 0])
 
@@ -114,7 +114,7 @@ def test_texts_can_be_cut_joined_and_arranged():
     joined = Texts.cat([texts.slice(0, 1), texts.slice(1, 3)])
     assert [joined.ids_of(i) for i in range(3)] == [[7, 8], [9], [5]]
     assert [joined.label_of(i) for i in range(3)] == [1.0, None, 2.0]
-    arranged = texts.arranged(torch.tensor([1, -1, 0]))
+    arranged = texts.arranged(torch.tensor([1, -1, 0]), 2)
     assert [arranged.ids_of(i) for i in range(2)] == [[5], [7, 8]]
     assert [arranged.label_of(i) for i in range(2)] == [2.0, 1.0]
 

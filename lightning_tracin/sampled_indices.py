@@ -1,0 +1,75 @@
+"""Which examples a training batch holds: the indices that the loader's own sampler yields, batch by batch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+_USE = 'Use cache="checkpoint", which reads the training set by itself.'
+
+
+class SampledIndices(BatchSampler):
+    """Stands in for a loader's batch sampler, and remembers what it yields.
+
+    A ``DataLoader`` delivers batches in the order in which it asked for them, however many workers prefetch, so the
+    batch that comes next is the first one that is remembered.
+
+    Args:
+        loader: the loader that a fit is about to iterate. Call :meth:`restore` to give it its own sampler back.
+
+    Raises:
+        ValueError: if the indices of its batches cannot be known.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            kind = type(loader.dataset).__name__ if isinstance(loader, DataLoader) else type(loader).__name__
+            raise ValueError(
+                f'cache="training" must know which examples a batch holds, but a {kind} has no sampler. {_USE}'
+            )
+        if not getattr(loader, "in_order", True):
+            raise ValueError(f'cache="training" needs a DataLoader with in_order=True. {_USE}')
+        self.loader = loader
+        self._place = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        self.own: Any = getattr(loader, self._place)
+        if self._place == "sampler" and not isinstance(self.own, BatchSampler):
+            raise ValueError(f"The training DataLoader does not batch (batch_size=None). {_USE}")
+        self._yielded: deque[list[int]] = deque()
+        object.__setattr__(loader, self._place, self)  # the loader itself refuses a new sampler
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self._yielded = deque()  # what an epoch that was cut short has left
+        return self._remembered(iter(self.own), self._yielded)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "own":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.own, name)
+
+    def next_batch(self) -> list[int]:
+        """The data set indices of the batch that comes next.
+
+        Raises:
+            ValueError: if the loader has delivered a batch that its sampler did not ask for.
+        """
+        with suppress(IndexError):
+            return self._yielded.popleft()
+        raise ValueError(f"The training loader gave a batch that its sampler had not asked for. {_USE}")
+
+    def restore(self) -> None:
+        """Give the loader its own sampler back."""
+        if getattr(self.loader, self._place) is self:
+            object.__setattr__(self.loader, self._place, self.own)
+
+    @staticmethod
+    def _remembered(batches: Iterator[Any], yielded: deque[list[int]]) -> Iterator[Any]:
+        for batch in batches:
+            yielded.append([int(index) for index in batch])
+            yield batch

@@ -1,0 +1,355 @@
+"""Gradients from training's own backward passes.
+
+Where training moves the weights by nothing and drops nothing out, they are those of the pass at the checkpoint.
+"""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from families import FAMILIES
+from families import N_TRAIN as N_FAMILY
+from pytorch_lightning.plugins import MixedPrecision
+from test_training_untouched import Stepping
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
+from toy import CLASSES, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
+
+from lightning_tracin import Trace, TracInCallback, runs
+
+METHODS = ("tracin-we", "tracin-last")
+
+
+class Still(Toy):
+    """Learns nothing, drops nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.0)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-12)
+
+
+def build(kind=Still):
+    pl.seed_everything(5, verbose=False)
+    return kind()
+
+
+def scores_of(fit, method):
+    """Scores of the toy's test examples, in units of the rate."""
+    return fit.influence(loader(test_texts()), method=method).scores * 1e12
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """By method: the scores of one checkpoint's pass."""
+    fit = fitted(tmp_path_factory.mktemp("pass") / "trace", build(), trainer={"max_epochs": 1})
+    return {method: scores_of(fit, method) for method in METHODS}
+
+
+def assert_expected(fit, expected, epochs=1, *, rtol=1e-5):
+    for method in METHODS:
+        torch.testing.assert_close(scores_of(fit, method), epochs * expected[method], rtol=rtol, atol=1e-7)
+
+
+LOADERS = {
+    "in order": lambda: loader(),
+    "shuffled": lambda: loader(shuffle=True),
+    "uneven batches": lambda: loader(batch_size=7, shuffle=True),
+    "one by one": lambda: loader(batch_size=1, shuffle=True),
+    "as many examples as tokens": lambda: loader(batch_size=7, shuffle=True),
+    "workers": lambda: loader(shuffle=True, num_workers=2, prefetch_factor=3),
+    "persistent workers": lambda: loader(shuffle=True, num_workers=1, persistent_workers=True),
+    "own batch sampler": lambda: DataLoader(
+        texts(), batch_sampler=BatchSampler(RandomSampler(texts()), 3, drop_last=False)
+    ),
+    "batches from the sampler": lambda: DataLoader(
+        Batched(),
+        batch_size=None,
+        sampler=BatchSampler(RandomSampler(texts()), 3, drop_last=False),
+    ),
+}
+
+
+class Batched(torch.utils.data.Dataset):
+    """Takes a list of indices, and gives a batch, as Hugging Face's data sets do."""
+
+    def __len__(self):
+        return N_TRAIN
+
+    def __getitem__(self, indices):
+        if isinstance(indices, int):
+            return texts()[indices]
+        return tuple(torch.stack(column) for column in zip(*(texts()[i] for i in indices), strict=True))
+
+
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+def test_every_example_is_stored_under_its_index(tmp_path, expected, make):
+    fit = fitted(tmp_path / "trace", build(), make(), cache="training", trainer={"max_epochs": 2})
+    assert_expected(fit, expected, epochs=2)
+    trace = Trace(tmp_path / "trace")
+    for example in range(N_TRAIN):
+        ids, label = texts()[example]
+        assert trace.text(example).ids_of(0) == [token for token in ids.tolist() if token]
+        assert trace.text(example).label_of(0) == label
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+SETTINGS = {
+    "accumulated": {"accumulate_grad_batches": 3},
+    "clipped": {"gradient_clip_val": 1e-4},
+    "validated in between": {"val_check_interval": 2, "limit_val_batches": 2, "num_sanity_val_steps": 2},
+    "reloaded": {"reload_dataloaders_every_n_epochs": 1},
+    "bfloat16": {"precision": "bf16-mixed"},
+}
+
+
+class Validated(Still):
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.influence_loss(batch).mean())
+
+    def train_dataloader(self):
+        return loader(shuffle=True)
+
+    def val_dataloader(self):
+        return loader(test_texts())
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_what_the_trainer_does_to_the_loss_is_undone(tmp_path, expected, settings):
+    pl.seed_everything(5, verbose=False)
+    callback = TracInCallback(tmp_path / "trace", dtype="float32", cache="training")
+    fit = quiet(callbacks=[callback], **{"max_epochs": 2, **settings})
+    fit.fit(build(Validated))
+    exact = quiet()  # scores are asked for in full precision
+    for method in METHODS:
+        scores = exact.influence(loader(test_texts()), build(), trace=tmp_path / "trace", method=method).scores * 1e12
+        tolerance = 2e-2 if "precision" in settings else 1e-5
+        error = (scores - 2 * expected[method]).norm() / expected[method].norm()
+        assert error < 2 * tolerance
+
+
+def test_a_loss_scale_is_undone_and_overflowing_steps_are_left_out(tmp_path, expected):
+    class Overflowing(Still):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * (torch.inf if batch_idx == 1 and self.training and torch.is_grad_enabled() else 1.0)
+
+    for module, epochs in ((Still, 1), (Overflowing, 1)):
+        pl.seed_everything(5, verbose=False)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        fit = quiet(
+            callbacks=[TracInCallback(tmp_path / module.__name__, dtype="float32", cache="training")],
+            plugins=MixedPrecision("bf16-mixed", "cpu"),
+            max_epochs=epochs,
+        )
+        fit.precision_plugin.scaler = scaler
+        data = loader()
+        fit.fit(build(module), data)
+        scores = {}
+        for method in METHODS:
+            result = quiet().influence(loader(test_texts()), build(), trace=tmp_path / module.__name__, method=method)
+            scores[method] = result.scores * 1e12
+            if module is Overflowing:
+                assert not scores[method][:, 4:8].any()
+                scores[method][:, 4:8] = expected[method][:, 4:8]
+            error = (scores[method] - expected[method]).norm() / expected[method].norm()
+            assert error < 2e-2
+
+
+@pytest.mark.parametrize("run_bytes", [1, 1000])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_many_runs_and_shards(tmp_path, monkeypatch, expected, run_bytes, dtype):
+    monkeypatch.setattr(runs, "_RUN_BYTES", run_bytes)
+    monkeypatch.setattr("lightning_tracin.store._SHARD_EXAMPLES", 6)
+    fit = fitted(tmp_path / "trace", build(), cache="training", dtype=dtype)
+    for method in METHODS:
+        error = (scores_of(fit, method) - 2 * expected[method]).norm() / expected[method].norm()
+        assert error < {"float32": 1e-5, "float16": 2e-3, "int8": 4e-2}[dtype]
+
+
+def test_examples_that_no_batch_held_count_zero(tmp_path, expected, caplog):
+    sampler = WeightedRandomSampler(torch.arange(1.0, N_TRAIN + 1), N_TRAIN)
+    drawn = set()
+
+    class Drawn(Still):
+        def training_step(self, batch, batch_idx):
+            if self.training:  # not in the check before training
+                drawn.update(map(tuple, batch[0].tolist()))
+            return super().training_step(batch, batch_idx)
+
+    with caplog.at_level("INFO"):
+        fit = fitted(
+            tmp_path / "trace", build(Drawn), loader(sampler=sampler), cache="training", trainer={"max_epochs": 1}
+        )
+    came = torch.tensor([tuple(texts()[i][0].tolist()) in drawn for i in range(N_TRAIN)])
+    assert 0 < came.sum() < N_TRAIN
+    for method in METHODS:
+        scores = scores_of(fit, method)
+        torch.testing.assert_close(scores[:, came], expected[method][:, came], rtol=1e-5, atol=1e-7)
+        assert not scores[:, ~came].any()
+    assert f"{int((~came).sum())} of {N_TRAIN} training examples were in no batch" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"every_n_train_steps": 2}, {"every_n_train_steps": 7}, {"every_n_epochs": 2}])
+def test_an_example_counts_once_at_each_checkpoint_after_which_it_came(tmp_path, expected, options):
+    fit = fitted(tmp_path / "trace", build(), loader(), cache="training", trainer={"max_epochs": 4}, **options)
+    every = options.get("every_n_train_steps", 10)
+    seen = torch.zeros(N_TRAIN)
+    for start in range(0, 20 - every + 1, every):
+        batches = {step % 5 for step in range(start, start + every)}
+        seen += torch.tensor([float(example // 4 in batches) for example in range(N_TRAIN)])
+    for method in METHODS:
+        torch.testing.assert_close(scores_of(fit, method), seen * expected[method], rtol=1e-5, atol=1e-7)
+
+
+def test_a_resumed_fit_goes_on(tmp_path, expected):
+    options = {"cache": "training", "dtype": "float32"}
+    first = quiet(callbacks=[TracInCallback(tmp_path / "trace", **options)], max_epochs=2)
+    first.fit(build(), loader(shuffle=True))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    second = quiet(callbacks=[TracInCallback(tmp_path / "trace", **options)], max_epochs=3)
+    second.fit(build(), loader(shuffle=True), ckpt_path=tmp_path / "last.ckpt")
+    assert_expected(second, expected, epochs=3)
+
+
+def test_of_several_backward_passes_of_one_batch_the_last_counts(tmp_path, expected):
+    class Searching(Still):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=1e-12, max_iter=3)
+
+    fit = fitted(tmp_path / "trace", build(Searching), cache="training", trainer={"max_epochs": 1})
+    assert_expected(fit, expected, rtol=1e-4)
+
+
+def without_dropout(module):
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"bert-dropout", "cnn", "without-mixin"}))
+def test_every_family_of_models(tmp_path, monkeypatch, name):
+    family = FAMILIES[name]
+    monkeypatch.setattr("families.EMBEDDING_RATE", 1e-12)
+    monkeypatch.setattr("families.OTHER_RATE", 1e-12)
+    found = {}
+    for cache in ("training", "checkpoint"):
+        module = without_dropout(family.build())
+        methods = METHODS if module.embedding else METHODS[1:]
+        pl.seed_everything(3, verbose=False)
+        fit = quiet(
+            callbacks=[TracInCallback(tmp_path / cache, dtype="float32", cache=cache, methods=methods)], max_epochs=1
+        )
+        fit.fit(module, family.train_loader())
+        found[cache] = [fit.influence(family.test_loader(), method=method).scores for method in methods]
+    for training, checkpoint in zip(found["training"], found["checkpoint"], strict=True):
+        assert training.shape[1] == N_FAMILY
+        assert checkpoint.any()
+        assert (training - checkpoint).norm() <= 1e-4 * checkpoint.norm()
+
+
+@pytest.mark.parametrize("name", ["cnn", "without-mixin"])
+def test_batch_norm_is_warned_of(tmp_path, name):
+    callback = TracInCallback(tmp_path / "trace", cache="training")
+    with pytest.warns(UserWarning, match="batch norm, which in training mixes the examples"):
+        quiet(callbacks=[callback], max_epochs=1).fit(FAMILIES[name].build(), FAMILIES[name].train_loader())
+
+
+def test_the_loader_and_the_module_are_left_as_they_were(tmp_path):
+    for error in (None, RuntimeError("broken")):
+
+        class Breaking(Still):
+            def training_step(self, batch, batch_idx, error=error):
+                if error is not None and self.trainer.global_step == 6:
+                    raise error
+                return super().training_step(batch, batch_idx)
+
+        data, module = loader(shuffle=True), build(Breaking)
+        sampler = data.batch_sampler
+        fit = quiet(callbacks=[TracInCallback(tmp_path / str(error), cache="training")])
+        if error is None:
+            fit.fit(module, data)
+        else:
+            with pytest.raises(RuntimeError, match="broken"):
+                fit.fit(module, data)
+        assert data.batch_sampler is sampler
+        assert "process_dataloader" not in vars(fit.strategy)
+        assert not any(part._forward_hooks for part in module.modules())
+        assert not list(tmp_path.rglob("*.partial"))
+        assert [each.step for each in Trace(tmp_path / str(error)).checkpoints] == [5, 10][: 1 if error else 2]
+
+
+class Stream(IterableDataset):
+    def __len__(self):
+        return N_TRAIN
+
+    def __iter__(self):
+        return iter([texts()[i] for i in range(N_TRAIN)])
+
+
+class Summed(Still):
+    def training_step(self, batch, batch_idx):
+        return self.influence_loss(batch).sum()
+
+
+class Weighted(Still):
+    def training_step(self, batch, batch_idx):
+        return (self.influence_loss(batch) * torch.tensor([1.0, 2.0, 1.0, 1.0])[: len(batch[1])]).mean()
+
+
+class CompiledPart(Still):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.compile(nn.Linear(8, CLASSES))
+
+
+REFUSED = {
+    "stream": (Still, lambda: loader(Stream()), "a Stream has no sampler"),
+    "summed": (Summed, loader, "does not return the mean of influence_loss.*or a sum"),
+    "weighted": (Weighted, loader, "batch's example 1 has the norm"),
+    "optimized by hand": (Stepping, loader, "optimizes manually"),
+    "compiled": (CompiledPart, loader, "compiled module"),
+}
+
+
+@pytest.mark.parametrize(("module", "data", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_told_is_refused_before_training(tmp_path, module, data, message):
+    with pytest.raises(ValueError, match=rf'(?s){message}.*cache="checkpoint"'):
+        fitted(tmp_path / "trace", build(module), data(), cache="training", methods=("tracin-we",))
+    assert not (tmp_path / "trace" / "trace.json").exists()
+
+
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="in_order is of torch 2.6")
+def test_a_loader_that_does_not_keep_the_order_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="in_order=True"):
+        fitted(tmp_path / "trace", build(), loader(in_order=False), cache="training")
+
+
+def test_a_gradient_that_is_not_finite_names_the_example(tmp_path):
+    class Diverging(Still):
+        def influence_loss(self, batch):
+            losses = super().influence_loss(batch)
+            late = self.training and self.trainer.global_step >= 5
+            return losses * torch.where((batch[0] == texts()[13][0]).all(1) & late, torch.nan, 1.0)
+
+    with pytest.raises(ValueError, match="gradient of training example 13 became NaN"):
+        fitted(tmp_path / "trace", build(Diverging), cache="training")
+    assert [each.step for each in Trace(tmp_path / "trace").checkpoints] == [5]
+
+
+def test_a_forward_pass_without_gradients_in_a_step_does_not_count(tmp_path, expected):
+    class Measuring(Still):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self(torch.randint(1, VOCABULARY, (3, 4), generator=torch.Generator().manual_seed(0)))
+            self(batch[0])  # nor does one that leads to no loss
+            return super().training_step(batch, batch_idx)
+
+    assert_expected(fitted(tmp_path / "trace", build(Measuring), cache="training"), expected, epochs=2)
