@@ -23,6 +23,7 @@ from lightning_tracin.layers import layer_name, layers_of_table
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
+from lightning_tracin.processes import processes_of, require_whole_module
 from lightning_tracin.report.progress import progress_task
 from lightning_tracin.sampled_indices import SampledIndices
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
@@ -115,7 +116,7 @@ class TracInCallback(DualCallback):
         self._fitting = stage == "fit"
         self._recording = False
         if self._fitting:
-            require_one_process(trainer)
+            require_whole_module(trainer)
             self._steps, self._resumed = [], {}
             if self.cache == "training":
                 on_training_loader(trainer, self._sample)
@@ -136,7 +137,8 @@ class TracInCallback(DualCallback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
             return
-        path = self._resolve_path(trainer)
+        processes = processes_of(trainer)
+        path = processes.gather(self._resolve_path(trainer))[0]
         resumed = self._resumable(path)
         if resumed is None and (path / "trace.json").exists() and not self.overwrite:
             raise FileExistsError(
@@ -151,6 +153,7 @@ class TracInCallback(DualCallback):
                 form = check_training(pl_module, layers, self.methods, _first(trainer, pl_module, training_set))
         self._require_space(trainer, pl_module, path, example, len(training_set))
         fingerprint = training_set.fingerprint()
+        processes.wait()  # all have looked for an earlier trace
         if resumed is not None:
             recorded = (resumed.layers, resumed.dtype, resumed.top_words)
             if recorded != (layers, self.dtype, self.top_words):
@@ -160,24 +163,35 @@ class TracInCallback(DualCallback):
                 )
             resumed.check_model(pl_module)
             resumed.check_data(len(training_set), fingerprint)
-            resumed.drop_checkpoints_after(trainer.global_step)
+            if processes.first:
+                resumed.drop_checkpoints_after(trainer.global_step)
+            processes.wait()
             last = resumed.checkpoints[-1].step if resumed.checkpoints else 0
             self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
             self.trace = resumed
         else:
-            self.trace = Trace.create(
-                path,
-                module=pl_module,
-                n_train=len(training_set),
-                data_fingerprint=fingerprint,
-                layers=layers,
-                dtype=self.dtype,
-                top_words=self.top_words,
-                shard_examples=fitting_shard_examples(self._bytes_per_example(example, self.dtype, self.top_words)),
-            )
+            if processes.first:
+                per_example = self._bytes_per_example(example, self.dtype, self.top_words)
+                Trace.create(
+                    path,
+                    module=pl_module,
+                    n_train=len(training_set),
+                    data_fingerprint=fingerprint,
+                    layers=layers,
+                    dtype=self.dtype,
+                    top_words=self.top_words,
+                    shard_examples=fitting_shard_examples(per_example, len(training_set), processes),
+                )
+            processes.wait()
+            if not (path / "trace.json").exists():
+                raise FileNotFoundError(
+                    f"The first process has begun a trace in {path.absolute()}, but process {processes.rank} does not "
+                    "see it. All processes need the same folder: pass a dirpath on a file system that all nodes share."
+                )
+            self.trace = Trace(path)
         self.training_set = training_set
         if form is not None:
-            self._training = TrainingCache(pl_module, self.trace, self.methods, form)
+            self._training = TrainingCache(pl_module, self.trace, self.methods, form, processes)
         self._recording = True
 
     def on_train_batch_start(
@@ -252,8 +266,9 @@ class TracInCallback(DualCallback):
             return  # a fast_dev_run, or nothing was trained since the last checkpoint
         step = trainer.global_step
         optimizers = [_unwrapped(each) for each in trainer.optimizers]
+        processes = processes_of(trainer)
         with trace.new_checkpoint(
-            module, optimizers, step=step, epoch=trainer.current_epoch, steps=self._steps
+            module, optimizers, step=step, epoch=trainer.current_epoch, steps=self._steps, processes=processes
         ) as checkpoint:
             if self.cache == "checkpoint":
                 self._cache(trainer, module, trace, checkpoint)
@@ -264,9 +279,10 @@ class TracInCallback(DualCallback):
     def _cache(self, trainer: pl.Trainer, module: pl.LightningModule, trace: Trace, checkpoint: Checkpoint) -> None:
         """Store every training example's gradients at the module's present weights."""
         assert self.training_set is not None
-        loader = self.training_set.sequential_loader()
+        processes = processes_of(trainer)
+        loader = self.training_set.sequential_loader(*trace.part(processes))
         with (
-            trace.caching(checkpoint, self.methods) as cache,
+            trace.caching(checkpoint, self.methods, processes) as cache,
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
             _inside_fit(trainer, module),
         ):
@@ -414,18 +430,6 @@ def _inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Non
     """Compute gradients between two training batches without a trace in training: no random number is drawn from it."""
     with isolate_rng(), gradients_enabled(module), trainer.precision_plugin.predict_step_context():
         yield
-
-
-def require_one_process(trainer: pl.Trainer) -> None:
-    """Check that the trainer runs one process.
-
-    Raises:
-        ValueError: if it runs several.
-    """
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"lightning_tracin works in one process so far, but the trainer has {trainer.world_size}. Use devices=1."
-        )
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter
-from lightning_tracin.callback import TracInCallback, capture_at, check_losses, require_one_process
+from lightning_tracin.callback import TracInCallback, capture_at, check_losses
 from lightning_tracin.capture import Captured, Losses, gradients_enabled, usable_in_autograd
 from lightning_tracin.gradients import SecondMoments, Texts, WordGradients, distinct
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
 from lightning_tracin.mixin import losses_of, words_of_batch
+from lightning_tracin.processes import Processes, processes_of, require_results, require_whole_module
 from lightning_tracin.report.progress import labelled
-from lightning_tracin.result import InfluenceResult, TopK, clipped_k, merge_top
+from lightning_tracin.result import InfluenceResult, TopK, clipped_k, merge_top, top_of
 from lightning_tracin.trace import CachePass, Checkpoint, Trace, stored_gradients, texts_of
 from lightning_tracin.training_set import TrainingSet, only_test_loader
 
@@ -69,11 +70,13 @@ def influence(
             several, if gradients are not finite, or if there is nothing to score from. The message says what to do.
     """
     chosen = method_of(method)
+    require_whole_module(trainer)
+    require_results(trainer)
     module = _module(trainer, model)
     opened = _trace(trainer, trace)
     if dataloaders is None and datamodule is not None:
         dataloaders = _from_datamodule(datamodule, "test")
-    loader = only_test_loader(dataloaders)
+    loader = only_test_loader(dataloaders, trainer.world_size)
     kept = None if k is None else clipped_k(k, opened.n_train)
     with _weights_kept(module):
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders)
@@ -82,7 +85,7 @@ def influence(
         for number, checkpoint in enumerate(checkpoints, start=1):
             description = f"Test gradients {number}/{len(checkpoints)}"
             _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description, number == 1)
-            test.finish_checkpoint(checkpoint, opened)
+            test.finish_checkpoint(checkpoint, opened, processes_of(trainer))
     result = InfluenceResult(
         method=chosen,
         n_train=opened.n_train,
@@ -94,7 +97,7 @@ def influence(
         trace=opened,
         checkpoint_ids=[each.id for each in checkpoints],
     )
-    return _scored(result, test.gradients, checkpoints, kept)
+    return _scored(result, test.gradients, checkpoints, kept, processes_of(trainer))
 
 
 def self_influence(
@@ -123,20 +126,22 @@ def self_influence(
         ValueError: see :func:`influence`.
     """
     chosen = method_of(method)
+    require_whole_module(trainer)
     opened = _trace(trainer, trace)
     module = getattr(model, "_orig_mod", model) or trainer.lightning_module
     with _weights_kept(module) if module is not None else nullcontext():
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders)
     scores = torch.zeros(opened.n_train, dtype=torch.float32)
+    processes = processes_of(trainer)
     for checkpoint in checkpoints:
         rate = checkpoint.learning_rate_of(chosen.name)
         moments = _moments(checkpoint, chosen)
         shards = checkpoint.gradients(chosen.name)
-        for shard in range(len(shards)):
+        for shard in processes.share(len(shards)):
             block = shards.read(shard)
             norms = [chosen.norms(chosen.prepare(block, moments, side), moments) for side in ("test", "train")]
             scores[slice(*shards.bounds(shard))] += rate * norms[0] * norms[1]
-    return scores
+    return torch.stack(processes.gather(scores)).sum(0)
 
 
 def _ready(
@@ -200,9 +205,11 @@ def _fill(
 ) -> None:
     """Compute and store the training examples' gradients at the checkpoints that have none."""
     with _attribute(trainer, "limit_predict_batches", 1.0):  # every training example, whatever the trainer's limit
-        loader = training_set.sequential_loader()
+        require_results(trainer)
+        processes = _launched(trainer)
+        loader = training_set.sequential_loader(*trace.part(processes))
         for number, checkpoint in enumerate(missing, start=1):
-            with trace.caching(checkpoint, [method.name]) as cache:
+            with trace.caching(checkpoint, [method.name], processes) as cache:
 
                 def take(captured: Captured, _: list[int], batch: Any, cache: CachePass = cache) -> None:
                     words = words_of_batch(module, batch, cache.unknown_tokens(captured))
@@ -246,8 +253,12 @@ class _TestExamples:
             new = [token for token in distinct(captured.token_ids) if token not in self.vocabulary]
             self.vocabulary.update(words_of_batch(self.module, batch, new))
 
-    def finish_checkpoint(self, checkpoint: Checkpoint, trace: Trace) -> None:
-        """Arrange what came at a checkpoint in the order of the data set."""
+    def finish_checkpoint(self, checkpoint: Checkpoint, trace: Trace, processes: Processes) -> None:
+        """Arrange what came to any process at a checkpoint in the order of the data set."""
+        parts = processes.gather((self._came, self._blocks, self._texts, self.vocabulary))
+        self._came, self._blocks, self._texts = ([each for part in parts for each in part[i]] for i in range(3))
+        for part in parts:
+            self.vocabulary.update(part[3])
         if not self._blocks:
             raise ValueError("The test loader is empty: there is nothing to explain.")
         places, indices = _places(self._came)
@@ -281,7 +292,6 @@ def _run(
 
     The first of several runs also checks that the losses are those of single examples.
     """
-    require_one_process(trainer)
     module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
     step = partial(_gradient_step, module, checkpoint.layers, method.name, losses_of(module), first)
     bars = [labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
@@ -343,29 +353,37 @@ class _Writer(DualPredictionWriter):
 
 
 def _scored(
-    result: InfluenceResult, test: Sequence[Any], checkpoints: Sequence[Checkpoint], k: int | None
+    result: InfluenceResult,
+    test: Sequence[Any],
+    checkpoints: Sequence[Checkpoint],
+    k: int | None,
+    processes: Processes,
 ) -> InfluenceResult:
-    """Multiply the test gradients with the stored ones, shard by shard: no more than one shard is in memory."""
+    """Multiply the test gradients with the stored ones, shard by shard: no more than one shard is in memory.
+
+    Each process scores its share of the shards, and all have the result.
+    """
     method = result.method
-    n_test = len(result.test_indices)
     stored = [checkpoint.gradients(method.name) for checkpoint in checkpoints]
     moments = [_moments(checkpoint, method) for checkpoint in checkpoints]
     rates = [checkpoint.learning_rate_of(method.name) for checkpoint in checkpoints]
-    whole = torch.zeros(n_test, result.n_train, dtype=torch.float32) if k is None else None
-    strongest: tuple[TopK, TopK] | None = None
-    for shard in range(len(stored[0])):
+    columns: list[Tensor] = [torch.zeros(len(result.test_indices), 0)]
+    strongest: list[tuple[TopK, TopK]] = []
+    for shard in processes.share(len(stored[0])):
         start, stop = stored[0].bounds(shard)
-        scores = torch.zeros(n_test, stop - start, dtype=torch.float32)
+        scores = torch.zeros(len(result.test_indices), stop - start, dtype=torch.float32)
         for gradients, shards, moment, rate in zip(test, stored, moments, rates, strict=True):
             block = shards.read(shard)
             scores += rate * method.dot(gradients, method.prepare(block, moment, "train"), moment)
-        if whole is not None:
-            whole[:, start:stop] = scores
-        elif k is not None:
-            strongest = merge_top(strongest, scores, start, k)
-    result.scores = whole
-    if strongest is not None:
-        result.strongest_proponents, result.strongest_opponents = strongest
+        if k is None:
+            columns.append(scores)
+        else:
+            strongest = [merge_top([*strongest, top_of(scores, start)], k)]
+    if k is None:
+        result.scores = torch.cat(processes.gather(torch.cat(columns, dim=1)), dim=1)
+    else:
+        parts = [part for of_process in processes.gather(strongest) for part in of_process]
+        result.strongest_proponents, result.strongest_opponents = merge_top(parts, k)
     return result
 
 
@@ -388,6 +406,16 @@ def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.Lightni
     if module is None:
         raise ValueError("This trainer has not fitted a model in this process: pass model=..., and trace=...")
     return module
+
+
+def _launched(trainer: pl.Trainer) -> Processes:
+    """The trainer's processes, of which those that a script launches join at the first predict."""
+    if trainer.world_size > 1 and processes_of(trainer).size == 1:
+        raise ValueError(
+            f"The trainer's {trainer.world_size} processes have not been launched yet, so they cannot divide the "
+            "training set among themselves. Compute missing gradients after a fit with this trainer, or with devices=1."
+        )
+    return processes_of(trainer)
 
 
 def _trace(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_tracin.gradients import Dtype, Gradients, LinearGradients, Texts, WordGradients, unit_rows
+from lightning_tracin.processes import ALONE, Processes
 
 #: What a shard can hold.
 Block: TypeAlias = Gradients | Texts
@@ -46,12 +47,14 @@ class ShardWriter:
         dtype: what directions are stored in. "float16" is exact to about 5e-4 of each row's norm, whatever the norm;
             "int8" to about 1 %.
         shard_examples: examples in each shard.
+        first_shard: number of the first shard, where others are written by other processes.
     """
 
-    def __init__(self, folder: Path, *, dtype: Dtype, shard_examples: int) -> None:
+    def __init__(self, folder: Path, *, dtype: Dtype, shard_examples: int, first_shard: int = 0) -> None:
         self.folder = folder
         self.dtype: Dtype = dtype
         self.shard_examples = shard_examples
+        self.first_shard = first_shard
         self.n_examples = 0
         self._kind: str | None = None
         self._waiting: list[Block] = []
@@ -79,19 +82,25 @@ class ShardWriter:
         if self._n_waiting >= self.shard_examples:
             self._flush(self.shard_examples)
 
-    def close(self) -> None:
-        """Write what is left, then the index that makes the folder readable."""
+    def close(self, processes: Processes = ALONE) -> None:
+        """Write what is left, then the index that makes the folder readable.
+
+        Args:
+            processes: those that have written shards of the folder.
+        """
         if self._n_waiting:
             self._flush(1)
         self._wait()
+        parts = processes.gather((self._kind, self.n_examples, self._checksums))
         index = {
-            "kind": self._kind,
+            "kind": next((kind for kind, _, _ in parts if kind is not None), None),
             "dtype": self.dtype,
-            "n_examples": self.n_examples,
+            "n_examples": sum(n_examples for _, n_examples, _ in parts),
             "shard_examples": self.shard_examples,
-            "checksums": self._checksums,
+            "checksums": [checksum for _, _, checksums in parts for checksum in checksums],
         }
-        write_json(self.folder / "index.json", index)
+        if processes.first:
+            write_json(self.folder / "index.json", index)
 
     def _flush(self, n_least: int) -> None:
         """Hand what waits to the thread; it writes shards as long as at least ``n_least`` examples are left."""
@@ -107,7 +116,7 @@ class ShardWriter:
         block = _cat(blocks)
         for start in range(0, n_examples, self.shard_examples):
             part = block.slice(start, min(start + self.shard_examples, n_examples))
-            path = _shard(self.folder, len(self._checksums))
+            path = _shard(self.folder, self.first_shard + len(self._checksums))
             self._checksums.append(write_tensors(path, encode(part)))
 
     def _wait(self) -> None:
@@ -179,9 +188,10 @@ class Shards:
         return tensors
 
 
-def fitting_shard_examples(bytes_per_example: float) -> int:
-    """How many examples make a shard of about 256 MiB."""
-    return max(1, min(_SHARD_EXAMPLES, int(_SHARD_BYTES / max(bytes_per_example, 1))))
+def fitting_shard_examples(bytes_per_example: float, n_examples: int, processes: Processes = ALONE) -> int:
+    """How many examples make a shard of about 256 MiB, or of less, so that every process has one."""
+    fitting = min(_SHARD_EXAMPLES, int(_SHARD_BYTES / max(bytes_per_example, 1)))
+    return max(1, min(fitting, -(-n_examples // processes.size) if processes.size > 1 else fitting))
 
 
 def encode(block: Block) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lightning_tracin.capture import Captured
 from lightning_tracin.gradients import Dtype, Gradients, SecondMoments, Texts, distinct
+from lightning_tracin.processes import ALONE, Processes
 from lightning_tracin.store import Shards, ShardWriter, read_json, read_tensors, write_json, write_tensors
 
 FORMAT_VERSION = 1
@@ -221,9 +222,13 @@ class Trace:
         path = self.path / "vocabulary.json"
         return {int(token): word for token, word in read_json(path).items()} if path.exists() else {}
 
-    def add_words(self, words: Mapping[int, str]) -> None:
-        """Keep what to print for token ids."""
-        write_json(self.path / "vocabulary.json", {**self.vocabulary, **words})
+    def add_words(self, words: Mapping[int, str], processes: Processes = ALONE) -> None:
+        """Keep what to print for token ids, as each of the processes knows it."""
+        known = dict(self.vocabulary)
+        for own in processes.gather(dict(words)):
+            known |= own
+        if processes.first:
+            write_json(self.path / "vocabulary.json", known)
         self.__dict__.pop("vocabulary", None)
 
     def _texts(self) -> list[Shards]:
@@ -277,34 +282,51 @@ class Trace:
         step: int,
         epoch: int,
         steps: list[Step],
+        processes: Processes = ALONE,
     ) -> Iterator[Checkpoint]:
-        """Record a checkpoint. It joins the trace, whole, when the context is left without an exception."""
+        """Record a checkpoint. It joins the trace, whole, when all processes leave the context without an exception."""
         names = _parameter_names(module)
         groups = [
             [[name for parameter in group["params"] for name in names[id(parameter)]] for group in each.param_groups]
             for each in optimizers
         ]
-        with _appearing(self.path / "checkpoints" / f"step-{step:09d}") as folder:
-            checksums = {"weights.safetensors": _write_weights(folder / "weights.safetensors", module)}
-            for method, layer in self.layers.items():
-                moments = _second_moments(module.get_submodule(layer), optimizers, sparse=method == "tracin-we")
-                if moments is not None:
-                    name = f"second-moments-{method}.safetensors"
-                    checksums[name] = _write_moments(folder / name, moments)
-            content: dict[str, Any] = {
-                "id": uuid.uuid4().hex,
-                "step": step,
-                "epoch": epoch,
-                "steps": steps,
-                "groups": groups,
-                "checksums": checksums,
-            }
-            write_json(folder / "checkpoint.json", content)
+        content: dict[str, Any] = {
+            "id": uuid.uuid4().hex,
+            "step": step,
+            "epoch": epoch,
+            "steps": steps,
+            "groups": groups,
+        }
+        with _appearing(self.path / "checkpoints" / f"step-{step:09d}", processes) as folder:
+            content["checksums"] = self._write_layers(folder, module, optimizers) if processes.first else {}
+            if processes.first:
+                write_json(folder / "checkpoint.json", content)
             yield Checkpoint(path=folder, layers=self.layers, **content)
 
+    def _write_layers(
+        self, folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> dict[str, str]:
+        """Write the weights, and the second moments of the layers; the files' checksums by name."""
+        checksums = {"weights.safetensors": _write_weights(folder / "weights.safetensors", module)}
+        for method, layer in self.layers.items():
+            moments = _second_moments(module.get_submodule(layer), optimizers, sparse=method == "tracin-we")
+            if moments is not None:
+                name = f"second-moments-{method}.safetensors"
+                checksums[name] = _write_moments(folder / name, moments)
+        return checksums
+
+    def part(self, processes: Processes) -> tuple[int, int]:
+        """The training examples that a process stores, from the first to one past the last: whole shards."""
+        shards = processes.share(-(-self.n_train // self.shard_examples))
+        return shards.start * self.shard_examples, min(shards.stop * self.shard_examples, self.n_train)
+
     @contextmanager
-    def caching(self, checkpoint: Checkpoint, methods: Sequence[str]) -> Iterator[CachePass]:
+    def caching(
+        self, checkpoint: Checkpoint, methods: Sequence[str], processes: Processes = ALONE
+    ) -> Iterator[CachePass]:
         """Store the training examples' gradients at a checkpoint; all appear when every example was added.
+
+        Each of the processes adds the examples of its :meth:`part`.
 
         Raises:
             ValueError: if another number of examples was added than the training set has.
@@ -312,9 +334,9 @@ class Trace:
         with ExitStack() as folders:
             writers = {}
             for method in methods:
-                writers[method] = self.writer(folders, checkpoint.path / method)
-            texts = None if self.has_texts else self.writer(folders, self.path / "texts")
-            cache = CachePass(self, writers, texts)
+                writers[method] = self.writer(folders, checkpoint.path / method, processes)
+            texts = None if self.has_texts else self.writer(folders, self.path / "texts", processes)
+            cache = CachePass(self, writers, texts, processes)
             yield cache
             cache.close()
 
@@ -324,20 +346,27 @@ class Trace:
             if checkpoint.step > step:
                 shutil.rmtree(checkpoint.path)
 
-    def writer(self, contexts: ExitStack, folder: Path) -> ShardWriter:
-        """A writer into a folder that appears when it is complete.
+    def writer(self, contexts: ExitStack, folder: Path, processes: Processes = ALONE) -> ShardWriter:
+        """A writer of a process's shards into a folder that appears when it is complete.
 
         Shards hold the same examples at every checkpoint, so that scores can be added up shard by shard.
         """
-        appearing = contexts.enter_context(_appearing(folder))
-        return contexts.enter_context(ShardWriter(appearing, dtype=self.dtype, shard_examples=self.shard_examples))
+        appearing = contexts.enter_context(_appearing(folder, processes))
+        first = self.part(processes)[0] // self.shard_examples
+        return contexts.enter_context(
+            ShardWriter(appearing, dtype=self.dtype, shard_examples=self.shard_examples, first_shard=first)
+        )
 
 
 class CachePass:
-    """Takes the captured batches of one pass over the training set, in the order of the data set."""
+    """Takes the captured batches of one pass over the training set, or a process's part of it, in its order."""
 
-    def __init__(self, trace: Trace, writers: Mapping[str, ShardWriter], texts: ShardWriter | None) -> None:
+    def __init__(
+        self, trace: Trace, writers: Mapping[str, ShardWriter], texts: ShardWriter | None, processes: Processes
+    ) -> None:
+        self.start, self.stop = trace.part(processes)
         self.n_examples = 0
+        self._processes = processes
         self._trace = trace
         self._writers = writers
         self._texts = texts
@@ -362,9 +391,10 @@ class CachePass:
         """
         bad = captured.first_not_finite()
         if bad is not None:
+            example = self.start + self.n_examples + bad
             raise ValueError(
-                f"The loss or gradient of training example {self.n_examples + bad} is NaN or infinite. Look at that "
-                "example, or at the learning rate; what was stored before is complete."
+                f"The loss or gradient of training example {example} is NaN or infinite. Look at that example, or at "
+                "the learning rate; what was stored before is complete."
             )
         for method, writer in self._writers.items():
             writer.add(stored_gradients(captured, method, self._trace.top_words))
@@ -375,16 +405,17 @@ class CachePass:
 
     def close(self) -> None:
         """Finish the files; every training example must have been added."""
-        if self.n_examples != self._trace.n_train:
+        expected = self.stop - self.start
+        if self.n_examples != expected:
+            them = "it" if expected == self._trace.n_train else f"{expected} of them"
             raise ValueError(
-                f"The training set has {self._trace.n_train} examples, but a pass over it gave {self.n_examples}: the "
-                "collate function drops or adds examples, so that they cannot be numbered."
+                f"The training set has {self._trace.n_train} examples, but a pass over {them} gave {self.n_examples}: the collate function drops or adds examples, so that they cannot be numbered."
             )
         for writer in self._writers.values():
-            writer.close()
+            writer.close(self._processes)
         if self._texts is not None:
-            self._texts.close()
-            self._trace.add_words(self._vocabulary)
+            self._texts.close(self._processes)
+            self._trace.add_words(self._vocabulary, self._processes)
 
 
 def stored_gradients(captured: Captured, method: str, top_words: int | None) -> Gradients:
@@ -418,14 +449,19 @@ def remove_trace(path: Path) -> None:
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when it is complete and vanishes when it is not."""
+def _appearing(folder: Path, processes: Processes = ALONE) -> Iterator[Path]:
+    """A folder to fill, which takes its name when all processes are done and vanishes when one of them fails."""
     partial = folder.with_name(folder.name + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if processes.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    processes.wait()
     try:
         yield partial
-        partial.replace(folder)
+        processes.wait()
+        if processes.first:
+            partial.replace(folder)
+        processes.wait()
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

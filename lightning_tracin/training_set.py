@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 _SAMPLED = 64  # examples that the fingerprint looks at
 _BATCH_SIZE = 32  # for a batch sampler that does not tell its own
@@ -52,15 +52,25 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
-    def sequential_loader(self) -> DataLoader[Any]:
-        """A loader over every example once, in the order of the data set."""
+    def sequential_loader(self, start: int = 0, stop: int | None = None) -> DataLoader[Any]:
+        """A loader over the examples from ``start`` to ``stop``, each once, in the order of the data set.
+
+        Raises:
+            ValueError: if a part of a stream is asked for, or the loader does not batch.
+        """
         loader = self.loader
+        stop = len(self) if stop is None else stop
         shared: dict[str, Any] = {
             "collate_fn": loader.collate_fn,
             "pin_memory": loader.pin_memory,
             "timeout": loader.timeout,
             "worker_init_fn": loader.worker_init_fn,
         }
+        if self.iterable and (start, stop) != (0, len(self)):
+            raise ValueError(
+                f"The training set ({type(loader.dataset).__name__}) is a stream, which several processes cannot "
+                "divide among themselves. Use devices=1, or a map-style dataset."
+            )
         if self.iterable:  # several workers would each yield all of it, or in an order of their own
             return DataLoader(loader.dataset, batch_size=loader.batch_size, **{**shared, "timeout": 0})
         if loader.num_workers:
@@ -75,10 +85,10 @@ class TrainingSet:
                     "The training DataLoader does not batch (batch_size=None), so its examples cannot be numbered. "
                     "Give it a batch_size, or a BatchSampler as its sampler."
                 )
-            batches = BatchSampler(SequentialSampler(loader.dataset), loader.sampler.batch_size, drop_last=False)  # type: ignore[arg-type]
+            batches = BatchSampler(range(start, stop), loader.sampler.batch_size, drop_last=False)
             return DataLoader(loader.dataset, batch_size=None, sampler=batches, **shared)
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or _BATCH_SIZE
-        return DataLoader(loader.dataset, batch_size=size, shuffle=False, drop_last=False, **shared)
+        return DataLoader(loader.dataset, batch_size=size, sampler=_InOrder(loader.dataset, start, stop), **shared)
 
     def fingerprint(self) -> str:
         """A hash of the number of examples and of 64 of them, spread evenly; an iterable's number only."""
@@ -94,8 +104,26 @@ class TrainingSet:
         return digest.hexdigest()
 
 
-def only_test_loader(loaders: Any) -> Any:
+class _InOrder(DistributedSampler[Any]):
+    """The examples of a range. Lightning takes it for a process's own share, and puts no sampler in its place."""
+
+    def __init__(self, dataset: Any, start: int, stop: int) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
+        self.range = range(start, stop)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.range)
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+
+def only_test_loader(loaders: Any, n_processes: int = 1) -> Any:
     """The one loader of test examples.
+
+    Args:
+        loaders: what was passed.
+        n_processes: how many processes will share its examples.
 
     Raises:
         TypeError: if it is not a data loader.
@@ -112,6 +140,10 @@ def only_test_loader(loaders: Any) -> Any:
         )
     if hasattr(loader, "__len__") and not iterable and len(loader) == 0:
         raise ValueError("The test loader is empty: there is nothing to explain.")
+    if not iterable and hasattr(loader, "dataset") and len(loader.dataset) < n_processes:
+        raise ValueError(
+            f"{len(loader.dataset)} test examples cannot be shared by {n_processes} processes: use devices=1 for them."
+        )
     return loader
 
 
