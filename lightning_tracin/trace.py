@@ -409,7 +409,8 @@ class CachePass:
         if self.n_examples != expected:
             them = "it" if expected == self._trace.n_train else f"{expected} of them"
             raise ValueError(
-                f"The training set has {self._trace.n_train} examples, but a pass over {them} gave {self.n_examples}: the collate function drops or adds examples, so that they cannot be numbered."
+                f"The training set has {self._trace.n_train} examples, but a pass over {them} gave {self.n_examples}: "
+                "the collate function drops or adds examples, so that they cannot be numbered."
             )
         for writer in self._writers.values():
             writer.close(self._processes)
