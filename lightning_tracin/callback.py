@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lightning_tracin._compat import DualCallback, batch_to_device, on_training_loader
 from lightning_tracin.capture import Captured, Losses, capture, check_independent, checked, gradients_enabled
-from lightning_tracin.gradients import DTYPES, Dtype
+from lightning_tracin.gradients import DTYPES, Dtype, Kept
 from lightning_tracin.layers import layer_name, layers_of_table
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
@@ -27,7 +28,7 @@ from lightning_tracin.processes import processes_of, require_whole_module
 from lightning_tracin.report.progress import progress_task
 from lightning_tracin.sampled_indices import SampledIndices
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
-from lightning_tracin.trace import Checkpoint, Step, Trace, stored_gradients
+from lightning_tracin.trace import Checkpoint, Step, Trace, gradients_of
 from lightning_tracin.training_cache import TrainingCache, check_training, divisor_of
 from lightning_tracin.training_set import TrainingSet
 
@@ -51,6 +52,8 @@ class TracInCallback(DualCallback):
         dtype: what gradients are stored in. "float16" scales each row by its own float32 norm: exact to about 1e-3
             of a score however small gradients are. "float32" takes twice the space.
         top_words: store only each example's k words of largest gradient norm.
+        projection: store word gradients projected at random to so many numbers for each word, their norms as they are.
+            Scores become estimates, self-influence stays exact.
         overwrite: whether a trace that is already in ``dirpath`` may be replaced.
 
     Raises:
@@ -76,6 +79,7 @@ class TracInCallback(DualCallback):
         methods: Sequence[str] = ("tracin-we", "tracin-last"),
         dtype: Dtype = "float16",
         top_words: int | None = None,
+        projection: int | None = None,
         overwrite: bool = False,
     ) -> None:
         if cache not in ("checkpoint", "training", "on_demand"):
@@ -84,7 +88,11 @@ class TracInCallback(DualCallback):
             raise ValueError(f"methods must be some of {tuple(METHODS)}, but got {methods!r}.")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {tuple(DTYPES)}, but got {dtype!r}.")
-        for name, value in (("top_words", top_words), ("every_n_train_steps", every_n_train_steps)):
+        for name, value in (
+            ("top_words", top_words),
+            ("projection", projection),
+            ("every_n_train_steps", every_n_train_steps),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be None or at least 1, but got {value}.")
         if every_n_epochs < 1:
@@ -94,8 +102,7 @@ class TracInCallback(DualCallback):
         self.every_n_train_steps = every_n_train_steps
         self.cache = cache
         self.methods = tuple(method for method in METHODS if method in methods)
-        self.dtype: Dtype = dtype
-        self.top_words = top_words
+        self.kept = Kept(dtype, top_words, projection)
         self.overwrite = overwrite
         self.trace: Trace | None = None
         self.training_set: TrainingSet | None = None
@@ -155,11 +162,10 @@ class TracInCallback(DualCallback):
         fingerprint = training_set.fingerprint()
         processes.wait()  # all have looked for an earlier trace
         if resumed is not None:
-            recorded = (resumed.layers, resumed.dtype, resumed.top_words)
-            if recorded != (layers, self.dtype, self.top_words):
+            if (resumed.layers, resumed.kept) != (layers, self.kept):
                 raise ValueError(
-                    f"The trace in {path} was begun with layers, dtype and top_words {recorded}, but this fit would go "
-                    f"on with {(layers, self.dtype, self.top_words)}. Resume with the same arguments."
+                    f"The trace in {path} was begun with {resumed.kept} at the layers {resumed.layers}, but this fit "
+                    f"would go on with {self.kept} at {layers}. Resume with the same arguments."
                 )
             resumed.check_model(pl_module)
             resumed.check_data(len(training_set), fingerprint)
@@ -171,15 +177,14 @@ class TracInCallback(DualCallback):
             self.trace = resumed
         else:
             if processes.first:
-                per_example = self._bytes_per_example(example, self.dtype, self.top_words)
+                per_example = self._bytes_per_example(example, self.kept)
                 Trace.create(
                     path,
                     module=pl_module,
                     n_train=len(training_set),
                     data_fingerprint=fingerprint,
                     layers=layers,
-                    dtype=self.dtype,
-                    top_words=self.top_words,
+                    kept=self.kept,
                     shard_examples=fitting_shard_examples(per_example, len(training_set), processes),
                 )
             processes.wait()
@@ -329,21 +334,21 @@ class TracInCallback(DualCallback):
         checkpoints = self._expected_checkpoints(trainer)
         weights = sum(value.nbytes for value in module.state_dict().values() if isinstance(value, Tensor))
 
-        def needed(dtype: Dtype, top_words: int | None, cached: bool = True) -> float:
-            per_example = self._bytes_per_example(example, dtype, top_words)
+        def needed(kept: Kept, cached: bool = True) -> float:
+            per_example = self._bytes_per_example(example, kept)
             passes = checkpoints + (self.cache == "training")  # what came since the last checkpoint lies beside it
             return checkpoints * weights + cached * passes * per_example * n_train
 
         existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
         free = shutil.disk_usage(existing).free
-        need = needed(self.dtype, self.top_words, self.cache != "on_demand")
+        need = needed(self.kept, self.cache != "on_demand")
         if need <= free:
             return
-        words = self.top_words or 10
+        smaller = replace(self.kept, dtype="float16", top_words=self.kept.top_words or 10)
         savers = [
-            f'top_words={words} with dtype="float16" would need {_gigabytes(needed("float16", words))}',
-            f'dtype="float16" {_gigabytes(needed("float16", self.top_words))}',
-            f'cache="on_demand" {_gigabytes(needed(self.dtype, None, cached=False))} until influence is asked for',
+            f'top_words={smaller.top_words} with dtype="float16" would need {_gigabytes(needed(smaller))}',
+            f'dtype="float16" {_gigabytes(needed(replace(self.kept, dtype="float16")))}',
+            f'cache="on_demand" {_gigabytes(needed(self.kept, cached=False))} until influence is asked for',
         ]
         raise OSError(
             errno.ENOSPC,
@@ -352,9 +357,9 @@ class TracInCallback(DualCallback):
             "every_n_epochs, or fewer methods, less.",
         )
 
-    def _bytes_per_example(self, example: Captured, dtype: Dtype, top_words: int | None) -> float:
+    def _bytes_per_example(self, example: Captured, kept: Kept) -> float:
         """Bytes that a checkpoint stores for each training example, as a first batch tells."""
-        stored = (encoded_bytes(stored_gradients(example, method, top_words), dtype) for method in self.methods)
+        stored = (encoded_bytes(kept.of(gradients_of(example, method)), kept.dtype) for method in self.methods)
         return sum(stored) / len(example)
 
     def _expected_checkpoints(self, trainer: pl.Trainer) -> int:

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter
 from lightning_tracin.callback import TracInCallback, capture_at, check_losses
 from lightning_tracin.capture import Captured, Losses, gradients_enabled, usable_in_autograd
-from lightning_tracin.gradients import SecondMoments, Texts, WordGradients, distinct
+from lightning_tracin.gradients import SecondMoments, Texts, distinct
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
 from lightning_tracin.mixin import losses_of, words_of_batch
 from lightning_tracin.processes import Processes, processes_of, require_results, require_whole_module
 from lightning_tracin.report.progress import labelled
 from lightning_tracin.result import InfluenceResult, TopK, clipped_k, merge_top, top_of
-from lightning_tracin.trace import CachePass, Checkpoint, Trace, stored_gradients, texts_of
+from lightning_tracin.trace import CachePass, Checkpoint, Trace, gradients_of, texts_of
 from lightning_tracin.training_set import TrainingSet, only_test_loader
 
 #: Takes a batch's gradients, the data set indices of its examples (none for an iterable data set), and the batch.
@@ -188,8 +188,14 @@ def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoi
             f"The fit did not record the layer of {method.name}: it ran with methods={tuple(trace.layers)}. Fit again "
             f'with "{method.name}" among the methods of TracInCallback.'
         )
-    if trace.top_words is not None and (getattr(method, "top_words", None) or 0) > trace.top_words:
-        raise ValueError(f"The trace keeps {trace.top_words} words of each example; {method} asks for more.")
+    kept = trace.kept
+    if kept.top_words is not None and (getattr(method, "top_words", None) or 0) > kept.top_words:
+        raise ValueError(f"The trace keeps {kept.top_words} words of each example; {method} asks for more.")
+    if kept.projection is not None and isinstance(method, TracInWE) and method.precondition is not None:
+        raise ValueError(
+            f"The trace keeps word gradients projected to {kept.projection} numbers, which Adam's second moments "
+            'cannot be applied to. Fit without projection for precondition="adam".'
+        )
     for checkpoint in checkpoints:
         _moments(checkpoint, method)  # raises where the method needs some and there are none
 
@@ -246,7 +252,7 @@ class _TestExamples:
         if bad is not None:
             raise ValueError(f"The loss or gradient of test example {came[bad]} is NaN or infinite.")
         self._came.extend(came)
-        self._blocks.append(stored_gradients(captured, self.method.name, None))
+        self._blocks.append(gradients_of(captured, self.method.name))
         self._texts.append(texts_of(captured, labels_of(batch)))
         self._counted = not indices
         if not self.gradients:
@@ -271,8 +277,7 @@ class _TestExamples:
                 "the same examples each time; their order does not matter, unless the data set is a stream."
             )
         block = type(self._blocks[0]).cat(self._blocks).arranged(places, len(indices))
-        if trace.top_words is not None and isinstance(block, WordGradients):
-            block = block.top_words(trace.top_words)  # as the training side was stored
+        block = trace.kept.of(block)  # as the training side was stored
         self.gradients.append(self.method.prepare(block, _moments(checkpoint, self.method), "test"))
         self._came, self._blocks, self._texts = [], [], []
 

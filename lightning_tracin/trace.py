@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin.capture import Captured
-from lightning_tracin.gradients import Dtype, Gradients, SecondMoments, Texts, distinct
+from lightning_tracin.gradients import Gradients, Kept, SecondMoments, Texts, distinct
 from lightning_tracin.processes import ALONE, Processes
 from lightning_tracin.store import Shards, ShardWriter, read_json, read_tensors, write_json, write_tensors
 
@@ -154,8 +154,7 @@ class Trace:
         self.model_fingerprint: str = header["model_fingerprint"]
         self.model_class: str = header["model_class"]
         self.layers: dict[str, str] = header["layers"]
-        self.dtype: Dtype = header["dtype"]
-        self.top_words: int | None = header["top_words"]
+        self.kept = Kept(header["dtype"], header["top_words"], header["projection"])
         self.shard_examples: int = header["shard_examples"]
 
     def __repr__(self) -> str:
@@ -170,8 +169,7 @@ class Trace:
         n_train: int,
         data_fingerprint: str,
         layers: Mapping[str, str],
-        dtype: Dtype,
-        top_words: int | None,
+        kept: Kept,
         shard_examples: int,
     ) -> Trace:
         """Start an empty trace; one that is there already is removed."""
@@ -186,8 +184,7 @@ class Trace:
             "model_fingerprint": model_fingerprint(module.state_dict()),
             "model_class": type(module).__name__,
             "layers": dict(layers),
-            "dtype": dtype,
-            "top_words": top_words,
+            **asdict(kept),
             "shard_examples": shard_examples,
         }
         write_json(path / "trace.json", header)
@@ -354,7 +351,7 @@ class Trace:
         appearing = contexts.enter_context(_appearing(folder, processes))
         first = self.part(processes)[0] // self.shard_examples
         return contexts.enter_context(
-            ShardWriter(appearing, dtype=self.dtype, shard_examples=self.shard_examples, first_shard=first)
+            ShardWriter(appearing, dtype=self.kept.dtype, shard_examples=self.shard_examples, first_shard=first)
         )
 
 
@@ -397,7 +394,7 @@ class CachePass:
                 "the learning rate; what was stored before is complete."
             )
         for method, writer in self._writers.items():
-            writer.add(stored_gradients(captured, method, self._trace.top_words))
+            writer.add(self._trace.kept.of(gradients_of(captured, method)))
         if self._texts is not None:
             self._vocabulary.update(words)
             self._texts.add(texts_of(captured, labels))
@@ -419,11 +416,11 @@ class CachePass:
             self._trace.add_words(self._vocabulary, self._processes)
 
 
-def stored_gradients(captured: Captured, method: str, top_words: int | None) -> Gradients:
-    """What is stored of a batch for a method."""
+def gradients_of(captured: Captured, method: str) -> Gradients:
+    """A batch's gradients for a method."""
     if method == "tracin-we":
         assert captured.words is not None
-        return captured.words if top_words is None else captured.words.top_words(top_words)
+        return captured.words
     assert captured.linear is not None
     return captured.linear
 

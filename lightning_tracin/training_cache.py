@@ -28,7 +28,7 @@ from lightning_tracin.losses import MeanLoss, label_counts, labels_of
 from lightning_tracin.mixin import losses_of, words_of_batch
 from lightning_tracin.processes import Processes
 from lightning_tracin.runs import Runs
-from lightning_tracin.trace import Checkpoint, Trace, stored_gradients, texts_of
+from lightning_tracin.trace import Checkpoint, Trace, gradients_of, texts_of
 
 _USE = 'Use cache="checkpoint".'
 
@@ -55,7 +55,7 @@ class TrainingCache:
         self._form = form
         self._folder = trace.path / "running.partial" / f"process-{processes.rank}"
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._runs = {name: Runs(self._folder / name, dtype=trace.dtype) for name in (*self._methods, "texts")}
+        self._runs = {name: Runs(self._folder / name, dtype=trace.kept.dtype) for name in (*self._methods, "texts")}
         self._vocabulary: dict[int, str] = {}
         self._indices: list[int] | None = None
         self._batch: Any = None
@@ -177,7 +177,7 @@ class TrainingCache:
         numbers = torch.tensor(indices)
         factors = divisor * self._form.shares(self._module, batch, len(indices)).reciprocal()
         for method in self._methods:
-            block = stored_gradients(captured, method, self._trace.top_words).scaled(factors)
+            block = self._trace.kept.of(gradients_of(captured, method)).scaled(factors)
             self._runs[method].add(numbers, block)
         self._runs["texts"].add(numbers, texts_of(captured, labels_of(batch)))
 
