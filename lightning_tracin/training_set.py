@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
+_CHECKED = 8  # examples that are looked at before training: each check costs a few passes over them
 _SAMPLED = 64  # examples that the fingerprint looks at
 _BATCH_SIZE = 32  # for a batch sampler that does not tell its own
 
@@ -89,6 +90,11 @@ class TrainingSet:
             return DataLoader(loader.dataset, batch_size=None, sampler=batches, **shared)
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or _BATCH_SIZE
         return DataLoader(loader.dataset, batch_size=size, sampler=_InOrder(loader.dataset, start, stop), **shared)
+
+    def first_batch(self) -> Any:
+        """A batch of the first few examples, to check what a fit can do; a stream's own first batch."""
+        loader = self.sequential_loader() if self.iterable else self.sequential_loader(0, min(_CHECKED, len(self)))
+        return next(iter(loader))
 
     def fingerprint(self) -> str:
         """A hash of the number of examples and of 64 of them, spread evenly; an iterable's number only."""
