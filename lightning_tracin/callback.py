@@ -23,6 +23,7 @@ from lightning_tracin.layers import layer_name, layers_of_table
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
+from lightning_tracin.processes import Processes, await_file, check_strategy, require_same
 from lightning_tracin.report.progress import progress_task
 from lightning_tracin.sampled_indices import SampledIndices
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
@@ -104,6 +105,7 @@ class TracInCallback(DualCallback):
         self._resumed: dict[str, Any] = {}
         self._sampled: SampledIndices | None = None
         self._training: TrainingCache | None = None
+        self._processes = Processes()
 
     @property
     def state_key(self) -> str:
@@ -115,7 +117,7 @@ class TracInCallback(DualCallback):
         self._fitting = stage == "fit"
         self._recording = False
         if self._fitting:
-            require_one_process(trainer)
+            check_strategy(trainer)
             self._steps, self._resumed = [], {}
             if self.cache == "training":
                 on_training_loader(trainer, self._sample)
@@ -136,49 +138,61 @@ class TracInCallback(DualCallback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
             return
+        processes = self._processes = Processes.of(trainer)
         path = self._resolve_path(trainer)
-        resumed = self._resumable(path)
-        if resumed is None and (path / "trace.json").exists() and not self.overwrite:
-            raise FileExistsError(
-                f"{path.absolute()} holds the trace of another fit. Pass another dirpath, or overwrite=True to replace "
-                "it; a fit that is resumed with ckpt_path continues its own trace."
-            )
-        training_set = TrainingSet(trainer.train_dataloader)
-        layers, example = first_batch(trainer, pl_module, training_set, self.methods)
-        form = None
-        if self.cache == "training":
-            with _inside_fit(trainer, pl_module):
-                form = check_training(pl_module, layers, self.methods, _first(trainer, pl_module, training_set))
-        self._require_space(trainer, pl_module, path, example, len(training_set))
-        fingerprint = training_set.fingerprint()
-        if resumed is not None:
-            recorded = (resumed.layers, resumed.dtype, resumed.top_words)
-            if recorded != (layers, self.dtype, self.top_words):
-                raise ValueError(
-                    f"The trace in {path} was begun with layers, dtype and top_words {recorded}, but this fit would go "
-                    f"on with {(layers, self.dtype, self.top_words)}. Resume with the same arguments."
+        if processes.count > 1:  # a logger tells each process another version
+            path = Path(processes.exchange(str(path.absolute()))[0])
+        form = resumed = trace = since = None
+        with processes.together():
+            if processes.first:
+                resumed = self._resumable(path)
+            training_set = TrainingSet(trainer.train_dataloader)
+            if self.cache != "on_demand":
+                training_set.check_splits(processes)
+            layers, example = first_batch(trainer, pl_module, training_set, self.methods)
+            if self.cache == "training":
+                with _inside_fit(trainer, pl_module):
+                    form = check_training(pl_module, layers, self.methods, _first(trainer, pl_module, training_set))
+            self._require_space(trainer, pl_module, path, example, len(training_set))
+            fingerprint = training_set.fingerprint()
+        require_same(processes, "training sets", (len(training_set), fingerprint))
+        with processes.together():
+            if resumed is not None:
+                self._check_resumed(resumed, pl_module, layers)
+                resumed.check_data(len(training_set), fingerprint)
+                resumed.drop_checkpoints_after(trainer.global_step)
+                since = max((each.step for each in resumed.checkpoints), default=0)
+                trace = resumed
+            elif processes.first:
+                per_example = self._bytes_per_example(example, self.dtype, self.top_words)
+                trace = Trace.create(
+                    path,
+                    module=pl_module,
+                    n_train=len(training_set),
+                    data_fingerprint=fingerprint,
+                    layers=layers,
+                    dtype=self.dtype,
+                    top_words=self.top_words,
+                    shard_examples=fitting_shard_examples(per_example, len(training_set), processes.count),
                 )
-            resumed.check_model(pl_module)
-            resumed.check_data(len(training_set), fingerprint)
-            resumed.drop_checkpoints_after(trainer.global_step)
-            last = resumed.checkpoints[-1].step if resumed.checkpoints else 0
-            self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
-            self.trace = resumed
-        else:
-            self.trace = Trace.create(
-                path,
-                module=pl_module,
-                n_train=len(training_set),
-                data_fingerprint=fingerprint,
-                layers=layers,
-                dtype=self.dtype,
-                top_words=self.top_words,
-                shard_examples=fitting_shard_examples(self._bytes_per_example(example, self.dtype, self.top_words)),
-            )
+        self.trace = _opened_by_all(trace, path, processes)
+        since = processes.exchange(since)[0]
+        if since is not None:
+            self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= since]
         self.training_set = training_set
         if form is not None:
             self._training = TrainingCache(pl_module, self.trace, self.methods, form)
         self._recording = True
+
+    def _check_resumed(self, trace: Trace, module: pl.LightningModule, layers: dict[str, str]) -> None:
+        """Check that a resumed fit can go on with its trace."""
+        recorded = (trace.layers, trace.dtype, trace.top_words)
+        if recorded != (layers, self.dtype, self.top_words):
+            raise ValueError(
+                f"The trace in {trace.path} was begun with layers, dtype and top_words {recorded}, but this fit would "
+                f"go on with {(layers, self.dtype, self.top_words)}. Resume with the same arguments."
+            )
+        trace.check_model(module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -253,7 +267,12 @@ class TracInCallback(DualCallback):
         step = trainer.global_step
         optimizers = [_unwrapped(each) for each in trainer.optimizers]
         with trace.new_checkpoint(
-            module, optimizers, step=step, epoch=trainer.current_epoch, steps=self._steps
+            module,
+            optimizers,
+            step=step,
+            epoch=trainer.current_epoch,
+            steps=self._steps,
+            processes=self._processes,
         ) as checkpoint:
             if self.cache == "checkpoint":
                 self._cache(trainer, module, trace, checkpoint)
@@ -264,9 +283,10 @@ class TracInCallback(DualCallback):
     def _cache(self, trainer: pl.Trainer, module: pl.LightningModule, trace: Trace, checkpoint: Checkpoint) -> None:
         """Store every training example's gradients at the module's present weights."""
         assert self.training_set is not None
-        loader = self.training_set.sequential_loader()
+        loader = self.training_set.sequential_loader(trace.own_examples(self._processes))
         with (
-            trace.caching(checkpoint, self.methods) as cache,
+            trace.caching(checkpoint, self.methods, self._processes) as cache,
+            _same_buffers(module, checkpoint, self._processes),
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
             _inside_fit(trainer, module),
         ):
@@ -289,17 +309,25 @@ class TracInCallback(DualCallback):
         return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "trace"
 
     def _resumable(self, path: Path) -> Trace | None:
-        """The trace that a resumed fit goes on with, if it is still there."""
-        if not self._resumed:
-            return None
-        if (path / "trace.json").exists():
-            trace = Trace(path)
-            if trace.id == self._resumed["trace"]:
+        """The trace that a resumed fit goes on with, if it is still there; another one must not be.
+
+        Raises:
+            FileExistsError: if the trace of another fit is in its place, and must not be replaced.
+        """
+        exists = (path / "trace.json").exists()
+        if self._resumed:
+            trace = Trace(path) if exists else None
+            if trace is not None and trace.id == self._resumed["trace"]:
                 return trace
-        rank_zero_warn(
-            f"This fit is resumed, but the trace that it began ({self._resumed['path']}) is not in {path}: the "
-            "checkpoints before this one will be missing from the scores."
-        )
+            rank_zero_warn(
+                f"This fit is resumed, but the trace that it began ({self._resumed['path']}) is not in {path}: the "
+                "checkpoints before this one will be missing from the scores."
+            )
+        if exists and not self.overwrite:
+            raise FileExistsError(
+                f"{path.absolute()} holds the trace of another fit. Pass another dirpath, or overwrite=True to replace "
+                "it; a fit that is resumed with ckpt_path continues its own trace."
+            )
         return None
 
     def _require_space(
@@ -416,16 +444,41 @@ def _inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Non
         yield
 
 
-def require_one_process(trainer: pl.Trainer) -> None:
-    """Check that the trainer runs one process.
+@contextmanager
+def _same_buffers(module: torch.nn.Module, checkpoint: Checkpoint, processes: Processes) -> Iterator[None]:
+    """Lend a module the checkpoint's buffers: under DDP those of the processes differ between two forward passes."""
+    if processes.first or not any(True for _ in module.buffers()):
+        yield
+        return
+    stored = checkpoint.weights()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in stored}
+    own = {name: buffer.clone() for name, buffer in buffers.items()}
+    try:
+        for name, buffer in buffers.items():
+            buffer.copy_(stored[name])
+        yield
+    finally:
+        for name, buffer in buffers.items():
+            buffer.copy_(own[name])
+
+
+def _opened_by_all(trace: Trace | None, path: Path, processes: Processes) -> Trace:
+    """The trace that the first process has created or opened, in every process.
 
     Raises:
-        ValueError: if it runs several.
+        FileNotFoundError: if a process does not see the first one's folder.
     """
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"lightning_tracin works in one process so far, but the trainer has {trainer.world_size}. Use devices=1."
-        )
+    opened_id = processes.exchange(trace and trace.id)[0]
+    with processes.together():
+        if trace is None:
+            await_file(path / "trace.json")
+            trace = Trace(path)
+        if trace.id != opened_id:
+            raise FileNotFoundError(
+                f"{path.absolute()} is not the folder that the first process writes to. Let all nodes share the "
+                "trace's folder."
+            )
+    return trace
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -411,6 +412,18 @@ def merge_top(so_far: tuple[TopK, TopK] | None, scores: Tensor, start: int, k: i
         best = strongest(values, min(k, values.shape[1]), largest=largest)
         merged.append(TopK(best.values, of.gather(1, best.indices)))
     return merged[0], merged[1]
+
+
+def joined_top(parts: Sequence[tuple[TopK, TopK]], k: int) -> tuple[TopK, TopK]:
+    """The k strongest proponents and opponents among those of several parts of the training set."""
+    joined = []
+    for place, largest in enumerate((True, False)):
+        indices = torch.cat([part[place].indices for part in parts], dim=1)
+        order = indices.argsort(dim=1)  # of equal ones, those that come first
+        values = torch.cat([part[place].values for part in parts], dim=1).gather(1, order)
+        best = strongest(values, k, largest=largest)
+        joined.append(TopK(best.values, indices.gather(1, order).gather(1, best.indices)))
+    return joined[0], joined[1]
 
 
 def clipped_k(k: int, n_train: int) -> int:

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from lightning_tracin.capture import Captured
 from lightning_tracin.gradients import Dtype, Gradients, SecondMoments, Texts, distinct
-from lightning_tracin.store import Shards, ShardWriter, read_json, read_tensors, write_json, write_tensors
+from lightning_tracin.processes import Processes, await_file
+from lightning_tracin.store import (
+    Shards,
+    ShardWriter,
+    read_json,
+    read_tensors,
+    write_index,
+    write_json,
+    write_tensors,
+)
 
 FORMAT_VERSION = 1
 _PARTIAL = ".partial"
@@ -221,9 +230,12 @@ class Trace:
         path = self.path / "vocabulary.json"
         return {int(token): word for token, word in read_json(path).items()} if path.exists() else {}
 
-    def add_words(self, words: Mapping[int, str]) -> None:
+    def add_words(self, words: Mapping[int, str], processes: Processes) -> None:
         """Keep what to print for token ids."""
-        write_json(self.path / "vocabulary.json", {**self.vocabulary, **words})
+        parts = processes.exchange({str(token): word for token, word in words.items()})
+        if processes.first:
+            added = {int(token): word for part in parts for token, word in part.items()}
+            write_json(self.path / "vocabulary.json", {**self.vocabulary, **added})
         self.__dict__.pop("vocabulary", None)
 
     def _texts(self) -> list[Shards]:
@@ -277,46 +289,59 @@ class Trace:
         step: int,
         epoch: int,
         steps: list[Step],
+        processes: Processes,
     ) -> Iterator[Checkpoint]:
-        """Record a checkpoint. It joins the trace, whole, when the context is left without an exception."""
+        """Record a checkpoint. It joins the trace, whole, when all processes leave the context without an exception."""
         names = _parameter_names(module)
         groups = [
             [[name for parameter in group["params"] for name in names[id(parameter)]] for group in each.param_groups]
             for each in optimizers
         ]
-        with _appearing(self.path / "checkpoints" / f"step-{step:09d}") as folder:
-            checksums = {"weights.safetensors": _write_weights(folder / "weights.safetensors", module)}
-            for method, layer in self.layers.items():
-                moments = _second_moments(module.get_submodule(layer), optimizers, sparse=method == "tracin-we")
-                if moments is not None:
-                    name = f"second-moments-{method}.safetensors"
-                    checksums[name] = _write_moments(folder / name, moments)
-            content: dict[str, Any] = {
-                "id": uuid.uuid4().hex,
-                "step": step,
-                "epoch": epoch,
-                "steps": steps,
-                "groups": groups,
-                "checksums": checksums,
-            }
-            write_json(folder / "checkpoint.json", content)
+        with _appearing(self.path / "checkpoints" / f"step-{step:09d}", processes) as folder:
+            content: dict[str, Any] | None = None
+            if processes.first:
+                checksums = {"weights.safetensors": _write_weights(folder / "weights.safetensors", module)}
+                for method, layer in self.layers.items():
+                    moments = _second_moments(module.get_submodule(layer), optimizers, sparse=method == "tracin-we")
+                    if moments is not None:
+                        name = f"second-moments-{method}.safetensors"
+                        checksums[name] = _write_moments(folder / name, moments)
+                content = {
+                    "id": uuid.uuid4().hex,
+                    "step": step,
+                    "epoch": epoch,
+                    "steps": steps,
+                    "groups": groups,
+                    "checksums": checksums,
+                }
+                write_json(folder / "checkpoint.json", content)
+            content = processes.exchange(content)[0]
+            assert content is not None
             yield Checkpoint(path=folder, layers=self.layers, **content)
 
     @contextmanager
-    def caching(self, checkpoint: Checkpoint, methods: Sequence[str]) -> Iterator[CachePass]:
+    def caching(self, checkpoint: Checkpoint, methods: Sequence[str], processes: Processes) -> Iterator[CachePass]:
         """Store the training examples' gradients at a checkpoint; all appear when every example was added.
 
+        Each process adds those of :meth:`own_examples`.
+
         Raises:
-            ValueError: if another number of examples was added than the training set has.
+            ValueError: if another number of examples was added.
         """
         with ExitStack() as folders:
             writers = {}
             for method in methods:
-                writers[method] = self.writer(folders, checkpoint.path / method)
-            texts = None if self.has_texts else self.writer(folders, self.path / "texts")
-            cache = CachePass(self, writers, texts)
+                writers[method] = self.writer(folders, checkpoint.path / method, processes)
+            has_texts = processes.exchange(self.has_texts)[0]
+            texts = None if has_texts else self.writer(folders, self.path / "texts", processes)
+            cache = CachePass(self, writers, texts, processes)
             yield cache
             cache.close()
+
+    def own_examples(self, processes: Processes) -> range:
+        """The examples that a process stores gradients of: those of whole shards."""
+        shards = processes.own(-(-self.n_train // self.shard_examples))
+        return range(*(min(shard * self.shard_examples, self.n_train) for shard in (shards.start, shards.stop)))
 
     def drop_checkpoints_after(self, step: int) -> None:
         """Remove the checkpoints beyond a step, when a fit is resumed from an earlier one."""
@@ -324,21 +349,33 @@ class Trace:
             if checkpoint.step > step:
                 shutil.rmtree(checkpoint.path)
 
-    def writer(self, contexts: ExitStack, folder: Path) -> ShardWriter:
-        """A writer into a folder that appears when it is complete.
+    def writer(self, contexts: ExitStack, folder: Path, processes: Processes) -> ShardWriter:
+        """A writer of a process's own shards into a folder that appears when it is complete.
 
         Shards hold the same examples at every checkpoint, so that scores can be added up shard by shard.
         """
-        appearing = contexts.enter_context(_appearing(folder))
-        return contexts.enter_context(ShardWriter(appearing, dtype=self.dtype, shard_examples=self.shard_examples))
+        appearing = contexts.enter_context(_appearing(folder, processes))
+        first_shard = self.own_examples(processes).start // self.shard_examples
+        writer = ShardWriter(appearing, dtype=self.dtype, shard_examples=self.shard_examples, first_shard=first_shard)
+        return contexts.enter_context(writer)
+
+    def finish(self, writer: ShardWriter, processes: Processes) -> None:
+        """Make a folder of shards readable, when each process has written its own."""
+        parts = processes.exchange(writer.finish())
+        if processes.first:
+            write_index(writer.folder, parts, dtype=self.dtype, shard_examples=self.shard_examples)
 
 
 class CachePass:
-    """Takes the captured batches of one pass over the training set, in the order of the data set."""
+    """Takes the captured batches of one pass over a process's own training examples, in the order of the data set."""
 
-    def __init__(self, trace: Trace, writers: Mapping[str, ShardWriter], texts: ShardWriter | None) -> None:
+    def __init__(
+        self, trace: Trace, writers: Mapping[str, ShardWriter], texts: ShardWriter | None, processes: Processes
+    ) -> None:
+        self.examples = trace.own_examples(processes)
         self.n_examples = 0
         self._trace = trace
+        self._processes = processes
         self._writers = writers
         self._texts = texts
         self._vocabulary: dict[int, str] = {}
@@ -363,8 +400,8 @@ class CachePass:
         bad = captured.first_not_finite()
         if bad is not None:
             raise ValueError(
-                f"The loss or gradient of training example {self.n_examples + bad} is NaN or infinite. Look at that "
-                "example, or at the learning rate; what was stored before is complete."
+                f"The loss or gradient of training example {self.examples.start + self.n_examples + bad} is NaN or "
+                "infinite. Look at that example, or at the learning rate; what was stored before is complete."
             )
         for method, writer in self._writers.items():
             writer.add(stored_gradients(captured, method, self._trace.top_words))
@@ -375,16 +412,16 @@ class CachePass:
 
     def close(self) -> None:
         """Finish the files; every training example must have been added."""
-        if self.n_examples != self._trace.n_train:
+        if self.n_examples != len(self.examples):
             raise ValueError(
-                f"The training set has {self._trace.n_train} examples, but a pass over it gave {self.n_examples}: the "
+                f"The training set has {len(self.examples)} examples, but a pass over it gave {self.n_examples}: the "
                 "collate function drops or adds examples, so that they cannot be numbered."
             )
         for writer in self._writers.values():
-            writer.close()
+            self._trace.finish(writer, self._processes)
         if self._texts is not None:
-            self._texts.close()
-            self._trace.add_words(self._vocabulary)
+            self._trace.finish(self._texts, self._processes)
+            self._trace.add_words(self._vocabulary, self._processes)
 
 
 def stored_gradients(captured: Captured, method: str, top_words: int | None) -> Gradients:
@@ -418,16 +455,24 @@ def remove_trace(path: Path) -> None:
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when it is complete and vanishes when it is not."""
+def _appearing(folder: Path, processes: Processes) -> Iterator[Path]:
+    """A folder to fill, which takes its name when it is complete in all processes, and vanishes when it is not."""
     partial = folder.with_name(folder.name + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with processes.together():
+        if processes.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     try:
-        yield partial
-        partial.replace(folder)
+        with processes.together():
+            yield partial
+        with processes.together():
+            if processes.first:
+                partial.replace(folder)
+        with processes.together():
+            await_file(folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if processes.first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

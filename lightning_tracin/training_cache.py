@@ -26,6 +26,7 @@ from lightning_tracin.gradients import distinct
 from lightning_tracin.layers import layers_of_table
 from lightning_tracin.losses import MeanLoss, label_counts, labels_of
 from lightning_tracin.mixin import losses_of, words_of_batch
+from lightning_tracin.processes import Processes
 from lightning_tracin.runs import Runs
 from lightning_tracin.trace import Checkpoint, Trace, stored_gradients, texts_of
 
@@ -126,12 +127,13 @@ class TrainingCache:
                 f"{checkpoint.step}): they count with a gradient of zero there."
             )
         with ExitStack() as contexts:
-            writers = {name: self._trace.writer(contexts, checkpoint.path / name) for name in self._runs}
+            alone = Processes()
+            writers = {name: self._trace.writer(contexts, checkpoint.path / name, alone) for name in self._runs}
             for name, writer in writers.items():
                 for block in self._runs[name].arranged(n_train, self._trace.shard_examples):
                     writer.add(block)
                 writer.close()
-        self._trace.add_words(self._vocabulary)
+        self._trace.add_words(self._vocabulary, Processes())
         for runs in self._runs.values():
             runs.clear()
 
