@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,16 +19,16 @@ from torch import Tensor
 
 from lightning_tracin._compat import DualCallback, batch_to_device, on_training_loader
 from lightning_tracin.capture import Captured, Losses, capture, check_independent, checked, gradients_enabled
-from lightning_tracin.gradients import DTYPES, Dtype
+from lightning_tracin.gradients import DTYPES, Dtype, Kept
 from lightning_tracin.layers import layer_name, layers_of_table
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
-from lightning_tracin.processes import Processes, await_file, check_strategy, require_same
+from lightning_tracin.processes import processes_of, require_whole_module
 from lightning_tracin.report.progress import progress_task
 from lightning_tracin.sampled_indices import SampledIndices
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
-from lightning_tracin.trace import Checkpoint, Step, Trace, stored_gradients
+from lightning_tracin.trace import Checkpoint, Step, Trace, gradients_of
 from lightning_tracin.training_cache import TrainingCache, check_training, divisor_of
 from lightning_tracin.training_set import TrainingSet
 
@@ -51,6 +52,8 @@ class TracInCallback(DualCallback):
         dtype: what gradients are stored in. "float16" scales each row by its own float32 norm: exact to about 1e-3
             of a score however small gradients are. "float32" takes twice the space.
         top_words: store only each example's k words of largest gradient norm.
+        projection: store word gradients projected at random to so many numbers for each word, their norms as they are.
+            Scores become estimates, self-influence stays exact.
         overwrite: whether a trace that is already in ``dirpath`` may be replaced.
 
     Raises:
@@ -76,6 +79,7 @@ class TracInCallback(DualCallback):
         methods: Sequence[str] = ("tracin-we", "tracin-last"),
         dtype: Dtype = "float16",
         top_words: int | None = None,
+        projection: int | None = None,
         overwrite: bool = False,
     ) -> None:
         if cache not in ("checkpoint", "training", "on_demand"):
@@ -84,7 +88,11 @@ class TracInCallback(DualCallback):
             raise ValueError(f"methods must be some of {tuple(METHODS)}, but got {methods!r}.")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {tuple(DTYPES)}, but got {dtype!r}.")
-        for name, value in (("top_words", top_words), ("every_n_train_steps", every_n_train_steps)):
+        for name, value in (
+            ("top_words", top_words),
+            ("projection", projection),
+            ("every_n_train_steps", every_n_train_steps),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be None or at least 1, but got {value}.")
         if every_n_epochs < 1:
@@ -94,8 +102,7 @@ class TracInCallback(DualCallback):
         self.every_n_train_steps = every_n_train_steps
         self.cache = cache
         self.methods = tuple(method for method in METHODS if method in methods)
-        self.dtype: Dtype = dtype
-        self.top_words = top_words
+        self.kept = Kept(dtype, top_words, projection)
         self.overwrite = overwrite
         self.trace: Trace | None = None
         self.training_set: TrainingSet | None = None
@@ -105,7 +112,6 @@ class TracInCallback(DualCallback):
         self._resumed: dict[str, Any] = {}
         self._sampled: SampledIndices | None = None
         self._training: TrainingCache | None = None
-        self._processes = Processes()
 
     @property
     def state_key(self) -> str:
@@ -117,7 +123,7 @@ class TracInCallback(DualCallback):
         self._fitting = stage == "fit"
         self._recording = False
         if self._fitting:
-            check_strategy(trainer)
+            require_whole_module(trainer)
             self._steps, self._resumed = [], {}
             if self.cache == "training":
                 on_training_loader(trainer, self._sample)
@@ -138,61 +144,60 @@ class TracInCallback(DualCallback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
             return
-        processes = self._processes = Processes.of(trainer)
-        path = self._resolve_path(trainer)
-        if processes.count > 1:  # a logger tells each process another version
-            path = Path(processes.exchange(str(path.absolute()))[0])
-        form = resumed = trace = since = None
-        with processes.together():
+        processes = processes_of(trainer)
+        path = processes.gather(self._resolve_path(trainer))[0]
+        resumed = self._resumable(path)
+        if resumed is None and (path / "trace.json").exists() and not self.overwrite:
+            raise FileExistsError(
+                f"{path.absolute()} holds the trace of another fit. Pass another dirpath, or overwrite=True to replace "
+                "it; a fit that is resumed with ckpt_path continues its own trace."
+            )
+        training_set = TrainingSet(trainer.train_dataloader)
+        layers, example = first_batch(trainer, pl_module, training_set, self.methods)
+        form = None
+        if self.cache == "training":
+            with _inside_fit(trainer, pl_module):
+                form = check_training(pl_module, layers, self.methods, _first(trainer, pl_module, training_set))
+        self._require_space(trainer, pl_module, path, example, len(training_set))
+        fingerprint = training_set.fingerprint()
+        processes.wait()  # all have looked for an earlier trace
+        if resumed is not None:
+            if (resumed.layers, resumed.kept) != (layers, self.kept):
+                raise ValueError(
+                    f"The trace in {path} was begun with {resumed.kept} at the layers {resumed.layers}, but this fit "
+                    f"would go on with {self.kept} at {layers}. Resume with the same arguments."
+                )
+            resumed.check_model(pl_module)
+            resumed.check_data(len(training_set), fingerprint)
             if processes.first:
-                resumed = self._resumable(path)
-            training_set = TrainingSet(trainer.train_dataloader)
-            if self.cache != "on_demand":
-                training_set.check_splits(processes)
-            layers, example = first_batch(trainer, pl_module, training_set, self.methods)
-            if self.cache == "training":
-                with _inside_fit(trainer, pl_module):
-                    form = check_training(pl_module, layers, self.methods, _first(trainer, pl_module, training_set))
-            self._require_space(trainer, pl_module, path, example, len(training_set))
-            fingerprint = training_set.fingerprint()
-        require_same(processes, "training sets", (len(training_set), fingerprint))
-        with processes.together():
-            if resumed is not None:
-                self._check_resumed(resumed, pl_module, layers)
-                resumed.check_data(len(training_set), fingerprint)
                 resumed.drop_checkpoints_after(trainer.global_step)
-                since = max((each.step for each in resumed.checkpoints), default=0)
-                trace = resumed
-            elif processes.first:
-                per_example = self._bytes_per_example(example, self.dtype, self.top_words)
-                trace = Trace.create(
+            processes.wait()
+            last = resumed.checkpoints[-1].step if resumed.checkpoints else 0
+            self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
+            self.trace = resumed
+        else:
+            if processes.first:
+                per_example = self._bytes_per_example(example, self.kept)
+                Trace.create(
                     path,
                     module=pl_module,
                     n_train=len(training_set),
                     data_fingerprint=fingerprint,
                     layers=layers,
-                    dtype=self.dtype,
-                    top_words=self.top_words,
-                    shard_examples=fitting_shard_examples(per_example, len(training_set), processes.count),
+                    kept=self.kept,
+                    shard_examples=fitting_shard_examples(per_example, len(training_set), processes),
                 )
-        self.trace = _opened_by_all(trace, path, processes)
-        since = processes.exchange(since)[0]
-        if since is not None:
-            self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= since]
+            processes.wait()
+            if not (path / "trace.json").exists():
+                raise FileNotFoundError(
+                    f"The first process has begun a trace in {path.absolute()}, but process {processes.rank} does not "
+                    "see it. All processes need the same folder: pass a dirpath on a file system that all nodes share."
+                )
+            self.trace = Trace(path)
         self.training_set = training_set
         if form is not None:
-            self._training = TrainingCache(pl_module, self.trace, self.methods, form)
+            self._training = TrainingCache(pl_module, self.trace, self.methods, form, processes)
         self._recording = True
-
-    def _check_resumed(self, trace: Trace, module: pl.LightningModule, layers: dict[str, str]) -> None:
-        """Check that a resumed fit can go on with its trace."""
-        recorded = (trace.layers, trace.dtype, trace.top_words)
-        if recorded != (layers, self.dtype, self.top_words):
-            raise ValueError(
-                f"The trace in {trace.path} was begun with layers, dtype and top_words {recorded}, but this fit would "
-                f"go on with {(layers, self.dtype, self.top_words)}. Resume with the same arguments."
-            )
-        trace.check_model(module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -266,13 +271,9 @@ class TracInCallback(DualCallback):
             return  # a fast_dev_run, or nothing was trained since the last checkpoint
         step = trainer.global_step
         optimizers = [_unwrapped(each) for each in trainer.optimizers]
+        processes = processes_of(trainer)
         with trace.new_checkpoint(
-            module,
-            optimizers,
-            step=step,
-            epoch=trainer.current_epoch,
-            steps=self._steps,
-            processes=self._processes,
+            module, optimizers, step=step, epoch=trainer.current_epoch, steps=self._steps, processes=processes
         ) as checkpoint:
             if self.cache == "checkpoint":
                 self._cache(trainer, module, trace, checkpoint)
@@ -283,10 +284,10 @@ class TracInCallback(DualCallback):
     def _cache(self, trainer: pl.Trainer, module: pl.LightningModule, trace: Trace, checkpoint: Checkpoint) -> None:
         """Store every training example's gradients at the module's present weights."""
         assert self.training_set is not None
-        loader = self.training_set.sequential_loader(trace.own_examples(self._processes))
+        processes = processes_of(trainer)
+        loader = self.training_set.sequential_loader(*trace.part(processes))
         with (
-            trace.caching(checkpoint, self.methods, self._processes) as cache,
-            _same_buffers(module, checkpoint, self._processes),
+            trace.caching(checkpoint, self.methods, processes) as cache,
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
             _inside_fit(trainer, module),
         ):
@@ -309,25 +310,17 @@ class TracInCallback(DualCallback):
         return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "trace"
 
     def _resumable(self, path: Path) -> Trace | None:
-        """The trace that a resumed fit goes on with, if it is still there; another one must not be.
-
-        Raises:
-            FileExistsError: if the trace of another fit is in its place, and must not be replaced.
-        """
-        exists = (path / "trace.json").exists()
-        if self._resumed:
-            trace = Trace(path) if exists else None
-            if trace is not None and trace.id == self._resumed["trace"]:
+        """The trace that a resumed fit goes on with, if it is still there."""
+        if not self._resumed:
+            return None
+        if (path / "trace.json").exists():
+            trace = Trace(path)
+            if trace.id == self._resumed["trace"]:
                 return trace
-            rank_zero_warn(
-                f"This fit is resumed, but the trace that it began ({self._resumed['path']}) is not in {path}: the "
-                "checkpoints before this one will be missing from the scores."
-            )
-        if exists and not self.overwrite:
-            raise FileExistsError(
-                f"{path.absolute()} holds the trace of another fit. Pass another dirpath, or overwrite=True to replace "
-                "it; a fit that is resumed with ckpt_path continues its own trace."
-            )
+        rank_zero_warn(
+            f"This fit is resumed, but the trace that it began ({self._resumed['path']}) is not in {path}: the "
+            "checkpoints before this one will be missing from the scores."
+        )
         return None
 
     def _require_space(
@@ -341,21 +334,21 @@ class TracInCallback(DualCallback):
         checkpoints = self._expected_checkpoints(trainer)
         weights = sum(value.nbytes for value in module.state_dict().values() if isinstance(value, Tensor))
 
-        def needed(dtype: Dtype, top_words: int | None, cached: bool = True) -> float:
-            per_example = self._bytes_per_example(example, dtype, top_words)
+        def needed(kept: Kept, cached: bool = True) -> float:
+            per_example = self._bytes_per_example(example, kept)
             passes = checkpoints + (self.cache == "training")  # what came since the last checkpoint lies beside it
             return checkpoints * weights + cached * passes * per_example * n_train
 
         existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
         free = shutil.disk_usage(existing).free
-        need = needed(self.dtype, self.top_words, self.cache != "on_demand")
+        need = needed(self.kept, self.cache != "on_demand")
         if need <= free:
             return
-        words = self.top_words or 10
+        smaller = replace(self.kept, dtype="float16", top_words=self.kept.top_words or 10)
         savers = [
-            f'top_words={words} with dtype="float16" would need {_gigabytes(needed("float16", words))}',
-            f'dtype="float16" {_gigabytes(needed("float16", self.top_words))}',
-            f'cache="on_demand" {_gigabytes(needed(self.dtype, None, cached=False))} until influence is asked for',
+            f'top_words={smaller.top_words} with dtype="float16" would need {_gigabytes(needed(smaller))}',
+            f'dtype="float16" {_gigabytes(needed(replace(self.kept, dtype="float16")))}',
+            f'cache="on_demand" {_gigabytes(needed(self.kept, cached=False))} until influence is asked for',
         ]
         raise OSError(
             errno.ENOSPC,
@@ -364,9 +357,9 @@ class TracInCallback(DualCallback):
             "every_n_epochs, or fewer methods, less.",
         )
 
-    def _bytes_per_example(self, example: Captured, dtype: Dtype, top_words: int | None) -> float:
+    def _bytes_per_example(self, example: Captured, kept: Kept) -> float:
         """Bytes that a checkpoint stores for each training example, as a first batch tells."""
-        stored = (encoded_bytes(stored_gradients(example, method, top_words), dtype) for method in self.methods)
+        stored = (encoded_bytes(kept.of(gradients_of(example, method)), kept.dtype) for method in self.methods)
         return sum(stored) / len(example)
 
     def _expected_checkpoints(self, trainer: pl.Trainer) -> int:
@@ -442,43 +435,6 @@ def _inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Non
     """Compute gradients between two training batches without a trace in training: no random number is drawn from it."""
     with isolate_rng(), gradients_enabled(module), trainer.precision_plugin.predict_step_context():
         yield
-
-
-@contextmanager
-def _same_buffers(module: torch.nn.Module, checkpoint: Checkpoint, processes: Processes) -> Iterator[None]:
-    """Lend a module the checkpoint's buffers: under DDP those of the processes differ between two forward passes."""
-    if processes.first or not any(True for _ in module.buffers()):
-        yield
-        return
-    stored = checkpoint.weights()
-    buffers = {name: buffer for name, buffer in module.named_buffers() if name in stored}
-    own = {name: buffer.clone() for name, buffer in buffers.items()}
-    try:
-        for name, buffer in buffers.items():
-            buffer.copy_(stored[name])
-        yield
-    finally:
-        for name, buffer in buffers.items():
-            buffer.copy_(own[name])
-
-
-def _opened_by_all(trace: Trace | None, path: Path, processes: Processes) -> Trace:
-    """The trace that the first process has created or opened, in every process.
-
-    Raises:
-        FileNotFoundError: if a process does not see the first one's folder.
-    """
-    opened_id = processes.exchange(trace and trace.id)[0]
-    with processes.together():
-        if trace is None:
-            await_file(path / "trace.json")
-            trace = Trace(path)
-        if trace.id != opened_id:
-            raise FileNotFoundError(
-                f"{path.absolute()} is not the folder that the first process writes to. Let all nodes share the "
-                "trace's folder."
-            )
-    return trace
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -370,6 +372,42 @@ class Texts:
 
 
 Gradients: TypeAlias = WordGradients | LinearGradients
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of gradients to save space.
+
+    Attributes:
+        dtype: what directions are stored in.
+        top_words: each example's words of largest norm, so many of them; None for all.
+        projection: numbers that each word's direction is projected to at random; None for no projection.
+    """
+
+    dtype: Dtype
+    top_words: int | None = None
+    projection: int | None = None
+
+    def of(self, gradients: Gradients) -> Gradients:
+        """The gradients without what is not kept, in full precision; both sides of a product go through this."""
+        if isinstance(gradients, WordGradients) and self.top_words is not None:
+            gradients = gradients.top_words(self.top_words)
+        if isinstance(gradients, WordGradients) and self.projection is not None:
+            gradients = gradients.projected(projection_matrix(gradients.directions.shape[1], self.projection))
+        return gradients
+
+
+@cache
+def projection_matrix(hidden: int, size: int) -> Tensor:
+    """A fixed matrix (hidden, size) of normal numbers, which almost keeps the angles between directions.
+
+    Raises:
+        ValueError: if it would not make them smaller.
+    """
+    if size >= hidden:
+        raise ValueError(f"projection={size} saves nothing: word gradients have {hidden} numbers for each word.")
+    numbers = np.random.RandomState(0).standard_normal((hidden, size))  # a stream that never changes
+    return torch.from_numpy(numbers).float()
 
 
 def distinct(tokens: Tensor) -> list[int]:

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter
 from lightning_tracin.callback import TracInCallback, capture_at, check_losses
 from lightning_tracin.capture import Captured, Losses, gradients_enabled, usable_in_autograd
-from lightning_tracin.gradients import SecondMoments, Texts, WordGradients, distinct
+from lightning_tracin.gradients import SecondMoments, Texts, distinct
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
 from lightning_tracin.mixin import losses_of, words_of_batch
-from lightning_tracin.processes import Processes, await_seen
+from lightning_tracin.processes import Processes, processes_of, require_results, require_whole_module
 from lightning_tracin.report.progress import labelled
-from lightning_tracin.result import InfluenceResult, TopK, clipped_k, joined_top, merge_top
-from lightning_tracin.trace import CachePass, Checkpoint, Trace, stored_gradients, texts_of
-from lightning_tracin.training_set import TrainingSet, only_test_loader, own_part
+from lightning_tracin.result import InfluenceResult, TopK, clipped_k, merge_top, top_of
+from lightning_tracin.trace import CachePass, Checkpoint, Trace, gradients_of, texts_of
+from lightning_tracin.training_set import TrainingSet, only_test_loader
 
 #: Takes a batch's gradients, the data set indices of its examples (none for an iterable data set), and the batch.
 _Take: TypeAlias = Callable[[Captured, list[int], Any], None]
@@ -70,23 +70,22 @@ def influence(
             several, if gradients are not finite, or if there is nothing to score from. The message says what to do.
     """
     chosen = method_of(method)
-    processes = Processes.of(trainer)
-    with processes.together():
-        module = _module(trainer, model)
-        opened = _trace(trainer, trace)
-        if dataloaders is None and datamodule is not None:
-            dataloaders = _from_datamodule(trainer, datamodule, "test", processes)
-        loader = own_part(only_test_loader(dataloaders), processes)
-        kept = None if k is None else clipped_k(k, opened.n_train)
+    require_whole_module(trainer)
+    require_results(trainer)
+    module = _module(trainer, model)
+    opened = _trace(trainer, trace)
+    if dataloaders is None and datamodule is not None:
+        dataloaders = _from_datamodule(datamodule, "test")
+    loader = only_test_loader(dataloaders, trainer.world_size)
+    kept = None if k is None else clipped_k(k, opened.n_train)
     with _weights_kept(module):
-        checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders, processes)
+        checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders)
         hooks = datamodule or _attached(trainer, module)
         test = _TestExamples(module, chosen)
         for number, checkpoint in enumerate(checkpoints, start=1):
             description = f"Test gradients {number}/{len(checkpoints)}"
-            _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description, number == 1, processes)
-            with processes.together():
-                test.finish_checkpoint(checkpoint, opened, processes)
+            _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description, number == 1)
+            test.finish_checkpoint(checkpoint, opened, processes_of(trainer))
     result = InfluenceResult(
         method=chosen,
         n_train=opened.n_train,
@@ -98,8 +97,7 @@ def influence(
         trace=opened,
         checkpoint_ids=[each.id for each in checkpoints],
     )
-    with processes.together():
-        return _scored(result, test.gradients, checkpoints, kept, processes)
+    return _scored(result, test.gradients, checkpoints, kept, processes_of(trainer))
 
 
 def self_influence(
@@ -128,25 +126,22 @@ def self_influence(
         ValueError: see :func:`influence`.
     """
     chosen = method_of(method)
-    processes = Processes.of(trainer)
+    require_whole_module(trainer)
+    opened = _trace(trainer, trace)
     module = getattr(model, "_orig_mod", model) or trainer.lightning_module
-    with processes.together():
-        opened = _trace(trainer, trace)
     with _weights_kept(module) if module is not None else nullcontext():
-        checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders, processes)
+        checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders)
     scores = torch.zeros(opened.n_train, dtype=torch.float32)
-    with processes.together():
-        own = processes.own(len(checkpoints[0].gradients(chosen.name)))
-        for checkpoint in checkpoints:
-            rate = checkpoint.learning_rate_of(chosen.name)
-            moments = _moments(checkpoint, chosen)
-            shards = checkpoint.gradients(chosen.name)
-            for shard in own:
-                block = shards.read(shard)
-                norms = [chosen.norms(chosen.prepare(block, moments, side), moments) for side in ("test", "train")]
-                scores[slice(*shards.bounds(shard))] += rate * norms[0] * norms[1]
-        start, stop = (shards.first_example(shard) for shard in (own.start, own.stop))
-        return torch.cat([each["scores"] for each in processes.gather({"scores": scores[start:stop]})])
+    processes = processes_of(trainer)
+    for checkpoint in checkpoints:
+        rate = checkpoint.learning_rate_of(chosen.name)
+        moments = _moments(checkpoint, chosen)
+        shards = checkpoint.gradients(chosen.name)
+        for shard in processes.share(len(shards)):
+            block = shards.read(shard)
+            norms = [chosen.norms(chosen.prepare(block, moments, side), moments) for side in ("test", "train")]
+            scores[slice(*shards.bounds(shard))] += rate * norms[0] * norms[1]
+    return torch.stack(processes.gather(scores)).sum(0)
 
 
 def _ready(
@@ -156,47 +151,32 @@ def _ready(
     method: Method,
     datamodule: pl.LightningDataModule | None,
     train_dataloaders: Any,
-    processes: Processes,
 ) -> list[Checkpoint]:
     """The trace's checkpoints, each with the gradients that the method needs; missing ones are computed now."""
-    with processes.together():
-        _await_checkpoints(trace, method, processes)
-        checkpoints = trace.checkpoints
-        _check_recorded(trace, method, checkpoints)
-        if module is not None:
-            trace.check_model(module)
-        missing = [each for each in checkpoints if not each.has_gradients(method.name)]
-        training_set = None
-        if train_dataloaders is not None:
-            training_set = TrainingSet(train_dataloaders)
-        elif datamodule is not None and datamodule is not trainer.datamodule:  # type: ignore[attr-defined]
-            training_set = TrainingSet(_from_datamodule(trainer, datamodule, "train", processes))
-        elif missing:
-            training_set = next((of for written, of in _last_fits(trainer) if written.id == trace.id), None)
-        if training_set is not None:
-            trace.check_data(len(training_set), training_set.fingerprint())
-        if missing and (module is None or training_set is None):
-            what = "model (model=...)" if module is None else "training set (train_dataloaders=... or datamodule=...)"
-            raise ValueError(
-                f"{len(missing)} of the {len(checkpoints)} checkpoints in {trace.path} have no stored gradients for "
-                f"{method.name}; pass the {what} to compute them."
-            )
-        if missing and training_set is not None:
-            training_set.check_splits(processes)
-    if missing and module is not None and training_set is not None:
-        hooks = datamodule or _attached(trainer, module)
-        _fill(trainer, module, trace, method, missing, training_set, hooks, processes)
+    checkpoints = trace.checkpoints
+    _check_recorded(trace, method, checkpoints)
+    if module is not None:
+        trace.check_model(module)
+    missing = [each for each in checkpoints if not each.has_gradients(method.name)]
+    training_set = None
+    if train_dataloaders is not None:
+        training_set = TrainingSet(train_dataloaders)
+    elif datamodule is not None and datamodule is not trainer.datamodule:  # type: ignore[attr-defined]
+        training_set = TrainingSet(_from_datamodule(datamodule, "train"))
+    elif missing:
+        training_set = next((of for written, of in _last_fits(trainer) if written.id == trace.id), None)
+    if training_set is not None:
+        trace.check_data(len(training_set), training_set.fingerprint())
+        if missing and module is not None:
+            _fill(trainer, module, trace, method, missing, training_set, datamodule or _attached(trainer, module))
+            return checkpoints
+    if missing:
+        what = "model (model=...)" if module is None else "training set (train_dataloaders=... or datamodule=...)"
+        raise ValueError(
+            f"{len(missing)} of the {len(checkpoints)} checkpoints in {trace.path} have no stored gradients for "
+            f"{method.name}; pass the {what} to compute them."
+        )
     return checkpoints
-
-
-def _await_checkpoints(trace: Trace, method: Method, processes: Processes) -> None:
-    """Wait until this process sees the checkpoints and gradients in the trace that the first one sees."""
-
-    def seen() -> list[list[Any]]:
-        return [[each.id, each.has_gradients(method.name)] for each in trace.checkpoints]
-
-    of_first = processes.exchange(seen())[0]
-    await_seen(lambda: seen() == of_first, f"The first process sees {len(of_first)} checkpoints in {trace.path}")
 
 
 def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoint]) -> None:
@@ -208,8 +188,14 @@ def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoi
             f"The fit did not record the layer of {method.name}: it ran with methods={tuple(trace.layers)}. Fit again "
             f'with "{method.name}" among the methods of TracInCallback.'
         )
-    if trace.top_words is not None and (getattr(method, "top_words", None) or 0) > trace.top_words:
-        raise ValueError(f"The trace keeps {trace.top_words} words of each example; {method} asks for more.")
+    kept = trace.kept
+    if kept.top_words is not None and (getattr(method, "top_words", None) or 0) > kept.top_words:
+        raise ValueError(f"The trace keeps {kept.top_words} words of each example; {method} asks for more.")
+    if kept.projection is not None and isinstance(method, TracInWE) and method.precondition is not None:
+        raise ValueError(
+            f"The trace keeps word gradients projected to {kept.projection} numbers, which Adam's second moments "
+            'cannot be applied to. Fit without projection for precondition="adam".'
+        )
     for checkpoint in checkpoints:
         _moments(checkpoint, method)  # raises where the method needs some and there are none
 
@@ -222,11 +208,12 @@ def _fill(
     missing: Sequence[Checkpoint],
     training_set: TrainingSet,
     datamodule: pl.LightningDataModule | None,
-    processes: Processes,
 ) -> None:
     """Compute and store the training examples' gradients at the checkpoints that have none."""
     with _attribute(trainer, "limit_predict_batches", 1.0):  # every training example, whatever the trainer's limit
-        loader = training_set.sequential_loader(trace.own_examples(processes))
+        require_results(trainer)
+        processes = _launched(trainer)
+        loader = training_set.sequential_loader(*trace.part(processes))
         for number, checkpoint in enumerate(missing, start=1):
             with trace.caching(checkpoint, [method.name], processes) as cache:
 
@@ -235,8 +222,7 @@ def _fill(
                     cache.add(captured, labels_of(batch), words)
 
                 description = f"Training gradients {number}/{len(missing)}"
-                first = number == 1
-                _run(trainer, module, checkpoint, method, loader, datamodule, take, description, first, processes)
+                _run(trainer, module, checkpoint, method, loader, datamodule, take, description, number == 1)
 
 
 class _TestExamples:
@@ -266,7 +252,7 @@ class _TestExamples:
         if bad is not None:
             raise ValueError(f"The loss or gradient of test example {came[bad]} is NaN or infinite.")
         self._came.extend(came)
-        self._blocks.append(stored_gradients(captured, self.method.name, None))
+        self._blocks.append(gradients_of(captured, self.method.name))
         self._texts.append(texts_of(captured, labels_of(batch)))
         self._counted = not indices
         if not self.gradients:
@@ -274,16 +260,15 @@ class _TestExamples:
             self.vocabulary.update(words_of_batch(self.module, batch, new))
 
     def finish_checkpoint(self, checkpoint: Checkpoint, trace: Trace, processes: Processes) -> None:
-        """Gather what came at a checkpoint from all processes, and arrange it in the order of the data set."""
-        words = {str(token): word for token, word in self.vocabulary.items()} if not self.gradients else {}
-        came = processes.exchange([self._came, words])
-        self.vocabulary.update({int(token): word for _, words in came for token, word in words.items()})
-        texts_of_all = processes.gather_blocks(Texts.cat(self._texts) if self._texts else None)
-        blocks = processes.gather_blocks(type(self._blocks[0]).cat(self._blocks) if self._blocks else None)
-        if not blocks:
+        """Arrange what came to any process at a checkpoint in the order of the data set."""
+        parts = processes.gather((self._came, self._blocks, self._texts, self.vocabulary))
+        self._came, self._blocks, self._texts = ([each for part in parts for each in part[i]] for i in range(3))
+        for part in parts:
+            self.vocabulary.update(part[3])
+        if not self._blocks:
             raise ValueError("The test loader is empty: there is nothing to explain.")
-        places, indices = _places([index for of_one, _ in came for index in of_one])
-        texts = Texts.cat(texts_of_all).arranged(places, len(indices))
+        places, indices = _places(self._came)
+        texts = Texts.cat(self._texts).arranged(places, len(indices))
         if not self.gradients:
             self.indices, self.texts = indices, texts
         elif not torch.equal(indices, self.indices) or (self._counted and not texts.equals(self.texts)):
@@ -291,9 +276,8 @@ class _TestExamples:
                 "The test loader gave other examples at each pass, one for each checkpoint. Use a sampler that yields "
                 "the same examples each time; their order does not matter, unless the data set is a stream."
             )
-        block = type(blocks[0]).cat(blocks).arranged(places, len(indices))
-        if trace.top_words is not None and isinstance(block, WordGradients):
-            block = block.top_words(trace.top_words)  # as the training side was stored
+        block = type(self._blocks[0]).cat(self._blocks).arranged(places, len(indices))
+        block = trace.kept.of(block)  # as the training side was stored
         self.gradients.append(self.method.prepare(block, _moments(checkpoint, self.method), "test"))
         self._came, self._blocks, self._texts = [], [], []
 
@@ -308,38 +292,23 @@ def _run(
     take: _Take,
     description: str,
     first: bool,
-    processes: Processes,
 ) -> None:
     """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand each batch's gradients on.
 
     The first of several runs also checks that the losses are those of single examples.
     """
-    with processes.together():  # past this point they wait for each other inside of Lightning
-        module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
+    module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
     step = partial(_gradient_step, module, checkpoint.layers, method.name, losses_of(module), first)
     bars = [labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
     trainer.predict_loop.current_batch_indices = []  # a loader without indices would be given those of the last one
-    writer = _Writer(take)
-    failure = None
     with ExitStack() as stack:
-        stack.enter_context(_attribute(trainer, "callbacks", [*bars, writer]))
+        stack.enter_context(_attribute(trainer, "callbacks", [*bars, _Writer(take)]))
         stack.enter_context(_attribute(module, "predict_step", step))
-        if processes.count > 1:  # fewer examples than processes are no mistake
-            stack.enter_context(_attribute(module, "allow_zero_length_dataloader_with_multiple_devices", True))
-        try:
-            if datamodule is None:
-                trainer.predict(module, loader, return_predictions=False)
-            else:
-                stack.enter_context(_attribute(trainer, "datamodule", trainer.datamodule))  # type: ignore[attr-defined]
-                trainer.predict(module, datamodule=_serving(datamodule, loader), return_predictions=False)
-        except Exception as error:
-            if not writer.started:
-                processes.leave()
-                raise
-            failure = error
-    with processes.together():
-        if failure is not None:
-            raise failure
+        if datamodule is None:
+            trainer.predict(module, loader, return_predictions=False)
+        else:
+            stack.enter_context(_attribute(trainer, "datamodule", trainer.datamodule))  # type: ignore[attr-defined]
+            trainer.predict(module, datamodule=_serving(datamodule, loader), return_predictions=False)
 
 
 def _gradient_step(
@@ -373,11 +342,6 @@ class _Writer(DualPredictionWriter):
     def __init__(self, take: _Take) -> None:
         super().__init__("batch")
         self.take = take
-        self.started = False
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Know that Lightning's processes wait for each other no more in this run."""
-        self.started = True
 
     def write_on_batch_end(
         self,
@@ -402,42 +366,30 @@ def _scored(
 ) -> InfluenceResult:
     """Multiply the test gradients with the stored ones, shard by shard: no more than one shard is in memory.
 
-    Each process takes its part of the shards.
+    Each process scores its share of the shards, and all have the result.
     """
     method = result.method
-    n_test = len(result.test_indices)
     stored = [checkpoint.gradients(method.name) for checkpoint in checkpoints]
     moments = [_moments(checkpoint, method) for checkpoint in checkpoints]
     rates = [checkpoint.learning_rate_of(method.name) for checkpoint in checkpoints]
-    strongest: tuple[TopK, TopK] | None = None
-    own = processes.own(len(stored[0]))
-    first, last = (stored[0].first_example(shard) for shard in (own.start, own.stop))
-    whole = torch.zeros(n_test, last - first, dtype=torch.float32) if k is None else None
-    for shard in own:
+    columns: list[Tensor] = [torch.zeros(len(result.test_indices), 0)]
+    strongest: list[tuple[TopK, TopK]] = []
+    for shard in processes.share(len(stored[0])):
         start, stop = stored[0].bounds(shard)
-        scores = torch.zeros(n_test, stop - start, dtype=torch.float32)
+        scores = torch.zeros(len(result.test_indices), stop - start, dtype=torch.float32)
         for gradients, shards, moment, rate in zip(test, stored, moments, rates, strict=True):
             block = shards.read(shard)
             scores += rate * method.dot(gradients, method.prepare(block, moment, "train"), moment)
-        if whole is not None:
-            whole[:, start - first : stop - first] = scores
-        elif k is not None:
-            strongest = merge_top(strongest, scores, start, k)
-    if whole is not None:
-        parts = processes.gather({"scores": whole})
-        result.scores = whole if len(parts) == 1 else torch.cat([part["scores"] for part in parts], dim=1)
-    elif k is not None:
-        tops = _gather_tops(strongest, processes)
-        result.strongest_proponents, result.strongest_opponents = joined_top(tops, k)
+        if k is None:
+            columns.append(scores)
+        else:
+            strongest = [merge_top([*strongest, top_of(scores, start)], k)]
+    if k is None:
+        result.scores = torch.cat(processes.gather(torch.cat(columns, dim=1)), dim=1)
+    else:
+        parts = [part for of_process in processes.gather(strongest) for part in of_process]
+        result.strongest_proponents, result.strongest_opponents = merge_top(parts, k)
     return result
-
-
-def _gather_tops(strongest: tuple[TopK, TopK] | None, processes: Processes) -> list[tuple[TopK, TopK]]:
-    """The strongest training examples among those of each process that has some."""
-    names = [(place, name) for place in (0, 1) for name in TopK._fields]
-    own = {} if strongest is None else {f"{place}.{name}": getattr(strongest[place], name) for place, name in names}
-    gathered = [each for each in processes.gather(own) if each]
-    return [(TopK(*list(each.values())[:2]), TopK(*list(each.values())[2:])) for each in gathered]
 
 
 def _moments(checkpoint: Checkpoint, method: Method) -> SecondMoments | None:
@@ -459,6 +411,16 @@ def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.Lightni
     if module is None:
         raise ValueError("This trainer has not fitted a model in this process: pass model=..., and trace=...")
     return module
+
+
+def _launched(trainer: pl.Trainer) -> Processes:
+    """The trainer's processes, of which those that a script launches join at the first predict."""
+    if trainer.world_size > 1 and processes_of(trainer).size == 1:
+        raise ValueError(
+            f"The trainer's {trainer.world_size} processes have not been launched yet, so they cannot divide the "
+            "training set among themselves. Compute missing gradients after a fit with this trainer, or with devices=1."
+        )
+    return processes_of(trainer)
 
 
 def _trace(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:
@@ -483,13 +445,9 @@ def _last_fits(trainer: pl.Trainer) -> list[tuple[Trace, TrainingSet]]:
     return [(each.trace, each.training_set) for each in callbacks if each.trace and each.training_set]
 
 
-def _from_datamodule(
-    trainer: pl.Trainer, datamodule: pl.LightningDataModule, kind: Literal["test", "train"], processes: Processes
-) -> Any:
+def _from_datamodule(datamodule: pl.LightningDataModule, kind: Literal["test", "train"]) -> Any:
     """A datamodule's test or training loader, set up as Lightning would."""
-    with processes.together():
-        if trainer.local_rank == 0:
-            datamodule.prepare_data()
+    datamodule.prepare_data()
     datamodule.setup("test" if kind == "test" else "fit")
     return datamodule.test_dataloader() if kind == "test" else datamodule.train_dataloader()
 

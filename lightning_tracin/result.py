@@ -393,37 +393,26 @@ def strongest(scores: Tensor, k: int, *, largest: bool) -> TopK:
     return TopK(order.values[:, :k].clone(), order.indices[:, :k].clone())
 
 
-def merge_top(so_far: tuple[TopK, TopK] | None, scores: Tensor, start: int, k: int) -> tuple[TopK, TopK]:
-    """The k strongest proponents and opponents among those so far and a further block of scores.
+def top_of(scores: Tensor, start: int) -> tuple[TopK, TopK]:
+    """A block of scores as proponents and opponents that are yet to be sorted: for :func:`merge_top`.
 
     Args:
-        so_far: those among earlier blocks.
         scores: (n_test, block) scores of the training examples from ``start`` on.
         start: training index of the block's first column.
-        k: how many to keep.
     """
-    indices = torch.arange(start, start + scores.shape[1]).expand_as(scores)
+    block = TopK(scores, torch.arange(start, start + scores.shape[1]).expand_as(scores))
+    return block, block
+
+
+def merge_top(parts: Sequence[tuple[TopK, TopK]], k: int) -> tuple[TopK, TopK]:
+    """The k strongest proponents and opponents of all parts; of equal ones, those of earlier parts."""
     merged = []
-    for place, largest in enumerate((True, False)):
-        values, of = scores, indices
-        if so_far is not None:
-            values = torch.cat([so_far[place].values, scores], dim=1)
-            of = torch.cat([so_far[place].indices, indices], dim=1)
+    for side, largest in enumerate((True, False)):
+        values = torch.cat([part[side].values for part in parts], dim=1)
         best = strongest(values, min(k, values.shape[1]), largest=largest)
-        merged.append(TopK(best.values, of.gather(1, best.indices)))
+        indices = torch.cat([part[side].indices for part in parts], dim=1)
+        merged.append(TopK(best.values, indices.gather(1, best.indices)))
     return merged[0], merged[1]
-
-
-def joined_top(parts: Sequence[tuple[TopK, TopK]], k: int) -> tuple[TopK, TopK]:
-    """The k strongest proponents and opponents among those of several parts of the training set."""
-    joined = []
-    for place, largest in enumerate((True, False)):
-        indices = torch.cat([part[place].indices for part in parts], dim=1)
-        order = indices.argsort(dim=1)  # of equal ones, those that come first
-        values = torch.cat([part[place].values for part in parts], dim=1).gather(1, order)
-        best = strongest(values, k, largest=largest)
-        joined.append(TopK(best.values, indices.gather(1, order).gather(1, best.indices)))
-    return joined[0], joined[1]
 
 
 def clipped_k(k: int, n_train: int) -> int:

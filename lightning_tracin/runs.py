@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.gradients import Dtype, Texts
+from lightning_tracin.processes import ALONE, Processes
 from lightning_tracin.store import KINDS, Block, decode, encode, read_tensors, write_tensors
 
 _RUN_BYTES = 64 * 2**20
@@ -31,8 +33,7 @@ class Runs:
     def __init__(self, folder: Path, *, dtype: Dtype) -> None:
         self.folder = folder
         self.dtype: Dtype = dtype
-        self._indices: list[Tensor] = []
-        self._checksums: list[str] = []
+        self._runs: list[_Run] = []
         self._waiting: list[tuple[Tensor, Block]] = []
         self._waiting_bytes = 0
 
@@ -52,58 +53,76 @@ class Runs:
         if self._waiting_bytes >= _RUN_BYTES:
             self._write()
 
-    def arranged(self, n_examples: int, shard_examples: int) -> Iterator[Any]:
-        """The blocks of the data set's shards, one after the other.
+    def arranged(self, n_examples: int, shard_examples: int, processes: Processes = ALONE) -> Iterator[Any]:
+        """The blocks of this process's shards, one after the other, out of the runs of all processes.
 
         Of an example that came several times the last record counts; one that never came has no rows.
 
         Args:
             n_examples: number of examples in the data set.
-            shard_examples: examples in each block.
+            shard_examples: examples in each shard.
+            processes: those that have runs.
         """
         if self._waiting:
             self._write()
-        for start in range(0, n_examples, shard_examples):
+        runs = [run for of_process in processes.gather(self._runs) for run in of_process]
+        for shard in processes.share(-(-n_examples // shard_examples)):
+            start = shard * shard_examples
             size = min(shard_examples, n_examples - start)
             run_of = torch.full((size,), -1)
             row_of = torch.full((size,), -1)
-            for run, indices in enumerate(self._indices):
-                rows = torch.nonzero((indices >= start) & (indices < start + size))[:, 0]
-                last = torch.full((size,), -1).scatter_reduce(0, indices[rows] - start, rows, "amax")
-                run_of[last >= 0], row_of[last >= 0] = run, last[last >= 0]
+            for number, run in enumerate(runs):
+                rows = torch.nonzero((run.indices >= start) & (run.indices < start + size))[:, 0]
+                last = torch.full((size,), -1).scatter_reduce(0, run.indices[rows] - start, rows, "amax")
+                run_of[last >= 0], row_of[last >= 0] = number, last[last >= 0]
             blocks = []
-            for run in range(len(self._indices)):
-                if run == 0 or bool((run_of == run).any()):  # the first also where it holds nothing: its shape counts
-                    places = torch.full((len(self._indices[run]),), -1)
-                    examples = torch.nonzero(run_of == run)[:, 0]
+            for number, run in enumerate(runs):
+                if number == 0 or bool((run_of == number).any()):  # the first also without an example: its shape counts
+                    places = torch.full((len(run.indices),), -1)
+                    examples = torch.nonzero(run_of == number)[:, 0]
                     places[row_of[examples]] = examples
-                    blocks.append(self._read(run).arranged(places, size))
+                    blocks.append(run.read().arranged(places, size))
             yield type(blocks[0]).union(blocks)
 
-    def count(self, n_examples: int) -> int:
-        """How many examples of the data set came at least once."""
+    def count(self, n_examples: int, processes: Processes = ALONE) -> int:
+        """How many examples of the data set came at least once, to any of the processes."""
         came = torch.zeros(n_examples, dtype=torch.bool)
-        for indices in [*self._indices, *(indices for indices, _ in self._waiting)]:
+        for indices in [*(run.indices for run in self._runs), *(indices for indices, _ in self._waiting)]:
             came[indices] = True
-        return int(came.sum())
+        return int(torch.stack(processes.gather(came)).any(0).sum())
 
     def clear(self) -> None:
         """Forget what came."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._indices, self._checksums, self._waiting, self._waiting_bytes = [], [], [], 0
+        self._runs, self._waiting, self._waiting_bytes = [], [], 0
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         blocks: list[Any] = [block for _, block in self._waiting]
         block = type(blocks[0]).cat(blocks)
-        self._kind = KINDS[type(block)]
-        self._checksums.append(write_tensors(self._path(len(self._indices)), encode(block)))
-        self._indices.append(torch.cat([indices for indices, _ in self._waiting]))
+        path = self.folder / f"{len(self._runs):05d}.safetensors"
+        indices = torch.cat([indices for indices, _ in self._waiting])
+        self._runs.append(_Run(path, KINDS[type(block)], indices, write_tensors(path, encode(block))))
         self._waiting, self._waiting_bytes = [], 0
 
-    def _read(self, run: int) -> Any:
-        tensors, _ = read_tensors(self._path(run), self._checksums[run])
-        return decode(self._kind, tensors, slice(None), len(self._indices[run]))
 
-    def _path(self, run: int) -> Path:
-        return self.folder / f"{run:05d}.safetensors"
+@dataclass(frozen=True)
+class _Run:
+    """A file of gradients or texts in the order in which they came.
+
+    Attributes:
+        path: the file.
+        kind: "words", "linear" or "texts".
+        indices: (n_examples,) the places of its examples in the data set.
+        checksum: of the file.
+    """
+
+    path: Path
+    kind: str
+    indices: Tensor
+    checksum: str
+
+    def read(self) -> Any:
+        """The block that was written."""
+        tensors, _ = read_tensors(self.path, self.checksum)
+        return decode(self.kind, tensors, slice(None), len(self.indices))

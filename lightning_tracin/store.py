@@ -25,12 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_tracin.gradients import Dtype, Gradients, LinearGradients, Texts, WordGradients, unit_rows
+from lightning_tracin.processes import ALONE, Processes
 
 #: What a shard can hold.
 Block: TypeAlias = Gradients | Texts
-
-#: Of some shards: what they hold (None where there are none), how many examples, and each file's checksum.
-Written: TypeAlias = tuple[str | None, int, list[str]]
 
 KINDS: dict[type, str] = {WordGradients: "words", LinearGradients: "linear", Texts: "texts"}
 
@@ -49,15 +47,15 @@ class ShardWriter:
         dtype: what directions are stored in. "float16" is exact to about 5e-4 of each row's norm, whatever the norm;
             "int8" to about 1 %.
         shard_examples: examples in each shard.
-        first_shard: number of the shard that begins with the first example; another process writes those before.
+        first_shard: number of the first shard, where others are written by other processes.
     """
 
     def __init__(self, folder: Path, *, dtype: Dtype, shard_examples: int, first_shard: int = 0) -> None:
         self.folder = folder
         self.dtype: Dtype = dtype
         self.shard_examples = shard_examples
+        self.first_shard = first_shard
         self.n_examples = 0
-        self._first_shard = first_shard
         self._kind: str | None = None
         self._waiting: list[Block] = []
         self._n_waiting = 0
@@ -84,16 +82,25 @@ class ShardWriter:
         if self._n_waiting >= self.shard_examples:
             self._flush(self.shard_examples)
 
-    def finish(self) -> Written:
-        """Write what is left, and tell what :func:`write_index` must know of it."""
+    def close(self, processes: Processes = ALONE) -> None:
+        """Write what is left, then the index that makes the folder readable.
+
+        Args:
+            processes: those that have written shards of the folder.
+        """
         if self._n_waiting:
             self._flush(1)
         self._wait()
-        return self._kind, self.n_examples, self._checksums
-
-    def close(self) -> None:
-        """Write what is left, then the index that makes the folder readable."""
-        write_index(self.folder, [self.finish()], dtype=self.dtype, shard_examples=self.shard_examples)
+        parts = processes.gather((self._kind, self.n_examples, self._checksums))
+        index = {
+            "kind": next((kind for kind, _, _ in parts if kind is not None), None),
+            "dtype": self.dtype,
+            "n_examples": sum(n_examples for _, n_examples, _ in parts),
+            "shard_examples": self.shard_examples,
+            "checksums": [checksum for _, _, checksums in parts for checksum in checksums],
+        }
+        if processes.first:
+            write_json(self.folder / "index.json", index)
 
     def _flush(self, n_least: int) -> None:
         """Hand what waits to the thread; it writes shards as long as at least ``n_least`` examples are left."""
@@ -109,7 +116,7 @@ class ShardWriter:
         block = _cat(blocks)
         for start in range(0, n_examples, self.shard_examples):
             part = block.slice(start, min(start + self.shard_examples, n_examples))
-            path = _shard(self.folder, self._first_shard + len(self._checksums))
+            path = _shard(self.folder, self.first_shard + len(self._checksums))
             self._checksums.append(write_tensors(path, encode(part)))
 
     def _wait(self) -> None:
@@ -117,25 +124,6 @@ class ShardWriter:
         if self._written is not None:
             self._written.result()
             self._written = None
-
-
-def write_index(folder: Path, parts: Sequence[Written], *, dtype: Dtype, shard_examples: int) -> None:
-    """Write the index that makes a folder of shards readable.
-
-    Args:
-        folder: of the shards.
-        parts: what each writer of some of them tells, in their order.
-        dtype: what directions are stored in.
-        shard_examples: examples in each shard.
-    """
-    index = {
-        "kind": next((kind for kind, _, _ in parts if kind is not None), None),
-        "dtype": dtype,
-        "n_examples": sum(n_examples for _, n_examples, _ in parts),
-        "shard_examples": shard_examples,
-        "checksums": [checksum for _, _, checksums in parts for checksum in checksums],
-    }
-    write_json(folder / "index.json", index)
 
 
 @dataclass(frozen=True)
@@ -172,11 +160,7 @@ class Shards:
 
     def bounds(self, shard: int) -> tuple[int, int]:
         """First example of a shard, and one past its last."""
-        return self.first_example(shard), self.first_example(shard + 1)
-
-    def first_example(self, shard: int) -> int:
-        """First example of a shard; of the one past the last, one past the last example."""
-        return min(shard * self.shard_examples, self.n_examples)
+        return shard * self.shard_examples, min((shard + 1) * self.shard_examples, self.n_examples)
 
     def read(self, shard: int) -> Any:
         """A shard's block, memory-mapped; examples are counted from 0 inside the shard.
@@ -204,13 +188,10 @@ class Shards:
         return tensors
 
 
-def fitting_shard_examples(bytes_per_example: float, n_examples: int = 0, processes: int = 1) -> int:
-    """How many examples make a shard of about 256 MiB; with several processes, so that each gets as many shards."""
-    fitting = max(1, min(_SHARD_EXAMPLES, int(_SHARD_BYTES / max(bytes_per_example, 1))))
-    if processes == 1:
-        return fitting
-    rounds = -(-n_examples // (fitting * processes))
-    return -(-n_examples // (rounds * processes))
+def fitting_shard_examples(bytes_per_example: float, n_examples: int, processes: Processes = ALONE) -> int:
+    """How many examples make a shard of about 256 MiB, or of less, so that every process has one."""
+    fitting = min(_SHARD_EXAMPLES, int(_SHARD_BYTES / max(bytes_per_example, 1)))
+    return max(1, min(fitting, -(-n_examples // processes.size) if processes.size > 1 else fitting))
 
 
 def encode(block: Block) -> dict[str, Tensor]:

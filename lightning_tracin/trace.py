@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin.capture import Captured
-from lightning_tracin.gradients import Dtype, Gradients, SecondMoments, Texts, distinct
-from lightning_tracin.processes import Processes, await_file
-from lightning_tracin.store import (
-    Shards,
-    ShardWriter,
-    read_json,
-    read_tensors,
-    write_index,
-    write_json,
-    write_tensors,
-)
+from lightning_tracin.gradients import Gradients, Kept, SecondMoments, Texts, distinct
+from lightning_tracin.processes import ALONE, Processes
+from lightning_tracin.store import Shards, ShardWriter, read_json, read_tensors, write_json, write_tensors
 
 FORMAT_VERSION = 1
 _PARTIAL = ".partial"
@@ -162,8 +154,7 @@ class Trace:
         self.model_fingerprint: str = header["model_fingerprint"]
         self.model_class: str = header["model_class"]
         self.layers: dict[str, str] = header["layers"]
-        self.dtype: Dtype = header["dtype"]
-        self.top_words: int | None = header["top_words"]
+        self.kept = Kept(header["dtype"], header["top_words"], header["projection"])
         self.shard_examples: int = header["shard_examples"]
 
     def __repr__(self) -> str:
@@ -178,8 +169,7 @@ class Trace:
         n_train: int,
         data_fingerprint: str,
         layers: Mapping[str, str],
-        dtype: Dtype,
-        top_words: int | None,
+        kept: Kept,
         shard_examples: int,
     ) -> Trace:
         """Start an empty trace; one that is there already is removed."""
@@ -194,8 +184,7 @@ class Trace:
             "model_fingerprint": model_fingerprint(module.state_dict()),
             "model_class": type(module).__name__,
             "layers": dict(layers),
-            "dtype": dtype,
-            "top_words": top_words,
+            **asdict(kept),
             "shard_examples": shard_examples,
         }
         write_json(path / "trace.json", header)
@@ -230,12 +219,13 @@ class Trace:
         path = self.path / "vocabulary.json"
         return {int(token): word for token, word in read_json(path).items()} if path.exists() else {}
 
-    def add_words(self, words: Mapping[int, str], processes: Processes) -> None:
-        """Keep what to print for token ids."""
-        parts = processes.exchange({str(token): word for token, word in words.items()})
+    def add_words(self, words: Mapping[int, str], processes: Processes = ALONE) -> None:
+        """Keep what to print for token ids, as each of the processes knows it."""
+        known = dict(self.vocabulary)
+        for own in processes.gather(dict(words)):
+            known |= own
         if processes.first:
-            added = {int(token): word for part in parts for token, word in part.items()}
-            write_json(self.path / "vocabulary.json", {**self.vocabulary, **added})
+            write_json(self.path / "vocabulary.json", known)
         self.__dict__.pop("vocabulary", None)
 
     def _texts(self) -> list[Shards]:
@@ -289,7 +279,7 @@ class Trace:
         step: int,
         epoch: int,
         steps: list[Step],
-        processes: Processes,
+        processes: Processes = ALONE,
     ) -> Iterator[Checkpoint]:
         """Record a checkpoint. It joins the trace, whole, when all processes leave the context without an exception."""
         names = _parameter_names(module)
@@ -297,51 +287,55 @@ class Trace:
             [[name for parameter in group["params"] for name in names[id(parameter)]] for group in each.param_groups]
             for each in optimizers
         ]
+        content: dict[str, Any] = {
+            "id": uuid.uuid4().hex,
+            "step": step,
+            "epoch": epoch,
+            "steps": steps,
+            "groups": groups,
+        }
         with _appearing(self.path / "checkpoints" / f"step-{step:09d}", processes) as folder:
-            content: dict[str, Any] | None = None
+            content["checksums"] = self._write_layers(folder, module, optimizers) if processes.first else {}
             if processes.first:
-                checksums = {"weights.safetensors": _write_weights(folder / "weights.safetensors", module)}
-                for method, layer in self.layers.items():
-                    moments = _second_moments(module.get_submodule(layer), optimizers, sparse=method == "tracin-we")
-                    if moments is not None:
-                        name = f"second-moments-{method}.safetensors"
-                        checksums[name] = _write_moments(folder / name, moments)
-                content = {
-                    "id": uuid.uuid4().hex,
-                    "step": step,
-                    "epoch": epoch,
-                    "steps": steps,
-                    "groups": groups,
-                    "checksums": checksums,
-                }
                 write_json(folder / "checkpoint.json", content)
-            content = processes.exchange(content)[0]
-            assert content is not None
             yield Checkpoint(path=folder, layers=self.layers, **content)
 
+    def _write_layers(
+        self, folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> dict[str, str]:
+        """Write the weights, and the second moments of the layers; the files' checksums by name."""
+        checksums = {"weights.safetensors": _write_weights(folder / "weights.safetensors", module)}
+        for method, layer in self.layers.items():
+            moments = _second_moments(module.get_submodule(layer), optimizers, sparse=method == "tracin-we")
+            if moments is not None:
+                name = f"second-moments-{method}.safetensors"
+                checksums[name] = _write_moments(folder / name, moments)
+        return checksums
+
+    def part(self, processes: Processes) -> tuple[int, int]:
+        """The training examples that a process stores, from the first to one past the last: whole shards."""
+        shards = processes.share(-(-self.n_train // self.shard_examples))
+        return shards.start * self.shard_examples, min(shards.stop * self.shard_examples, self.n_train)
+
     @contextmanager
-    def caching(self, checkpoint: Checkpoint, methods: Sequence[str], processes: Processes) -> Iterator[CachePass]:
+    def caching(
+        self, checkpoint: Checkpoint, methods: Sequence[str], processes: Processes = ALONE
+    ) -> Iterator[CachePass]:
         """Store the training examples' gradients at a checkpoint; all appear when every example was added.
 
-        Each process adds those of :meth:`own_examples`.
+        Each of the processes adds the examples of its :meth:`part`.
 
         Raises:
-            ValueError: if another number of examples was added.
+            ValueError: if another number of examples was added than the training set has.
         """
         with ExitStack() as folders:
             writers = {}
             for method in methods:
                 writers[method] = self.writer(folders, checkpoint.path / method, processes)
-            has_texts = processes.exchange(self.has_texts)[0]
-            texts = None if has_texts else self.writer(folders, self.path / "texts", processes)
+            texts = None if self.has_texts else self.writer(folders, self.path / "texts", processes)
             cache = CachePass(self, writers, texts, processes)
             yield cache
             cache.close()
-
-    def own_examples(self, processes: Processes) -> range:
-        """The examples that a process stores gradients of: those of whole shards."""
-        shards = processes.own(-(-self.n_train // self.shard_examples))
-        return range(*(min(shard * self.shard_examples, self.n_train) for shard in (shards.start, shards.stop)))
 
     def drop_checkpoints_after(self, step: int) -> None:
         """Remove the checkpoints beyond a step, when a fit is resumed from an earlier one."""
@@ -349,33 +343,28 @@ class Trace:
             if checkpoint.step > step:
                 shutil.rmtree(checkpoint.path)
 
-    def writer(self, contexts: ExitStack, folder: Path, processes: Processes) -> ShardWriter:
-        """A writer of a process's own shards into a folder that appears when it is complete.
+    def writer(self, contexts: ExitStack, folder: Path, processes: Processes = ALONE) -> ShardWriter:
+        """A writer of a process's shards into a folder that appears when it is complete.
 
         Shards hold the same examples at every checkpoint, so that scores can be added up shard by shard.
         """
         appearing = contexts.enter_context(_appearing(folder, processes))
-        first_shard = self.own_examples(processes).start // self.shard_examples
-        writer = ShardWriter(appearing, dtype=self.dtype, shard_examples=self.shard_examples, first_shard=first_shard)
-        return contexts.enter_context(writer)
-
-    def finish(self, writer: ShardWriter, processes: Processes) -> None:
-        """Make a folder of shards readable, when each process has written its own."""
-        parts = processes.exchange(writer.finish())
-        if processes.first:
-            write_index(writer.folder, parts, dtype=self.dtype, shard_examples=self.shard_examples)
+        first = self.part(processes)[0] // self.shard_examples
+        return contexts.enter_context(
+            ShardWriter(appearing, dtype=self.kept.dtype, shard_examples=self.shard_examples, first_shard=first)
+        )
 
 
 class CachePass:
-    """Takes the captured batches of one pass over a process's own training examples, in the order of the data set."""
+    """Takes the captured batches of one pass over the training set, or a process's part of it, in its order."""
 
     def __init__(
         self, trace: Trace, writers: Mapping[str, ShardWriter], texts: ShardWriter | None, processes: Processes
     ) -> None:
-        self.examples = trace.own_examples(processes)
+        self.start, self.stop = trace.part(processes)
         self.n_examples = 0
-        self._trace = trace
         self._processes = processes
+        self._trace = trace
         self._writers = writers
         self._texts = texts
         self._vocabulary: dict[int, str] = {}
@@ -399,12 +388,13 @@ class CachePass:
         """
         bad = captured.first_not_finite()
         if bad is not None:
+            example = self.start + self.n_examples + bad
             raise ValueError(
-                f"The loss or gradient of training example {self.examples.start + self.n_examples + bad} is NaN or "
-                "infinite. Look at that example, or at the learning rate; what was stored before is complete."
+                f"The loss or gradient of training example {example} is NaN or infinite. Look at that example, or at "
+                "the learning rate; what was stored before is complete."
             )
         for method, writer in self._writers.items():
-            writer.add(stored_gradients(captured, method, self._trace.top_words))
+            writer.add(self._trace.kept.of(gradients_of(captured, method)))
         if self._texts is not None:
             self._vocabulary.update(words)
             self._texts.add(texts_of(captured, labels))
@@ -412,23 +402,25 @@ class CachePass:
 
     def close(self) -> None:
         """Finish the files; every training example must have been added."""
-        if self.n_examples != len(self.examples):
+        expected = self.stop - self.start
+        if self.n_examples != expected:
+            them = "it" if expected == self._trace.n_train else f"{expected} of them"
             raise ValueError(
-                f"The training set has {len(self.examples)} examples, but a pass over it gave {self.n_examples}: the "
-                "collate function drops or adds examples, so that they cannot be numbered."
+                f"The training set has {self._trace.n_train} examples, but a pass over {them} gave {self.n_examples}: "
+                "the collate function drops or adds examples, so that they cannot be numbered."
             )
         for writer in self._writers.values():
-            self._trace.finish(writer, self._processes)
+            writer.close(self._processes)
         if self._texts is not None:
-            self._trace.finish(self._texts, self._processes)
+            self._texts.close(self._processes)
             self._trace.add_words(self._vocabulary, self._processes)
 
 
-def stored_gradients(captured: Captured, method: str, top_words: int | None) -> Gradients:
-    """What is stored of a batch for a method."""
+def gradients_of(captured: Captured, method: str) -> Gradients:
+    """A batch's gradients for a method."""
     if method == "tracin-we":
         assert captured.words is not None
-        return captured.words if top_words is None else captured.words.top_words(top_words)
+        return captured.words
     assert captured.linear is not None
     return captured.linear
 
@@ -455,24 +447,21 @@ def remove_trace(path: Path) -> None:
 
 
 @contextmanager
-def _appearing(folder: Path, processes: Processes) -> Iterator[Path]:
-    """A folder to fill, which takes its name when it is complete in all processes, and vanishes when it is not."""
+def _appearing(folder: Path, processes: Processes = ALONE) -> Iterator[Path]:
+    """A folder to fill, which takes its name when all processes are done and vanishes when one of them fails."""
     partial = folder.with_name(folder.name + _PARTIAL)
-    with processes.together():
-        if processes.first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+    if processes.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    processes.wait()
     try:
-        with processes.together():
-            yield partial
-        with processes.together():
-            if processes.first:
-                partial.replace(folder)
-        with processes.together():
-            await_file(folder)
-    except BaseException:
+        yield partial
+        processes.wait()
         if processes.first:
-            shutil.rmtree(partial, ignore_errors=True)
+            partial.replace(folder)
+        processes.wait()
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from lightning_tracin.losses import MeanLoss, label_counts, labels_of
 from lightning_tracin.mixin import losses_of, words_of_batch
 from lightning_tracin.processes import Processes
 from lightning_tracin.runs import Runs
-from lightning_tracin.trace import Checkpoint, Trace, stored_gradients, texts_of
+from lightning_tracin.trace import Checkpoint, Trace, gradients_of, texts_of
 
 _USE = 'Use cache="checkpoint".'
 
@@ -41,17 +41,21 @@ class TrainingCache:
         trace: where the gradients go.
         methods: what to store gradients for.
         form: what :func:`check_training` found.
+        processes: those that train together; each keeps what came to it until a checkpoint.
     """
 
-    def __init__(self, module: nn.Module, trace: Trace, methods: Sequence[str], form: TrainingForm) -> None:
+    def __init__(
+        self, module: nn.Module, trace: Trace, methods: Sequence[str], form: TrainingForm, processes: Processes
+    ) -> None:
         self._module = module
+        self._processes = processes
         self._trace = trace
         self._methods = tuple(methods)
         self._tables, self._linear = _layers(module, trace.layers, methods)
         self._form = form
-        self._folder = trace.path / "running.partial"
+        self._folder = trace.path / "running.partial" / f"process-{processes.rank}"
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._runs = {name: Runs(self._folder / name, dtype=trace.dtype) for name in (*self._methods, "texts")}
+        self._runs = {name: Runs(self._folder / name, dtype=trace.kept.dtype) for name in (*self._methods, "texts")}
         self._vocabulary: dict[int, str] = {}
         self._indices: list[int] | None = None
         self._batch: Any = None
@@ -120,20 +124,19 @@ class TrainingCache:
             job.result()
         self._pending = []
         n_train = self._trace.n_train
-        missing = n_train - self._runs["texts"].count(n_train)
+        missing = n_train - self._runs["texts"].count(n_train, self._processes)
         if missing:
             rank_zero_info(
                 f"{missing} of {n_train} training examples were in no batch since the last checkpoint (step "
                 f"{checkpoint.step}): they count with a gradient of zero there."
             )
         with ExitStack() as contexts:
-            alone = Processes()
-            writers = {name: self._trace.writer(contexts, checkpoint.path / name, alone) for name in self._runs}
-            for name, writer in writers.items():
-                for block in self._runs[name].arranged(n_train, self._trace.shard_examples):
+            for name, runs in self._runs.items():
+                writer = self._trace.writer(contexts, checkpoint.path / name, self._processes)
+                for block in runs.arranged(n_train, self._trace.shard_examples, self._processes):
                     writer.add(block)
-                writer.close()
-        self._trace.add_words(self._vocabulary, Processes())
+                writer.close(self._processes)
+        self._trace.add_words(self._vocabulary, self._processes)
         for runs in self._runs.values():
             runs.clear()
 
@@ -143,6 +146,8 @@ class TrainingCache:
             hook.remove()
         self._thread.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # not there, or another process still has its own in it
+            self._folder.parent.rmdir()
 
     def _record(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Note a layer's call in a training step, and ask for the gradient at its output."""
@@ -172,7 +177,7 @@ class TrainingCache:
         numbers = torch.tensor(indices)
         factors = divisor * self._form.shares(self._module, batch, len(indices)).reciprocal()
         for method in self._methods:
-            block = stored_gradients(captured, method, self._trace.top_words).scaled(factors)
+            block = self._trace.kept.of(gradients_of(captured, method)).scaled(factors)
             self._runs[method].add(numbers, block)
         self._runs["texts"].add(numbers, texts_of(captured, labels_of(batch)))
 

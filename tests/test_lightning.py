@@ -278,7 +278,7 @@ trainer:
     monkeypatch.chdir(tmp_path)
     LightningCLI(Toy, Data, args=["fit", "--config", str(tmp_path / "fit.yaml")])
     trace = Trace(tmp_path / "trace")
-    assert (trace.dtype, trace.top_words, list(trace.layers)) == ("float32", 3, ["tracin-we"])
+    assert (trace.kept.dtype, trace.kept.top_words, list(trace.layers)) == ("float32", 3, ["tracin-we"])
 
 
 @pytest.mark.filterwarnings("ignore")
