@@ -147,7 +147,9 @@ class TracInCallback(DualCallback):
             return
         processes = processes_of(trainer)
         with processes.together():
-            path = processes.gather(self._resolve_path(trainer))[0]
+            path = self._resolve_path(trainer)
+            if processes.size > 1:  # each may be told another version by its logger, or run in another folder
+                path = processes.gather(path.absolute())[0]
             resumed = processes.gather(self._resumable(path) if processes.first else None)[0]
             training_set = TrainingSet(trainer.train_dataloader)
             if self.cache != "on_demand":

@@ -131,12 +131,13 @@ def processes_of(trainer: pl.Trainer) -> Processes:
 def launched(trainer: pl.Trainer) -> Processes:
     """The processes of a trainer, which are started and connected now if no fit has done so, as ``predict`` would.
 
+    A trainer that spawns or forks its processes has this one alone.
+
     Raises:
-        ValueError: if they cannot work on a trace, or would not come back with what they find.
+        ValueError: if they cannot work on a trace.
     """
     require_whole_module(trainer)
-    if trainer.world_size > 1 and processes_of(trainer).size == 1:
-        require_results(trainer)
+    if trainer.world_size > 1 and processes_of(trainer).size == 1 and not _spawns(trainer):
         launcher: Any = trainer.strategy.launcher
         launcher.launch(trainer.strategy.setup_environment)
     return processes_of(trainer)
@@ -162,12 +163,16 @@ def require_results(trainer: pl.Trainer) -> None:
     Raises:
         ValueError: if they are spawned or forked for each call.
     """
-    launcher = trainer.strategy.launcher
-    if any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(launcher).__mro__):
+    if _spawns(trainer):
         raise ValueError(
             "The trainer spawns or forks its processes, which end before their results could come back. Ask for "
             'influence with strategy="ddp", or with devices=1 and trace="..." (the folder that the fit wrote).'
         )
+
+
+def _spawns(trainer: pl.Trainer) -> bool:
+    launcher = trainer.strategy.launcher
+    return any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(launcher).__mro__)
 
 
 def await_seen(seen: Callable[[], bool], what: str) -> None:

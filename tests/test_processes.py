@@ -272,6 +272,7 @@ def test_spawned_processes_leave_a_trace_but_cannot_be_asked(tmp_path):
     with pytest.raises(ValueError, match=r'spawns or forks its processes.*strategy="ddp"'):
         fit.influence(loader(test_texts()), Toy(), trace=tmp_path / "trace")
     assert quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace").scores.abs().sum() > 0
+    assert fit.self_influence(trace=tmp_path / "trace").min() > 0  # needs no pass through the model
 
 
 def test_strategies_that_spread_the_weights_are_refused():
