@@ -430,8 +430,8 @@ def first_batch(
 
 
 def _first(trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet) -> Any:
-    """The training set's first batch, on the module's device."""
-    return batch_to_device(trainer, module, next(iter(training_set.sequential_loader())))
+    """The training set's first examples as a batch, on the module's device."""
+    return batch_to_device(trainer, module, training_set.first_batch())
 
 
 def check_losses(module: torch.nn.Module, layer: str, losses: Losses, batch: Any) -> None:

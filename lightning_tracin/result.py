@@ -389,8 +389,13 @@ class InfluenceResult:
 
 def strongest(scores: Tensor, k: int, *, largest: bool) -> TopK:
     """The k largest or smallest of each row, and where; of equal ones, those that come first."""
-    order = scores.sort(dim=1, descending=largest, stable=True)
-    return TopK(order.values[:, :k].clone(), order.indices[:, :k].clone())
+    least = scores.topk(k, dim=1, largest=largest).values[:, -1:]
+    beyond = scores > least if largest else scores < least
+    equal = scores == least
+    chosen = beyond | (equal & (equal.cumsum(1) <= k - beyond.sum(1, keepdim=True)))
+    indices = torch.nonzero(chosen)[:, 1].view(-1, k)  # ascending: topk alone takes any of equal scores
+    order = scores.gather(1, indices).sort(dim=1, descending=largest, stable=True)
+    return TopK(order.values, indices.gather(1, order.indices))
 
 
 def top_of(scores: Tensor, start: int) -> tuple[TopK, TopK]:

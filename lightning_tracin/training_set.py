@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from lightning_tracin.processes import Processes
 
+_CHECKED = 8  # examples that are looked at before training: each check costs a few passes over them
 _SAMPLED = 64  # examples that the fingerprint looks at
 _BATCH_SIZE = 32  # for a batch sampler that does not tell its own
 
@@ -75,6 +76,11 @@ class TrainingSet:
         if self.iterable:  # several workers would each yield all of it, or in an order of their own
             return DataLoader(loader.dataset, batch_size=loader.batch_size, **{**_options(loader), "timeout": 0})
         return _loader_over(loader, range(start, len(self) if stop is None else stop))
+
+    def first_batch(self) -> Any:
+        """A batch of the first few examples, to check what a fit can do; a stream's own first batch."""
+        loader = self.sequential_loader() if self.iterable else self.sequential_loader(0, min(_CHECKED, len(self)))
+        return next(iter(loader))
 
     def fingerprint(self) -> str:
         """A hash of the number of examples and of 64 of them, spread evenly; an iterable's number only."""

@@ -1,0 +1,104 @@
+"""A query against one memory copy of the bytes that it must read.
+
+Test gradients are multiplied with stored ones of synthetic examples (MiniLM's shapes, words as frequent as in BBC),
+shard by shard, as ``trainer.influence`` does. It is compared with copying the rows of the words that the test examples
+hold, once into memory that is warm and once into fresh memory, and with a matrix product of as many multiplications.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Row, in_turns, median_ratio, parser, peak_megabytes, report
+from benchmarks.workload import HIDDEN, word_gradients
+from lightning_tracin import TracInWE
+from lightning_tracin.gradients import DTYPES
+from lightning_tracin.result import merge_top, top_of
+from lightning_tracin.store import Shards, ShardWriter, encoded_bytes, fitting_shard_examples
+
+_BLOCK = 500
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--examples", type=int, default=20_000, help="cached training examples")
+    arguments.add_argument("--tests", type=int, default=64, help="test examples")
+    arguments.add_argument("--checkpoints", type=int, default=1)
+    arguments.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
+    arguments.add_argument("--repeats", type=int, default=7)
+    arguments.add_argument("--k", type=int, default=10, help="proponents and opponents that are kept")
+    options = arguments.parse_args()
+    method = TracInWE()
+    test = method.prepare(word_gradients(options.tests, seed=1), None, "test")
+    with tempfile.TemporaryDirectory() as folder:
+        shards = _stored(Path(folder), options.examples, options.dtype)
+
+        def query() -> None:
+            strongest: list[Any] = []
+            for shard in range(len(shards)):
+                start, stop = shards.bounds(shard)
+                scores = torch.zeros(options.tests, stop - start)
+                for _ in range(options.checkpoints):
+                    scores += method.dot(test, method.prepare(shards.read(shard), None, "train"), None)
+                strongest = [merge_top([*strongest, top_of(scores, start)], options.k)]
+
+        wanted = torch.unique(test.tokens)
+        needed, pairs = 0, 0
+        counts = torch.bincount(test.tokens)
+        for shard in range(len(shards)):
+            tokens = shards.read(shard).tokens
+            needed += int(torch.isin(tokens, wanted).sum())
+            pairs += int(counts[tokens[tokens < len(counts)]].sum())
+        rows = torch.ones(needed, HIDDEN, dtype=DTYPES[options.dtype])
+        warm, columns = torch.empty_like(rows), torch.randn(HIDDEN, max(1, round(pairs / needed)))
+        part = torch.randn(min(needed, 2048), HIDDEN)
+
+        def product() -> None:
+            for _ in range(0, needed, len(part)):
+                part @ columns
+
+        turns = {
+            "query": query,
+            "copy": lambda: warm.copy_(rows),
+            "fresh copy": lambda: rows.clone(),
+            "product": product,
+        }
+        seconds = in_turns(turns, options.repeats)
+    times = {name: statistics.median(each) for name, each in seconds.items()}
+    per_checkpoint = [each / options.checkpoints for each in seconds["query"]]
+    size = rows.nbytes / 1e6
+    report(
+        f"query-{options.examples}x{options.checkpoints}-{options.dtype}",
+        f"{options.tests} test examples over {options.examples:,} cached ones, {options.checkpoints} checkpoint(s), "
+        f"{options.dtype}: {size:,.0f} MB of rows are needed at each",
+        [
+            Row("query / memory copy into warm memory", median_ratio(per_checkpoint, seconds["copy"]), limit="<= 3"),
+            Row("query / memory copy into fresh memory", median_ratio(per_checkpoint, seconds["fresh copy"])),
+            Row("query / matrix product of the same size", median_ratio(per_checkpoint, seconds["product"])),
+            Row("query, all checkpoints", times["query"], "s", details=times),
+            Row("peak memory", peak_megabytes(), "MB"),
+        ],
+        options.out,
+    )
+
+
+def _stored(folder: Path, n_examples: int, dtype: str) -> Shards:
+    """Synthetic gradients on disk."""
+    block = word_gradients(_BLOCK, seed=2)
+    per_example = encoded_bytes(block, dtype) / _BLOCK  # type: ignore[arg-type]
+    size = fitting_shard_examples(per_example, n_examples)
+    with ShardWriter(folder, dtype=dtype, shard_examples=size) as writer:  # type: ignore[arg-type]
+        for start in range(0, n_examples, _BLOCK):
+            writer.add(word_gradients(min(_BLOCK, n_examples - start), seed=2 + start))
+        writer.close()
+    return Shards.open(folder)
+
+
+if __name__ == "__main__":
+    main()
