@@ -24,12 +24,12 @@ from lightning_tracin.layers import layer_name, layers_of_table
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
-from lightning_tracin.processes import processes_of, require_whole_module
+from lightning_tracin.processes import Processes, await_seen, processes_of, require_whole_module
 from lightning_tracin.report.progress import progress_task
 from lightning_tracin.sampled_indices import SampledIndices
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
 from lightning_tracin.trace import Checkpoint, Step, Trace, gradients_of
-from lightning_tracin.training_cache import TrainingCache, check_training, divisor_of
+from lightning_tracin.training_cache import TrainingCache, TrainingForm, check_training, divisor_of
 from lightning_tracin.training_set import TrainingSet
 
 
@@ -112,6 +112,7 @@ class TracInCallback(DualCallback):
         self._resumed: dict[str, Any] = {}
         self._sampled: SampledIndices | None = None
         self._training: TrainingCache | None = None
+        self._failure: Exception | None = None
 
     @property
     def state_key(self) -> str:
@@ -124,7 +125,7 @@ class TracInCallback(DualCallback):
         self._recording = False
         if self._fitting:
             require_whole_module(trainer)
-            self._steps, self._resumed = [], {}
+            self._steps, self._resumed, self._failure = [], {}, None
             if self.cache == "training":
                 on_training_loader(trainer, self._sample)
 
@@ -145,38 +146,28 @@ class TracInCallback(DualCallback):
             rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
             return
         processes = processes_of(trainer)
-        path = processes.gather(self._resolve_path(trainer))[0]
-        resumed = self._resumable(path)
-        if resumed is None and (path / "trace.json").exists() and not self.overwrite:
-            raise FileExistsError(
-                f"{path.absolute()} holds the trace of another fit. Pass another dirpath, or overwrite=True to replace "
-                "it; a fit that is resumed with ckpt_path continues its own trace."
-            )
-        training_set = TrainingSet(trainer.train_dataloader)
-        layers, example = first_batch(trainer, pl_module, training_set, self.methods)
-        form = None
-        if self.cache == "training":
-            with _inside_fit(trainer, pl_module):
-                form = check_training(pl_module, layers, self.methods, _first(trainer, pl_module, training_set))
-        self._require_space(trainer, pl_module, path, example, len(training_set))
-        fingerprint = training_set.fingerprint()
-        processes.wait()  # all have looked for an earlier trace
-        if resumed is not None:
-            if (resumed.layers, resumed.kept) != (layers, self.kept):
-                raise ValueError(
-                    f"The trace in {path} was begun with {resumed.kept} at the layers {resumed.layers}, but this fit "
-                    f"would go on with {self.kept} at {layers}. Resume with the same arguments."
-                )
-            resumed.check_model(pl_module)
-            resumed.check_data(len(training_set), fingerprint)
-            if processes.first:
-                resumed.drop_checkpoints_after(trainer.global_step)
-            processes.wait()
-            last = resumed.checkpoints[-1].step if resumed.checkpoints else 0
-            self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
-            self.trace = resumed
-        else:
-            if processes.first:
+        with processes.together():
+            path = self._resolve_path(trainer)
+            if processes.size > 1:  # each may be told another version by its logger, or run in another folder
+                path = processes.gather(path.absolute())[0]
+            resumed = processes.gather(self._resumable(path) if processes.first else None)[0]
+            training_set = TrainingSet(trainer.train_dataloader)
+            if self.cache != "on_demand":
+                training_set.check_divisible(processes)
+            layers, example = first_batch(trainer, pl_module, training_set, self.methods)
+            form = self._training_form(trainer, pl_module, training_set, layers)
+            self._require_space(trainer, pl_module, path, example, len(training_set))
+            fingerprint = training_set.fingerprint()
+            processes.require_same("training sets", fingerprint)
+        with processes.together():
+            if resumed is not None:
+                resumed = self._checked(Trace(path), pl_module, layers)
+                resumed.check_data(len(training_set), fingerprint)
+                if processes.first:
+                    resumed.drop_checkpoints_after(trainer.global_step)
+                last = processes.gather(max((each.step for each in resumed.checkpoints), default=0))[0]
+                self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
+            elif processes.first:
                 per_example = self._bytes_per_example(example, self.kept)
                 Trace.create(
                     path,
@@ -187,24 +178,38 @@ class TracInCallback(DualCallback):
                     kept=self.kept,
                     shard_examples=fitting_shard_examples(per_example, len(training_set), processes),
                 )
-            processes.wait()
-            if not (path / "trace.json").exists():
-                raise FileNotFoundError(
-                    f"The first process has begun a trace in {path.absolute()}, but process {processes.rank} does not "
-                    "see it. All processes need the same folder: pass a dirpath on a file system that all nodes share."
-                )
-            self.trace = Trace(path)
+        self.trace = _opened(path, processes)
         self.training_set = training_set
         if form is not None:
             self._training = TrainingCache(pl_module, self.trace, self.methods, form, processes)
         self._recording = True
+
+    def _training_form(
+        self, trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet, layers: dict[str, str]
+    ) -> TrainingForm | None:
+        """How training's own gradients are made of the examples', if they are to be stored."""
+        if self.cache != "training":
+            return None
+        with _inside_fit(trainer, module):
+            return check_training(module, layers, self.methods, _first(trainer, module, training_set))
+
+    def _checked(self, trace: Trace, module: pl.LightningModule, layers: dict[str, str]) -> Trace:
+        """A trace that a resumed fit can go on with."""
+        if (trace.layers, trace.kept) != (layers, self.kept):
+            raise ValueError(
+                f"The trace in {trace.path} was begun with {trace.kept} at the layers {trace.layers}, but this fit "
+                f"would go on with {self.kept} at {layers}. Resume with the same arguments."
+            )
+        trace.check_model(module)
+        return trace
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Learn which examples the batch holds."""
         if self._training is not None and self._sampled is not None:
-            self._training.begin(self._sampled.next_batch(), batch)
+            with self._held(trainer):
+                self._training.begin(self._sampled.next_batch(), batch)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the gradients of a training batch."""
@@ -225,7 +230,8 @@ class TracInCallback(DualCallback):
     ) -> None:
         """Keep the batch's gradients, and take a checkpoint if ``every_n_train_steps`` is due."""
         if self._training is not None:
-            self._training.end()
+            with self._held(trainer):
+                self._training.end()
         if self.every_n_train_steps is not None and self._steps:
             before = self._steps[0][0] // self.every_n_train_steps
             if trainer.global_step // self.every_n_train_steps > before:
@@ -261,6 +267,19 @@ class TracInCallback(DualCallback):
             on_training_loader(trainer, None)
         self._training = self._sampled = None
 
+    @contextmanager
+    def _held(self, trainer: pl.Trainer) -> Iterator[None]:
+        """With several processes, keep an error until the next checkpoint, where all of them hear of it.
+
+        Raised in the middle of training, it would leave the others to wait for a gradient.
+        """
+        try:
+            yield
+        except Exception as error:
+            if trainer.world_size == 1:
+                raise
+            self._failure = self._failure or error
+
     def _sample(self, loader: Any) -> None:
         """Remember what the sampler of the loader that the fit is about to read yields."""
         self._sampled = SampledIndices(loader)
@@ -275,6 +294,8 @@ class TracInCallback(DualCallback):
         with trace.new_checkpoint(
             module, optimizers, step=step, epoch=trainer.current_epoch, steps=self._steps, processes=processes
         ) as checkpoint:
+            if self._failure is not None:
+                raise self._failure
             if self.cache == "checkpoint":
                 self._cache(trainer, module, trace, checkpoint)
             elif self._training is not None:
@@ -289,6 +310,7 @@ class TracInCallback(DualCallback):
         with (
             trace.caching(checkpoint, self.methods, processes) as cache,
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
+            _buffers_of(checkpoint, module, processes),
             _inside_fit(trainer, module),
         ):
             for batch in loader:
@@ -309,18 +331,25 @@ class TracInCallback(DualCallback):
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "trace"
 
-    def _resumable(self, path: Path) -> Trace | None:
-        """The trace that a resumed fit goes on with, if it is still there."""
-        if not self._resumed:
-            return None
-        if (path / "trace.json").exists():
-            trace = Trace(path)
-            if trace.id == self._resumed["trace"]:
-                return trace
-        rank_zero_warn(
-            f"This fit is resumed, but the trace that it began ({self._resumed['path']}) is not in {path}: the "
-            "checkpoints before this one will be missing from the scores."
-        )
+    def _resumable(self, path: Path) -> str | None:
+        """The id of the trace that a resumed fit goes on with, if it is still there.
+
+        Raises:
+            FileExistsError: if the trace of another fit is in its place, and must not be replaced.
+        """
+        exists = (path / "trace.json").exists()
+        if self._resumed:
+            if exists and Trace(path).id == self._resumed["trace"]:
+                return str(self._resumed["trace"])
+            rank_zero_warn(
+                f"This fit is resumed, but the trace that it began ({self._resumed['path']}) is not in {path}: the "
+                "checkpoints before this one will be missing from the scores."
+            )
+        if exists and not self.overwrite:
+            raise FileExistsError(
+                f"{path.absolute()} holds the trace of another fit. Pass another dirpath, or overwrite=True to replace "
+                "it; a fit that is resumed with ckpt_path continues its own trace."
+            )
         return None
 
     def _require_space(
@@ -435,6 +464,36 @@ def _inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Non
     """Compute gradients between two training batches without a trace in training: no random number is drawn from it."""
     with isolate_rng(), gradients_enabled(module), trainer.precision_plugin.predict_step_context():
         yield
+
+
+@contextmanager
+def _buffers_of(checkpoint: Checkpoint, module: torch.nn.Module, processes: Processes) -> Iterator[None]:
+    """Lend a module the buffers that were recorded: under DDP those of the processes differ between forward passes."""
+    own: dict[str, Tensor] = {}
+    if not processes.first and any(True for _ in module.buffers()):
+        recorded = checkpoint.weights()
+        own = {name: buffer.clone() for name, buffer in module.named_buffers() if name in recorded}
+        module.load_state_dict({name: recorded[name] for name in own}, strict=False)
+    try:
+        yield
+    finally:
+        module.load_state_dict(own, strict=False)
+
+
+def _opened(path: Path, processes: Processes) -> Trace:
+    """The trace that the first process has begun, or goes on with.
+
+    Raises:
+        FileNotFoundError: if this process does not see it.
+    """
+    begun = processes.gather(Trace(path).id if processes.first else None)[0]
+    with processes.together():
+
+        def seen() -> bool:
+            return (path / "trace.json").exists() and Trace(path).id == begun
+
+        await_seen(seen, f"The first process has begun a trace in {path.absolute()}")
+        return Trace(path)
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -25,11 +25,11 @@ from lightning_tracin.gradients import SecondMoments, Texts, distinct
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
 from lightning_tracin.mixin import losses_of, words_of_batch
-from lightning_tracin.processes import Processes, processes_of, require_results, require_whole_module
+from lightning_tracin.processes import Processes, await_seen, launched, leave, require_results
 from lightning_tracin.report.progress import labelled
 from lightning_tracin.result import InfluenceResult, TopK, clipped_k, merge_top, top_of
 from lightning_tracin.trace import CachePass, Checkpoint, Trace, gradients_of, texts_of
-from lightning_tracin.training_set import TrainingSet, only_test_loader
+from lightning_tracin.training_set import TrainingSet, only_test_loader, own_part
 
 #: Takes a batch's gradients, the data set indices of its examples (none for an iterable data set), and the batch.
 _Take: TypeAlias = Callable[[Captured, list[int], Any], None]
@@ -70,22 +70,24 @@ def influence(
             several, if gradients are not finite, or if there is nothing to score from. The message says what to do.
     """
     chosen = method_of(method)
-    require_whole_module(trainer)
     require_results(trainer)
-    module = _module(trainer, model)
-    opened = _trace(trainer, trace)
-    if dataloaders is None and datamodule is not None:
-        dataloaders = _from_datamodule(datamodule, "test")
-    loader = only_test_loader(dataloaders, trainer.world_size)
-    kept = None if k is None else clipped_k(k, opened.n_train)
+    processes = launched(trainer)
+    with processes.together():
+        module = _module(trainer, model)
+        opened = _trace(trainer, trace)
+        if dataloaders is None and datamodule is not None:
+            dataloaders = _from_datamodule(trainer, datamodule, "test", processes)
+        loader = own_part(only_test_loader(dataloaders), processes)
+        kept = None if k is None else clipped_k(k, opened.n_train)
     with _weights_kept(module):
-        checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders)
+        checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders, processes)
         hooks = datamodule or _attached(trainer, module)
         test = _TestExamples(module, chosen)
         for number, checkpoint in enumerate(checkpoints, start=1):
             description = f"Test gradients {number}/{len(checkpoints)}"
-            _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description, number == 1)
-            test.finish_checkpoint(checkpoint, opened, processes_of(trainer))
+            _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description, number == 1, processes)
+            with processes.together():
+                test.finish_checkpoint(checkpoint, opened, processes)
     result = InfluenceResult(
         method=chosen,
         n_train=opened.n_train,
@@ -97,7 +99,8 @@ def influence(
         trace=opened,
         checkpoint_ids=[each.id for each in checkpoints],
     )
-    return _scored(result, test.gradients, checkpoints, kept, processes_of(trainer))
+    with processes.together():
+        return _scored(result, test.gradients, checkpoints, kept, processes)
 
 
 def self_influence(
@@ -126,22 +129,23 @@ def self_influence(
         ValueError: see :func:`influence`.
     """
     chosen = method_of(method)
-    require_whole_module(trainer)
-    opened = _trace(trainer, trace)
+    processes = launched(trainer)
     module = getattr(model, "_orig_mod", model) or trainer.lightning_module
+    with processes.together():
+        opened = _trace(trainer, trace)
     with _weights_kept(module) if module is not None else nullcontext():
-        checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders)
+        checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders, processes)
     scores = torch.zeros(opened.n_train, dtype=torch.float32)
-    processes = processes_of(trainer)
-    for checkpoint in checkpoints:
-        rate = checkpoint.learning_rate_of(chosen.name)
-        moments = _moments(checkpoint, chosen)
-        shards = checkpoint.gradients(chosen.name)
-        for shard in processes.share(len(shards)):
-            block = shards.read(shard)
-            norms = [chosen.norms(chosen.prepare(block, moments, side), moments) for side in ("test", "train")]
-            scores[slice(*shards.bounds(shard))] += rate * norms[0] * norms[1]
-    return torch.stack(processes.gather(scores)).sum(0)
+    with processes.together():
+        for checkpoint in checkpoints:
+            rate = checkpoint.learning_rate_of(chosen.name)
+            moments = _moments(checkpoint, chosen)
+            shards = checkpoint.gradients(chosen.name)
+            for shard in processes.share(len(shards)):
+                block = shards.read(shard)
+                norms = [chosen.norms(chosen.prepare(block, moments, side), moments) for side in ("test", "train")]
+                scores[slice(*shards.bounds(shard))] += rate * norms[0] * norms[1]
+        return torch.stack(processes.gather(scores)).sum(0)
 
 
 def _ready(
@@ -151,32 +155,48 @@ def _ready(
     method: Method,
     datamodule: pl.LightningDataModule | None,
     train_dataloaders: Any,
+    processes: Processes,
 ) -> list[Checkpoint]:
     """The trace's checkpoints, each with the gradients that the method needs; missing ones are computed now."""
-    checkpoints = trace.checkpoints
-    _check_recorded(trace, method, checkpoints)
-    if module is not None:
-        trace.check_model(module)
-    missing = [each for each in checkpoints if not each.has_gradients(method.name)]
-    training_set = None
-    if train_dataloaders is not None:
-        training_set = TrainingSet(train_dataloaders)
-    elif datamodule is not None and datamodule is not trainer.datamodule:  # type: ignore[attr-defined]
-        training_set = TrainingSet(_from_datamodule(datamodule, "train"))
-    elif missing:
-        training_set = next((of for written, of in _last_fits(trainer) if written.id == trace.id), None)
-    if training_set is not None:
-        trace.check_data(len(training_set), training_set.fingerprint())
-        if missing and module is not None:
-            _fill(trainer, module, trace, method, missing, training_set, datamodule or _attached(trainer, module))
-            return checkpoints
-    if missing:
-        what = "model (model=...)" if module is None else "training set (train_dataloaders=... or datamodule=...)"
-        raise ValueError(
-            f"{len(missing)} of the {len(checkpoints)} checkpoints in {trace.path} have no stored gradients for "
-            f"{method.name}; pass the {what} to compute them."
-        )
+    with processes.together():
+        _await_checkpoints(trace, method, processes)
+        checkpoints = trace.checkpoints
+        _check_recorded(trace, method, checkpoints)
+        if module is not None:
+            trace.check_model(module)
+        missing = [each for each in checkpoints if not each.has_gradients(method.name)]
+        training_set = None
+        if train_dataloaders is not None:
+            training_set = TrainingSet(train_dataloaders)
+        elif datamodule is not None and datamodule is not trainer.datamodule:  # type: ignore[attr-defined]
+            training_set = TrainingSet(_from_datamodule(trainer, datamodule, "train", processes))
+        elif missing:
+            training_set = next((of for written, of in _last_fits(trainer) if written.id == trace.id), None)
+        if training_set is not None:
+            trace.check_data(len(training_set), training_set.fingerprint())
+        if missing and (module is None or training_set is None):
+            what = "model (model=...)" if module is None else "training set (train_dataloaders=... or datamodule=...)"
+            raise ValueError(
+                f"{len(missing)} of the {len(checkpoints)} checkpoints in {trace.path} have no stored gradients for "
+                f"{method.name}; pass the {what} to compute them."
+            )
+        if missing and training_set is not None:
+            training_set.check_divisible(processes)
+    if missing and module is not None and training_set is not None:
+        require_results(trainer)
+        hooks = datamodule or _attached(trainer, module)
+        _fill(trainer, module, trace, method, missing, training_set, hooks, processes)
     return checkpoints
+
+
+def _await_checkpoints(trace: Trace, method: Method, processes: Processes) -> None:
+    """Wait until this process sees the checkpoints and gradients in the trace that the first one sees."""
+
+    def seen() -> list[Any]:
+        return [(each.id, each.has_gradients(method.name)) for each in trace.checkpoints]
+
+    of_first = processes.gather(seen())[0]
+    await_seen(lambda: seen() == of_first, f"The first process sees {len(of_first)} checkpoints in {trace.path}")
 
 
 def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoint]) -> None:
@@ -208,11 +228,10 @@ def _fill(
     missing: Sequence[Checkpoint],
     training_set: TrainingSet,
     datamodule: pl.LightningDataModule | None,
+    processes: Processes,
 ) -> None:
     """Compute and store the training examples' gradients at the checkpoints that have none."""
     with _attribute(trainer, "limit_predict_batches", 1.0):  # every training example, whatever the trainer's limit
-        require_results(trainer)
-        processes = _launched(trainer)
         loader = training_set.sequential_loader(*trace.part(processes))
         for number, checkpoint in enumerate(missing, start=1):
             with trace.caching(checkpoint, [method.name], processes) as cache:
@@ -222,7 +241,8 @@ def _fill(
                     cache.add(captured, labels_of(batch), words)
 
                 description = f"Training gradients {number}/{len(missing)}"
-                _run(trainer, module, checkpoint, method, loader, datamodule, take, description, number == 1)
+                first = number == 1
+                _run(trainer, module, checkpoint, method, loader, datamodule, take, description, first, processes)
 
 
 class _TestExamples:
@@ -292,23 +312,38 @@ def _run(
     take: _Take,
     description: str,
     first: bool,
+    processes: Processes,
 ) -> None:
     """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand each batch's gradients on.
 
     The first of several runs also checks that the losses are those of single examples.
     """
-    module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
+    with processes.together():  # past this point they wait for each other inside of Lightning
+        module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
     step = partial(_gradient_step, module, checkpoint.layers, method.name, losses_of(module), first)
     bars = [labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
     trainer.predict_loop.current_batch_indices = []  # a loader without indices would be given those of the last one
+    writer = _Writer(take)
+    failure = None
     with ExitStack() as stack:
-        stack.enter_context(_attribute(trainer, "callbacks", [*bars, _Writer(take)]))
+        stack.enter_context(_attribute(trainer, "callbacks", [*bars, writer]))
         stack.enter_context(_attribute(module, "predict_step", step))
-        if datamodule is None:
-            trainer.predict(module, loader, return_predictions=False)
-        else:
-            stack.enter_context(_attribute(trainer, "datamodule", trainer.datamodule))  # type: ignore[attr-defined]
-            trainer.predict(module, datamodule=_serving(datamodule, loader), return_predictions=False)
+        if processes.size > 1:  # fewer examples than processes are no mistake
+            stack.enter_context(_attribute(module, "allow_zero_length_dataloader_with_multiple_devices", True))
+        try:
+            if datamodule is None:
+                trainer.predict(module, loader, return_predictions=False)
+            else:
+                stack.enter_context(_attribute(trainer, "datamodule", trainer.datamodule))  # type: ignore[attr-defined]
+                trainer.predict(module, datamodule=_serving(datamodule, loader), return_predictions=False)
+        except Exception as error:
+            if not writer.started:
+                leave(error)
+                raise
+            failure = error
+    with processes.together():
+        if failure is not None:
+            raise failure
 
 
 def _gradient_step(
@@ -342,6 +377,11 @@ class _Writer(DualPredictionWriter):
     def __init__(self, take: _Take) -> None:
         super().__init__("batch")
         self.take = take
+        self.started = False
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here to the end of the run, Lightning's processes do not wait for each other."""
+        self.started = True
 
     def write_on_batch_end(
         self,
@@ -413,16 +453,6 @@ def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.Lightni
     return module
 
 
-def _launched(trainer: pl.Trainer) -> Processes:
-    """The trainer's processes, of which those that a script launches join at the first predict."""
-    if trainer.world_size > 1 and processes_of(trainer).size == 1:
-        raise ValueError(
-            f"The trainer's {trainer.world_size} processes have not been launched yet, so they cannot divide the "
-            "training set among themselves. Compute missing gradients after a fit with this trainer, or with devices=1."
-        )
-    return processes_of(trainer)
-
-
 def _trace(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:
     """The trace that is passed, or that the last fit of this trainer wrote."""
     if trace is None:
@@ -445,9 +475,13 @@ def _last_fits(trainer: pl.Trainer) -> list[tuple[Trace, TrainingSet]]:
     return [(each.trace, each.training_set) for each in callbacks if each.trace and each.training_set]
 
 
-def _from_datamodule(datamodule: pl.LightningDataModule, kind: Literal["test", "train"]) -> Any:
+def _from_datamodule(
+    trainer: pl.Trainer, datamodule: pl.LightningDataModule, kind: Literal["test", "train"], processes: Processes
+) -> Any:
     """A datamodule's test or training loader, set up as Lightning would."""
-    datamodule.prepare_data()
+    with processes.together():
+        if trainer.local_rank == 0:
+            datamodule.prepare_data()
     datamodule.setup("test" if kind == "test" else "fit")
     return datamodule.test_dataloader() if kind == "test" else datamodule.train_dataloader()
 

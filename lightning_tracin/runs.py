@@ -34,21 +34,22 @@ class Runs:
         self.folder = folder
         self.dtype: Dtype = dtype
         self._runs: list[_Run] = []
-        self._waiting: list[tuple[Tensor, Block]] = []
+        self._waiting: list[tuple[Tensor, Tensor, Block]] = []
         self._waiting_bytes = 0
 
-    def add(self, indices: Tensor, block: Block) -> None:
+    def add(self, indices: Tensor, block: Block, when: int) -> None:
         """Take some examples.
 
         Args:
             indices: (block.n_examples,) their places in the data set.
             block: their gradients or texts.
+            when: number of the training batch, counted alike by all processes.
 
         Raises:
             OSError: if a run cannot be written.
         """
         block = block if isinstance(block, Texts) else block.as_dtype(self.dtype)
-        self._waiting.append((indices, block))
+        self._waiting.append((indices, torch.full_like(indices, when), block))
         self._waiting_bytes += sum(tensor.nbytes for tensor in vars(block).values() if isinstance(tensor, Tensor))
         if self._waiting_bytes >= _RUN_BYTES:
             self._write()
@@ -71,10 +72,12 @@ class Runs:
             size = min(shard_examples, n_examples - start)
             run_of = torch.full((size,), -1)
             row_of = torch.full((size,), -1)
+            latest = torch.full((size,), -1)
             for number, run in enumerate(runs):
                 rows = torch.nonzero((run.indices >= start) & (run.indices < start + size))[:, 0]
                 last = torch.full((size,), -1).scatter_reduce(0, run.indices[rows] - start, rows, "amax")
-                run_of[last >= 0], row_of[last >= 0] = number, last[last >= 0]
+                later = (last >= 0) & (run.when[last] >= latest)
+                run_of[later], row_of[later], latest[later] = number, last[later], run.when[last[later]]
             blocks = []
             for number, run in enumerate(runs):
                 if number == 0 or bool((run_of == number).any()):  # the first also without an example: its shape counts
@@ -87,7 +90,7 @@ class Runs:
     def count(self, n_examples: int, processes: Processes = ALONE) -> int:
         """How many examples of the data set came at least once, to any of the processes."""
         came = torch.zeros(n_examples, dtype=torch.bool)
-        for indices in [*(run.indices for run in self._runs), *(indices for indices, _ in self._waiting)]:
+        for indices in [*(run.indices for run in self._runs), *(indices for indices, _, _ in self._waiting)]:
             came[indices] = True
         return int(torch.stack(processes.gather(came)).any(0).sum())
 
@@ -98,11 +101,12 @@ class Runs:
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        blocks: list[Any] = [block for _, block in self._waiting]
+        blocks: list[Any] = [block for _, _, block in self._waiting]
         block = type(blocks[0]).cat(blocks)
         path = self.folder / f"{len(self._runs):05d}.safetensors"
-        indices = torch.cat([indices for indices, _ in self._waiting])
-        self._runs.append(_Run(path, KINDS[type(block)], indices, write_tensors(path, encode(block))))
+        indices = torch.cat([indices for indices, _, _ in self._waiting])
+        when = torch.cat([when for _, when, _ in self._waiting])
+        self._runs.append(_Run(path, KINDS[type(block)], indices, when, write_tensors(path, encode(block))))
         self._waiting, self._waiting_bytes = [], 0
 
 
@@ -114,12 +118,14 @@ class _Run:
         path: the file.
         kind: "words", "linear" or "texts".
         indices: (n_examples,) the places of its examples in the data set.
+        when: (n_examples,) the training batches in which they came.
         checksum: of the file.
     """
 
     path: Path
     kind: str
     indices: Tensor
+    when: Tensor
     checksum: str
 
     def read(self) -> Any:

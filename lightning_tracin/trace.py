@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_tracin.capture import Captured
 from lightning_tracin.gradients import Gradients, Kept, SecondMoments, Texts, distinct
-from lightning_tracin.processes import ALONE, Processes
+from lightning_tracin.processes import ALONE, Processes, await_seen
 from lightning_tracin.store import Shards, ShardWriter, read_json, read_tensors, write_json, write_tensors
 
 FORMAT_VERSION = 1
@@ -298,6 +298,7 @@ class Trace:
             content["checksums"] = self._write_layers(folder, module, optimizers) if processes.first else {}
             if processes.first:
                 write_json(folder / "checkpoint.json", content)
+            content = processes.gather(content)[0]
             yield Checkpoint(path=folder, layers=self.layers, **content)
 
     def _write_layers(
@@ -315,7 +316,8 @@ class Trace:
     def part(self, processes: Processes) -> tuple[int, int]:
         """The training examples that a process stores, from the first to one past the last: whole shards."""
         shards = processes.share(-(-self.n_train // self.shard_examples))
-        return shards.start * self.shard_examples, min(shards.stop * self.shard_examples, self.n_train)
+        start, stop = (min(shard * self.shard_examples, self.n_train) for shard in (shards.start, shards.stop))
+        return start, stop
 
     @contextmanager
     def caching(
@@ -332,7 +334,8 @@ class Trace:
             writers = {}
             for method in methods:
                 writers[method] = self.writer(folders, checkpoint.path / method, processes)
-            texts = None if self.has_texts else self.writer(folders, self.path / "texts", processes)
+            has_texts = processes.gather(self.has_texts)[0]
+            texts = None if has_texts else self.writer(folders, self.path / "texts", processes)
             cache = CachePass(self, writers, texts, processes)
             yield cache
             cache.close()
@@ -450,18 +453,21 @@ def remove_trace(path: Path) -> None:
 def _appearing(folder: Path, processes: Processes = ALONE) -> Iterator[Path]:
     """A folder to fill, which takes its name when all processes are done and vanishes when one of them fails."""
     partial = folder.with_name(folder.name + _PARTIAL)
-    if processes.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    processes.wait()
-    try:
-        yield partial
-        processes.wait()
+    with processes.together():
         if processes.first:
-            partial.replace(folder)
-        processes.wait()
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    try:
+        with processes.together():
+            yield partial
+        with processes.together():
+            if processes.first:
+                partial.replace(folder)
+        with processes.together():
+            await_seen(folder.exists, f"The first process has written {folder}")
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if processes.first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

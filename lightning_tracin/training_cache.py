@@ -57,6 +57,7 @@ class TrainingCache:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._runs = {name: Runs(self._folder / name, dtype=trace.kept.dtype) for name in (*self._methods, "texts")}
         self._vocabulary: dict[int, str] = {}
+        self._n_batches = 0
         self._indices: list[int] | None = None
         self._batch: Any = None
         self._calls: list[Call] = []
@@ -75,6 +76,7 @@ class TrainingCache:
             batch: what the module is called with.
         """
         self._indices, self._batch, self._calls, self._taken = indices, batch, [], None
+        self._n_batches += 1
 
     def backward_ended(self, *, divisor: float, scaled: bool) -> None:
         """A backward pass of the batch is over; of several (an optimizer that calls its closure again) the last counts.
@@ -110,7 +112,7 @@ class TrainingCache:
         self._pending = [each for each in self._pending if not each.done() or each.result()]  # raises what it raised
         if len(self._pending) > 8:  # the thread lags behind: wait, rather than let batches pile up
             self._pending.pop(0).result()
-        job = self._thread.submit(self._take, indices, batch, embeddings, linears, divisor, scaled)
+        job = self._thread.submit(self._take, indices, batch, embeddings, linears, divisor, scaled, self._n_batches)
         self._pending.append(job)
 
     def store(self, checkpoint: Checkpoint) -> None:
@@ -162,7 +164,14 @@ class TrainingCache:
         return output
 
     def _take(
-        self, indices: list[int], batch: Any, embeddings: list[Call], linears: list[Call], divisor: float, scaled: bool
+        self,
+        indices: list[int],
+        batch: Any,
+        embeddings: list[Call],
+        linears: list[Call],
+        divisor: float,
+        scaled: bool,
+        when: int,
     ) -> None:
         """Turn a batch's gradients into rows, in the thread."""
         captured = collected(torch.zeros(len(indices)), batch, embeddings, linears, self._form.dims)
@@ -178,8 +187,8 @@ class TrainingCache:
         factors = divisor * self._form.shares(self._module, batch, len(indices)).reciprocal()
         for method in self._methods:
             block = self._trace.kept.of(gradients_of(captured, method)).scaled(factors)
-            self._runs[method].add(numbers, block)
-        self._runs["texts"].add(numbers, texts_of(captured, labels_of(batch)))
+            self._runs[method].add(numbers, block, when)
+        self._runs["texts"].add(numbers, texts_of(captured, labels_of(batch)), when)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+
+from lightning_tracin.processes import Processes
 
 _CHECKED = 8  # examples that are looked at before training: each check costs a few passes over them
 _SAMPLED = 64  # examples that the fingerprint looks at
@@ -53,43 +55,27 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
+    def check_divisible(self, processes: Processes) -> None:
+        """Check that several processes can each read a part of the training set.
+
+        Raises:
+            ValueError: if they cannot.
+        """
+        if self.iterable and processes.size > 1:
+            raise ValueError(
+                f"The training set ({type(self.loader.dataset).__name__}) is a stream, which several processes cannot "
+                "divide among themselves. Use devices=1, or a map-style dataset."
+            )
+
     def sequential_loader(self, start: int = 0, stop: int | None = None) -> DataLoader[Any]:
         """A loader over the examples from ``start`` to ``stop``, each once, in the order of the data set.
 
-        Raises:
-            ValueError: if a part of a stream is asked for, or the loader does not batch.
+        Of a stream, it is a loader over all.
         """
         loader = self.loader
-        stop = len(self) if stop is None else stop
-        shared: dict[str, Any] = {
-            "collate_fn": loader.collate_fn,
-            "pin_memory": loader.pin_memory,
-            "timeout": loader.timeout,
-            "worker_init_fn": loader.worker_init_fn,
-        }
-        if self.iterable and (start, stop) != (0, len(self)):
-            raise ValueError(
-                f"The training set ({type(loader.dataset).__name__}) is a stream, which several processes cannot "
-                "divide among themselves. Use devices=1, or a map-style dataset."
-            )
         if self.iterable:  # several workers would each yield all of it, or in an order of their own
-            return DataLoader(loader.dataset, batch_size=loader.batch_size, **{**shared, "timeout": 0})
-        if loader.num_workers:
-            shared |= {
-                "num_workers": loader.num_workers,
-                "prefetch_factor": loader.prefetch_factor,
-                "multiprocessing_context": loader.multiprocessing_context,
-            }
-        if loader.batch_size is None and loader.batch_sampler is None:
-            if not isinstance(loader.sampler, BatchSampler):
-                raise ValueError(
-                    "The training DataLoader does not batch (batch_size=None), so its examples cannot be numbered. "
-                    "Give it a batch_size, or a BatchSampler as its sampler."
-                )
-            batches = BatchSampler(range(start, stop), loader.sampler.batch_size, drop_last=False)
-            return DataLoader(loader.dataset, batch_size=None, sampler=batches, **shared)
-        size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or _BATCH_SIZE
-        return DataLoader(loader.dataset, batch_size=size, sampler=_InOrder(loader.dataset, start, stop), **shared)
+            return DataLoader(loader.dataset, batch_size=loader.batch_size, **{**_options(loader), "timeout": 0})
+        return _loader_over(loader, range(start, len(self) if stop is None else stop))
 
     def first_batch(self) -> Any:
         """A batch of the first few examples, to check what a fit can do; a stream's own first batch."""
@@ -98,38 +84,30 @@ class TrainingSet:
 
     def fingerprint(self) -> str:
         """A hash of the number of examples and of 64 of them, spread evenly; an iterable's number only."""
-        digest = hashlib.sha256(f"{len(self)}".encode())
-        if not self.iterable:
-            step = max(1, len(self) // _SAMPLED)
-            with isolate_rng():
-                random.seed(0)  # so that an example which is augmented at random looks the same each time
-                np.random.seed(0)  # noqa: NPY002 (the global state is what data sets use)
-                torch.manual_seed(0)
-                for index in range(0, len(self), step):
-                    _digest(digest, self.loader.dataset[index])
-        return digest.hexdigest()
+        return _fingerprint(self.loader.dataset, len(self), read=not self.iterable)
 
 
 class _InOrder(DistributedSampler[Any]):
-    """The examples of a range. Lightning takes it for a process's own share, and puts no sampler in its place."""
-
-    def __init__(self, dataset: Any, start: int, stop: int) -> None:
-        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
-        self.range = range(start, stop)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.range)
-
-    def __len__(self) -> int:
-        return len(self.range)
-
-
-def only_test_loader(loaders: Any, n_processes: int = 1) -> Any:
-    """The one loader of test examples.
+    """Some examples. Lightning takes it for a process's own share, and puts no sampler in its place.
 
     Args:
-        loaders: what was passed.
-        n_processes: how many processes will share its examples.
+        dataset: the data set.
+        indices: of the examples, or lists of them that are batches.
+    """
+
+    def __init__(self, dataset: Any, indices: Sequence[Any]) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
+        self.indices = indices
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def only_test_loader(loaders: Any) -> Any:
+    """The one loader of test examples.
 
     Raises:
         TypeError: if it is not a data loader.
@@ -146,11 +124,73 @@ def only_test_loader(loaders: Any, n_processes: int = 1) -> Any:
         )
     if hasattr(loader, "__len__") and not iterable and len(loader) == 0:
         raise ValueError("The test loader is empty: there is nothing to explain.")
-    if not iterable and hasattr(loader, "dataset") and len(loader.dataset) < n_processes:
-        raise ValueError(
-            f"{len(loader.dataset)} test examples cannot be shared by {n_processes} processes: use devices=1 for them."
-        )
     return loader
+
+
+def own_part(loader: Any, processes: Processes) -> Any:
+    """A loader over this process's part of the test examples.
+
+    Lightning's own way to divide them leaves some out where the processes shuffle differently, and fails where there
+    are fewer examples than processes.
+
+    Raises:
+        ValueError: if they cannot be divided, or if the processes have different ones.
+    """
+    if processes.size == 1:
+        return loader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            "The test examples come in a stream, which several processes cannot divide among themselves. Use "
+            "devices=1, or a map-style dataset."
+        )
+    n_examples = len(loader.dataset)  # type: ignore[arg-type]
+    processes.require_same("test examples", _fingerprint(loader.dataset, n_examples, read=True))
+    yielded = {int(index) for batch in loader.batch_sampler or () for index in batch}
+    return _loader_over(loader, processes.gather(sorted(yielded))[0][processes.rank :: processes.size])
+
+
+def _loader_over(loader: DataLoader[Any], indices: Sequence[int]) -> DataLoader[Any]:
+    """A loader like another, over some examples in their order."""
+    options = _options(loader)
+    if loader.num_workers:
+        options |= {
+            "num_workers": loader.num_workers,
+            "prefetch_factor": loader.prefetch_factor,
+            "multiprocessing_context": loader.multiprocessing_context,
+        }
+    if loader.batch_size is None and loader.batch_sampler is None:
+        if not isinstance(loader.sampler, BatchSampler):
+            raise ValueError(
+                "The training DataLoader does not batch (batch_size=None), so its examples cannot be numbered. "
+                "Give it a batch_size, or a BatchSampler as its sampler."
+            )
+        batches = list(BatchSampler(indices, loader.sampler.batch_size, drop_last=False))
+        return DataLoader(loader.dataset, batch_size=None, sampler=_InOrder(loader.dataset, batches), **options)
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or _BATCH_SIZE
+    return DataLoader(loader.dataset, batch_size=size, sampler=_InOrder(loader.dataset, indices), **options)
+
+
+def _options(loader: DataLoader[Any]) -> dict[str, Any]:
+    """How a loader handles what it has read."""
+    return {
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+    }
+
+
+def _fingerprint(dataset: Any, n_examples: int, *, read: bool) -> str:
+    digest = hashlib.sha256(f"{n_examples}".encode())
+    if read:
+        step = max(1, n_examples // _SAMPLED)
+        with isolate_rng():
+            random.seed(0)  # so that an example which is augmented at random looks the same each time
+            np.random.seed(0)  # noqa: NPY002 (the global state is what data sets use)
+            torch.manual_seed(0)
+            for index in range(0, n_examples, step):
+                _digest(digest, dataset[index])
+    return digest.hexdigest()
 
 
 def _only_loader(loaders: Any, kind: str) -> Any:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInMixin, TracInWE, store
-from lightning_tracin.training_set import TrainingSet
+from lightning_tracin.processes import Processes
+from lightning_tracin.training_set import TrainingSet, own_part
 
 
 def with_loss(loss):
@@ -466,28 +467,15 @@ def test_an_unknown_method(toy):
         toy.influence(loader(test_texts()), method="trak")
 
 
-def test_fewer_test_examples_than_processes(trace, monkeypatch):
-    trainer = quiet()
-    monkeypatch.setattr(type(trainer), "world_size", 2)
-    with pytest.raises(ValueError, match="1 test examples cannot be shared by 2 processes"):
-        trainer.influence(loader(texts(1)), Toy(), trace=trace)
-
-
-def test_missing_gradients_before_the_processes_are_launched(tmp_path, monkeypatch):
-    fitted(tmp_path / "trace", cache="on_demand")
-    trainer = quiet()
-    monkeypatch.setattr(type(trainer), "world_size", 2)
-    with pytest.raises(ValueError, match="2 processes have not been launched yet"):
-        trainer.influence(loader(test_texts()), Toy(), trace=tmp_path / "trace", train_dataloaders=loader())
-
-
 def test_a_stream_cannot_be_divided_among_processes():
     class Stream(Endless):
         def __len__(self):
             return N_TRAIN
 
     with pytest.raises(ValueError, match="is a stream, which several processes cannot divide"):
-        TrainingSet(loader(Stream())).sequential_loader(0, 5)
+        TrainingSet(loader(Stream())).check_divisible(Processes(0, 2))
+    with pytest.raises(ValueError, match="come in a stream, which several processes cannot divide"):
+        own_part(loader(Stream()), Processes(0, 2))
 
 
 def test_a_trace_of_another_model_is_refused_before_anything_is_computed(toy, trace):

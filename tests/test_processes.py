@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,22 +13,25 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from toy import N_TRAIN, Toy, fitted, loader, quiet, test_texts
+from processes_apart import Normed
+from test_fit import Reproducible
+from toy import N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 from two_processes import CACHES
 
-from lightning_tracin import Trace, TracInCallback, TracInWE
-from lightning_tracin.processes import require_whole_module
+from lightning_tracin import Trace, TracInCallback, TracInWE, processes
+from lightning_tracin.gradients import WordGradients
+from lightning_tracin.processes import Processes, require_whole_module
+from lightning_tracin.runs import Runs
 
 METHODS = ("tracin-we", "tracin-last")
 
 
-def run(folder, *arguments, timeout=240):
+def run(folder, *arguments, script="two_processes.py", launcher=(), timeout=240):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name in ("MASTER_PORT", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"):
+    for name in ("MASTER_PORT", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "PL_GLOBAL_SEED"):
         environment.pop(name, None)
-    script = Path(__file__).with_name("two_processes.py")
     return subprocess.run(
-        [sys.executable, str(script), str(folder), *arguments],
+        [sys.executable, *launcher, str(Path(__file__).with_name(script)), str(folder), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -109,6 +115,146 @@ def test_words_are_those_of_one_process(two):
     torch.testing.assert_close(found["words"], torch.tensor(expected), rtol=1e-5, atol=1e-9)
 
 
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    """The folder, and what each of two processes found that differ in one thing or another."""
+    folder = tmp_path_factory.mktemp("apart")
+    fitted(folder / "empty", cache="on_demand")
+    done = run(folder, "2", script="processes_apart.py", timeout=120)
+    assert done.returncode == 0, done.stderr
+    return folder, *(json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1))
+
+
+def scores_in(trace, kind, data=None, **options):
+    return quiet().influence(loader(test_texts() if data is None else data), kind(), trace=trace, **options).scores
+
+
+def test_a_query_that_starts_the_processes_divides_the_missing_gradients(apart):
+    folder, *found = apart
+    alone = quiet().self_influence(trace=folder / "empty")
+    for each in found:
+        torch.testing.assert_close(torch.tensor(each["filled first"]), alone, rtol=1e-5, atol=1e-9)
+
+
+def test_processes_that_shuffle_the_test_examples_differently_leave_none_out(apart):
+    folder, *found = apart
+    alone = scores_in(folder / "trace", Toy, texts(7, seed=1))
+    for indices, scores in (each["shuffled"] for each in found):
+        assert indices == list(range(7))
+        torch.testing.assert_close(torch.tensor(scores), alone, rtol=1e-5, atol=1e-9)
+
+
+def test_a_single_test_example_for_two_processes(apart):
+    folder, *found = apart
+    alone = scores_in(folder / "trace", Toy, texts(7, seed=1))[3:4]
+    for each in found:
+        torch.testing.assert_close(torch.tensor(each["a single one"]), alone.topk(2).values, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("broken", "ValueError: The loss or gradient of training example 10 is NaN or infinite"),
+        ("broken in training", "ValueError: The gradient of training example .* became NaN or infinite"),
+        ("broken test", "ValueError: The loss .* first example"),
+        ("full", "OSError: .*00001.safetensors could not be written"),
+        ("refused", "FileExistsError: .* holds the trace of another fit"),
+        ("different data", "ValueError: Processes 0 and 1 have different training sets"),
+        ("different test", "ValueError: Processes 0 and 1 have different test examples"),
+    ],
+)
+def test_an_error_in_one_process_is_raised_in_both(apart, what, message):
+    _, *found = apart
+    for each in found:
+        assert re.match(message, each[what])
+
+
+@pytest.mark.parametrize(("fit", "steps"), [("full", []), ("broken in training", [3])])
+def test_after_an_error_only_complete_checkpoints_are_there(apart, fit, steps):
+    folder, *_ = apart
+    assert [each.step for each in Trace(folder / fit).checkpoints] == steps
+    assert not list((folder / fit).rglob("*.partial"))
+
+
+def test_both_processes_compute_at_the_statistics_that_are_recorded(apart, tmp_path):
+    folder, *_ = apart
+    shutil.copytree(folder / "normed", tmp_path / "normed")
+    for checkpoint in Trace(tmp_path / "normed").checkpoints:
+        shutil.rmtree(checkpoint.path / "tracin-we")
+    again = scores_in(tmp_path / "normed", Normed, train_dataloaders=loader())
+    torch.testing.assert_close(scores_in(folder / "normed", Normed), again, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_training_are_those_of_the_examples(apart, method):
+    """With accumulated batches, and checkpoints in the middle of epochs; the weights hardly move."""
+    folder, *_ = apart
+    training, checkpoint = (Trace(folder / f"still {cache}").checkpoints for cache in ("training", "checkpoint"))
+    assert [each.step for each in training] == [each.step for each in checkpoint] == [3, 6, 9, 12]
+    n_came = 0
+    for pair in zip(training, checkpoint, strict=True):
+        found, expected = (
+            torch.cat([shards.read(shard).example_norms() for shard in range(len(shards))])
+            for shards in (each.gradients(method) for each in pair)
+        )
+        came = found > 0
+        n_came += int(came.sum())
+        torch.testing.assert_close(found[came], expected[came], rtol=1e-4, atol=0)
+    assert n_came > N_TRAIN
+
+
+def test_a_resumed_fit_of_two_continues_its_trace(apart):
+    folder, *_ = apart
+    whole, resumed = (Trace(folder / name).checkpoints for name in ("straight", "resumed"))
+    assert [each.step for each in resumed] == [each.step for each in whole] == [3, 6]
+    assert [each.learning_rate for each in resumed] == [each.learning_rate for each in whole]
+    scores = [scores_in(folder / name, Reproducible) for name in ("straight", "resumed")]
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-9)
+
+
+def test_the_folder_beside_the_log_is_the_same_for_all(apart):
+    folder, *found = apart
+    assert [each["logged"] for each in found] == [str(folder / "logs" / "lightning_logs" / "version_0" / "trace")] * 2
+    assert len(Trace(found[0]["logged"]).checkpoints) == 2
+
+
+def test_three_processes_of_torchrun_with_two_examples(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=3", "--standalone")
+    done = run(tmp_path, "3", script="processes_apart.py", launcher=launcher, timeout=120)
+    assert done.returncode == 0, done.stderr
+    few = texts(2, seed=1)
+    alone = quiet().influence(loader(few), Toy(), trace=tmp_path / "few", method="tracin-last").scores
+    for rank in range(3):
+        found = json.loads((tmp_path / f"found-{rank}.json").read_text())
+        torch.testing.assert_close(torch.tensor(found["few"]), alone, rtol=1e-5, atol=1e-9)
+
+
+def test_of_an_example_that_came_to_two_processes_the_later_record_counts(tmp_path):
+    """The second process has an older record of example 0 than the first."""
+    blocks = [
+        WordGradients(1, *torch.tensor([[0], [5]]), torch.tensor([norm]), torch.ones(1, 1)) for norm in (2.0, 1.0)
+    ]
+    runs = [Runs(tmp_path / str(rank), dtype="float32") for rank in range(2)]
+    for when, each, block in zip((7, 3), runs, blocks, strict=True):
+        each.add(torch.tensor([0]), block, when)
+    gathered = []
+    for each in runs:
+
+        class Both(Processes):
+            def gather(self, value):
+                gathered.append(value)
+                return gathered
+
+        arranged = list(each.arranged(1, 1, Both(0, 2)))
+    assert arranged[0].norms.tolist() == [2.0]
+
+
+def test_a_folder_that_another_process_does_not_see(monkeypatch):
+    monkeypatch.setattr(processes, "_SECONDS", 0.2)
+    with pytest.raises(FileNotFoundError, match="on a file system that all nodes share"):
+        processes.await_seen(lambda: False, "The first process has begun a trace")
+
+
 @pytest.mark.parametrize(("fault", "message"), [("nan", "is NaN or infinite"), ("killed", "")])
 def test_when_one_process_fails_all_end_and_the_checkpoint_is_not_there(tmp_path, fault, message):
     done = run(tmp_path, fault, timeout=120)
@@ -126,6 +272,7 @@ def test_spawned_processes_leave_a_trace_but_cannot_be_asked(tmp_path):
     with pytest.raises(ValueError, match=r'spawns or forks its processes.*strategy="ddp"'):
         fit.influence(loader(test_texts()), Toy(), trace=tmp_path / "trace")
     assert quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace").scores.abs().sum() > 0
+    assert fit.self_influence(trace=tmp_path / "trace").min() > 0  # needs no pass through the model
 
 
 def test_strategies_that_spread_the_weights_are_refused():
