@@ -160,7 +160,7 @@ def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -
     ]
     gradients = torch.autograd.grad(per_example[0], outputs, materialize_grads=True)
     for owner, gradient in zip(owners, gradients, strict=True):
-        if bool(gradient[owner != 0].any()):
+        if bool(gradient[owner != 0].nan_to_num(0, 0, 0).any()):  # NaN says nothing; it is named where it is found
             raise ValueError(
                 "The loss of the first example depends on the other examples of its batch, so it has no gradient of "
                 "its own. Compute each example's loss from that example alone (no statistics over the batch, no "
