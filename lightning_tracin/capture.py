@@ -311,8 +311,11 @@ def _word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch:
         mask = _attention_mask(batch, ids)
         if mask is not None:
             keep &= mask != 0
-        keep = keep.cpu()
-        parts.append((owners[keep], ids.cpu()[keep].long(), call.gradient.float().cpu()[keep]))
+        kept = torch.nonzero(keep.cpu().reshape(-1))[:, 0]
+        gradient = call.gradient.float().cpu().reshape(-1, output.shape[-1])
+        if len(kept) < len(gradient):  # a copy of all rows is dear
+            gradient = gradient[kept]
+        parts.append((owners.reshape(-1)[kept], ids.cpu().reshape(-1)[kept].long(), gradient))
     return _by_example(parts)
 
 
@@ -331,6 +334,8 @@ def _linear_positions(calls: Sequence[Call], owners_of_calls: list[Tensor]) -> t
 
 def _by_example(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """The positions of all calls, example by example, each in the order of its calls and positions."""
+    if len(parts) == 1 and bool((parts[0][0].diff() >= 0).all()):
+        return parts[0]
     owners, first, second = (torch.cat(columns) for columns in zip(*parts, strict=True))
     order = torch.argsort(owners, stable=True)
     return owners[order], first[order], second[order]

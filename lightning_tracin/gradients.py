@@ -62,7 +62,7 @@ class WordGradients:
         rows.index_add_(0, row_of, gradients.float())
         norms, directions = unit_rows(rows)
         words = cls(n_examples, keys % n_examples, keys // n_examples, norms, directions)
-        return words.select(norms != 0)
+        return words if bool((norms != 0).all()) else words.select(norms != 0)
 
     @classmethod
     def cat(cls, blocks: Sequence[WordGradients]) -> WordGradients:
