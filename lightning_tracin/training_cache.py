@@ -1,7 +1,7 @@
 """Every training example's gradients, taken from the backward passes that training makes anyway.
 
 Forward hooks find the calls of the layers, tensor hooks take the gradients at their outputs; training itself is not
-touched. What a batch gave is turned into rows and written by a thread while the next batch is computed.
+touched. What a batch gave is turned into rows at once, or by a thread while another device computes the next batch.
 
 The gradients are those of the weights of the moment, with dropout on, and not those at the checkpoint that follows.
 """
@@ -109,11 +109,14 @@ class TrainingCache:
             )
         new = {token for call in embeddings for token in distinct(call.inputs)} - self._vocabulary.keys()
         self._vocabulary.update(words_of_batch(self._module, batch, sorted(new)))
+        job = (indices, batch, embeddings, linears, divisor, scaled, self._n_batches)
+        if not _computed_elsewhere(calls):
+            self._take(*job)  # a thread would only take cores away from training
+            return
         self._pending = [each for each in self._pending if not each.done() or each.result()]  # raises what it raised
         if len(self._pending) > 8:  # the thread lags behind: wait, rather than let batches pile up
             self._pending.pop(0).result()
-        job = self._thread.submit(self._take, indices, batch, embeddings, linears, divisor, scaled, self._n_batches)
-        self._pending.append(job)
+        self._pending.append(self._thread.submit(self._take, *job))
 
     def store(self, checkpoint: Checkpoint) -> None:
         """Store what came since the last checkpoint in the order of the data set.
@@ -173,7 +176,7 @@ class TrainingCache:
         scaled: bool,
         when: int,
     ) -> None:
-        """Turn a batch's gradients into rows, in the thread."""
+        """Turn a batch's gradients into rows."""
         captured = collected(torch.zeros(len(indices)), batch, embeddings, linears, self._form.dims)
         bad = captured.first_not_finite()
         if bad is not None:
@@ -273,6 +276,11 @@ def _layers(
     """The embedding layers and the linear layer that some methods need."""
     tables = layers_of_table(module, module.get_submodule(layers["tracin-we"])) if "tracin-we" in methods else []
     return tables, [module.get_submodule(layers["tracin-last"])] if "tracin-last" in methods else []
+
+
+def _computed_elsewhere(calls: Sequence[Call]) -> bool:
+    """Whether another device than the CPU computes."""
+    return any(call.output.device.type != "cpu" for call in calls)
 
 
 def divisor_of(accumulated: int, scaler: Any) -> tuple[float, bool]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 from toy import CLASSES, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
 
-from lightning_tracin import Trace, TracInCallback, runs
+from lightning_tracin import Trace, TracInCallback, runs, training_cache
 
 METHODS = ("tracin-we", "tracin-last")
 
@@ -95,6 +95,14 @@ def test_every_example_is_stored_under_its_index(tmp_path, expected, make):
         assert trace.text(example).ids_of(0) == [token for token in ids.tolist() if token]
         assert trace.text(example).label_of(0) == label
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_thread_that_serves_other_devices_finds_the_same(tmp_path, monkeypatch, expected, workers):
+    monkeypatch.setattr(training_cache, "_computed_elsewhere", lambda calls: True)
+    data = loader(shuffle=True, num_workers=workers, batch_size=1)
+    fit = fitted(tmp_path / "trace", build(), data, cache="training", trainer={"max_epochs": 2})
+    assert_expected(fit, expected, epochs=2)
 
 
 SETTINGS = {
