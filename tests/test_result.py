@@ -10,7 +10,9 @@ from toy import N_TEST, N_TRAIN, fitted, loader, test_texts, texts
 
 from lightning_tracin import InfluenceResult, TracInLast, TracInWE
 from lightning_tracin import result as result_module
-from lightning_tracin.report.tables import Example, Influential, influence_tables
+from lightning_tracin.explanation import Example, Explanation, Influential
+from lightning_tracin.report.tables import explanation_tables
+from lightning_tracin.words import Word
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +211,10 @@ def test_the_last_layer_has_no_words(toy):
 
 
 def test_long_labels_and_texts_do_not_break_the_table():
-    example = Example([1] * 500, ["w" * 300] * 500, "label " * 30)
+    example = Example(0, tuple(Word("w" * 300, " ", (place,)) for place in range(500)), "label " * 30)
+    terms = (1.0,) * 500
+    explanation = Explanation(0, example, terms, (Influential(example, 1.0, 0.5, terms),), ())
     console = Console(width=80, record=True, file=io.StringIO())
-    for table in influence_tables("t", example, [Influential(0, 1.0, example, {1: 1.0})], []):
+    for table in explanation_tables(explanation):
         console.print(table)
     assert max(map(len, console.export_text().splitlines())) <= 80
