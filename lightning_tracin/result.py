@@ -22,7 +22,7 @@ from lightning_tracin.explanation import Example, Explanation, Influential
 from lightning_tracin.gradients import Texts, WordGradients
 from lightning_tracin.methods import Method, TracInWE, method_from_json, method_to_json
 from lightning_tracin.report.tables import explanation_tables
-from lightning_tracin.scores import TopK, clipped_k, moments_of, strongest
+from lightning_tracin.scores import TopK, clipped_k, moments_of, self_influences, strongest
 from lightning_tracin.store import write_tensors
 from lightning_tracin.trace import Checkpoint, Trace
 from lightning_tracin.words import Marks, Word, marks_of, shares_of_words, spans_of, words_in, words_of
@@ -225,6 +225,17 @@ class InfluenceResult:
             if any(ids[place] in terms for place in word.places):
                 named[word.text] += share
         return sorted(named.items(), key=lambda word: -abs(word[1]))
+
+    def self_influence(self) -> Tensor:
+        """Every training example's influence on itself: high for mislabelled and for atypical examples.
+
+        Returns:
+            (n_train,) float32, by the method and the checkpoints of this result.
+
+        Raises:
+            FileNotFoundError: if the trace that the scores were computed from is gone.
+        """
+        return self_influences(self._checkpoints(), self.method)
 
     def aggregate(self, how: Literal["mean", "rank", "vote"] = "mean", k: int | None = None) -> Tensor:
         """One value for each training example over all test examples; high for those that help most.

@@ -177,6 +177,38 @@ def test_showing_one_test_example(result, capsys):
         assert f" {index} " in printed
 
 
+@pytest.mark.parametrize("method", [TracInWE(normalize="train"), TracInLast()], ids=repr)
+def test_self_influence_is_that_of_the_trainer(toy, method):
+    found = toy.influence(loader(test_texts()), method=method).self_influence()
+    assert torch.equal(found, toy.self_influence(method=method))
+    assert found.shape == (N_TRAIN,)
+
+
+def test_shares_are_parts_of_all_scores_of_a_sign(toy, result):
+    strongest = toy.influence(loader(test_texts()), k=2)
+    for row, (all_of_them, kept) in enumerate(
+        zip(result.explanations(k=N_TRAIN), strongest.explanations(), strict=True)
+    ):
+        positive = result.scores[row].clamp(min=0)
+        shares = [each.share for each in all_of_them.proponents if each.score > 0]
+        assert sum(shares) == pytest.approx(1)
+        assert shares[0] == pytest.approx(float(positive.max() / positive.sum()), rel=1e-5)
+        assert [each.share for each in kept.proponents] == pytest.approx(shares[:2])
+
+
+def test_predictions_are_those_of_the_last_checkpoint(toy, result):
+    module = toy.lightning_module
+    module.load_state_dict(toy.callbacks[0].trace.checkpoints[-1].weights())
+    module.eval()
+    with torch.no_grad():
+        probabilities = module(test_texts().tensors[0]).softmax(1)
+    torch.testing.assert_close(result.predictions[:, 0].long(), probabilities.argmax(1))
+    torch.testing.assert_close(result.predictions[:, 1].float(), probabilities.max(1).values)
+    labels = test_texts().tensors[1]
+    mistaken = [each.test.is_mistaken for each in result.explanations()]
+    assert mistaken == (probabilities.argmax(1) != labels).tolist()
+
+
 def test_words_are_sorted_by_magnitude(result):
     terms = [abs(term) for _, term in result.words(2, int(result.proponents(1).indices[2, 0]))]
     assert terms == sorted(terms, reverse=True)
