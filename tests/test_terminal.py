@@ -86,9 +86,8 @@ def test_texts_cannot_steer_the_terminal():
 
 
 def test_what_the_model_was_not_given_is_shown_in_part():
-    read = printed(explained(explanation(example("read this", unread=" but not" + " that" * 100))))
-    assert re.search(r"read this but not( that)+ …", read)
-    assert read.count("that") == 14
+    read = printed(explained(explanation(example("read this", unread=" but not" + " that" * 100))), width=200)
+    assert re.search(r"read this but not( that){14} t …", read)
 
 
 def test_a_result_says_what_it_does_not_have(toy, tmp_path):
