@@ -32,10 +32,14 @@ _UNREAD = 160  # characters of what the model was not given
 class WordTable(Protocol):
     """Words over the whole test set, by what the model says and by the labels of training examples."""
 
-    words: tuple[str, ...]
-    classes: tuple[str, ...]
-    labels: tuple[str, ...]
-    values: Tensor
+    @property
+    def words(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def labels(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def values(self) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Page:
 
     title: str
     facts: Sequence[str]
-    notes: Sequence[tuple[str, str]]
+    notes: Sequence[str]
     n_train: int
     explanations: Iterable[Explanation]
     suspects: Sequence[Influential] | None
@@ -69,73 +73,26 @@ def counts_of(n_test: int, n_train: int, n_checkpoints: int) -> list[str]:
     return [f"{number:,} {name}{'' if number == 1 else 's'}" for name, number in counts.items()]
 
 
-def notes_of(
-    *,
-    has_trace: bool,
-    has_words: bool,
-    has_tokens: bool,
-    has_raw_texts: bool,
-    has_predictions: bool,
-    n_kept: int | None,
-) -> list[tuple[str, str]]:
-    """What is missing from a page; why, and what to do about it.
+def notes_of(*, has_raw_texts: bool, has_predictions: bool, n_kept: int | None) -> list[str]:
+    """What a page could show besides, and what would bring it.
 
     Args:
-        has_trace: whether the trace that the scores were computed from is there.
-        has_words: whether the method has word terms.
-        has_tokens: whether a tokenizer has told what the token ids stand for.
         has_raw_texts: whether the texts were given as they were written.
         has_predictions: whether it is known what the model says of the test examples.
         n_kept: how many proponents and opponents were kept, where more were asked for.
     """
     notes = []
-    if not has_trace:
-        notes.append(
-            (
-                "No training texts and words",
-                "They lie in the trace that the scores were computed from, which is gone, or another fit took its "
-                "place. Put it back where it was, load the result again, and make this page anew.",
-            )
-        )
-    if not has_words:
-        notes.append(
-            (
-                "No shaded words",
-                "The method has no word terms; they are a property of the word embedding layer. For them, compute "
-                'the influence with method="tracin-we".',
-            )
-        )
-    if not has_tokens:
-        notes.append(
-            (
-                "Numbers for words",
-                "No tokenizer was found, so token ids are shown. Set an attribute tokenizer on the module or its "
-                "datamodule before fit and influence, or override influence_words.",
-            )
-        )
-    elif not has_raw_texts:
-        notes.append(
-            (
-                "Texts put together from tokens",
-                "Their case, spelling and spaces may be lost. To read them as they were written, call "
-                "result.with_texts(train=..., test=...).to_html(...).",
-            )
-        )
     if not has_predictions:
         notes.append(
-            (
-                "No predictions",
-                "No logits with one prediction for each example were seen in the model's forward pass. They are "
-                "found where the last layer is a linear one or the module returns an object with logits.",
-            )
+            "What the model says of the test examples is not known: it is seen where the loss comes from one linear "
+            "layer, or where the module returns an object with logits, one prediction for each example."
         )
     if n_kept is not None:
+        notes.append(f"Only the {n_kept} strongest were kept: call influence with a larger k to list more.")
+    if not has_raw_texts:
         notes.append(
-            (
-                f"{n_kept} of each kept",
-                "The influence was computed with this k; to list more proponents and opponents, compute it with "
-                "a larger k.",
-            )
+            "Texts are put together from tokens: result.with_texts(train=..., test=...) brings them as they were "
+            "written."
         )
     return notes
 
