@@ -15,16 +15,8 @@ import sys
 import tarfile
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import NamedTuple
 
 Labelled = list[tuple[str, int]]  # text and label
-
-
-class Review(NamedTuple):
-    """A sentence of a movie review, with the mean of what about 15 people said of it, from -4 to 4."""
-
-    text: str
-    rating: float
 
 
 def bbc_news() -> tuple[Labelled, list[str]]:
@@ -47,8 +39,8 @@ def sms_spam() -> tuple[Labelled, list[str]]:
     return [(text, classes.index(label)) for text, label in messages.items()], classes
 
 
-def movie_reviews() -> list[Review]:
-    """Sentences of movie reviews without their duplicates and without those that are rated 0."""
+def movie_reviews() -> tuple[Labelled, list[str]]:
+    """Sentences of movie reviews, by the sign of the mean of 15 people's ratings (0 is left out), and two classes."""
     version = "vaderSentiment==3.3.2"
     folder = Path(sys.prefix) / "data"
     path = folder / f"{version.replace('==', '-')}.tar.gz"
@@ -63,7 +55,7 @@ def movie_reviews() -> list[Review]:
             assert ratings is not None
             rows = [line.split("\t") for line in ratings.read().decode("latin-1").splitlines()]
     reviews = {text.strip(): float(rating) for _, rating, text in rows}
-    return [Review(text, rating) for text, rating in reviews.items() if rating != 0]
+    return [(text, int(rating > 0)) for text, rating in reviews.items() if rating != 0], ["negative", "positive"]
 
 
 def packaged_minilm() -> str:
