@@ -52,7 +52,14 @@ def fitted(train: Tokenized, names: Sequence[str], tokenizer: Any, options: argp
     name = options.model or packaged_minilm()
     n_steps = options.epochs * -(-len(train) // 32)
     model = Classifier(name, names, tokenizer, n_steps, n_layers=options.layers)
-    trainer = Trainer(max_epochs=options.epochs, callbacks=list(callbacks), logger=False, enable_checkpointing=False)
+    trainer = Trainer(
+        max_epochs=options.epochs,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(model, batches(train, tokenizer, shuffle=True))
     return trainer
 
@@ -105,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     false_alarms = [complaints[index] for index in spam_among(complaints, trainer)]
     before = len(spam_among(ham, trainer))
     console.print(
-        f"\nAccuracy on {len(test)} test messages: [bold]{accuracy:.3f}[/]. Of {len(ham)} ham messages {before} are taken "
-        f"for spam; signed with {SIGNED}, [bold]{len(false_alarms)}[/]."
+        f"\nAccuracy on {len(test)} test messages: [bold]{accuracy:.3f}[/]. Of {len(ham)} ham messages {before} "
+        f"are taken for spam; signed with {SIGNED}, [bold]{len(false_alarms)}[/]."
     )
     if not false_alarms:
         raise SystemExit("The model did not learn the planted shortcut: nothing to explain. Try more --epochs.")
