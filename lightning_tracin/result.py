@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 from safetensors import safe_open
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from lightning_tracin.explanation import Example, Explanation, Influential
 from lightning_tracin.gradients import Texts, WordGradients
 from lightning_tracin.methods import Method, TracInWE, method_from_json, method_to_json
 from lightning_tracin.report.plots import Kind, plot_result
-from lightning_tracin.report.tables import explanation_tables
+from lightning_tracin.report.tables import explained
 from lightning_tracin.scores import TopK, clipped_k, moments_of, self_influences, strongest
 from lightning_tracin.store import write_tensors
 from lightning_tracin.trace import Checkpoint, Trace
@@ -89,13 +90,37 @@ class InfluenceResult:
         return captured.get()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown = min(_PRINTED_TESTS, len(self.test_indices))
+        n_test = len(self.test_indices)
+        n_checkpoints = len(self.checkpoint_ids)
+        yield (
+            f"{self.method}, {n_test} test and {self.n_train} training examples, "
+            f"{n_checkpoints} checkpoint{'s' * (n_checkpoints != 1)}"
+        )
+        yield from (Text(note, style="italic") for note in self.notes)
+        shown = min(_PRINTED_TESTS, n_test)
         for explanation in self.explanations(range(shown), _PRINTED_K):
-            yield from explanation_tables(explanation)
-        left = len(self.test_indices) - shown
+            yield explained(explanation)
+        left = n_test - shown
         if left:
-            last = len(self.test_indices) - 1
-            yield f"... and {left} more test example{'s' * (left > 1)}: result.show(index), index up to {last}"
+            yield f"... and {left} more test example{'s' * (left > 1)}: result.show(index), index up to {n_test - 1}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What is missing here, why, and what would bring it."""
+        notes = []
+        if not self._has_trace:
+            notes.append(
+                "The trace of these scores is not at hand, or another fit took its place: training examples are shown "
+                "by their index alone. Load the result where its trace is for their texts, labels and words."
+            )
+        if not isinstance(self.method, TracInWE):
+            notes.append(f'{self.method.name} does not tell words; method="tracin-we" does.')
+        if self.words_of_ids and all(word == str(token) for token, word in self.words_of_ids.items()):
+            notes.append(
+                "Token ids are shown for words: there is no tokenizer on the module or its datamodule. Name it "
+                "self.tokenizer, or override influence_words."
+            )
+        return notes
 
     def show(self, test_index: int, k: int = 5, *, console: Console | None = None) -> None:
         """Print one test example with its k strongest proponents and opponents.
@@ -110,8 +135,7 @@ class InfluenceResult:
         """
         console = console or Console()
         for explanation in self.explanations([test_index], k):
-            for table in explanation_tables(explanation):
-                console.print(table)
+            console.print(explained(explanation))
 
     def with_texts(
         self,
