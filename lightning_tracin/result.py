@@ -30,6 +30,7 @@ from lightning_tracin.methods import (
     without_normalizing,
 )
 from lightning_tracin.report.page import Page, counts_of, notes_of, write_page
+from lightning_tracin.report.plots import Kind, plot_result
 from lightning_tracin.report.tables import explained
 from lightning_tracin.scores import TopK, clipped_k, moments_of, self_influences, strongest
 from lightning_tracin.store import write_tensors
@@ -39,6 +40,8 @@ from lightning_tracin.words import Marks, Word, marks_of, shares_of_words, spans
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMAT_VERSION = 1
 #: The raw text of an example, or of its two parts.
@@ -293,6 +296,36 @@ class InfluenceResult:
             n=n,
             min_examples=min_examples,
         )
+
+    def plot(
+        self,
+        kind: Kind = "scores",
+        test_index: int | None = None,
+        train_index: int | None = None,
+        *,
+        k: int = 10,
+        ax: Axes | None = None,
+    ) -> tuple[Figure, Axes]:
+        """Draw a chart with matplotlib.
+
+        Args:
+            kind: "scores", how they are distributed; "words", what words add to the score of a pair, of a test
+                example's k strongest proponents, or of all pairs; "labels", those of the k strongest proponents and
+                opponents; or "self_influence" of the training examples, the k highest marked.
+            test_index: row of the scores; all by default.
+            train_index: index in the training data set, for the words of a pair.
+            k: how many; fewer where fewer were kept.
+            ax: where to draw; a new figure by default.
+
+        Returns:
+            The figure and its axes, as in torchmetrics.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib: ``pip install lightning-tracin[plot]``.
+            ValueError: if the arguments do not go together, or the method has no words.
+            FileNotFoundError: if the trace that the scores were computed from is gone; scores can still be drawn.
+        """
+        return plot_result(self, kind, test_index, train_index, k, ax)
 
     def self_influence(self) -> Tensor:
         """Every training example's influence on itself: high for mislabelled and for atypical examples.
