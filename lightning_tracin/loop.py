@@ -163,7 +163,7 @@ def _ready(
         checkpoints = trace.checkpoints
         _check_recorded(trace, method, checkpoints)
         if module is not None:
-            trace.check_model(module)
+            trace.check_model(module.state_dict(), type(module).__name__)
         missing = [each for each in checkpoints if not each.has_gradients(method.name)]
         training_set = None
         if train_dataloaders is not None:

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_tracin.capture import Call, Captured, batch_dims, capture, collected
 from lightning_tracin.gradients import distinct
-from lightning_tracin.layers import layers_of_table
+from lightning_tracin.layers import layers_of_methods
 from lightning_tracin.losses import MeanLoss, label_counts, labels_of
 from lightning_tracin.mixin import losses_of, words_of_batch
 from lightning_tracin.processes import Processes
@@ -51,7 +51,7 @@ class TrainingCache:
         self._processes = processes
         self._trace = trace
         self._methods = tuple(methods)
-        self._tables, self._linear = _layers(module, trace.layers, methods)
+        self._tables, self._linear = layers_of_methods(module, trace.layers, methods)
         self._form = form
         self._folder = trace.path / "running.partial" / f"process-{processes.rank}"
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -239,7 +239,7 @@ def check_training(module: nn.Module, layers: Mapping[str, str], methods: Sequen
             f'{name} has batch norm, which in training mixes the examples of a batch: what cache="training" stores for '
             'an example is then partly of its neighbours. cache="checkpoint" is free of that.'
         )
-    tables, linear = _layers(module, layers, methods)
+    tables, linear = layers_of_methods(module, layers, methods)
     losses = losses_of(module)
     dims = batch_dims(losses, batch, [*tables, *linear])
     if isinstance(losses, MeanLoss):
@@ -268,14 +268,6 @@ def check_training(module: nn.Module, layers: Mapping[str, str], methods: Sequen
 def _norms(captured: Captured) -> list[Tensor]:
     """The norms of the examples' gradients at each layer."""
     return [block.example_norms() for block in (captured.words, captured.linear) if block is not None]
-
-
-def _layers(
-    module: nn.Module, layers: Mapping[str, str], methods: Sequence[str]
-) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The embedding layers and the linear layer that some methods need."""
-    tables = layers_of_table(module, module.get_submodule(layers["tracin-we"])) if "tracin-we" in methods else []
-    return tables, [module.get_submodule(layers["tracin-last"])] if "tracin-last" in methods else []
 
 
 def _computed_elsewhere(calls: Sequence[Call]) -> bool:
