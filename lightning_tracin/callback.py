@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -324,13 +325,14 @@ class TracInCallback(DualCallback):
         training_set, dims = self.training_set, self._dims
         loader = training_set.sequential_loader(*trace.part(processes))
         sharded = is_sharded(module)
-        batches = in_step(loader, training_set.first_batch, processes) if sharded else ((each, True) for each in loader)
         with (
             trace.caching(checkpoint, self.methods, processes) as cache,
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
             _buffers_of(checkpoint, module, processes),
             _inside_fit(trainer, module),
         ):
+            # inside: a loader draws a random number when it begins
+            batches = in_step(loader, training_set.first_batch, processes) if sharded else zip(loader, repeat(True))
             for batch, own in batches:
                 batch = batch_to_device(trainer, module, batch)
                 captured = capture_at(module, trace.layers, self.methods, losses_of(module), batch, dims=dims)

@@ -1,4 +1,4 @@
-"""A script that test_fsdp.py runs in two processes, which spread the weights between them: ``fsdp_processes.py FOLDER``."""
+"""A script that test_fsdp.py runs in two processes, which spread the weights: ``fsdp_processes.py FOLDER``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from test_fit import Reproducible
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional
-from toy import CLASSES, RATE, Toy, loader, quiet, texts
+from toy import CLASSES, RATE, Toy, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInCallback, TracInMixin
 
 UNEVEN = 17  # training examples: one process has a batch more than the other
+LENGTH = 9  # so that Tied is called on as many positions as the first batch has examples
 
 
 class OnCPU(FSDPStrategy):
@@ -97,7 +98,7 @@ class Broken(Toy):
 
     def influence_loss(self, batch):
         losses = super().influence_loss(batch)
-        broken = self.trainer.global_rank == 1 and not self.training and self.trainer.global_step > 4
+        broken = self.trainer.global_rank == 1 and not self.training and self.trainer.global_step > 3
         return losses * torch.nan if broken else losses
 
 
@@ -121,9 +122,9 @@ def fit(path, kind, sharding, *, epochs=2, ckpt_path=None, data=None, **options)
     """What a fit of both processes learned, and its trainer; without a path, it has no callback."""
     pl.seed_everything(0, verbose=False)
     callbacks = [] if path is None else [TracInCallback(path, **{"dtype": "float32", **options})]
-    strategy = OnCPU(process_group_backend="gloo", **sharding)
+    strategy = "ddp" if sharding is None else OnCPU(process_group_backend="gloo", **sharding)
     trainer = quiet(strategy=strategy, devices=2, callbacks=callbacks, max_epochs=epochs)
-    uneven = loader(texts(UNEVEN, length=8), shuffle=True, drop_last=True)
+    uneven = loader(texts(UNEVEN, length=LENGTH), shuffle=True, drop_last=True)
     trainer.fit(kind(), uneven if data is None else data, ckpt_path=ckpt_path)
     own = {name: value.detach().clone() for name, value in trainer.lightning_module.named_parameters()}
     return own, trainer
@@ -131,10 +132,14 @@ def fit(path, kind, sharding, *, epochs=2, ckpt_path=None, data=None, **options)
 
 def main(folder):
     found = {}
+    for cache in ("checkpoint", "training"):
+        _, whole = fit(folder / f"ddp {cache}", Toy, None, cache=cache)
     for name, (kind, sharding, options) in FITS.items():
         with_callback, trainer = fit(folder / name, kind, sharding, **options)
         without, _ = fit(None, kind, sharding)
+        assert with_callback.keys() == without.keys()
         found[f"{name} untouched"] = all(torch.equal(with_callback[each], value) for each, value in without.items())
+    found["by ddp"] = whole.influence(loader(test_texts()), Toy(), trace=folder / "wrapped").scores.tolist()
     seen = [fit(path, Watching, {})[1].lightning_module.seen for path in (folder / "watching", None)]
     found["gradients seen"], found["gradients seen without"] = seen
     found["query"] = error_of(trainer.influence, loader(), Toy(), trace=folder / "whole")

@@ -20,7 +20,7 @@ from two_processes import CACHES
 
 from lightning_tracin import Trace, TracInCallback, TracInWE, processes
 from lightning_tracin.gradients import WordGradients
-from lightning_tracin.processes import Processes, require_whole_module
+from lightning_tracin.processes import Processes
 from lightning_tracin.runs import Runs
 
 METHODS = ("tracin-we", "tracin-last")
@@ -273,12 +273,3 @@ def test_spawned_processes_leave_a_trace_but_cannot_be_asked(tmp_path):
         fit.influence(loader(test_texts()), Toy(), trace=tmp_path / "trace")
     assert quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace").scores.abs().sum() > 0
     assert fit.self_influence(trace=tmp_path / "trace").min() > 0  # needs no pass through the model
-
-
-def test_strategies_that_spread_the_weights_are_refused():
-    class Sharded:  # Lightning builds no such trainer without a GPU
-        world_size = 2
-        strategy = object.__new__(pl.strategies.FSDPStrategy)
-
-    with pytest.raises(ValueError, match="strategy is FSDPStrategy, which spreads the weights"):
-        require_whole_module(Sharded())
