@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import repeat
@@ -207,7 +207,7 @@ class TracInCallback(DualCallback):
         """How training's own gradients are made of the examples', if they are to be stored."""
         if self.cache != "training":
             return None
-        with _inside_fit(trainer, module):
+        with inside_fit(trainer, module):
             return check_training(module, layers, self.methods, _first(trainer, module, training_set))
 
     def _checked(self, trace: Trace, layers: dict[str, str]) -> Trace:
@@ -329,10 +329,11 @@ class TracInCallback(DualCallback):
             trace.caching(checkpoint, self.methods, processes) as cache,
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
             _buffers_of(checkpoint, module, processes),
-            _inside_fit(trainer, module),
+            inside_fit(trainer, module),
         ):
-            # inside: a loader draws a random number when it begins
-            batches = in_step(loader, training_set.first_batch, processes) if sharded else zip(loader, repeat(True))
+            batches: Iterable[tuple[Any, bool]] = zip(loader, repeat(True))  # inside: beginning draws a random number
+            if sharded:
+                batches = in_step(loader, len(loader), training_set.first_batch, processes)
             for batch, own in batches:
                 batch = batch_to_device(trainer, module, batch)
                 captured = capture_at(module, trace.layers, self.methods, losses_of(module), batch, dims=dims)
@@ -436,7 +437,7 @@ def first_batch(
         ValueError: if it cannot; the message says why, and what to do.
     """
     losses = losses_of(module)
-    with _inside_fit(trainer, module):
+    with inside_fit(trainer, module):
         batch = _first(trainer, module, training_set)
         layers = {}
         if "tracin-we" in methods:
@@ -487,7 +488,7 @@ def capture_at(
 
 
 @contextmanager
-def _inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+def inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     """Compute gradients between two training batches without a trace in training: no random number is drawn from it."""
     with (
         isolate_rng(),

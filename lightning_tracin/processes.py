@@ -138,12 +138,6 @@ def launched(trainer: pl.Trainer) -> Processes:
         ValueError: if they cannot work on a trace.
     """
     require_strategy(trainer)
-    if _is_of(trainer.strategy, _SHARDING):
-        raise ValueError(
-            "A query cannot run under FSDP, but its trace serves any other trainer: ask for influence with "
-            'strategy="ddp" or devices=1, trace="..." (the folder that the fit wrote) and a new module of the same '
-            "class as model=..."
-        )
     if trainer.world_size > 1 and processes_of(trainer).size == 1 and not _spawns(trainer):
         launcher: Any = trainer.strategy.launcher
         launcher.launch(trainer.strategy.setup_environment)
@@ -163,11 +157,16 @@ def require_strategy(trainer: pl.Trainer) -> None:
             f"{type(strategy).__name__}, which spreads the weights over the devices in another way. Use "
             'strategy="ddp" or "fsdp", or fit without TracInCallback.'
         )
-    if _is_of(strategy, _SHARDING) and not strategy.kwargs.get("use_orig_params"):
+    if spreads(trainer) and not strategy.kwargs.get("use_orig_params"):
         raise ValueError(
             "With use_orig_params=False, FSDP hides which parameters the optimizer's groups hold, so that learning "
             "rates cannot be told. Leave it at Lightning's default, FSDPStrategy(use_orig_params=True)."
         )
+
+
+def spreads(trainer: pl.Trainer) -> bool:
+    """Whether the trainer's strategy spreads the weights over the devices as FSDP does."""
+    return _is_of(trainer.strategy, _SHARDING)
 
 
 def _is_of(thing: object, *names: str) -> bool:

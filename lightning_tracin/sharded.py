@@ -94,6 +94,26 @@ def whole_state(module: nn.Module) -> Mapping[str, Any]:
     return state
 
 
+def load_whole(module: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Give an FSDP module whole weights, of which each process keeps its part. Every process must call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(_outermost(module), dict(weights), options=options)
+
+
+@contextmanager
+def parts_kept(module: nn.Module) -> Iterator[None]:
+    """Give an FSDP module back the part of its weights, and the buffers, that this process had."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
+
+
 def joined(piece: Tensor | None, shape: torch.Size | None, processes: Processes) -> Tensor | None:
     """A tensor of a parameter's shape from the pieces that the processes' optimizers hold of it; None if none does.
 
@@ -109,19 +129,20 @@ def joined(piece: Tensor | None, shape: torch.Size | None, processes: Processes)
     return torch.cat(pieces)[: whole.numel()].view(whole) if pieces else None
 
 
-def in_step(loader: Any, spare: Callable[[], Any], processes: Processes) -> Iterator[tuple[Any, bool]]:
+def in_step(loader: Any, n_batches: int, spare: Callable[[], Any], processes: Processes) -> Iterator[tuple[Any, bool]]:
     """Batches for as many forward passes as the process with most batches makes, and whether each is a loader's own.
 
     An error of any process's loader is raised in all of them.
 
     Args:
         loader: this process's.
-        spare: gives a batch where the loader has no more.
+        n_batches: how many of its batches to take.
+        spare: gives a batch where there are no more.
         processes: every one of them must iterate.
     """
     batches = iter(loader)
-    for number in range(max(processes.gather(len(loader)))):
-        own = number < len(loader)
+    for number in range(max(processes.gather(n_batches))):
+        own = number < n_batches
         with processes.together():
             batch = next(batches) if own else spare()
         yield batch, own

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from processes_apart import Normed, Still, error_of
+from processes_apart import BrokenTest, Normed, Still, error_of
 from pytorch_lightning.strategies import FSDPStrategy
 from test_fit import Reproducible
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional
-from toy import CLASSES, RATE, Toy, loader, quiet, test_texts, texts
+from torch.utils.data import Subset
+from toy import CLASSES, RATE, Toy, loader, quiet, texts
 
 from lightning_tracin import TracInCallback, TracInMixin
 
 UNEVEN = 17  # training examples: one process has a batch more than the other
+TESTS = 5
 LENGTH = 9  # so that Tied is called on as many positions as the first batch has examples
 
 
@@ -130,19 +132,35 @@ def fit(path, kind, sharding, *, epochs=2, ckpt_path=None, data=None, **options)
     return own, trainer
 
 
+def queried(trainer, *arguments, **options):
+    """What the processes of a trainer find."""
+    scores = trainer.influence(loader(texts(TESTS, seed=1, length=LENGTH)), *arguments, **options).scores
+    return scores.tolist()
+
+
 def main(folder):
     found = {}
     for cache in ("checkpoint", "training"):
         _, whole = fit(folder / f"ddp {cache}", Toy, None, cache=cache)
     for name, (kind, sharding, options) in FITS.items():
         with_callback, trainer = fit(folder / name, kind, sharding, **options)
+        found |= {f"{name} {method}": queried(trainer, method=method) for method in ("tracin-we", "tracin-last")}
+        after = dict(trainer.lightning_module.named_parameters())
+        found[f"{name} kept"] = all(torch.equal(after[each], value) for each, value in with_callback.items())
         without, _ = fit(None, kind, sharding)
         assert with_callback.keys() == without.keys()
         found[f"{name} untouched"] = all(torch.equal(with_callback[each], value) for each, value in without.items())
-    found["by ddp"] = whole.influence(loader(test_texts()), Toy(), trace=folder / "wrapped").scores.tolist()
+    found["spread"] = error_of(queried, whole, trainer.lightning_module, trace=folder / "whole")
+    fresh = quiet(strategy=OnCPU(process_group_backend="gloo", **WRAPPED), devices=2)
+    found["fresh"] = queried(fresh, Toy(), trace=folder / "whole")
+    found["fresh own"] = fresh.self_influence(trace=folder / "whole").tolist()
+    single = Subset(texts(TESTS, seed=1, length=LENGTH), [3])
+    found["a single one"] = fresh.influence(loader(single), trace=folder / "whole").scores.tolist()
+    fresh = quiet(strategy=OnCPU(process_group_backend="gloo"), devices=2)
+    found["broken test"] = error_of(queried, fresh, BrokenTest(), trace=folder / "whole")
+    found["by ddp"] = queried(whole, Toy(), trace=folder / "wrapped")
     seen = [fit(path, Watching, {})[1].lightning_module.seen for path in (folder / "watching", None)]
     found["gradients seen"], found["gradients seen without"] = seen
-    found["query"] = error_of(trainer.influence, loader(), Toy(), trace=folder / "whole")
     found["broken"] = error_of(fit, folder / "broken", Broken, WRAPPED)
     found["replicas"] = error_of(fit, folder / "replicas", Toy, {"sharding_strategy": "NO_SHARD"})
     found["flat"] = error_of(fit, folder / "flat", Toy, {"use_orig_params": False})

@@ -9,10 +9,10 @@ import shutil
 import pytest
 import torch
 from brute_force import BruteForce, dense_gradients, relative_error, untie
-from fsdp_processes import FITS, LENGTH, UNEVEN, Normed, Plain, Reproducible, Tied
+from fsdp_processes import FITS, LENGTH, TESTS, UNEVEN, Normed, Plain, Reproducible, Tied
 from test_fit import mean_rate
 from test_processes import run
-from toy import RATE, Toy, loader, quiet, test_texts, texts
+from toy import RATE, Toy, loader, quiet, texts
 
 from lightning_tracin import Trace, TracInWE
 from lightning_tracin.processes import require_strategy
@@ -20,7 +20,7 @@ from lightning_tracin.processes import require_strategy
 METHODS = ("tracin-we", "tracin-last")
 LAYERS = {"tracin-we": "embedding", "tracin-last": "head"}
 TRAIN = texts(UNEVEN, length=LENGTH)
-TEST = texts(5, seed=1, length=LENGTH)
+TEST = texts(TESTS, seed=1, length=LENGTH)
 LEARNING = ("whole", "wrapped", "gradients", "wrapping")  # each a way to spread a Toy
 
 
@@ -74,8 +74,7 @@ def test_one_process_finds_in_the_trace_what_brute_force_finds_at_its_weights(fi
     folder, *_ = fits
     kind = Toy if name in LEARNING else FITS[name][0]
     rates = [RATE, RATE] if kind in (Plain, Tied) else [mean_rate(0, 2), mean_rate(2, 4)]
-    missing = {"train_dataloaders": loader(TRAIN)} if name == "on_demand" else {}
-    scores = scores_in(folder / name, kind, method=method, **missing)
+    scores = scores_in(folder / name, kind, method=method)
     expected = brute_force(folder / name, kind, method, rates).scores()
     assert scores.shape == (5, UNEVEN)
     assert relative_error(scores, expected) < 1e-5
@@ -147,9 +146,28 @@ def test_gradients_taken_in_training_are_those_of_the_examples(fits, method):
     assert n_came > UNEVEN // 2
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FITS)
+def test_processes_that_spread_the_weights_find_what_one_finds(fits, name, method):
+    folder, *found = fits
+    alone = scores_in(folder / name, Toy if name == "wrapping" else FITS[name][0], method=method)
+    for each in found:
+        torch.testing.assert_close(torch.tensor(each[f"{name} {method}"]), alone, rtol=1e-5, atol=1e-9)
+        assert each[f"{name} kept"]  # the module has the weights of the fit again
+
+
+def test_a_new_module_is_spread_for_a_query(fits):
+    folder, *found = fits
+    alone, own = scores_in(folder / "whole"), quiet().self_influence(trace=folder / "whole")
+    for each in found:
+        torch.testing.assert_close(torch.tensor(each["fresh"]), alone, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(torch.tensor(each["fresh own"]), own, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(torch.tensor(each["a single one"]), alone[3:4], rtol=1e-5, atol=1e-9)
+
+
 def test_processes_under_ddp_find_what_one_finds(fits):
     folder, *found = fits
-    alone = quiet().influence(loader(test_texts()), Toy(), trace=folder / "wrapped").scores
+    alone = scores_in(folder / "wrapped")
     for each in found:
         torch.testing.assert_close(torch.tensor(each["by ddp"]), alone, rtol=1e-5, atol=1e-9)
 
@@ -175,7 +193,8 @@ def test_a_resumed_fit_continues_its_trace(fits):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("query", "ValueError: A query cannot run under FSDP, but its trace serves any other trainer"),
+        ("spread", "ValueError: Another trainer has spread the weights of this Still"),
+        ("broken test", "ValueError: The loss or gradient of test example . is NaN or infinite"),
         ("broken", "ValueError: The loss or gradient of training example 9 is NaN or infinite"),
         ("different data", "ValueError: Processes 0 and 1 have different training sets"),
         ("flat", "ValueError: With use_orig_params=False, FSDP hides which parameters"),
