@@ -18,7 +18,7 @@ from benchmarks.measure import Row, in_turns, median_ratio, parser, peak_megabyt
 from benchmarks.workload import HIDDEN, word_gradients
 from lightning_tracin import TracInWE
 from lightning_tracin.gradients import DTYPES
-from lightning_tracin.result import merge_top, top_of
+from lightning_tracin.scores import merge_top, top_of
 from lightning_tracin.store import Shards, ShardWriter, encoded_bytes, fitting_shard_examples
 
 _BLOCK = 500

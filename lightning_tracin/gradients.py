@@ -320,6 +320,12 @@ class Texts:
     labels: Tensor
 
     @classmethod
+    def empty(cls, n_examples: int) -> Texts:
+        """Examples that say nothing."""
+        none = torch.empty(0, dtype=torch.long)
+        return cls(n_examples, none, none, torch.full((n_examples,), torch.nan, dtype=torch.float64))
+
+    @classmethod
     def cat(cls, blocks: Sequence[Texts]) -> Texts:
         """Join blocks one after the other; examples are renumbered."""
         return cls(
@@ -364,6 +370,11 @@ class Texts:
     def ids_of(self, example: int) -> list[int]:
         """One example's token ids."""
         return self.ids[self.examples == example].tolist()
+
+    def ids_by_example(self) -> list[list[int]]:
+        """Every example's token ids."""
+        counts = torch.bincount(self.examples, minlength=self.n_examples).tolist()
+        return [ids.tolist() for ids in torch.split(self.ids, counts)]
 
     def label_of(self, example: int) -> float | None:
         """One example's label; None where it has none."""

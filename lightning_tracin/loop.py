@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -21,20 +21,23 @@ from torch import Tensor, nn
 from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter, batch_to_device
 from lightning_tracin.callback import TracInCallback, capture_at, check_losses, inside_fit
 from lightning_tracin.capture import Captured, Losses, batch_dims, gradients_enabled, usable_in_autograd
-from lightning_tracin.gradients import SecondMoments, Texts, distinct
-from lightning_tracin.layers import layers_of_methods
+from lightning_tracin.gradients import Texts, distinct
+from lightning_tracin.layers import layers_of_methods, named_layer
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
-from lightning_tracin.mixin import losses_of, words_of_batch
+from lightning_tracin.mixin import losses_of, tokenizer_of, words_of_batch
+from lightning_tracin.predictions import Outputs
 from lightning_tracin.processes import Processes, await_seen, launched, leave, require_results, spreads
 from lightning_tracin.report.progress import labelled
-from lightning_tracin.result import InfluenceResult, TopK, clipped_k, merge_top, top_of
+from lightning_tracin.result import InfluenceResult
+from lightning_tracin.scores import TopK, clipped_k, merge_top, moments_of, self_influences, top_of
 from lightning_tracin.sharded import in_step, is_sharded, load_whole, parts_kept, require_spread, whole_state
 from lightning_tracin.trace import CachePass, Checkpoint, Trace, gradients_of, texts_of
 from lightning_tracin.training_set import TrainingSet, only_test_loader, own_part, spare_batch
 
 #: Takes a batch's gradients, the data set indices of its examples (none for an iterable data set), and the batch.
 _Take: TypeAlias = Callable[[Captured, list[int], Any], None]
+_Watched: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 def influence(
@@ -85,10 +88,12 @@ def influence(
     with _weights_kept(module):
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders, processes)
         hooks = datamodule or _attached(trainer, module)
-        test = _TestExamples(module, chosen)
+        test = _TestExamples(module, chosen, opened)
         for number, checkpoint in enumerate(checkpoints, start=1):
             description = f"Test gradients {number}/{len(checkpoints)}"
-            _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description, number == 1, processes)
+            first = number == 1
+            watched = test.outputs.watched
+            _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description, first, processes, watched)
             with processes.together():
                 test.finish_checkpoint(checkpoint, opened, processes)
     result = InfluenceResult(
@@ -99,8 +104,10 @@ def influence(
         test_gradients=test.gradients if isinstance(chosen, TracInWE) else [],  # only word terms are asked for later
         words_of_ids={**opened.vocabulary, **test.vocabulary},
         label_names=_label_names(module),
+        predictions=test.predictions,
         trace=opened,
         checkpoint_ids=[each.id for each in checkpoints],
+        tokenizer=tokenizer_of(module),
     )
     with processes.together():
         return _scored(result, test.gradients, checkpoints, kept, processes)
@@ -141,17 +148,8 @@ def self_influence(
         _spread(trainer, module, [], datamodule)
     with _weights_kept(module) if module is not None else nullcontext():
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders, processes)
-    scores = torch.zeros(opened.n_train, dtype=torch.float32)
     with processes.together():
-        for checkpoint in checkpoints:
-            rate = checkpoint.learning_rate_of(chosen.name)
-            moments = _moments(checkpoint, chosen)
-            shards = checkpoint.gradients(chosen.name)
-            for shard in processes.share(len(shards)):
-                block = shards.read(shard)
-                norms = [chosen.norms(chosen.prepare(block, moments, side), moments) for side in ("test", "train")]
-                scores[slice(*shards.bounds(shard))] += rate * norms[0] * norms[1]
-        return torch.stack(processes.gather(scores)).sum(0)
+        return self_influences(checkpoints, chosen, processes)
 
 
 def _ready(
@@ -225,7 +223,7 @@ def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoi
             'cannot be applied to. Fit without projection for precondition="adam".'
         )
     for checkpoint in checkpoints:
-        _moments(checkpoint, method)  # raises where the method needs some and there are none
+        moments_of(checkpoint, method)  # raises where the method needs some and there are none
 
 
 def _fill(
@@ -256,9 +254,12 @@ def _fill(
 class _TestExamples:
     """The test examples of one query: what they say, and their prepared gradients at each checkpoint."""
 
-    def __init__(self, module: nn.Module, method: Method) -> None:
+    def __init__(self, module: nn.Module, method: Method, trace: Trace) -> None:
         self.module = module
         self.method = method
+        last = trace.layers.get("tracin-last")
+        self.outputs = Outputs(module, None if last is None else named_layer(module, last))
+        self.predictions = torch.empty(0, 2, dtype=torch.float64)
         self.indices = torch.empty(0, dtype=torch.long)
         self.texts = Texts(0, self.indices, self.indices, torch.empty(0, dtype=torch.float64))
         self.vocabulary: dict[int, str] = {}
@@ -266,6 +267,7 @@ class _TestExamples:
         self._came: list[int] = []
         self._blocks: list[Any] = []
         self._texts: list[Texts] = []
+        self._predictions: list[Tensor] = []
         self._counted = False
 
     def take(self, captured: Captured, indices: list[int], batch: Any) -> None:
@@ -282,6 +284,7 @@ class _TestExamples:
         self._came.extend(came)
         self._blocks.append(gradients_of(captured, self.method.name))
         self._texts.append(texts_of(captured, labels_of(batch)))
+        self._predictions.append(self.outputs.predictions(len(captured), labels_of(batch)))
         self._counted = not indices
         if not self.gradients:
             new = [token for token in distinct(captured.token_ids) if token not in self.vocabulary]
@@ -289,10 +292,13 @@ class _TestExamples:
 
     def finish_checkpoint(self, checkpoint: Checkpoint, trace: Trace, processes: Processes) -> None:
         """Arrange what came to any process at a checkpoint in the order of the data set."""
-        parts = processes.gather((self._came, self._blocks, self._texts, self.vocabulary))
-        self._came, self._blocks, self._texts = ([each for part in parts for each in part[i]] for i in range(3))
+        own = (self._came, self._blocks, self._texts, self._predictions)
+        parts = processes.gather((*own, self.vocabulary))
+        self._came, self._blocks, self._texts, self._predictions = (
+            [each for part in parts for each in part[number]] for number in range(len(own))
+        )
         for part in parts:
-            self.vocabulary.update(part[3])
+            self.vocabulary.update(part[-1])
         if not self._blocks:
             raise ValueError("The test loader is empty: there is nothing to explain.")
         places, indices = _places(self._came)
@@ -306,8 +312,11 @@ class _TestExamples:
             )
         block = type(self._blocks[0]).cat(self._blocks).arranged(places, len(indices))
         block = trace.kept.of(block)  # as the training side was stored
-        self.gradients.append(self.method.prepare(block, _moments(checkpoint, self.method), "test"))
-        self._came, self._blocks, self._texts = [], [], []
+        self.gradients.append(self.method.prepare(block, moments_of(checkpoint, self.method), "test"))
+        predictions = torch.cat(self._predictions)
+        self.predictions = predictions.new_empty(len(indices), 2)
+        self.predictions[places[places >= 0]] = predictions[places >= 0]  # those of the last checkpoint stay
+        self._came, self._blocks, self._texts, self._predictions = [], [], [], []
 
 
 def _run(
@@ -321,17 +330,19 @@ def _run(
     description: str,
     first: bool,
     processes: Processes,
+    watched: _Watched = nullcontext,
 ) -> None:
     """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand each batch's gradients on.
 
-    The first of several runs also checks that the losses are those of single examples.
+    The first of several runs also checks that the losses are those of single examples. Each batch's forward and
+    backward pass is run inside of ``watched()``.
     """
     if is_sharded(module):
-        _run_in_step(trainer, module, checkpoint, method, loader, take, processes)
+        _run_in_step(trainer, module, checkpoint, method, loader, take, processes, watched)
         return
     with processes.together():  # past this point they wait for each other inside of Lightning
         module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
-    step = partial(_gradient_step, module, checkpoint.layers, method.name, losses_of(module), first)
+    step = partial(_gradient_step, module, checkpoint.layers, method.name, losses_of(module), first, watched)
     bars = [labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
     trainer.predict_loop.current_batch_indices = []  # a loader without indices would be given those of the last one
     writer = _Writer(take)
@@ -365,6 +376,7 @@ def _run_in_step(
     loader: Any,
     take: _Take,
     processes: Processes,
+    watched: _Watched,
 ) -> None:
     """What :func:`_run` does, under FSDP: not by ``predict``, which makes no more passes than it has batches."""
     with processes.together():
@@ -382,7 +394,8 @@ def _run_in_step(
         dims = batch_dims(losses, spare, [*tables, *linear])
         for batch, own in in_step(loader, n_batches, lambda: spare, processes):
             batch = batch_to_device(trainer, module, batch)
-            captured = capture_at(module, layers, [method.name], losses, batch, dims=dims)
+            with watched():
+                captured = capture_at(module, layers, [method.name], losses, batch, dims=dims)
             with processes.together():
                 if own:
                     take(captured, [int(index) for index in next(indices)], batch)
@@ -394,6 +407,7 @@ def _gradient_step(
     method: str,
     losses: Losses,
     check: bool,
+    watched: _Watched,
     batch: Any,
     batch_idx: int,
 ) -> Captured:
@@ -403,7 +417,8 @@ def _gradient_step(
         if check and batch_idx == 0:
             check_losses(module, layers[method], losses, batch)
         try:
-            return capture_at(module, layers, [method], losses, batch)
+            with watched():
+                return capture_at(module, layers, [method], losses, batch)
         except RuntimeError as error:
             if "Inference tensors cannot be saved for backward" in str(error):
                 raise RuntimeError(
@@ -452,30 +467,29 @@ def _scored(
     """
     method = result.method
     stored = [checkpoint.gradients(method.name) for checkpoint in checkpoints]
-    moments = [_moments(checkpoint, method) for checkpoint in checkpoints]
+    moments = [moments_of(checkpoint, method) for checkpoint in checkpoints]
     rates = [checkpoint.learning_rate_of(method.name) for checkpoint in checkpoints]
     columns: list[Tensor] = [torch.zeros(len(result.test_indices), 0)]
     strongest: list[tuple[TopK, TopK]] = []
+    totals = torch.zeros(len(result.test_indices), 2, dtype=torch.float64)
     for shard in processes.share(len(stored[0])):
         start, stop = stored[0].bounds(shard)
         scores = torch.zeros(len(result.test_indices), stop - start, dtype=torch.float32)
         for gradients, shards, moment, rate in zip(test, stored, moments, rates, strict=True):
             block = shards.read(shard)
             scores += rate * method.dot(gradients, method.prepare(block, moment, "train"), moment)
+        totals += torch.stack([scores.clamp(min=0).sum(1), scores.clamp(max=0).sum(1)], 1)
         if k is None:
             columns.append(scores)
         else:
             strongest = [merge_top([*strongest, top_of(scores, start)], k)]
+    result.totals = torch.stack(processes.gather(totals)).sum(0)
     if k is None:
         result.scores = torch.cat(processes.gather(torch.cat(columns, dim=1)), dim=1)
     else:
         parts = [part for of_process in processes.gather(strongest) for part in of_process]
         result.strongest_proponents, result.strongest_opponents = merge_top(parts, k)
     return result
-
-
-def _moments(checkpoint: Checkpoint, method: Method) -> SecondMoments | None:
-    return checkpoint.second_moments(method.name) if method.precondition == "adam" else None
 
 
 def _places(indices: list[int]) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
             f"{type(module).__name__} has no loss for each example: its forward returned {type(output).__name__}, "
             f"not a Hugging Face output with logits. {OVERRIDE}."
         )
-    model = _hugging_face_model(module)
+    model = hugging_face_model(module)
     problem_type = getattr(getattr(model, "config", None), "problem_type", None)
     values, counted = _elementwise(logits.float(), labels, problem_type=problem_type, causal=_is_causal(model))
     values, counted = values.flatten(1), counted.flatten(1)
@@ -76,7 +76,7 @@ def label_counts(module: nn.Module, batch: Any) -> Tensor | None:
     None where examples have one label each, or it is not for :func:`hugging_face_losses` to say.
     """
     labels = labels_of(batch)
-    model = _hugging_face_model(module)
+    model = hugging_face_model(module)
     if model is None or labels is None or labels.dim() < 2 or labels.is_floating_point():
         return None
     return (labels[:, 1:] if _is_causal(model) else labels).ne(_IGNORED).flatten(1).sum(1)
@@ -207,7 +207,7 @@ def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
     return module(batch)
 
 
-def _hugging_face_model(module: nn.Module) -> nn.Module | None:
+def hugging_face_model(module: nn.Module) -> nn.Module | None:
     """The model of transformers inside the module, whatever wraps it; told by its base class, without the import."""
     for part in module.modules():
         if any(base.__name__ == "PreTrainedModel" for base in type(part).__mro__):

@@ -103,13 +103,26 @@ class TracInWE:
         """(n_examples,) norms of a prepared block."""
         return words.example_norms()
 
-    def terms(self, test: WordGradients, train: WordGradients) -> dict[int, float]:
-        """The term of each shared token in the product of two prepared blocks of one example each."""
-        test, train = (each.select(each.norms != 0) for each in (test, train))
-        tokens, of_test, of_train = _intersection(test.tokens, train.tokens)
-        products = (test.directions[of_test].float() * train.directions[of_train].float()).sum(1)
-        products = products.double() * test.factors[of_test].double() * train.factors[of_train].double()
-        return dict(zip(tokens.tolist(), products.tolist(), strict=True))
+    def terms(self, test: WordGradients, train: WordGradients) -> tuple[Tensor, Tensor, Tensor]:
+        """The terms of the words that a test example shares with training examples.
+
+        Args:
+            test: a prepared block of one example.
+            train: a prepared block.
+
+        Returns:
+            The place of a training example in its block, a token id, and the term of that token in the pair's product,
+            float64; all (number of terms,).
+        """
+        if not len(test.tokens):
+            return train.examples[:0], train.tokens[:0], train.norms[:0].double()
+        of_test = torch.searchsorted(test.tokens, train.tokens).clamp(max=len(test.tokens) - 1)
+        is_shared = (test.tokens[of_test] == train.tokens) & (test.norms[of_test] != 0) & (train.norms != 0)
+        of_train = torch.nonzero(is_shared)[:, 0]
+        of_test = of_test[of_train]
+        products = (test.directions[of_test].float() * train.directions[of_train].float()).sum(1).double()
+        products *= test.factors[of_test].double() * train.factors[of_train].double()
+        return train.examples[of_train], train.tokens[of_train], products
 
 
 @dataclass(frozen=True)

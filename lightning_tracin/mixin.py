@@ -131,14 +131,15 @@ def words_of_batch(module: nn.Module, batch: Any, token_ids: list[int]) -> dict[
 
 def words_of_ids(module: Any, token_ids: list[int]) -> list[str]:
     """The tokenizer's tokens for the ids, or the ids as text where there is no tokenizer."""
-    tokenizer = _tokenizer(module)
+    tokenizer = tokenizer_of(module)
     if tokenizer is None:
         return [str(token) for token in token_ids]
     tokens = tokenizer.convert_ids_to_tokens(token_ids)
     return [str(token) if word is None else word for token, word in zip(token_ids, tokens, strict=True)]
 
 
-def _tokenizer(module: Any) -> Any:
+def tokenizer_of(module: Any) -> Any:
+    """The tokenizer that is an attribute of the module or of its datamodule; None without one."""
     try:
         datamodule = module.trainer.datamodule
     except (RuntimeError, AttributeError):  # how Lightning says that the module has no trainer, or no datamodule

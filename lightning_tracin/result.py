@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 from safetensors import safe_open
 from torch import Tensor
 
+from lightning_tracin.explanation import Example, Explanation, Influential
 from lightning_tracin.gradients import Texts, WordGradients
 from lightning_tracin.methods import Method, TracInWE, method_from_json, method_to_json
-from lightning_tracin.report.tables import Example, Influential, influence_tables
+from lightning_tracin.report.tables import explained
+from lightning_tracin.scores import TopK, clipped_k, moments_of, self_influences, strongest
 from lightning_tracin.store import write_tensors
 from lightning_tracin.trace import Checkpoint, Trace
+from lightning_tracin.words import Marks, Word, marks_of, shares_of_words, spans_of, words_in, words_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT_VERSION = 1
+#: The raw text of an example, or of its two parts.
+RawText: TypeAlias = str | tuple[str, str]
 _WORD_TENSORS = ("examples", "tokens", "norms", "directions")
 _PRINTED_TESTS = 3
 _PRINTED_K = 3
-
-
-class TopK(NamedTuple):
-    """The strongest training examples of each test example, both (n_test, k), strongest first."""
-
-    values: Tensor
-    indices: Tensor
+_CHUNK = 32  # test examples whose pairs are explained at once
 
 
 @dataclass(repr=False, eq=False)
@@ -49,7 +51,10 @@ class InfluenceResult:
         method: what the scores are.
         n_train: number of training examples.
         test_indices: (n_test,) the index in the test data set of each row, ascending.
+        predictions: (n_test, 2) float64, what the model of the last checkpoint said of each: the class and its
+            probability, or a value and NaN; NaN where it is not known.
         scores: (n_test, n_train) float32, or None if only the k strongest were kept.
+        totals: (n_test, 2) float64, the sums of each test example's positive and of its negative scores.
     """
 
     method: Method
@@ -59,11 +64,16 @@ class InfluenceResult:
     test_gradients: list[WordGradients]
     words_of_ids: dict[int, str]
     label_names: dict[int, str]
+    predictions: Tensor
     trace: Trace | None
     checkpoint_ids: list[str]
     scores: Tensor | None = None
     strongest_proponents: TopK | None = None
     strongest_opponents: TopK | None = None
+    totals: Tensor | None = None
+    tokenizer: Any = None
+    raw_test: Sequence[RawText] | None = None
+    raw_train: Sequence[RawText] | None = None
 
     def __repr__(self) -> str:
         kept = "" if self.strongest_proponents is None else f", k={self.strongest_proponents.values.shape[1]}"
@@ -76,13 +86,37 @@ class InfluenceResult:
         return captured.get()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown = min(_PRINTED_TESTS, len(self.test_indices))
-        for row in range(shown):
-            yield from self._tables(row, _PRINTED_K)
-        left = len(self.test_indices) - shown
+        n_test = len(self.test_indices)
+        n_checkpoints = len(self.checkpoint_ids)
+        yield (
+            f"{self.method}, {n_test} test and {self.n_train} training examples, "
+            f"{n_checkpoints} checkpoint{'s' * (n_checkpoints != 1)}"
+        )
+        yield from (Text(note, style="italic") for note in self.notes)
+        shown = min(_PRINTED_TESTS, n_test)
+        for explanation in self.explanations(range(shown), _PRINTED_K):
+            yield explained(explanation)
+        left = n_test - shown
         if left:
-            last = len(self.test_indices) - 1
-            yield f"... and {left} more test example{'s' * (left > 1)}: result.show(index), index up to {last}"
+            yield f"... and {left} more test example{'s' * (left > 1)}: result.show(index), index up to {n_test - 1}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What is missing here, why, and what would bring it."""
+        notes = []
+        if not self._has_trace:
+            notes.append(
+                "The trace of these scores is not at hand, or another fit took its place: training examples are shown "
+                "by their index alone. Load the result where its trace is for their texts, labels and words."
+            )
+        if not isinstance(self.method, TracInWE):
+            notes.append(f'{self.method.name} does not tell words; method="tracin-we" does.')
+        if self.words_of_ids and all(word == str(token) for token, word in self.words_of_ids.items()):
+            notes.append(
+                "Token ids are shown for words: there is no tokenizer on the module or its datamodule. Name it "
+                "self.tokenizer, or override influence_words."
+            )
+        return notes
 
     def show(self, test_index: int, k: int = 5, *, console: Console | None = None) -> None:
         """Print one test example with its k strongest proponents and opponents.
@@ -95,10 +129,64 @@ class InfluenceResult:
         Raises:
             IndexError: if there is no such test example.
         """
-        self._check_test_index(test_index)
         console = console or Console()
-        for table in self._tables(test_index, k):
-            console.print(table)
+        for explanation in self.explanations([test_index], k):
+            console.print(explained(explanation))
+
+    def with_texts(
+        self,
+        train: Sequence[RawText] | None = None,
+        test: Sequence[RawText] | None = None,
+        *,
+        tokenizer: Any = None,
+    ) -> InfluenceResult:
+        """The same result, shown in the raw texts' own case, spelling and spaces.
+
+        Without them, examples are put together again from their tokens. Raw texts are not saved with the result.
+
+        Args:
+            train: the text of each training example, or a pair of texts, by index in the training data set.
+            test: the same of the test data set.
+            tokenizer: the fast tokenizer that made the token ids; by default the one that was found on the module or
+                its datamodule when influence was computed.
+
+        Raises:
+            ValueError: if there is no tokenizer that tells offsets, or not a text for each example.
+        """
+        tokenizer = tokenizer or self.tokenizer
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                "with_texts needs the fast tokenizer that made the token ids, to find the tokens in the texts, but got "
+                f"{type(tokenizer).__name__}. Pass tokenizer=..."
+            )
+        needed = {"train": self.n_train, "test": int(self.test_indices.max()) + 1}
+        for name, texts in (("train", train), ("test", test)):
+            if texts is not None and len(texts) < needed[name]:
+                raise ValueError(f"{name} must have a text for each of {needed[name]} examples, but has {len(texts)}.")
+        return replace(self, tokenizer=tokenizer, raw_train=train, raw_test=test)
+
+    def explanations(self, test_indices: Sequence[int] | None = None, k: int = 5) -> Iterator[Explanation]:
+        """Test examples and their k strongest proponents and opponents, in words.
+
+        Args:
+            test_indices: rows of the scores; all by default.
+            k: how many of each; fewer where fewer were kept.
+
+        Raises:
+            IndexError: if there is no such test example.
+        """
+        rows = list(range(len(self.test_indices)) if test_indices is None else test_indices)
+        for row in rows:
+            self._check_test_index(row)
+        k = min(k, self._n_kept())
+        sides = (self.proponents(k), self.opponents(k))
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            pairs = {row: torch.cat([top.indices[row] for top in sides]).tolist() for row in chunk}
+            examples = self._train_examples(sorted({index for of_row in pairs.values() for index in of_row}))
+            terms = self._terms(pairs) if isinstance(self.method, TracInWE) and self._has_trace else {}
+            for row in chunk:
+                yield self._explanation(row, sides, examples, terms.get(row, {}))
 
     def proponents(self, k: int) -> TopK:
         """The k training examples of largest score for each test example.
@@ -131,8 +219,9 @@ class InfluenceResult:
     def words(self, test_index: int, train_index: int) -> list[tuple[str, float]]:
         """The term of each shared word in a pair's score (Yeh et al. 2022, section 4).
 
-        The terms of different token ids that print alike (or of one word that occurs twice, which has one id) are one
-        entry each; they add up to the pair's score.
+        The pieces of a word are put together. A token that the training example holds more than once, or in several
+        of its words, has one term, which is divided equally among its occurrences. Words that print alike are one
+        entry; all add up to the pair's score.
 
         Args:
             test_index: row of the scores.
@@ -145,9 +234,32 @@ class InfluenceResult:
             ValueError: if the method is not TracIn-WE.
             FileNotFoundError: if the trace that the scores were computed from is gone.
         """
-        terms = self._terms(test_index, int(train_index))
-        named = [(self._word(token), term) for token, term in terms.items()]
-        return sorted(named, key=lambda word: -abs(word[1]))
+        self._check_test_index(test_index)
+        train_index = int(train_index)
+        if not 0 <= train_index < self.n_train:
+            raise IndexError(f"There are training examples 0 to {self.n_train - 1}, but got {train_index}.")
+        if not isinstance(self.method, TracInWE):
+            raise ValueError(
+                f"{self.method} has no word terms: they are a property of the word embedding layer (TracInWE)."
+            )
+        terms = self._terms({test_index: [train_index]})[test_index][train_index]
+        example, ids = self._train_examples([train_index])[train_index]
+        named: dict[str, float] = defaultdict(float)
+        for word, share in zip(example.words, shares_of_words(example.words, ids, terms), strict=True):
+            if any(ids[place] in terms for place in word.places):
+                named[word.text] += share
+        return sorted(named.items(), key=lambda word: -abs(word[1]))
+
+    def self_influence(self) -> Tensor:
+        """Every training example's influence on itself: high for mislabelled and for atypical examples.
+
+        Returns:
+            (n_train,) float32, by the method and the checkpoints of this result.
+
+        Raises:
+            FileNotFoundError: if the trace that the scores were computed from is gone.
+        """
+        return self_influences(self._checkpoints(), self.method)
 
     def aggregate(self, how: Literal["mean", "rank", "vote"] = "mean", k: int | None = None) -> Tensor:
         """One value for each training example over all test examples; high for those that help most.
@@ -186,7 +298,8 @@ class InfluenceResult:
 
         Returns:
             Columns ``test_index`` (row of the scores), ``role`` ("proponent" or "opponent"), ``rank`` (from 1),
-            ``train_index``, ``score``, and ``label`` and ``text`` of the training example as far as they are known.
+            ``train_index``, ``score``, its ``share`` of all scores of its sign that the test example has, and
+            ``label`` and ``text`` of the training example as far as they are known.
 
         Raises:
             ModuleNotFoundError: without pandas: ``pip install lightning-tracin[pandas]``.
@@ -196,23 +309,24 @@ class InfluenceResult:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("to_pandas needs pandas: pip install lightning-tracin[pandas]") from error
         k = min(k, self._n_kept())
-        rows = []
-        for role, top in (("proponent", self.proponents(k)), ("opponent", self.opponents(k))):
-            for test_index in range(len(self.test_indices)):
-                for rank in range(k):
-                    train_index = int(top.indices[test_index, rank])
-                    example = self._train_example(train_index)
-                    rows.append(
-                        {
-                            "test_index": test_index,
-                            "role": role,
-                            "rank": rank + 1,
-                            "train_index": train_index,
-                            "score": float(top.values[test_index, rank]),
-                            "label": example.label,
-                            "text": example.text(),
-                        }
-                    )
+        tops = {"proponent": self.proponents(k), "opponent": self.opponents(k)}
+        wanted = sorted({index for top in tops.values() for index in top.indices.flatten().tolist()})
+        examples = {index: example for index, (example, _) in self._train_examples(wanted).items()}
+        rows = [
+            {
+                "test_index": row,
+                "role": role,
+                "rank": rank + 1,
+                "train_index": index,
+                "score": score,
+                "share": self._share(row, score),
+                "label": examples[index].label,
+                "text": examples[index].text,
+            }
+            for role, top in tops.items()
+            for row, (values, indices) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True))
+            for rank, (score, index) in enumerate(zip(values, indices, strict=True))
+        ]
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> Path:
@@ -234,7 +348,10 @@ class InfluenceResult:
             "texts.examples": self.test_texts.examples,
             "texts.ids": self.test_texts.ids,
             "texts.labels": self.test_texts.labels,
+            "predictions": self.predictions,
         }
+        if self.totals is not None:
+            tensors["totals"] = self.totals
         if self.scores is not None:
             tensors["scores"] = self.scores
         for name, top in (("proponents", self.strongest_proponents), ("opponents", self.strongest_opponents)):
@@ -294,11 +411,13 @@ class InfluenceResult:
             ],
             words_of_ids=words if trace is None else {**trace.vocabulary, **words},
             label_names={int(number): name for number, name in header["label_names"].items()},
+            predictions=tensors["predictions"],
             trace=trace,
             checkpoint_ids=header["checkpoint_ids"],
             scores=tensors.get("scores"),
             strongest_proponents=tops[0],
             strongest_opponents=tops[1],
+            totals=tensors.get("totals"),
         )
 
     def _n_kept(self) -> int:
@@ -317,23 +436,34 @@ class InfluenceResult:
         if not 0 <= test_index < len(self.test_indices):
             raise IndexError(f"There are test examples 0 to {len(self.test_indices) - 1}, but got {test_index}.")
 
-    def _terms(self, test_index: int, train_index: int) -> dict[int, float]:
-        """The term of each shared token id in a pair's score."""
-        self._check_test_index(test_index)
-        if not 0 <= train_index < self.n_train:
-            raise IndexError(f"There are training examples 0 to {self.n_train - 1}, but got {train_index}.")
+    def _terms(self, pairs: Mapping[int, Sequence[int]]) -> dict[int, dict[int, dict[int, float]]]:
+        """The terms of pairs' scores.
+
+        Args:
+            pairs: for each test example, training examples.
+
+        Returns:
+            For each test example and training example, the term of each shared token id.
+        """
         method = self.method
-        if not isinstance(method, TracInWE):
-            raise ValueError(f"{method} has no word terms: they are a property of the word embedding layer (TracInWE).")
-        terms: dict[int, float] = defaultdict(float)
+        assert isinstance(method, TracInWE)
+        wanted = sorted({index for of_row in pairs.values() for index in of_row})
+        places = {index: place for place, index in enumerate(wanted)}
+        terms: dict[int, dict[int, dict[int, float]]] = {
+            row: {index: defaultdict(float) for index in of_row} for row, of_row in pairs.items()
+        }
         for checkpoint, gradients in zip(self._checkpoints(), self.test_gradients, strict=True):
-            moments = checkpoint.second_moments(method.name) if method.precondition == "adam" else None
-            train = checkpoint.gradients(method.name).read_example(train_index)
-            prepared = method.prepare(train, moments, "train")
+            moments = moments_of(checkpoint, method)
             rate = checkpoint.learning_rate_of(method.name)
-            for token, term in method.terms(gradients.slice(test_index, test_index + 1), prepared).items():
-                terms[token] += rate * term
-        return dict(terms)
+            stored = checkpoint.gradients(method.name).read_examples(wanted)
+            train = method.prepare(stored, moments, "train")
+            for row, of_row in pairs.items():
+                is_paired = torch.zeros(len(wanted), dtype=torch.bool)
+                is_paired[[places[index] for index in of_row]] = True
+                found = method.terms(gradients.slice(row, row + 1), train.select(is_paired[train.examples]))
+                for place, token, term in zip(*(column.tolist() for column in found), strict=True):
+                    terms[row][wanted[place]][token] += rate * term
+        return terms
 
     def _checkpoints(self) -> list[Checkpoint]:
         """The checkpoints that the scores were computed from, if they are still there."""
@@ -349,88 +479,83 @@ class InfluenceResult:
     def _has_trace(self) -> bool:
         return self.trace is not None and set(self.checkpoint_ids) <= {each.id for each in self.trace.checkpoints}
 
-    def _word(self, token: int) -> str:
-        return self.words_of_ids.get(token, str(token))
+    def _share(self, row: int, score: float) -> float | None:
+        """A score as a part of all scores of its sign that a test example has."""
+        if self.totals is None:
+            return None
+        total = float(self.totals[row, 0 if score >= 0 else 1])
+        return score / total if total else None
 
-    def _tables(self, test_index: int, k: int) -> list[Any]:
-        """The renderables of one test example."""
-        k = min(k, self._n_kept())
-        proponents, opponents = self.proponents(k), self.opponents(k)
-        return influence_tables(
-            f"Test example {int(self.test_indices[test_index])}",
-            self._example(self.test_texts, test_index),
-            [self._influential(test_index, proponents, rank) for rank in range(k)],
-            [self._influential(test_index, opponents, rank) for rank in range(k)],
-        )
+    def _explanation(
+        self,
+        row: int,
+        sides: Sequence[TopK],
+        examples: Mapping[int, tuple[Example, list[int]]],
+        terms: Mapping[int, Mapping[int, float]],
+    ) -> Explanation:
+        """One test example and who pushed it, whose texts and terms are known."""
+        listed = []
+        summed: dict[int, float] = defaultdict(float)
+        for number, top in enumerate(sides):
+            of_side = []
+            for score, index in zip(top.values[row].tolist(), top.indices[row].tolist(), strict=True):
+                example, ids = examples[index]
+                shares = shares_of_words(example.words, ids, terms[index]) if terms else ()
+                of_side.append(Influential(example, score, self._share(row, score), tuple(shares)))
+                if number == 0:
+                    for token, term in terms.get(index, {}).items():
+                        summed[token] += term
+            listed.append(tuple(of_side))
+        test, ids = self._test_example(row)
+        own = tuple(shares_of_words(test.words, ids, summed)) if terms else ()
+        return Explanation(row, test, own, *listed)
 
-    def _influential(self, test_index: int, top: TopK, rank: int) -> Influential:
-        train_index, score = int(top.indices[test_index, rank]), float(top.values[test_index, rank])
-        terms = {}
-        if isinstance(self.method, TracInWE) and self._has_trace:
-            terms = self._terms(test_index, train_index)
-        return Influential(train_index, score, self._train_example(train_index), terms)
+    def _test_example(self, row: int) -> tuple[Example, list[int]]:
+        """What a test example says, and its token ids."""
+        index = int(self.test_indices[row])
+        ids = self.test_texts.ids_of(row)
+        words, unread = self._words(ids, self.raw_test, index)
+        value, confidence = self.predictions[row].tolist()
+        label = self._label(self.test_texts.label_of(row))
+        prediction = None if math.isnan(value) else self._label(value)
+        sure = None if math.isnan(confidence) else confidence
+        return Example(index, words, label, prediction, sure, unread), ids
 
-    def _train_example(self, train_index: int) -> Example:
-        if self.trace is None or not self._has_trace:
-            return Example([], [], None)
-        return self._example(self.trace.text(train_index), 0)
+    def _train_examples(self, indices: Sequence[int]) -> dict[int, tuple[Example, list[int]]]:
+        """What training examples say, and their token ids; nothing where the trace is gone."""
+        if self.trace is None or not self._has_trace or not indices:
+            return {index: (Example(index, (), None), []) for index in indices}
+        found = {}
+        texts = self.trace.texts(indices)
+        for place, (index, ids) in enumerate(zip(indices, texts.ids_by_example(), strict=True)):
+            words, unread = self._words(ids, self.raw_train, index)
+            found[index] = (Example(index, words, self._label(texts.label_of(place)), unread=unread), ids)
+        return found
 
-    def _example(self, texts: Texts, example: int) -> Example:
-        ids = texts.ids_of(example)
-        label = texts.label_of(example)
-        if label is None:
-            named = None
-        elif label.is_integer():
-            named = self.label_names.get(int(label), str(int(label)))
-        else:
-            named = f"{label:.3g}"
-        return Example(ids, [self._word(token) for token in ids], named)
+    def _words(self, ids: list[int], raw: Sequence[RawText] | None, index: int) -> tuple[tuple[Word, ...], str]:
+        """The words of an example, and what its raw text goes on with after them."""
+        words = words_of([self.words_of_ids.get(token, str(token)) for token in ids], self._marks)
+        if raw is None:
+            return tuple(words), ""
+        found = spans_of(self.tokenizer, raw[index], ids)
+        if found is None:
+            rank_zero_warn(
+                f"The text given for example {index} is not what its token ids were made of: tokens are shown."
+            )
+            return tuple(words), ""
+        text, spans = found
+        end = max((span[1] for span in spans if span is not None), default=0)
+        return tuple(words_in(text, spans, words)), text[end:]
 
+    @cached_property
+    def _marks(self) -> Marks:
+        return marks_of(self.words_of_ids.values())
 
-def strongest(scores: Tensor, k: int, *, largest: bool) -> TopK:
-    """The k largest or smallest of each row, and where; of equal ones, those that come first."""
-    least = scores.topk(k, dim=1, largest=largest).values[:, -1:]
-    beyond = scores > least if largest else scores < least
-    equal = scores == least
-    chosen = beyond | (equal & (equal.cumsum(1) <= k - beyond.sum(1, keepdim=True)))
-    indices = torch.nonzero(chosen)[:, 1].view(-1, k)  # ascending: topk alone takes any of equal scores
-    order = scores.gather(1, indices).sort(dim=1, descending=largest, stable=True)
-    return TopK(order.values, indices.gather(1, order.indices))
-
-
-def top_of(scores: Tensor, start: int) -> tuple[TopK, TopK]:
-    """A block of scores as proponents and opponents that are yet to be sorted: for :func:`merge_top`.
-
-    Args:
-        scores: (n_test, block) scores of the training examples from ``start`` on.
-        start: training index of the block's first column.
-    """
-    block = TopK(scores, torch.arange(start, start + scores.shape[1]).expand_as(scores))
-    return block, block
-
-
-def merge_top(parts: Sequence[tuple[TopK, TopK]], k: int) -> tuple[TopK, TopK]:
-    """The k strongest proponents and opponents of all parts; of equal ones, those of earlier parts."""
-    merged = []
-    for side, largest in enumerate((True, False)):
-        values = torch.cat([part[side].values for part in parts], dim=1)
-        best = strongest(values, min(k, values.shape[1]), largest=largest)
-        indices = torch.cat([part[side].indices for part in parts], dim=1)
-        merged.append(TopK(best.values, indices.gather(1, best.indices)))
-    return merged[0], merged[1]
-
-
-def clipped_k(k: int, n_train: int) -> int:
-    """``k``, or the number of training examples where there are fewer, with a warning.
-
-    Raises:
-        ValueError: if ``k`` is under 1.
-    """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, but got {k}.")
-    if k > n_train:
-        rank_zero_warn(f"k={k} is larger than the training set: all {n_train} training examples are kept.")
-    return min(k, n_train)
+    def _label(self, value: float | None) -> str | None:
+        """What to print for a label or a prediction."""
+        if value is None:
+            return None
+        return self.label_names.get(int(value), str(int(value))) if value.is_integer() else f"{value:.3g}"
 
 
 def _find_trace(header: dict[str, Any], folder: Path) -> Trace | None:

@@ -171,17 +171,26 @@ class Shards:
         start, stop = self.bounds(shard)
         return decode(self.kind, self._stored(shard), slice(None), stop - start)
 
-    def read_example(self, example: int) -> Any:
-        """One example's block, of that one example.
+    def read_examples(self, examples: Sequence[int]) -> Any:
+        """Some examples' block, in the order given; only the shards that hold them are read.
+
+        Args:
+            examples: numbers of examples, each once, at least one.
 
         Raises:
-            ValueError: if the file is not as it was written.
+            ValueError: if a file is not as it was written.
         """
-        shard, offset = divmod(example, self.shard_examples)
-        start, stop = self.bounds(shard)
-        stored = self._stored(shard)
-        rows = torch.nonzero(stored["examples"] == offset)[:, 0]
-        return decode(self.kind, stored, rows, stop - start).slice(offset, offset + 1)
+        numbers = torch.tensor(examples)
+        blocks = []
+        for shard in torch.unique(numbers // self.shard_examples).tolist():
+            start, stop = self.bounds(shard)
+            stored = self._stored(shard)
+            wanted = torch.sort(numbers[(numbers >= start) & (numbers < stop)]).values - start
+            places = torch.full((stop - start,), -1)
+            places[wanted] = torch.arange(len(wanted))
+            rows = torch.nonzero(places[stored["examples"].long()] >= 0)[:, 0]
+            blocks.append(decode(self.kind, stored, rows, stop - start).arranged(places, len(wanted)))
+        return _cat(blocks).arranged(torch.argsort(numbers), len(numbers))  # blocks come in ascending order
 
     def _stored(self, shard: int) -> dict[str, Tensor]:
         tensors, _ = read_tensors(_shard(self.folder, shard), self.checksums[shard])

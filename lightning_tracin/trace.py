@@ -208,13 +208,21 @@ class Trace:
         """Whether the training examples' token ids and labels are stored: from the first caching on."""
         return bool(self._texts())
 
-    def text(self, example: int) -> Texts:
-        """Token ids and label of one training example; nothing of one that training has not come upon yet."""
-        for texts in self._texts():
-            text: Texts = texts.read_example(example)
-            if len(text.ids) or text.label_of(0) is not None:
-                return text
-        return text
+    def texts(self, examples: Sequence[int]) -> Texts:
+        """Token ids and labels of some training examples, each asked for once, in the order given.
+
+        Of an example that training has not come upon yet there is nothing.
+        """
+        found = Texts.empty(len(examples))
+        missing = torch.arange(len(examples))
+        for stored in self._texts():
+            read: Texts = stored.read_examples([examples[place] for place in missing.tolist()])
+            known = torch.isin(torch.arange(len(missing)), read.examples) | ~torch.isnan(read.labels)
+            found = Texts.union([found, read.arranged(torch.where(known, missing, -1), len(examples))])
+            missing = missing[~known]
+            if not len(missing):
+                break
+        return found
 
     @cached_property
     def vocabulary(self) -> dict[int, str]:

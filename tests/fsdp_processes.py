@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -181,3 +182,4 @@ if __name__ == "__main__":
     (Path(sys.argv[1]) / f"found-{rank}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # threads of gloo may abort a process that takes its time to end

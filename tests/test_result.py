@@ -10,7 +10,9 @@ from toy import N_TEST, N_TRAIN, fitted, loader, test_texts, texts
 
 from lightning_tracin import InfluenceResult, TracInLast, TracInWE
 from lightning_tracin import result as result_module
-from lightning_tracin.report.tables import Example, Influential, influence_tables
+from lightning_tracin.explanation import Example, Explanation, Influential
+from lightning_tracin.report.tables import explained
+from lightning_tracin.words import Word
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +177,38 @@ def test_showing_one_test_example(result, capsys):
         assert f" {index} " in printed
 
 
+@pytest.mark.parametrize("method", [TracInWE(normalize="train"), TracInLast()], ids=repr)
+def test_self_influence_is_that_of_the_trainer(toy, method):
+    found = toy.influence(loader(test_texts()), method=method).self_influence()
+    assert torch.equal(found, toy.self_influence(method=method))
+    assert found.shape == (N_TRAIN,)
+
+
+def test_shares_are_parts_of_all_scores_of_a_sign(toy, result):
+    strongest = toy.influence(loader(test_texts()), k=2)
+    for row, (all_of_them, kept) in enumerate(
+        zip(result.explanations(k=N_TRAIN), strongest.explanations(), strict=True)
+    ):
+        positive = result.scores[row].clamp(min=0)
+        shares = [each.share for each in all_of_them.proponents if each.score > 0]
+        assert sum(shares) == pytest.approx(1)
+        assert shares[0] == pytest.approx(float(positive.max() / positive.sum()), rel=1e-5)
+        assert [each.share for each in kept.proponents] == pytest.approx(shares[:2])
+
+
+def test_predictions_are_those_of_the_last_checkpoint(toy, result):
+    module = toy.lightning_module
+    module.load_state_dict(toy.callbacks[0].trace.checkpoints[-1].weights())
+    module.eval()
+    with torch.no_grad():
+        probabilities = module(test_texts().tensors[0]).softmax(1)
+    torch.testing.assert_close(result.predictions[:, 0].long(), probabilities.argmax(1))
+    torch.testing.assert_close(result.predictions[:, 1].float(), probabilities.max(1).values)
+    labels = test_texts().tensors[1]
+    mistaken = [each.test.is_mistaken for each in result.explanations()]
+    assert mistaken == (probabilities.argmax(1) != labels).tolist()
+
+
 def test_words_are_sorted_by_magnitude(result):
     terms = [abs(term) for _, term in result.words(2, int(result.proponents(1).indices[2, 0]))]
     assert terms == sorted(terms, reverse=True)
@@ -209,8 +243,9 @@ def test_the_last_layer_has_no_words(toy):
 
 
 def test_long_labels_and_texts_do_not_break_the_table():
-    example = Example([1] * 500, ["w" * 300] * 500, "label " * 30)
+    example = Example(0, tuple(Word("w" * 300, " ", (place,)) for place in range(500)), "label " * 30)
+    terms = (1.0,) * 500
+    explanation = Explanation(0, example, terms, (Influential(example, 1.0, 0.5, terms),), ())
     console = Console(width=80, record=True, file=io.StringIO())
-    for table in influence_tables("t", example, [Influential(0, 1.0, example, {1: 1.0})], []):
-        console.print(table)
+    console.print(explained(explanation))
     assert max(map(len, console.export_text().splitlines())) <= 80

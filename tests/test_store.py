@@ -30,7 +30,7 @@ def test_every_example_comes_back_from_its_shard(tmp_path, shard_examples):
         start, stop = shards.bounds(shard)
         torch.testing.assert_close(dense(shards.read(shard), 30), table[start:stop], rtol=1e-5, atol=1e-6)
     for example in (0, 7, 16):
-        torch.testing.assert_close(dense(shards.read_example(example), 30)[0], table[example], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(dense(shards.read_examples([example]), 30)[0], table[example], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3), ("int8", 1e-2)])
@@ -47,14 +47,14 @@ def test_linear_factors_come_back(tmp_path):
     shards = written(tmp_path, linear, shard_examples=4)
     norms = torch.cat([shards.read(shard).example_norms() for shard in range(len(shards))])
     torch.testing.assert_close(norms, linear.example_norms())
-    torch.testing.assert_close(shards.read_example(5).example_norms()[0], linear.example_norms()[5])
+    torch.testing.assert_close(shards.read_examples([5]).example_norms()[0], linear.example_norms()[5])
 
 
 def test_texts_come_back(tmp_path):
     texts = Texts(3, torch.tensor([0, 0, 2]), torch.tensor([5, 6, 7]), torch.tensor([1.0, torch.nan, 0.0]))
     shards = written(tmp_path, texts.__class__.cat([texts]), shard_examples=2)
-    assert [shards.read_example(i).ids_of(0) for i in range(3)] == [[5, 6], [], [7]]
-    assert [shards.read_example(i).label_of(0) for i in range(3)] == [1.0, None, 0.0]
+    assert [shards.read_examples([i]).ids_of(0) for i in range(3)] == [[5, 6], [], [7]]
+    assert [shards.read_examples([i]).label_of(0) for i in range(3)] == [1.0, None, 0.0]
 
 
 def test_stored_rows_stay_on_disk_until_they_are_used(tmp_path):

@@ -277,4 +277,4 @@ def test_a_bare_checkpoint_names_step_epoch_rate_and_weights(toy):
         module = Toy()
         assert not module.load_state_dict(checkpoint.weights()).missing_keys
     assert "checkpoints=2" in repr(trace)
-    assert trace.text(3).ids_of(0) == [token for token in texts()[3][0].tolist() if token]
+    assert trace.texts([3]).ids_of(0) == [token for token in texts()[3][0].tolist() if token]

@@ -92,8 +92,8 @@ def test_every_example_is_stored_under_its_index(tmp_path, expected, make):
     trace = Trace(tmp_path / "trace")
     for example in range(N_TRAIN):
         ids, label = texts()[example]
-        assert trace.text(example).ids_of(0) == [token for token in ids.tolist() if token]
-        assert trace.text(example).label_of(0) == label
+        assert trace.texts([example]).ids_of(0) == [token for token in ids.tolist() if token]
+        assert trace.texts([example]).label_of(0) == label
     assert not list(tmp_path.rglob("*.partial"))
 
 

@@ -1,0 +1,80 @@
+"""What a model says of an example, seen in the forward pass that gives its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tracin.losses import hugging_face_model
+
+
+class Outputs:
+    """The outputs of the parts of a module that tell what it predicts.
+
+    They are believed in this order: the linear layer that alone feeds the loss, the model of transformers inside the
+    module, and the module itself where it returns ``logits`` as such a model does.
+
+    Args:
+        module: the module.
+        last_layer: the linear layer that alone feeds the loss, if it is known.
+    """
+
+    def __init__(self, module: nn.Module, last_layer: nn.Module | None) -> None:
+        self._last_layer = last_layer
+        self._hugging_face = hugging_face_model(module)
+        self._parts = [part for part in (last_layer, self._hugging_face, module) if part is not None]
+        self._seen: dict[nn.Module, list[Any]] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """See what the parts return, as they are called."""
+        self._seen = {part: [] for part in self._parts}
+        with ExitStack() as hooks:
+            for part in self._seen:
+                handle = part.register_forward_hook(lambda part, _, output: self._seen[part].append(output))
+                hooks.callback(handle.remove)
+            yield
+
+    def predictions(self, n_examples: int, labels: Tensor | None) -> Tensor:
+        """What was predicted for each example of the batch that was seen.
+
+        Args:
+            n_examples: in the batch.
+            labels: of the batch; they tell classification from regression.
+
+        Returns:
+            (n_examples, 2) float64: the class and its probability, or a value and NaN; NaN where there is not one
+            prediction for each example (tokens, several labels).
+        """
+        logits = next((found for part in self._parts if (found := self._logits(part, n_examples)) is not None), None)
+        unknown = torch.full((n_examples, 2), torch.nan, dtype=torch.float64)
+        if logits is None or (labels is not None and labels.dim() > 1 and labels.shape[-1] > 1):
+            return unknown
+        if logits.shape[1] > 1:
+            likeliest = _probabilities(logits).max(1)
+            return torch.stack([likeliest.indices.double(), likeliest.values], 1)
+        if self._hugging_face is None and labels is not None and not labels.is_floating_point():
+            positive = logits[:, 0].sigmoid()
+            return torch.stack([(positive > 0.5).double(), torch.maximum(positive, 1 - positive)], 1)
+        return torch.stack([logits[:, 0], unknown[:, 1]], 1)
+
+    def _logits(self, part: nn.Module, n_examples: int) -> Tensor | None:
+        """(n_examples, number of classes) float64, if a part was called once and returned such."""
+        if len(self._seen[part]) != 1:
+            return None
+        output = self._seen[part][0]
+        if part is not self._last_layer:
+            output = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() not in (1, 2):
+            return None
+        return output.detach().double().cpu().reshape(n_examples, -1) if len(output) == n_examples else None
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    """The probability of each class; what sums up to 1 already is taken as it is."""
+    is_distribution = bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
+    return logits if is_distribution else logits.softmax(1)

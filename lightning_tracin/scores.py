@@ -1,0 +1,96 @@
+"""From stored gradients to scores: the strongest of each test example, self-influence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_tracin.gradients import SecondMoments
+from lightning_tracin.methods import Method
+from lightning_tracin.processes import ALONE, Processes
+from lightning_tracin.trace import Checkpoint
+
+
+class TopK(NamedTuple):
+    """The strongest training examples of each test example, both (n_test, k), strongest first."""
+
+    values: Tensor
+    indices: Tensor
+
+
+def strongest(scores: Tensor, k: int, *, largest: bool) -> TopK:
+    """The k largest or smallest of each row, and where; of equal ones, those that come first."""
+    least = scores.topk(k, dim=1, largest=largest).values[:, -1:]
+    beyond = scores > least if largest else scores < least
+    equal = scores == least
+    chosen = beyond | (equal & (equal.cumsum(1) <= k - beyond.sum(1, keepdim=True)))
+    indices = torch.nonzero(chosen)[:, 1].view(-1, k)  # ascending: topk alone takes any of equal scores
+    order = scores.gather(1, indices).sort(dim=1, descending=largest, stable=True)
+    return TopK(order.values, indices.gather(1, order.indices))
+
+
+def top_of(scores: Tensor, start: int) -> tuple[TopK, TopK]:
+    """A block of scores as proponents and opponents that are yet to be sorted: for :func:`merge_top`.
+
+    Args:
+        scores: (n_test, block) scores of the training examples from ``start`` on.
+        start: training index of the block's first column.
+    """
+    block = TopK(scores, torch.arange(start, start + scores.shape[1]).expand_as(scores))
+    return block, block
+
+
+def merge_top(parts: Sequence[tuple[TopK, TopK]], k: int) -> tuple[TopK, TopK]:
+    """The k strongest proponents and opponents of all parts; of equal ones, those of earlier parts."""
+    merged = []
+    for side, largest in enumerate((True, False)):
+        values = torch.cat([part[side].values for part in parts], dim=1)
+        best = strongest(values, min(k, values.shape[1]), largest=largest)
+        indices = torch.cat([part[side].indices for part in parts], dim=1)
+        merged.append(TopK(best.values, indices.gather(1, best.indices)))
+    return merged[0], merged[1]
+
+
+def clipped_k(k: int, n_train: int) -> int:
+    """``k``, or the number of training examples where there are fewer, with a warning.
+
+    Raises:
+        ValueError: if ``k`` is under 1.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, but got {k}.")
+    if k > n_train:
+        rank_zero_warn(f"k={k} is larger than the training set: all {n_train} training examples are kept.")
+    return min(k, n_train)
+
+
+def self_influences(checkpoints: Sequence[Checkpoint], method: Method, processes: Processes = ALONE) -> Tensor:
+    """Every training example's influence on itself, from stored gradients, shard by shard.
+
+    Args:
+        checkpoints: those that have the method's gradients.
+        method: what scores are.
+        processes: those that each read their share of the shards.
+
+    Returns:
+        (n_train,) float32.
+    """
+    scores = torch.zeros(checkpoints[0].gradients(method.name).n_examples, dtype=torch.float32)
+    for checkpoint in checkpoints:
+        rate = checkpoint.learning_rate_of(method.name)
+        moments = moments_of(checkpoint, method)
+        shards = checkpoint.gradients(method.name)
+        for shard in processes.share(len(shards)):
+            block = shards.read(shard)
+            norms = [method.norms(method.prepare(block, moments, side), moments) for side in ("test", "train")]
+            scores[slice(*shards.bounds(shard))] += rate * norms[0] * norms[1]
+    return torch.stack(processes.gather(scores)).sum(0)
+
+
+def moments_of(checkpoint: Checkpoint, method: Method) -> SecondMoments | None:
+    """The second moments that a method divides by at a checkpoint, if it does."""
+    return checkpoint.second_moments(method.name) if method.precondition == "adam" else None
