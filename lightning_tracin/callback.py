@@ -36,7 +36,7 @@ from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of,
 from lightning_tracin.processes import Processes, await_seen, processes_of, require_strategy
 from lightning_tracin.report.progress import progress_task
 from lightning_tracin.sampled_indices import SampledIndices
-from lightning_tracin.sharded import clean, gradients_set_aside, in_step, is_sharded, require_spread, whole_state
+from lightning_tracin.sharded import clean, in_step, is_sharded, require_spread, whole_state
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
 from lightning_tracin.trace import Checkpoint, Step, Trace, gradients_of
 from lightning_tracin.training_cache import TrainingCache, TrainingForm, check_training, divisor_of
@@ -490,12 +490,7 @@ def capture_at(
 @contextmanager
 def inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     """Compute gradients between two training batches without a trace in training: no random number is drawn from it."""
-    with (
-        isolate_rng(),
-        gradients_enabled(module),
-        trainer.precision_plugin.predict_step_context(),
-        gradients_set_aside(module) if is_sharded(module) else nullcontext(),
-    ):
+    with isolate_rng(), gradients_enabled(module), trainer.precision_plugin.predict_step_context():
         yield
 
 

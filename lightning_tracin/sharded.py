@@ -156,19 +156,6 @@ def parameter_names(module: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-@contextmanager
-def gradients_set_aside(module: nn.Module) -> Iterator[None]:
-    """Keep the gradients that parameters have: FSDP takes them away before any backward pass, to add to them."""
-    kept = [(parameter, parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
-    for parameter, _ in kept:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient
-
-
 def _outermost(module: nn.Module) -> nn.Module:
     """What FSDP has put around a LightningModule; the module itself where it has not."""
     try:
