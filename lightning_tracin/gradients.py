@@ -218,7 +218,8 @@ class LinearGradients:
             torch.cat([block.delta_norms for block in blocks]),
             torch.cat([block.deltas for block in blocks]),
         )
-        return joined.select(torch.argsort(joined.examples, stable=True))
+        in_order = bool((examples[1:] >= examples[:-1]).all())
+        return joined if in_order else joined.select(torch.argsort(examples, stable=True))
 
     def select(self, positions: Tensor) -> LinearGradients:
         """Only the given positions: a boolean mask (P,) or position numbers."""
@@ -372,6 +373,9 @@ class Texts:
 
 
 Gradients: TypeAlias = WordGradients | LinearGradients
+
+#: What can be stored.
+Block: TypeAlias = Gradients | Texts
 
 
 @dataclass(frozen=True)
