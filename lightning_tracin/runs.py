@@ -7,7 +7,7 @@ examples out of every run, so that memory does not grow with the training set.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Runs:
     def arranged(self, name: str, n_examples: int, shard_examples: int, processes: Processes = ALONE) -> Iterator[Any]:
         """The blocks of one name of this process's shards, one after the other, out of the runs of all processes.
 
+        Rows are in no order, and lie where those of the next block will.
         Of an example that came several times the last record counts; one that never came has no rows.
 
         Args:
@@ -75,24 +76,26 @@ class Runs:
         runs = [run for of_process in processes.gather(self._runs) for run in of_process]
         if not runs:
             raise ValueError("Since the last checkpoint, no training batch has given gradients that are finite.")
+        rows: dict[str, Column] = {}
         for shard in processes.share(-(-n_examples // shard_examples)):
             start = shard * shard_examples
             size = min(shard_examples, n_examples - start)
             run_of, latest = torch.full((size,), -1), torch.full((size,), -1)
-            parts = [run.part(start, start + size) for run in runs]
-            for number, (places, when) in enumerate(parts):
+            found = [run.part(start, start + size) for run in runs]
+            for number, (places, when) in enumerate(found):
                 later = places[when >= latest[places]]
                 run_of[later], latest[later] = number, when[when >= latest[places]]
-            blocks = []
-            for number, (run, (places, _)) in enumerate(zip(runs, parts, strict=True)):
-                if number == 0 or bool((run_of == number).any()):  # the first also without an example: its shape counts
-                    places = torch.where(run_of[places] == number, places, -1)
-                    blocks.append(run.read(name, start, start + size).arranged(places, size))
-            yield type(blocks[0]).union(blocks)
+            parts = (
+                run.read(name, start, start + size).moved(torch.where(run_of[places] == number, places, -1), size)
+                for number, (run, (places, _)) in enumerate(zip(runs, found, strict=True))
+                if number == 0 or bool((run_of == number).any())  # the first also without an example: its shape counts
+            )
+            yield _united(parts, rows)
 
     def count(self, n_examples: int, processes: Processes = ALONE) -> int:
         """How many examples of the data set came at least once, to any of the processes."""
         self._write()
+        self._waiting = {}  # their memory serves to arrange what came
         came = torch.zeros(n_examples, dtype=torch.bool)
         for run in self._runs:
             came[run.indices] = True
@@ -170,6 +173,26 @@ class _Run:
 
 _NUMBERS = {"examples", "tokens", "ids"}  # kept in 32 bits
 _PER_EXAMPLE = {"labels"}  # every other column has one entry for each row
+
+
+def _united(parts: Iterable[Any], rows: dict[str, Column]) -> Any:
+    """One block of parts that have the same examples, of which only one has rows of any example.
+
+    Args:
+        parts: one after the other.
+        rows: where to copy their rows to.
+    """
+    per_example: dict[str, Tensor] = {}
+    for column in rows.values():
+        column.clear()
+    for part in parts:
+        for name, value in vars(part).items():
+            if name in _PER_EXAMPLE:
+                known = per_example.get(name, value)
+                per_example[name] = torch.where(torch.isnan(known), value, known)
+            elif isinstance(value, Tensor):
+                rows.setdefault(name, Column()).add(value)
+    return type(part)(part.n_examples, **per_example, **{name: column.rows for name, column in rows.items()})
 
 
 def _by_example(block: Block, places: Tensor, last: Tensor) -> dict[str, Tensor]:

@@ -213,7 +213,9 @@ class TrainingForm:
         return counts.cpu().clamp(min=1) / max(1, int(counts.sum()))
 
 
-def check_training(module: nn.Module, layers: Mapping[str, str], methods: Sequence[str], batch: Any) -> TrainingForm:
+def check_training(
+    module: nn.Module, layers: Mapping[str, str], methods: Sequence[str], batch: Any, of_losses: Captured
+) -> TrainingForm:
     """Check that the gradients of training are those of the examples' losses.
 
     Call it inside :func:`~lightning_tracin.capture.gradients_enabled`.
@@ -223,6 +225,7 @@ def check_training(module: nn.Module, layers: Mapping[str, str], methods: Sequen
         layers: the names of the layers, by method.
         methods: what gradients are needed for.
         batch: a first batch of the training set, on the module's device.
+        of_losses: what the losses of its examples gave.
 
     Raises:
         ValueError: if the loss of ``training_step`` is not a mean of the examples' losses, or if hooks do not run.
@@ -244,10 +247,7 @@ def check_training(module: nn.Module, layers: Mapping[str, str], methods: Sequen
     if isinstance(losses, MeanLoss):
         return TrainingForm(dims, by_labels=False)  # the mean is what it checks on its own
     last = linear[0] if linear else None
-    of_losses, of_training = (
-        capture(each, batch, embedding_layers=tables, linear_layer=last, dims=dims)
-        for each in (losses, MeanLoss(module))
-    )
+    of_training = capture(MeanLoss(module), batch, embedding_layers=tables, linear_layer=last, dims=dims)
     expected, found = (torch.stack(_norms(captured)) for captured in (of_losses, of_training))
     tolerance = 5e-2 if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-3
     for by_labels in (True, False):
