@@ -39,7 +39,7 @@ from lightning_tracin.sampled_indices import SampledIndices
 from lightning_tracin.sharded import clean, in_step, is_sharded, require_spread, whole_state
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
 from lightning_tracin.trace import Checkpoint, Step, Trace, gradients_of
-from lightning_tracin.training_cache import TrainingCache, TrainingForm, check_training, divisor_of
+from lightning_tracin.training_cache import TrainingCache, check_training, divisor_of
 from lightning_tracin.training_set import TrainingSet
 
 
@@ -168,8 +168,11 @@ class TracInCallback(DualCallback):
                 training_set.check_divisible(processes)
             fingerprint = training_set.fingerprint()
             processes.require_same("training sets", fingerprint)
-            layers, example, self._dims = first_batch(trainer, pl_module, training_set, self.methods)
-            form = self._training_form(trainer, pl_module, training_set, layers)
+            layers, batch, example, self._dims = first_batch(trainer, pl_module, training_set, self.methods)
+            form = None
+            if self.cache == "training":
+                with inside_fit(trainer, pl_module):
+                    form = check_training(pl_module, layers, self.methods, batch, example)
             state = whole_state(pl_module)
             if processes.first:
                 self._require_space(trainer, state, path, example, len(training_set))
@@ -200,15 +203,6 @@ class TracInCallback(DualCallback):
         if form is not None:
             self._training = TrainingCache(pl_module, self.trace, self.methods, form, processes)
         self._recording = True
-
-    def _training_form(
-        self, trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet, layers: dict[str, str]
-    ) -> TrainingForm | None:
-        """How training's own gradients are made of the examples', if they are to be stored."""
-        if self.cache != "training":
-            return None
-        with inside_fit(trainer, module):
-            return check_training(module, layers, self.methods, _first(trainer, module, training_set))
 
     def _checked(self, trace: Trace, layers: dict[str, str]) -> Trace:
         """A trace that a resumed fit can go on with."""
@@ -426,19 +420,20 @@ class TracInCallback(DualCallback):
 
 def first_batch(
     trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet, methods: Sequence[str]
-) -> tuple[dict[str, str], Captured, dict[torch.nn.Module, int] | None]:
+) -> tuple[dict[str, str], Any, Captured, dict[torch.nn.Module, int] | None]:
     """Find the layers, and check on the training set's first batch that influence can be computed.
 
     Returns:
-        The layers' names by method; the first batch's gradients; and, under FSDP, for each layer the dimension of its
-        calls that counts the examples: there a single backward pass cannot tell it beside the gradients.
+        The layers' names by method; the batch on the module's device; its gradients; and, under FSDP, for each layer
+        the dimension of its calls that counts the examples: there a single backward pass cannot tell it beside the
+        gradients.
 
     Raises:
         ValueError: if it cannot; the message says why, and what to do.
     """
     losses = losses_of(module)
     with inside_fit(trainer, module):
-        batch = _first(trainer, module, training_set)
+        batch = batch_to_device(trainer, module, training_set.first_batch())
         layers = {}
         if "tracin-we" in methods:
             layers["tracin-we"] = layer_name(module, embedding_layer_of(module))
@@ -453,12 +448,7 @@ def first_batch(
                 f"The loss or gradient of training example {bad} is NaN or infinite before training began."
             )
         check_losses(module, next(iter(layers.values())), losses, batch)
-    return layers, captured, dims
-
-
-def _first(trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet) -> Any:
-    """The training set's first examples as a batch, on the module's device."""
-    return batch_to_device(trainer, module, training_set.first_batch())
+    return layers, batch, captured, dims
 
 
 def check_losses(module: torch.nn.Module, layer: str, losses: Losses, batch: Any) -> None:
