@@ -151,8 +151,8 @@ class TracInCLI(InfluenceCLIMixin, LightningCLI):
         # python main.py influence -c lightning_logs/version_0/config.yaml --k 10
     """
 
-    def __init__(self, *args: Any, trainer_class: type[pl.Trainer] | Callable[..., pl.Trainer] = Trainer, **kwargs: Any):
-        super().__init__(*args, trainer_class=trainer_class, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"trainer_class": Trainer, **kwargs})
 
 
 def _add_influence_arguments(parser: LightningArgumentParser) -> None:
@@ -165,7 +165,9 @@ def _add_influence_arguments(parser: LightningArgumentParser) -> None:
 
 def _add_self_influence_arguments(parser: LightningArgumentParser) -> None:
     _add_common_arguments(parser)
-    parser.add_argument("--output", type=str | None, help=f"Write the scores to this CSV file, and do not print the {_PRINTED} highest.")
+    parser.add_argument(
+        "--output", type=str | None, help=f"Write the scores to this CSV file, and do not print the {_PRINTED} highest."
+    )
 
 
 def _add_common_arguments(parser: LightningArgumentParser) -> None:
