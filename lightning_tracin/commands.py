@@ -15,6 +15,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptio
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -287,18 +288,13 @@ def _verify(arguments: Namespace) -> int:
     trace = lightning_tracin.Trace(arguments.trace)
     problems = []
     n_files = n_bytes = 0
-    columns = (TextColumn("checking"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("", total=_bytes(trace.path))
+    with _progress(_bytes(trace.path)) as advance:
         for path, problem in trace.verify():
             if problem is not None:
                 problems.append(problem)
             n_files += 1
             n_bytes += _bytes(path)
-            progress.update(task, completed=n_bytes)
+            advance(_bytes(path))
     for problem in problems:
         sys.stdout.write(problem + "\n")
     if problems:
@@ -341,6 +337,18 @@ def _opened(path: str) -> Iterator[TextIO]:
     else:
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             yield file
+
+
+@contextmanager
+def _progress(n_bytes: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar on a terminal; yields a function that takes the number of bytes done."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done: None
+        return
+    columns = (TextColumn("checking"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
+        yield partial(progress.advance, progress.add_task("", total=n_bytes))
 
 
 def _print(*renderables: RenderableType) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import lightning.pytorch as twin
 import pytest
-import pytorch_lightning as pl
 import torch
 from lightning.pytorch.cli import LightningCLI as TwinCLI
 from test_lightning import TwinToy
-from toy import N_TEST, N_TRAIN, Toy, loader, quiet, test_texts
+from toy import N_TEST, N_TRAIN, Data, Toy, loader, quiet, test_texts
 
 from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInWE
 from lightning_tracin.cli import InfluenceCLIMixin, TracInCLI
@@ -38,25 +37,12 @@ data:
 
 MAIN = """
 from lightning_tracin.cli import TracInCLI
-from test_cli import Data
-from toy import Toy
+from toy import Data, Toy
 
 TracInCLI(Toy, Data)
 """
 
 SAVED = "lightning_logs/version_0/config.yaml"
-
-
-class Data(pl.LightningDataModule):
-    def __init__(self, batch_size: int = 4):
-        super().__init__()
-        self.batch_size = batch_size
-
-    def train_dataloader(self):
-        return loader(batch_size=self.batch_size, shuffle=True)
-
-    def test_dataloader(self):
-        return loader(test_texts())
 
 
 class TwinData(twin.LightningDataModule):
@@ -113,15 +99,18 @@ def expected(trace, **options) -> InfluenceResult:
 def test_fit_then_influence_from_the_configuration_that_fit_saved(recorded):
     trace = recorded / "lightning_logs/version_0/trace"
     assert [each.step for each in Trace(trace).checkpoints] == [4, 8]
-    printed = run_main(recorded, "influence", "-c", SAVED)
-    assert "Test example 0" in printed
-    assert "proponents" in printed
     run_main(recorded, "influence", "-c", "config.yaml", "--trace", str(trace), "--output", "written/r.safetensors")
     written = InfluenceResult.load(recorded / "written/r.safetensors")
     assert written.scores.shape == (N_TEST, N_TRAIN)
     assert torch.equal(written.scores, expected(trace).scores)
     assert written.words(0, 0) == expected(trace).words(0, 0)
     assert [each.step for each in Trace(trace).checkpoints] == [4, 8]  # the callback has done nothing
+
+
+def test_the_result_is_printed_where_no_file_is_asked_for(project, capsys):
+    influence()
+    printed = capsys.readouterr().out
+    assert str(expected("lightning_logs/version_0/trace")) in printed
 
 
 def test_a_method_with_options_and_k_come_from_the_configuration(project):
@@ -196,14 +185,21 @@ def test_self_influence_prints_the_highest(project, capsys):
 
 
 def test_the_trace_is_where_the_callback_of_the_configuration_writes(project, tmp_path):
-    """A relative dirpath, as people write it; the checkpoint to resume from has gone, and is not looked for."""
+    """A relative dirpath, as people write it."""
     config = Path(SAVED).read_text().replace("dirpath: null", "dirpath: lightning_logs/version_0/trace")
-    config = config.replace("ckpt_path: null", "ckpt_path: gone.ckpt")
     (tmp_path / "config.yaml").write_text(config)
-    assert "gone.ckpt" in config
     output = f"{tmp_path}/r.safetensors"
     TracInCLI(Toy, Data, args=["influence", "-c", f"{tmp_path}/config.yaml", "--output", output])
     assert InfluenceResult.load(output).trace.path == Path("lightning_logs/version_0/trace").absolute()
+
+
+def test_the_checkpoint_that_a_fit_was_resumed_from_is_not_looked_at(project, tmp_path):
+    """LightningCLI would take the model's arguments from it; Toy has none."""
+    torch.save({"hyper_parameters": {"layers": 3}}, tmp_path / "last.ckpt")
+    config = Path(SAVED).read_text().replace("ckpt_path: null", f"ckpt_path: {tmp_path}/last.ckpt")
+    assert "last.ckpt" in config
+    Path("resumed.yaml").write_text(config)
+    TracInCLI(Toy, Data, args=["influence", "-c", "resumed.yaml", "--trace", f"{Path(SAVED).parent}/trace", "--k", "1"])
 
 
 def test_without_a_trace_the_error_says_what_to_pass(project):
@@ -227,9 +223,8 @@ def test_the_subcommands_are_those_of_lightning_and_two_more(project, capsys):
 def test_a_program_that_only_parses_has_the_trainer_with_influence(project):
     cli = TracInCLI(Toy, Data, run=False, args=["-c", "config.yaml"])
     assert any(isinstance(each, TracInCallback) for each in cli.trainer.callbacks)
-    assert cli.trainer.influence(
-        model=cli.model, datamodule=cli.datamodule, trace=SAVED.replace("config.yaml", "trace")
-    )
+    result = cli.trainer.influence(model=cli.model, datamodule=cli.datamodule, trace=Path(SAVED).with_name("trace"))
+    assert torch.equal(result.scores, expected(result.trace).scores)
 
 
 def test_the_mixin_serves_the_command_line_of_lightning_pytorch(tmp_path, monkeypatch):
