@@ -11,6 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+try:
+    import jsonargparse  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("lightning_tracin.cli needs jsonargparse: pip install lightning-tracin[cli]") from error
+
 import pytorch_lightning as pl
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, instantiate_class
 from rich.console import Console

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import lightning.pytorch as twin
@@ -238,3 +239,10 @@ def test_the_mixin_serves_the_command_line_of_lightning_pytorch(tmp_path, monkey
     trainer = quiet(TwinTrainer)
     result = trainer.influence(model=TwinToy(), datamodule=TwinData(), trace="lightning_logs/version_0/trace")
     assert torch.equal(InfluenceResult.load(output).scores, result.scores)
+
+
+def test_without_jsonargparse_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "lightning_tracin.cli")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install lightning-tracin\[cli\]"):
+        import_module("lightning_tracin.cli")
