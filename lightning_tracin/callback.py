@@ -178,14 +178,11 @@ class TracInCallback(DualCallback):
                 self._require_space(trainer, state, path, example, len(training_set))
         with processes.together():
             if resumed is not None:
-                resumed = self._checked(Trace(path), layers)
+                trace = Trace(path)
+                trace.check_data(len(training_set), fingerprint)
                 if processes.first:
-                    resumed.check_model(state, type(pl_module).__name__)
-                resumed.check_data(len(training_set), fingerprint)
-                if processes.first:
-                    resumed.drop_checkpoints_after(trainer.global_step)
-                last = processes.gather(max((each.step for each in resumed.checkpoints), default=0))[0]
-                self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
+                    trace.check_model(state, type(pl_module).__name__)
+                self._go_on(trace, layers, trainer.global_step, processes)
             elif processes.first:
                 per_example = self._bytes_per_example(example, self.kept)
                 Trace.create(
@@ -204,14 +201,21 @@ class TracInCallback(DualCallback):
             self._training = TrainingCache(pl_module, self.trace, self.methods, form, processes)
         self._recording = True
 
-    def _checked(self, trace: Trace, layers: dict[str, str]) -> Trace:
-        """A trace that a resumed fit can go on with."""
+    def _go_on(self, trace: Trace, layers: dict[str, str], step: int, processes: Processes) -> None:
+        """Go on with a trace where a resumed fit does.
+
+        Raises:
+            ValueError: if it was begun with other arguments.
+        """
         if (trace.layers, trace.kept) != (layers, self.kept):
             raise ValueError(
                 f"The trace in {trace.path} was begun with {trace.kept} at the layers {trace.layers}, but this fit "
                 f"would go on with {self.kept} at {layers}. Resume with the same arguments."
             )
-        return trace
+        if processes.first:
+            trace.drop_checkpoints_after(step)
+        last = processes.gather(max((each.step for each in trace.checkpoints), default=0))[0]
+        self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

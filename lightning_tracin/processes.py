@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 # Strategies that leave the module whole on every device, and the one whose way to spread it out is known.
 _WHOLE = ("SingleDeviceStrategy", "DDPStrategy")

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -147,11 +147,17 @@ class Shards:
 
         Raises:
             FileNotFoundError: if the folder has no index: nothing was stored there, or not to the end.
+            ValueError: if the index is damaged.
         """
-        return cls(folder, **read_json(folder / "index.json"))
+        return cls(folder, **read_json(folder / "index.json", [each.name for each in fields(cls)[1:]]))
 
     def __len__(self) -> int:
         return -(-self.n_examples // self.shard_examples)
+
+    @property
+    def files(self) -> list[tuple[Path, str]]:
+        """Each shard's file and its checksum."""
+        return [(_shard(self.folder, shard), checksum) for shard, checksum in enumerate(self.checksums)]
 
     def bounds(self, shard: int) -> tuple[int, int]:
         """First example of a shard, and one past its last."""
@@ -176,7 +182,7 @@ class Shards:
             ValueError: if a file is not as it was written.
         """
         numbers = torch.tensor(examples)
-        blocks = []
+        blocks: list[Any] = []
         for shard in torch.unique(numbers // self.shard_examples).tolist():
             start, stop = self.bounds(shard)
             stored = self._stored(shard)
@@ -185,7 +191,9 @@ class Shards:
             places[wanted] = torch.arange(len(wanted))
             rows = torch.nonzero(places[stored["examples"].long()] >= 0)[:, 0]
             blocks.append(decode(self.kind, stored, rows, stop - start).arranged(places, len(wanted)))
-        return _cat(blocks).arranged(torch.argsort(numbers), len(numbers))  # blocks come in ascending order
+        return (
+            type(blocks[0]).cat(blocks).arranged(torch.argsort(numbers), len(numbers))
+        )  # blocks come in ascending order
 
     def _stored(self, shard: int) -> dict[str, Tensor]:
         tensors, _ = read_tensors(_shard(self.folder, shard), self.checksums[shard])
@@ -264,10 +272,20 @@ def read_tensors(path: Path, checksum: str) -> tuple[dict[str, Tensor], dict[str
     Raises:
         ValueError: if the file is not as it was written.
     """
-    status = path.stat()
-    _check(path, status.st_size, status.st_mtime_ns, checksum)
+    check_file(path, checksum)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def check_file(path: Path, checksum: str) -> None:
+    """Compare a file with its checksum, unless this process has done so since the file was written.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not as it was written.
+    """
+    status = path.stat()
+    _check(path, status.st_size, status.st_mtime_ns, checksum)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -276,9 +294,24 @@ def write_json(path: Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        keys: what the object in it must have.
+
+    Raises:
+        ValueError: if it is no JSON, or lacks a key.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in keys if key not in content]
+        if missing:
+            raise ValueError(f"there is no {' and no '.join(missing)} in it")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Restore the file from a copy, or fit again.") from error
+    return content
 
 
 @cache

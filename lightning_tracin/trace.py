@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,22 @@ from lightning_tracin.gradients import Gradients, Kept, SecondMoments, Texts, di
 from lightning_tracin.layers import named_layer
 from lightning_tracin.processes import ALONE, Processes, await_seen
 from lightning_tracin.sharded import is_sharded, joined, parameter_names, whole_state
-from lightning_tracin.store import Shards, ShardWriter, read_json, read_tensors, write_json, write_tensors
+from lightning_tracin.store import Shards, ShardWriter, check_file, read_json, read_tensors, write_json, write_tensors
 
 FORMAT_VERSION = 1
 _PARTIAL = ".partial"
+_HEADER = (
+    "id",
+    "n_train",
+    "data_fingerprint",
+    "model_fingerprint",
+    "model_class",
+    "layers",
+    "dtype",
+    "top_words",
+    "projection",
+    "shard_examples",
+)
 
 #: One optimizer step: its number (``trainer.global_step`` before it), the optimizer, the rate of each of its groups.
 Step = tuple[int, int, list[float]]
@@ -129,7 +141,7 @@ class Trace:
 
     Raises:
         FileNotFoundError: if there is no trace in the folder.
-        ValueError: if a newer version of lightning_tracin wrote it.
+        ValueError: if a newer version of lightning_tracin wrote it, or it is damaged.
 
     Example::
 
@@ -144,12 +156,13 @@ class Trace:
                 f"There is no trace in {self.path.absolute()}: it holds no trace.json. Fit with TracInCallback first, "
                 "or pass the folder that it wrote to."
             )
-        header = read_json(self.path / "trace.json")
-        if header.get("version", 0) > FORMAT_VERSION:
+        header = read_json(self.path / "trace.json", ["version"])
+        if header["version"] > FORMAT_VERSION:
             raise ValueError(
                 f"The trace in {self.path} is of format version {header['version']}, but this lightning_tracin reads "
                 f"up to {FORMAT_VERSION}. Update lightning_tracin, or fit again."
             )
+        header = read_json(self.path / "trace.json", _HEADER)
         self.id: str = header["id"]
         self.n_train: int = header["n_train"]
         self.data_fingerprint: str = header["data_fingerprint"]
@@ -196,12 +209,8 @@ class Trace:
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, in the order of the fit; read from the folder each time."""
-        folders = sorted(self.path.glob("checkpoints/*/checkpoint.json"))
-        return [
-            Checkpoint(path=file.parent, layers=self.layers, **read_json(file))
-            for file in folders
-            if file.parent.suffix != _PARTIAL
-        ]
+        files = sorted(self.path.glob("checkpoints/*/checkpoint.json"))
+        return [self._checkpoint(file) for file in files if file.parent.suffix != _PARTIAL]
 
     @property
     def has_texts(self) -> bool:
@@ -213,16 +222,17 @@ class Trace:
 
         Of an example that training has not come upon yet there is nothing.
         """
-        found = Texts.empty(len(examples))
+        blocks, places = [Texts.empty(0)], []
         missing = torch.arange(len(examples))
         for stored in self._texts():
             read: Texts = stored.read_examples([examples[place] for place in missing.tolist()])
             known = torch.isin(torch.arange(len(missing)), read.examples) | ~torch.isnan(read.labels)
-            found = Texts.union([found, read.arranged(torch.where(known, missing, -1), len(examples))])
+            blocks.append(read)
+            places.append(torch.where(known, missing, -1))
             missing = missing[~known]
             if not len(missing):
                 break
-        return found
+        return Texts.cat(blocks).arranged(torch.cat([missing[:0], *places]), len(examples))
 
     @cached_property
     def vocabulary(self) -> dict[int, str]:
@@ -238,6 +248,55 @@ class Trace:
         if processes.first:
             write_json(self.path / "vocabulary.json", known)
         self.__dict__.pop("vocabulary", None)
+
+    def verify(self) -> Iterator[tuple[Path, str | None]]:
+        """Compare every file with what was written.
+
+        JSON files, which have no checksum, are read. What is not named in any file, such as a checkpoint whose whole
+        folder is gone, cannot be missed.
+
+        Yields:
+            Each file, and what is wrong with it, or None. A file or folder that a writing left behind when it was
+            broken off counts as wrong, though nothing is read from it.
+        """
+        yield self.path / "trace.json", None  # it was read
+        for path in sorted(self.path.rglob(f"*{_PARTIAL}")):
+            yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
+        folders = [path for path in sorted(self.path.glob("checkpoints/*")) if path.suffix != _PARTIAL]
+        for folder in folders:
+            file = folder / "checkpoint.json"
+            problem = _problem(file, partial(self._checkpoint, file))
+            yield file, problem
+            for name, checksum in {} if problem else self._checkpoint(file).checksums.items():
+                yield folder / name, _problem(folder / name, partial(check_file, folder / name, checksum))
+        stored = [folder / name for folder in folders for name in (*self.layers, "texts") if (folder / name).exists()]
+        if stored:  # the texts come with the first gradients
+            path = self.path / "vocabulary.json"
+            yield path, _problem(path, partial(read_json, path))
+            if not any(folder.name == "texts" for folder in stored):
+                stored.append(self.path / "texts")
+        for folder in stored:
+            yield from self._verify_shards(folder)
+
+    def _verify_shards(self, folder: Path) -> Iterator[tuple[Path, str | None]]:
+        """The part of :meth:`verify` for a folder of shards."""
+        path = folder / "index.json"
+        problem = _problem(path, partial(Shards.open, folder))
+        if problem is None:
+            shards = Shards.open(folder)
+            if shards.n_examples != self.n_train or len(shards.checksums) != len(shards):
+                problem = (
+                    f"{path} is damaged: it counts {shards.n_examples} examples in {len(shards.checksums)} shards of "
+                    f"{shards.shard_examples}, but the trace has {self.n_train} examples."
+                )
+        yield path, problem
+        if problem is None:
+            for file, checksum in shards.files:
+                yield file, _problem(file, partial(check_file, file, checksum))
+
+    def _checkpoint(self, file: Path) -> Checkpoint:
+        keys = [each.name for each in fields(Checkpoint) if each.name not in ("path", "layers")]
+        return Checkpoint(path=file.parent, layers=self.layers, **read_json(file, keys))
 
     def _texts(self) -> list[Shards]:
         """The stored texts: of the whole training set, or of what was trained on up to each checkpoint."""
@@ -461,6 +520,17 @@ def texts_of(captured: Captured, labels: Tensor | None) -> Texts:
 def model_fingerprint(state: Mapping[str, Any]) -> str:
     """A hash of the names and shapes of a state dict's tensors."""
     return hashlib.sha256(repr(sorted(_shapes(state).items())).encode()).hexdigest()
+
+
+def _problem(path: Path, read: Callable[[], object]) -> str | None:
+    """What is wrong with a file, as reading it tells."""
+    try:
+        read()
+    except FileNotFoundError:
+        return f"{path} is missing."
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def remove_trace(path: Path) -> None:
