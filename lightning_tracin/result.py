@@ -357,6 +357,8 @@ class InfluenceResult:
             ValueError: if ``k`` is under 1 or ``suspects`` under 0.
             OSError: if the file cannot be written.
         """
+        if suspects < 0:
+            raise ValueError(f"suspects must be at least 0, but got {suspects}.")
         n_test, n_kept = len(self.test_indices), self._n_kept()
         # The cosine of an example with itself is always 1.
         measure = without_normalizing(self.method) if self.method.normalize == "cosine" else self.method
@@ -531,8 +533,6 @@ class InfluenceResult:
 
     def _suspects(self, n: int, method: Method) -> list[Influential]:
         """The training examples of highest self-influence, highest first, with their shares of all of it."""
-        if n < 0:
-            raise ValueError(f"suspects must be at least 0, but got {n}.")
         values = self_influences(self._checkpoints(), method)
         total = float(values.sum())
         order = values.argsort(descending=True, stable=True)[:n].tolist()
