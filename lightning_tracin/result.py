@@ -21,7 +21,15 @@ from torch import Tensor
 
 from lightning_tracin.explanation import Example, Explanation, Influential
 from lightning_tracin.gradients import Texts, WordGradients
-from lightning_tracin.methods import Method, TracInWE, method_from_json, method_to_json
+from lightning_tracin.methods import (
+    Method,
+    TracInWE,
+    described,
+    method_from_json,
+    method_to_json,
+    without_normalizing,
+)
+from lightning_tracin.report.page import Page, counts_of, notes_of, write_page
 from lightning_tracin.report.tables import explained
 from lightning_tracin.scores import TopK, clipped_k, moments_of, self_influences, strongest
 from lightning_tracin.store import write_tensors
@@ -332,6 +340,50 @@ class InfluenceResult:
             for rank, (score, index) in enumerate(zip(values, indices, strict=True))
         ]
 
+    def to_html(self, path: str | Path, k: int = 20, *, suspects: int = 50, title: str | None = None) -> Path:
+        """Write one self-contained HTML page for reading: no server, nothing from a network.
+
+        It shows every test example with its k strongest proponents and opponents, their words shaded by what they add
+        to the score; to which test examples a training example leads; and training examples of high self-influence,
+        whose labels may be wrong. Raw texts (:meth:`with_texts`) read better than tokens.
+
+        Args:
+            path: the file, usually ``*.html``.
+            k: how many proponents and opponents; fewer where fewer were kept.
+            suspects: how many training examples of high self-influence.
+            title: the page's heading.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if ``k`` is under 1 or ``suspects`` under 0.
+            OSError: if the file cannot be written.
+        """
+        if suspects < 0:
+            raise ValueError(f"suspects must be at least 0, but got {suspects}.")
+        n_test, n_kept = len(self.test_indices), self._n_kept()
+        # The cosine of an example with itself is always 1.
+        measure = without_normalizing(self.method) if self.method.normalize == "cosine" else self.method
+        page = Page(
+            title=f"What {n_test:,} predictions were learned from" if title is None else title,
+            facts=[described(self.method), *counts_of(n_test, self.n_train, len(self.checkpoint_ids))],
+            notes=[
+                *self.notes,
+                *notes_of(
+                    has_raw_texts=self.raw_train is not None and self.raw_test is not None,
+                    has_predictions=bool(self.predictions[:, 0].isfinite().any()),
+                    n_kept=n_kept if n_kept < min(k, self.n_train) else None,
+                ),
+            ],
+            n_train=self.n_train,
+            explanations=self.explanations(k=k),
+            suspects=self._suspects(suspects, measure) if self._has_trace else None,
+            suspects_by=described(measure),
+            word_table=None,
+        )
+        return write_page(page, path)
+
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file.
 
@@ -490,6 +542,17 @@ class InfluenceResult:
     def _has_trace(self) -> bool:
         return self.trace is not None and set(self.checkpoint_ids) <= {each.id for each in self.trace.checkpoints}
 
+    def _suspects(self, n: int, method: Method) -> list[Influential]:
+        """The training examples of highest self-influence, highest first, with their shares of all of it."""
+        values = self_influences(self._checkpoints(), method)
+        total = float(values.sum())
+        order = values.argsort(descending=True, stable=True)[:n].tolist()
+        examples = self._train_examples(sorted(order))
+        return [
+            Influential(examples[index][0], float(values[index]), float(values[index]) / total if total else None)
+            for index in order
+        ]
+
     def _share(self, row: int, score: float) -> float | None:
         """A score as a part of all scores of its sign that a test example has."""
         if self.totals is None:
@@ -530,7 +593,7 @@ class InfluenceResult:
         label = self._label(self.test_texts.label_of(row))
         prediction = None if math.isnan(value) else self._label(value)
         sure = None if math.isnan(confidence) else confidence
-        return Example(index, words, label, prediction, sure, unread), ids
+        return Example(index, words, label, prediction, sure, unread, tuple(ids)), ids
 
     def _train_examples(self, indices: Sequence[int]) -> dict[int, tuple[Example, list[int]]]:
         """What training examples say, and their token ids; nothing where the trace is gone."""
@@ -540,7 +603,8 @@ class InfluenceResult:
         texts = self.trace.texts(indices)
         for place, (index, ids) in enumerate(zip(indices, texts.ids_by_example(), strict=True)):
             words, unread = self._words(ids, self.raw_train, index)
-            found[index] = (Example(index, words, self._label(texts.label_of(place)), unread=unread), ids)
+            label = self._label(texts.label_of(place))
+            found[index] = (Example(index, words, label, unread=unread, ids=tuple(ids)), ids)
         return found
 
     def _words(self, ids: list[int], raw: Sequence[RawText] | None, index: int) -> tuple[tuple[Word, ...], str]:

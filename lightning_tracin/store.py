@@ -254,7 +254,7 @@ def decode(kind: str, stored: Mapping[str, Tensor], rows: Tensor | slice, n_exam
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file that appears whole or not at all, and return its checksum."""
-    with _appearing_file(path) as partial:
+    with appearing_file(path) as partial:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
             save_file(contiguous, partial, metadata=dict(metadata or {}))
@@ -290,7 +290,7 @@ def check_file(path: Path, checksum: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that appears whole or not at all."""
-    with _appearing_file(path) as partial:
+    with appearing_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -335,7 +335,7 @@ def _hash_of_file(path: Path) -> str:
 
 
 @contextmanager
-def _appearing_file(path: Path) -> Iterator[Path]:
+def appearing_file(path: Path) -> Iterator[Path]:
     """A file to write, which takes its name when it is on disk and vanishes when it cannot be written."""
     partial = path.with_name(path.name + ".partial")
     try:
