@@ -123,9 +123,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-size", type=int, default=500)
     parser.add_argument("--max-length", type=int, default=64, help="tokens of each article")
     parser.add_argument("--flip", type=float, default=0.05, help="share of training labels flipped on purpose")
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo_output/topics"), help="where trace, result and page go"
-    )
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where trace, result and page go")
     parser.add_argument("--picture", type=Path, help="also draw the first answer as an SVG (the README's picture)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a quick look, at other defaults")
@@ -210,10 +208,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         recorder.print(flipped_table)
         recorder.save_svg(str(options.picture), title="trainer.influence(test_loader)")
     saved = result.save(options.output / "result.safetensors")
-    page = result.to_html(options.output / "page.html", title="BBC News: what three predictions were learned from")
+    read = test[:100]
+    page = (
+        trainer.influence(asking(read), method=method, k=20)
+        .with_texts(train=[text for text, _ in train], test=[text for text, _ in read])
+        .to_html(options.output / "page.html", title=f"What taught the model the topics of {len(read)} articles?")
+    )
     size = sum(file.stat().st_size for file in (options.output / "trace").rglob("*") if file.is_file())
     console.print(
-        f"\nTrace: {options.output / 'trace'} ({size / 1e6:.0f} MB). Result: {saved}. Page: {page}. "
+        f"\nTrace: {options.output / 'trace'} ({size / 1e6:.0f} MB). Result: {saved}. "
+        f"A page to read: {page}. "
         f"{fitted - started:.0f} s to fit and cache, {time.monotonic() - fitted:.0f} s for all answers."
     )
     top_tenth = {

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import Metric, MetricCollection
 
+from lightning_tracin.sharded import forwarded
+
 OVERRIDE = "Override influence_loss(batch) to return one unreduced loss for each example, shape (B,)"
 
 # Classes of transformers whose logits at a position predict the next token, so that the labels are shifted by one.
@@ -113,7 +115,7 @@ class MeanLoss:
         size = _batch_size(batch)
         if size is None:
             raise ValueError(f"Cannot tell how many examples a batch of {_described(batch)} holds. {_use_mixin()}.")
-        return self._training_loss(batch).expand(size)
+        return forwarded(self.module, self._training_loss, batch).expand(size)
 
     def check(self, batch: Any) -> None:
         """Check that the loss of the batch is the mean of the losses of its rows.
@@ -125,8 +127,8 @@ class MeanLoss:
         if size is None:
             raise ValueError(f"Cannot tell how many examples a batch of {_described(batch)} holds. {_use_mixin()}.")
         with torch.no_grad():
-            whole = float(self._training_loss(batch))
-            rows = [float(self._training_loss(_row(batch, row, size))) for row in range(size)]
+            whole = float(forwarded(self.module, self._training_loss, batch))
+            rows = [float(forwarded(self.module, self._training_loss, _row(batch, row, size))) for row in range(size)]
         mean = sum(rows) / size
         tolerance = 1e-2 if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-4
         if not abs(whole - mean) <= tolerance * max(abs(whole), abs(mean)) + 1e-7:

@@ -16,7 +16,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_tracin.explanation import Example, Explanation, Influential
@@ -385,11 +385,15 @@ class InfluenceResult:
             import pandas as pd
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("to_pandas needs pandas: pip install lightning-tracin[pandas]") from error
+        return pd.DataFrame(self.rows(k))
+
+    def rows(self, k: int = 10) -> list[dict[str, Any]]:
+        """The k strongest proponents and opponents of each test example: the rows of :meth:`to_pandas`."""
         k = min(k, self._n_kept())
         tops = {"proponent": self.proponents(k), "opponent": self.opponents(k)}
         wanted = sorted({index for top in tops.values() for index in top.indices.flatten().tolist()})
         examples = {index: example for index, (example, _) in self._train_examples(wanted).items()}
-        rows = [
+        return [
             {
                 "test_index": row,
                 "role": role,
@@ -404,7 +408,6 @@ class InfluenceResult:
             for row, (values, indices) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True))
             for rank, (score, index) in enumerate(zip(values, indices, strict=True))
         ]
-        return pd.DataFrame(rows)
 
     def to_html(self, path: str | Path, k: int = 20, *, suspects: int = 50, title: str | None = None) -> Path:
         """Write one self-contained HTML page for reading: no server, nothing from a network.
@@ -426,6 +429,8 @@ class InfluenceResult:
             ValueError: if ``k`` is under 1 or ``suspects`` under 0.
             OSError: if the file cannot be written.
         """
+        if suspects < 0:
+            raise ValueError(f"suspects must be at least 0, but got {suspects}.")
         n_test, n_kept = len(self.test_indices), self._n_kept()
         # The cosine of an example with itself is always 1.
         measure = without_normalizing(self.method) if self.method.normalize == "cosine" else self.method
@@ -494,15 +499,23 @@ class InfluenceResult:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> InfluenceResult:
+    def load(cls, path: str | Path, trace: str | Path | None = None) -> InfluenceResult:
         """Read a result that :meth:`save` wrote; its trace is opened if it is where it was.
 
+        Args:
+            path: the file.
+            trace: folder of the trace, where it is at another place now.
+
         Raises:
-            ValueError: if the file holds no result, or one of a newer version.
+            FileNotFoundError: if there is no such file, or no trace in the folder.
+            ValueError: if the file holds no result, or one of a newer version, or the folder another trace.
         """
-        with safe_open(path, framework="pt") as file:
-            content = (file.metadata() or {}).get("lightning_tracin.result")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        try:
+            with safe_open(path, framework="pt") as file:
+                content = (file.metadata() or {}).get("lightning_tracin.result")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error}.") from error
         if content is None:
             raise ValueError(f"{path} holds no InfluenceResult.")
         header = json.loads(content)
@@ -511,7 +524,7 @@ class InfluenceResult:
                 f"{path} is of format version {header['version']}, but this lightning_tracin reads up to "
                 f"{FORMAT_VERSION}. Update lightning_tracin."
             )
-        trace = _find_trace(header, Path(path).parent)
+        opened = _find_trace(header, Path(path).parent) if trace is None else _trace_of(header, Path(trace))
         n_test = len(tensors["test_indices"])
         tops = [
             TopK(tensors[f"{name}.values"], tensors[f"{name}.indices"]) if f"{name}.values" in tensors else None
@@ -528,10 +541,10 @@ class InfluenceResult:
                 WordGradients(n_test, *(tensors[f"gradients.{number}.{name}"] for name in _WORD_TENSORS))
                 for number in range(header["n_gradients"])
             ],
-            words_of_ids=words if trace is None else {**trace.vocabulary, **words},
+            words_of_ids=words if opened is None else {**opened.vocabulary, **words},
             label_names={int(number): name for number, name in header["label_names"].items()},
             predictions=tensors["predictions"],
-            trace=trace,
+            trace=opened,
             checkpoint_ids=header["checkpoint_ids"],
             scores=tensors.get("scores"),
             strongest_proponents=tops[0],
@@ -600,8 +613,6 @@ class InfluenceResult:
 
     def _suspects(self, n: int, method: Method) -> list[Influential]:
         """The training examples of highest self-influence, highest first, with their shares of all of it."""
-        if n < 0:
-            raise ValueError(f"suspects must be at least 0, but got {n}.")
         values = self_influences(self._checkpoints(), method)
         total = float(values.sum())
         order = values.argsort(descending=True, stable=True)[:n].tolist()
@@ -704,6 +715,18 @@ def _find_trace(header: dict[str, Any], folder: Path) -> Trace | None:
     for place in (header["trace"], header["trace_relative"] and folder / header["trace_relative"]):
         if place is not None and (Path(place) / "trace.json").exists():
             trace = Trace(place)
-            if set(header["checkpoint_ids"]) <= {each.id for each in trace.checkpoints}:
+            if _holds(trace, header):
                 return trace
     return None
+
+
+def _trace_of(header: dict[str, Any], path: Path) -> Trace:
+    """The trace in a folder, which must be the one that a result was computed from."""
+    trace = Trace(path)
+    if not _holds(trace, header):
+        raise ValueError(f"The trace in {path} is of another fit than the one that the scores were computed from.")
+    return trace
+
+
+def _holds(trace: Trace, header: dict[str, Any]) -> bool:
+    return set(header["checkpoint_ids"]) <= {each.id for each in trace.checkpoints}

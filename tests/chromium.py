@@ -1,45 +1,25 @@
-"""Chromium without a window, for pages that lie on the disk."""
+"""Headless Chromium for pages that lie on the disk, and everything that goes wrong in them."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
-from playwright.sync_api import sync_playwright
+from screenshots import chromium
 
-_NAMES = ("chromium", "google-chrome", "chromium-browser")
-_ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
-def chromium_path() -> str:
-    """Where Chromium is; without it tests are skipped, except in CI, where they fail."""
-    path = next((found for name in _NAMES if (found := shutil.which(name))), None)
-    if path is None:
-        missing = "Chromium is needed to test the HTML page: install it (apt-get install chromium)."
-        if "CI" in os.environ:
-            pytest.fail(missing)
-        pytest.skip(missing)
-    return path
-
-
 @contextmanager
-def chromium():
-    """A running browser."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path(), args=_ARGUMENTS)
+def browsing():
+    """A running browser; where there is none tests are skipped, except in CI, where they fail."""
+    with ExitStack() as running:
+        try:
+            browser = running.enter_context(chromium())
+        except FileNotFoundError as error:
+            (pytest.fail if "CI" in os.environ else pytest.skip)(str(error))
         yield browser
-        browser.close()
 
 
 @contextmanager
@@ -47,7 +27,7 @@ def opened(browser, path, **options):
     """A page of a file, which must end without an error, a dialog or a request to anywhere."""
     context = browser.new_context(**{"viewport": DESKTOP, "accept_downloads": True, **options})
     page = context.new_page()
-    page.set_default_timeout(5000)
+    page.set_default_timeout(20_000)
     complaints = []
 
     def answer(route):

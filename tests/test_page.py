@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from chromium import DESKTOP, PHONE, chromium, opened
+from chromium import DESKTOP, PHONE, browsing, opened
 from toy import N_TEST, N_TRAIN, fitted, loader, test_texts
 
 from lightning_tracin import InfluenceResult, TracInLast, TracInWE
@@ -101,7 +101,7 @@ def downloaded(page, button):
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium() as running:
+    with browsing() as running:
         yield running
 
 
@@ -206,6 +206,17 @@ def test_a_word_is_marked_in_the_test_text_by_its_tokens(browser, tmp_path):
         assert page.locator("#tip").is_hidden()
         page.locator(".subject .word", has_text="tariffs").hover()
         assert page.locator(".card .lit").all_inner_texts() == ["tariff"]
+
+
+def test_what_the_tokenizer_added_is_dim_and_not_exported(browser, tmp_path):
+    words = (Word("[CLS]", "", (0,), special=True), Word("goal", " ", (1,)), Word("!", "", (2,)))
+    test = Example(0, words, "sport", ids=(101, 7, 8))
+    pair = Influential(Example(1, words, "sport", ids=(101, 7, 8)), 3.0, None, (1.0, 2.0, 0.0))
+    with opened(browser, write_page(page_of([explanation(0, test, pair)]), tmp_path / "page.html")) as page:
+        assert page.inner_text(".card .text") == "[CLS] goal!"
+        opacities = [word.evaluate("e => getComputedStyle(e).opacity") for word in page.locator(".card .word").all()]
+        assert [float(opacity) < 0.9 for opacity in opacities] == [True, False]
+        assert downloaded(page, "#csv-one")[0]["text"] == "goal!"
 
 
 def test_the_keyboard_is_enough(page, result):
@@ -327,7 +338,12 @@ def test_only_the_scripts_and_styles_of_the_package_may_run(path, browser):
         content = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.S)[1]
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{name} 'sha256-{digest}'" in policy.replace("&#43;", "+")
-    with pytest.raises(AssertionError, match="Content Security Policy"), opened(browser, path) as page:
+    with pytest.raises(AssertionError, match="Content Security Policy"):
+        try_to_add_a_script(browser, path)
+
+
+def try_to_add_a_script(browser, path):
+    with opened(browser, path) as page:
         page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran = 1'}))")
         assert page.evaluate("window.ran") is None
 

@@ -127,7 +127,7 @@
       rows.push(make("small", {}, `${percent(word.sum ? Math.abs(word.term) / word.sum : 0)} of what all words add${word.of}`));
     } else rows.push(make("small", {}, "no term in the pairs that are listed"));
     if (word.closest("#detail"))
-      rows.push(make("small", {}, inTest ? `also in the training texts below, ${lit.length}×` : `in the test text, ${lit.length}×`));
+      rows.push(make("small", {}, inTest ? `in the training texts below ${lit.length}×` : `in the test text ${lit.length}×`));
     tip.replaceChildren(...rows);
     tip.hidden = false;
     word.setAttribute("aria-describedby", "tip");
@@ -310,7 +310,7 @@
       make(
         "div",
         { class: "sides" },
-        side("Proponents", "Training on them lowered the loss of this", sides[0], test, row, 1),
+        side("Proponents", "Training on them lowered the loss", sides[0], test, row, 1),
         side("Opponents", "Training on them raised it", sides[1], test, row, -1)
       )
     );
@@ -331,7 +331,7 @@
   function side(name, what, pairs, test, row, sign) {
     const most = strongest[row];
     const shares = pairs.filter((pair) => pair.score * sign > 0 && pair.share !== null).map((pair) => pair.share);
-    const covered = shares.length ? `: ${percent(shares.reduce((sum, share) => sum + share, 0))} of all that did` : "";
+    const covered = shares.length ? `, with ${percent(shares.reduce((sum, share) => sum + share, 0))} of all ${name.toLowerCase()}' scores` : "";
     return make(
       "section",
       { "aria-label": name },
