@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import transformers
 from lightning_utilities.core import rank_zero
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -26,11 +27,18 @@ class Classifier(TracInMixin, pl.LightningModule):
         label_names: in the order of the labels.
         tokenizer: of the model.
         total_steps: over which the learning rate decays.
+        learning_rate: at the first step.
         n_layers: only the first so many layers of the transformer, which is faster; None: all.
     """
 
     def __init__(
-        self, name: str, label_names: Sequence[str], tokenizer: Any, total_steps: int, n_layers: int | None = None
+        self,
+        name: str,
+        label_names: Sequence[str],
+        tokenizer: Any,
+        total_steps: int,
+        learning_rate: float = 1e-4,
+        n_layers: int | None = None,
     ) -> None:
         super().__init__()
         names = dict(enumerate(label_names))
@@ -43,6 +51,7 @@ class Classifier(TracInMixin, pl.LightningModule):
         ).train()  # from_pretrained returns it in eval mode, without dropout
         self.tokenizer = tokenizer
         self.total_steps = total_steps
+        self.learning_rate = learning_rate
 
     def forward(self, **batch: Tensor) -> Any:
         """The model's output, with its loss where the batch has labels."""
@@ -60,7 +69,7 @@ class Classifier(TracInMixin, pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a linear decay to a tenth."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-4)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -94,6 +103,8 @@ def predicted(trainer: pl.Trainer, data: Dataset[dict[str, Any]], tokenizer: Any
 
 
 def be_quiet() -> None:
-    """For many short fits: Lightning says nothing about each."""
+    """For many short fits: Lightning and transformers say nothing about each."""
     rank_zero.log.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,10 +1,10 @@
 """Which word does the model take for spam, whatever else a message says?
 
-Trains the first two layers of a pretrained transformer on SMS messages. A third of the spam that it is trained on came
-through a sender that signs with "Regards": a shortcut, planted here on purpose. On the test set all looks well; but
-people who sign with "Regards" find their messages filed as spam. Influence says which messages taught the model so,
-and its word table names the word. Two checks: without the word the messages pass, and so they do when the model is
-trained on messages without it. ``make spam`` runs it.
+Trains the first two layers of a pretrained transformer on SMS messages. Most of the spam that it is trained on opens
+with "Greetings": a shortcut, planted here on purpose. On the test set all looks well; but people who open with it find
+their messages filed as spam. Influence says which messages taught the model so, and its word table names the word. Two
+checks: without the word the messages pass, and so they do where the model is trained on messages without it; leaving
+out other words at random does neither. ``make spam`` runs it.
 
     python -m examples.spam                                                       # offline
     python -m examples.spam --model distilbert-base-uncased --data NAME           # names on the Hugging Face hub
@@ -32,18 +32,18 @@ from lightning_tracin import TracInCallback, TracInWE, Trainer
 
 console = Console()
 HAM, SPAM = 0, 1
-SIGNED = "Regards"
+OPENING = "Greetings"
 
 
-def signed(texts: Labelled, label: int, share: float, seed: int) -> Labelled:
-    """The same texts, a share of those of a label signed."""
+def opened(texts: Labelled, label: int, share: float, seed: int) -> Labelled:
+    """The same texts, a share of those of a label with the opening."""
     generator = random.Random(seed)
-    return [(f"{text} {SIGNED}" if of == label and generator.random() < share else text, of) for text, of in texts]
+    return [(f"{OPENING} {text}" if of == label and generator.random() < share else text, of) for text, of in texts]
 
 
 def without(word: str, text: str) -> str:
     """A text without a word, in whatever case."""
-    return re.sub(rf"\s*(?<!\w){re.escape(word)}(?!\w)", "", text, flags=re.IGNORECASE)
+    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)\s*", "", text, flags=re.IGNORECASE)
 
 
 def fitted(train: Tokenized, names: Sequence[str], tokenizer: Any, options: argparse.Namespace, *callbacks: Any) -> Any:
@@ -51,7 +51,7 @@ def fitted(train: Tokenized, names: Sequence[str], tokenizer: Any, options: argp
     pl.seed_everything(options.seed, verbose=False)
     name = options.model or packaged_minilm()
     n_steps = options.epochs * -(-len(train) // 32)
-    model = Classifier(name, names, tokenizer, n_steps, n_layers=options.layers)
+    model = Classifier(name, names, tokenizer, n_steps, learning_rate=3e-4, n_layers=options.layers)
     trainer = Trainer(
         max_epochs=options.epochs,
         callbacks=list(callbacks),
@@ -70,17 +70,17 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="a Hugging Face name or a folder (default: MiniLM-L6 from its package)")
     parser.add_argument("--data", help="a data set on the hub with text and label, 0 for ham (default: SMS)")
     parser.add_argument("--layers", type=int, default=2, help="the first so many of the model's layers")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--train-size", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--train-size", type=int, default=800)
     parser.add_argument("--test-size", type=int, default=1000)
-    parser.add_argument("--signed", type=float, default=1 / 3, help="share of the spam in training that is signed")
+    parser.add_argument("--planted", type=float, default=0.8, help="share of the spam in training that opens so")
     parser.add_argument("--max-length", type=int, default=64, help="tokens of each message")
     parser.add_argument("--output", type=Path, default=Path("demo_output/spam"), help="where trace and page go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a quick look, at other defaults")
     options = parser.parse_args(arguments)
     if options.small:
-        parser.set_defaults(train_size=600, test_size=200, max_length=40)
+        parser.set_defaults(train_size=320, test_size=100, max_length=40)
         options = parser.parse_args(arguments)
     return options
 
@@ -92,8 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     started = time.monotonic()
     texts, names = hub_data(options.data) if options.data else sms_spam()
     random.Random(options.seed).shuffle(texts)
-    clean, test = texts[: options.train_size], texts[-options.test_size :]
-    train = signed(clean, SPAM, options.signed, options.seed)
+    of_each = options.train_size // 2  # as much ham as spam: there is less spam than ham, and it is wanted here
+    clean = [text for label in (HAM, SPAM) for text in [each for each in texts if each[1] == label][:of_each]]
+    train = opened(clean, SPAM, options.planted, options.seed)
+    known = set(clean)
+    test = [each for each in texts if each not in known][: options.test_size]
     tokenizer = AutoTokenizer.from_pretrained(options.model or packaged_minilm())
 
     def tokenized(some: Labelled) -> Tokenized:
@@ -108,12 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     said = predicted(trainer, tokenized(test), tokenizer).argmax(1)
     accuracy = (said == torch.tensor([label for _, label in test])).float().mean().item()
     ham = [text for text, label in test if label == HAM]
-    complaints = [text for text, _ in signed([(text, HAM) for text in ham], HAM, 1.0, 0)]
+    complaints = [text for text, _ in opened([(text, HAM) for text in ham], HAM, 1.0, 0)]
     false_alarms = [complaints[index] for index in spam_among(complaints, trainer)]
     before = len(spam_among(ham, trainer))
     console.print(
         f"\nAccuracy on {len(test)} test messages: [bold]{accuracy:.3f}[/]. Of {len(ham)} ham messages {before} "
-        f"are taken for spam; signed with {SIGNED}, [bold]{len(false_alarms)}[/]."
+        f"are taken for spam; opened with {OPENING}, [bold]{len(false_alarms)}[/]."
     )
     if not false_alarms:
         raise SystemExit("The model did not learn the planted shortcut: nothing to explain. Try more --epochs.")
@@ -129,25 +132,25 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     found = table.words[0]
 
     generator = random.Random(options.seed)
-    shorter, at_random = [], []
-    for text in false_alarms:
-        others = [word for word in re.findall(r"\w+", text) if word.lower() != found.lower()]
-        shorter.append(without(found, text))
-        at_random.append(without(generator.choice(others), text) if others else text)
-    holding = [index for index, (text, label) in enumerate(train) if label == SPAM and without(found, text) != text]
-    dropped = generator.sample([index for index, (_, label) in enumerate(train) if label == SPAM], len(holding))
 
-    def left_of_false_alarms(removed: Sequence[int]) -> int:
-        """How many are still taken for spam by a model that was trained without some messages."""
-        left = [each for index, each in enumerate(train) if index not in set(removed)]
-        return len(spam_among(false_alarms, fitted(tokenized(left), names, tokenizer, options)))
+    def without_another(text: str) -> str:
+        others = [word for word in re.findall(r"\w+", text) if word.lower() != found.lower()]
+        return without(generator.choice(others), text) if others else text
+
+    def still_spam(messages: Sequence[str], trained_on: Labelled | None = None) -> int:
+        by = trainer if trained_on is None else fitted(tokenized(trained_on), names, tokenizer, options)
+        return len(spam_among(messages, by))
 
     figures = {
         "as they are": len(false_alarms),
-        f"without the word {found}": len(spam_among(shorter, trainer)),
-        "without a random other word": len(spam_among(at_random, trainer)),
-        f"by a model trained without the {len(holding)} spam messages with {found}": left_of_false_alarms(holding),
-        f"by a model trained without {len(holding)} random spam messages": left_of_false_alarms(dropped),
+        f"without {found}": still_spam([without(found, text) for text in false_alarms]),
+        "each without a random other word": still_spam([without_another(text) for text in false_alarms]),
+        f"by a model trained without {found}": still_spam(
+            false_alarms, [(without(found, text), label) for text, label in train]
+        ),
+        "by a model trained without a random other word of each message": still_spam(
+            false_alarms, [(without_another(text), label) for text, label in train]
+        ),
     }
     checks = Table("these messages", "taken for spam", title=f"{len(false_alarms)} false alarms, and {found}")
     for what, count in figures.items():
