@@ -119,6 +119,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="a data set on the hub with text and label (default: BBC News)")
     parser.add_argument("--layers", type=int, help="the first so many of the model's layers (default: all)")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--train-size", type=int, default=1600)
     parser.add_argument("--test-size", type=int, default=500)
     parser.add_argument("--max-length", type=int, default=64, help="tokens of each article")
@@ -129,7 +130,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a quick look, at other defaults")
     options = parser.parse_args(arguments)
     if options.small:
-        parser.set_defaults(layers=2, train_size=320, test_size=60, epochs=3, max_length=48)
+        parser.set_defaults(
+            layers=2, learning_rate=3e-4, train_size=320, test_size=40, epochs=4, max_length=32, flip=0.1
+        )
         options = parser.parse_args(arguments)
     return options
 
@@ -152,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         return batches(Tokenized(some, tokenizer, options.max_length), tokenizer)
 
     n_steps = options.epochs * -(-len(train) // 32)
-    model = Classifier(name, topics, tokenizer, n_steps, n_layers=options.layers)
+    model = Classifier(name, topics, tokenizer, n_steps, options.learning_rate, options.layers)
     callback = TracInCallback(options.output / "trace", overwrite=True)
     trainer = Trainer(
         max_epochs=options.epochs, callbacks=[callback], logger=False, enable_checkpointing=False, log_every_n_steps=10
