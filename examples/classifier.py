@@ -106,5 +106,5 @@ def be_quiet() -> None:
     """For many short fits: Lightning and transformers say nothing about each."""
     rank_zero.log.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

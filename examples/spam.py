@@ -72,7 +72,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2, help="the first so many of the model's layers")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--train-size", type=int, default=800)
-    parser.add_argument("--test-size", type=int, default=1000)
+    parser.add_argument("--test-size", type=int, default=500)
     parser.add_argument("--planted", type=float, default=0.8, help="share of the spam in training that opens so")
     parser.add_argument("--max-length", type=int, default=64, help="tokens of each message")
     parser.add_argument("--output", type=Path, default=Path("demo_output/spam"), help="where trace and page go")
@@ -80,7 +80,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a quick look, at other defaults")
     options = parser.parse_args(arguments)
     if options.small:
-        parser.set_defaults(train_size=320, test_size=100, max_length=40)
+        parser.set_defaults(train_size=256, test_size=80, max_length=32)
         options = parser.parse_args(arguments)
     return options
 
@@ -96,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     clean = [text for label in (HAM, SPAM) for text in [each for each in texts if each[1] == label][:of_each]]
     train = opened(clean, SPAM, options.planted, options.seed)
     known = set(clean)
-    test = [each for each in texts if each not in known][: options.test_size]
+    left = [each for each in texts if each not in known]
+    random.Random(options.seed).shuffle(left)
+    test = left[: options.test_size]
     tokenizer = AutoTokenizer.from_pretrained(options.model or packaged_minilm())
 
     def tokenized(some: Labelled) -> Tokenized:
