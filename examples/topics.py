@@ -13,7 +13,7 @@ import argparse
 import io
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,13 @@ def common_tokens(train_set: Tokenized) -> list[int]:
 
 def common_share(result: InfluenceResult, common: set[str]) -> float:
     """The share of common words among the 5 strongest words of each test article's 5 strongest proponents."""
-    words = [
-        word
-        for row, train_indices in enumerate(result.proponents(5).indices.tolist())
-        for train_index in train_indices
-        for word, _ in result.words(row, train_index)[:5]
-    ]
+    words = []
+    for explanation in result.explanations(k=5):
+        for proponent in explanation.proponents:
+            terms: dict[str, float] = defaultdict(float)
+            for word, term in zip(proponent.example.words, proponent.terms, strict=True):
+                terms[word.text] += term
+            words += sorted((word for word in terms if terms[word]), key=lambda word: -abs(terms[word]))[:5]
     return sum(word in common for word in words) / max(len(words), 1)
 
 
@@ -131,7 +132,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.small:
         parser.set_defaults(
-            layers=2, learning_rate=3e-4, train_size=320, test_size=40, epochs=4, max_length=32, flip=0.1
+            layers=2, learning_rate=3e-4, train_size=320, test_size=24, epochs=4, max_length=32, flip=0.1
         )
         options = parser.parse_args(arguments)
     return options
