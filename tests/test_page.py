@@ -449,6 +449,16 @@ def test_words_over_the_whole_test_set_are_sorted_by_any_column(browser, tmp_pat
         assert words.all_inner_texts() == ["fig"]
 
 
+def test_the_word_table_of_a_result(page, result):
+    table = result.word_table(200)
+    page.click("#tab-words")
+    assert page.locator("#words tbody th").all_inner_texts() == list(table.words)
+    said = [f"Model says {name}" for name in table.classes]
+    assert page.locator("#words th.group").all_inner_texts() == said
+    cells = [number(text or "0") for text in page.locator("#words tbody td").all_inner_texts()]
+    assert cells == pytest.approx(table.values.flatten().tolist(), rel=1e-2)
+
+
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """Texts that are long, right to left, of one endless word or empty; labels that are long or have empty names."""

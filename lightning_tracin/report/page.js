@@ -457,11 +457,12 @@
   // Words over the whole test set
   function drawWords() {
     const { words, classes, labels, values } = page.word_table;
+    const group = tests.some((test) => test.prediction !== null) ? "Model says" : "Test label"; // as the table was grouped
     const view = byId("words");
     const field = make("input", { type: "search", placeholder: "Search words", "aria-label": "Search words", input: () => draw() });
     const only = make("select", { "aria-label": "What the model says", change: () => draw() },
-      make("option", { value: "" }, "Whatever the model says"),
-      classes.map((name, number) => make("option", { value: number, dir: "auto" }, `Model says ${named(name)}`)));
+      make("option", { value: "" }, "All classes"),
+      classes.map((name, number) => make("option", { value: number, dir: "auto" }, `${group} ${named(name)}`)));
     const scroll = make("div", { class: "scroll wide", tabindex: "0", role: "region", "aria-label": "Words by class and label" });
     const more = make("button", { class: "more wide", click: () => ((limit += 200), draw()) });
     const sums = values.map((row) => row.reduce((sum, value) => sum + Math.abs(value), 0));
@@ -470,7 +471,7 @@
     let limit = 200;
     view.append(
       make("h2", { class: "wide" }, "Words over the whole test set"),
-      make("p", { class: "intro wide" }, "How much each word, in training examples of a label, pushed test examples for which the model says a class: its terms, summed. Blue, solid: towards a lower loss. Orange, dotted: towards a higher one."),
+      make("p", { class: "intro wide" }, `The ${count(words.length, "strongest word")}: what each added, in training examples of a label (second line), to the scores of all test examples of a class (first line). Blue, solid: it lowered their loss. Orange, dotted: it raised it.`),
       make("div", { class: "table-tools wide" }, field, classes.length > 1 ? only : null), scroll, more
     );
     function sortBy(column) {
@@ -494,7 +495,7 @@
       else order.sort((a, b) => sign * (values[a][column] - values[b][column]));
       const head = make("thead", {},
         make("tr", {}, header("word", "word", { class: "corner", rowspan: 2 }),
-          kept.map((number) => make("th", { class: "group", colspan: labels.length, scope: "colgroup", dir: "auto" }, `says ${named(classes[number])}`))),
+          kept.map((number) => make("th", { class: "group", colspan: labels.length, scope: "colgroup", dir: "auto" }, `${group} ${named(classes[number])}`))),
         make("tr", {}, columns.map((each) => header(named(labels[each % labels.length]), each, { class: each % labels.length ? "" : "first" }))));
       const body = order.slice(0, limit).map((word) =>
         make("tr", {}, make("th", { scope: "row", dir: "auto", title: words[word] }, words[word]),
