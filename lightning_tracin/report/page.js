@@ -35,6 +35,10 @@
     const isNone = label === null || label.trim() === "";
     return make("span", { class: `chip ${kind} ${isNone ? "none" : ""}`, dir: "auto", title: title || named(label) }, named(label));
   }
+  function link(index, text) {
+    const what = `Training example ${index}: which test examples did it push?`;
+    return make("button", { class: "link", title: what, "aria-label": what, click: () => follow(index) }, text);
+  }
   function bar(part) {
     const inner = make("i");
     inner.style.setProperty("--part", Math.min(1, part || 0));
@@ -311,7 +315,7 @@
         "div",
         { class: "sides" },
         side("Proponents", "Training on them lowered the loss", sides[0], test, row, 1),
-        side("Opponents", "Training on them raised it", sides[1], test, row, -1)
+        side("Opponents", "Training on them raised the loss", sides[1], test, row, -1)
       )
     );
     detail.replaceChildren(inner);
@@ -331,11 +335,11 @@
   function side(name, what, pairs, test, row, sign) {
     const most = strongest[row];
     const shares = pairs.filter((pair) => pair.score * sign > 0 && pair.share !== null).map((pair) => pair.share);
-    const covered = shares.length ? `, with ${percent(shares.reduce((sum, share) => sum + share, 0))} of all ${name.toLowerCase()}' scores` : "";
+    const covered = shares.length ? `; the ${pairs.length} here make ${percent(shares.reduce((sum, share) => sum + share, 0))}` : "";
     return make(
       "section",
       { "aria-label": name },
-      make("div", { class: "side-head" }, make("h3", {}, name), make("p", {}, `${what}. ${pairs.length} listed${covered}.`)),
+      make("div", { class: "side-head" }, make("h3", {}, name), make("p", { title: `of the sum of all ${name.toLowerCase()}' scores` }, `${what}${covered}.`)),
       ...pairs.map((pair, place) => card(pair, place + 1, most, test, sign))
     );
   }
@@ -354,7 +358,7 @@
         make("span", { class: "score" }, signed(score)),
         bar(most ? Math.abs(score) / most : 0),
         make("span", { class: "share", title: `of all ${score < 0 ? "opponents'" : "proponents'"} scores` }, percent(share)),
-        make("button", { class: "link", title: "Which test examples did it push?", click: () => follow(index) }, `training example ${index}`)
+        link(index, `example ${index}`)
       ),
       shaded(words, unread ? " …" : "", terms, { score, limit: LONG, of: " to this score" })
     );
@@ -446,7 +450,7 @@
             make("span", { class: "score" }, signed(value).replace("+", "")),
             bar(most ? value / most : 0),
             make("span", { class: "share" }, percent(share)),
-            make("button", { class: "link", click: () => follow(index) }, `training example ${index}, pushed ${count(n, "test example")}`)
+            link(index, `example ${index}, pushed ${count(n, "test example")}`)
           ),
           shaded(words, unread ? " …" : "", new Map(), { limit: LONG })
         );
