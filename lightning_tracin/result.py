@@ -30,14 +30,18 @@ from lightning_tracin.methods import (
     without_normalizing,
 )
 from lightning_tracin.report.page import Page, counts_of, notes_of, write_page
+from lightning_tracin.report.plots import Kind, plot_result
 from lightning_tracin.report.tables import explained
 from lightning_tracin.scores import TopK, clipped_k, moments_of, self_influences, strongest
 from lightning_tracin.store import write_tensors
 from lightning_tracin.trace import Checkpoint, Trace
+from lightning_tracin.word_table import WordTable, groups_of, word_table_of
 from lightning_tracin.words import Marks, Word, marks_of, shares_of_words, spans_of, words_in, words_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMAT_VERSION = 1
 #: The raw text of an example, or of its two parts.
@@ -246,10 +250,7 @@ class InfluenceResult:
         train_index = int(train_index)
         if not 0 <= train_index < self.n_train:
             raise IndexError(f"There are training examples 0 to {self.n_train - 1}, but got {train_index}.")
-        if not isinstance(self.method, TracInWE):
-            raise ValueError(
-                f"{self.method} has no word terms: they are a property of the word embedding layer (TracInWE)."
-            )
+        self._with_words()
         terms = self._terms({test_index: [train_index]})[test_index][train_index]
         example, ids = self._train_examples([train_index])[train_index]
         named: dict[str, float] = defaultdict(float)
@@ -257,6 +258,74 @@ class InfluenceResult:
             if any(ids[place] in terms for place in word.places):
                 named[word.text] += share
         return sorted(named.items(), key=lambda word: -abs(word[1]))
+
+    def word_table(self, n: int | None = 50, *, min_examples: int = 0) -> WordTable:
+        """What each word of the training examples adds to the scores of all test examples, by class and label.
+
+        It is summed over all pairs, also where only the k strongest were kept, in one pass over the stored gradients.
+        Words are put together of their pieces as in :meth:`words`; raw texts are not used.
+
+        Args:
+            n: how many words, strongest first; None for all.
+            min_examples: leave out words that fewer training examples hold.
+
+        Returns:
+            A table to print, or to take numbers from. Test examples are grouped by what the model says of them, or by
+            their labels where that is not known. Scores are about the loss: where the model is mistaken, a positive
+            influence speaks for the example's own label.
+
+        Raises:
+            ValueError: if the method is not TracIn-WE, or n is under 1.
+            FileNotFoundError: if the trace that the scores were computed from is gone.
+        """
+        method = self._with_words()
+        if n is not None and n < 1:
+            raise ValueError(f"n must be None or at least 1, but got {n}.")
+        checkpoints = self._checkpoints()
+        assert self.trace is not None
+        said, confidence = self.predictions.T
+        classes = groups_of(torch.where(torch.isnan(confidence), self.test_texts.labels, said), self._label)
+        return word_table_of(
+            self.trace,
+            checkpoints,
+            method,
+            self.test_gradients,
+            classes,
+            self.words_of_ids,
+            self._label,
+            n=n,
+            min_examples=min_examples,
+        )
+
+    def plot(
+        self,
+        kind: Kind = "scores",
+        test_index: int | None = None,
+        train_index: int | None = None,
+        *,
+        k: int = 10,
+        ax: Axes | None = None,
+    ) -> tuple[Figure, Axes]:
+        """Draw a chart with matplotlib.
+
+        Args:
+            kind: "scores", how they are distributed; "words", what words add to the score of a pair, of a test
+                example's k strongest proponents, or of all pairs; "labels", those of the k strongest proponents and
+                opponents; or "self_influence" of the training examples, the k highest marked.
+            test_index: row of the scores; all by default.
+            train_index: index in the training data set, for the words of a pair.
+            k: how many; fewer where fewer were kept.
+            ax: where to draw; a new figure by default.
+
+        Returns:
+            The figure and its axes, as in torchmetrics.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib: ``pip install lightning-tracin[plot]``.
+            ValueError: if the arguments do not go together, or the method has no words.
+            FileNotFoundError: if the trace that the scores were computed from is gone; scores can still be drawn.
+        """
+        return plot_result(self, kind, test_index, train_index, k, ax)
 
     def self_influence(self) -> Tensor:
         """Every training example's influence on itself: high for mislabelled and for atypical examples.
@@ -552,6 +621,14 @@ class InfluenceResult:
             Influential(examples[index][0], float(values[index]), float(values[index]) / total if total else None)
             for index in order
         ]
+
+    def _with_words(self) -> TracInWE:
+        """The method, if it has word terms."""
+        if not isinstance(self.method, TracInWE):
+            raise ValueError(
+                f"{self.method} has no word terms: they are a property of the word embedding layer (TracInWE)."
+            )
+        return self.method
 
     def _share(self, row: int, score: float) -> float | None:
         """A score as a part of all scores of its sign that a test example has."""
