@@ -179,14 +179,24 @@ class Choice:
         """One example as a batch of its own, in memory of its own; the first one is checked to be what it was."""
         row = apply_to_collection(row_of(batch, place, len(losses)), Tensor, torch.clone)
         if not self._found:
-            alone = checked(self._losses(row)).float().cpu()
-            if len(alone) != 1 or not torch.isclose(alone[0], losses[place], rtol=0.05, atol=1e-3):
-                raise ValueError(
-                    f"log_examples must cut examples out of the validation batches, but one whose loss is "
-                    f"{float(losses[place]):.4g} in its batch has {alone.tolist()} alone. The first dimension of the "
-                    "batch's tensors must count its examples; without that, use log_examples=0."
-                )
+            self._check_alone(row, losses[place])
         return row
+
+    def _check_alone(self, row: Any, loss: Tensor) -> None:
+        """Check that an example has the loss, cut out of its batch, that it had inside."""
+        failure = None
+        try:
+            alone = checked(self._losses(row)).float().cpu()
+            found = f"a loss of {alone.tolist()}"
+            same = len(alone) == 1 and bool(torch.isclose(alone[0], loss, rtol=0.05, atol=1e-3))
+        except Exception as error:  # from anywhere in the model, which is given what it is not made for
+            failure, found, same = error, f"an error ({error})", False
+        if not same:
+            raise ValueError(
+                f"log_examples must cut examples out of the validation batches, but one with loss {float(loss):.4g} in "
+                f"its batch gave {found} alone. The first dimension of the batch's tensors must count its examples; "
+                "where it does not, use log_examples=0."
+            ) from failure
 
 
 class ValidationLog:
