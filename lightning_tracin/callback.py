@@ -312,7 +312,7 @@ class TracInCallback(DualCallback):
         layers, method = self.trace.layers, self.methods[0]
 
         def gradients(batch: Any) -> Captured:
-            with _inside_fit(trainer, module):  # for each batch anew: autocast remembers weights while it lasts
+            with _inside_fit(trainer, module):
                 return capture_at(module, layers, [method], losses_of(module), batch)
 
         self._validations.log(trainer, gradients)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import time
 from pathlib import Path
 
 import lightning.pytorch as twin
@@ -106,14 +107,15 @@ def at_checkpoint(trace, number, data=None, kind=Validated):
 
 
 def assert_scores(rows, scores, k=3):
-    """The rows are the k strongest of each side, by the scores of all validation examples."""
+    """The rows are the k strongest of each side that pushed at all, by the scores of all validation examples."""
     assert rows
     for _, index in examples_of(rows):
         for role, largest in (("proponent", True), ("opponent", False)):
             own = [row for row in rows if row["index"] == index and row["role"] == role]
-            assert [row["rank"] for row in own] == list(range(1, k + 1))
             found = torch.tensor([row["score"] for row in own], dtype=torch.float64)
             expected = scores[index].double().topk(k, largest=largest).values
+            expected = expected[expected > 0] if largest else expected[expected < 0]
+            assert [row["rank"] for row in own] == list(range(1, len(expected) + 1))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-10)
             by_index = scores[index].double()[[row["train_index"] for row in own]]
             torch.testing.assert_close(found, by_index, rtol=1e-4, atol=1e-10)
@@ -149,7 +151,8 @@ def test_the_last_validation_is_logged_as_influence_says_after_the_fit(tmp_path)
         own = [row for row in rows if row["index"] == explanation.test.index]
         assert {row["text"] for row in own} == {explanation.test.text}
         assert {row["label"] for row in own} == {explanation.test.label}
-        for row, pushed in zip(own, [*explanation.proponents, *explanation.opponents], strict=True):
+        both = [each for each in (*explanation.proponents, *explanation.opponents) if each.score]
+        for row, pushed in zip(own, both, strict=True):
             assert row["train_index"] == pushed.example.index
             assert row["train_text"] == pushed.example.text
             assert row["train_label"] == str(int(texts()[row["train_index"]][1]))
@@ -211,7 +214,7 @@ def test_a_validation_without_a_checkpoint_of_its_epoch_does_not_wait_for_the_ne
     trace = trainer.callbacks[0].trace
     assert [each.epoch for each in trace.checkpoints] == [1]
     rows = logged(trainer)
-    assert [row["epoch"] for row in rows[::12]] == [0, 1, 2]
+    assert list(dict.fromkeys(row["epoch"] for row in rows)) == [0, 1, 2]
     last = [row for row in rows if row["epoch"] == 2]
     result = quiet().influence(loader(test_texts()), Validated(), trace=tmp_path / "trace")
     assert_scores(last, result.scores)
@@ -283,7 +286,7 @@ def test_fewer_examples_than_asked_for_and_fewer_training_examples_than_k(tmp_pa
     trainer = fit(tmp_path, log_examples=50, log_k=50, trainer={"limit_val_batches": 1, "max_epochs": 1})
     rows = logged(trainer)
     assert sorted(examples_of(rows)) == [(0, index) for index in range(4)]
-    assert len(rows) == 4 * 2 * len(texts())
+    assert len(rows) == int((brute_scores(trainer.callbacks[0].trace, 1)[:4] != 0).sum())
 
 
 def test_several_loaders_are_numbered(tmp_path):
@@ -469,11 +472,11 @@ def test_tensorboard_shows_the_table_as_markdown(tmp_path):
     assert [each.step for each in events.Scalars("val_loss")] == steps_of(rows)
 
 
-def wandb_history(file):
-    """The rows that a W&B run has logged: a file of the LevelDB log format, with a protobuf message in each record."""
+def wandb_records(file):
+    """What a W&B run has written: a file of the LevelDB log format, with a protobuf message in each record."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, place, parts, rows = file.read_bytes(), 7, b"", []
+    data, place, parts = file.read_bytes(), 7, b""
     while place + 7 <= len(data):
         left = 32768 - place % 32768
         if left < 7:
@@ -482,13 +485,19 @@ def wandb_history(file):
         length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = Record.FromString(parts)
+        if kind in (1, 4) and place <= len(data):  # whole, or the last part
+            yield Record.FromString(parts)
             parts = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({"/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
+
+
+def wandb_history(file):
+    """The rows that a W&B run has logged; its own process may go on writing for a while."""
+    stop = time.monotonic() + 60
+    while not any(each.WhichOneof("record_type") == "exit" for each in wandb_records(file)):
+        assert time.monotonic() < stop, f"{file} does not end"
+        time.sleep(0.1)
+    rows = [each.history.item for each in wandb_records(file) if each.WhichOneof("record_type") == "history"]
+    return [{"/".join(item.nested_key): json.loads(item.value_json) for item in items} for items in rows]
 
 
 def test_wandb_shows_a_table_at_the_step_of_the_validation(tmp_path, monkeypatch):
@@ -637,8 +646,8 @@ def test_log_examples_on_the_command_line(tmp_path, monkeypatch, examples):
     (tmp_path / "fit.json").write_text(json.dumps(settings))
     cli = LightningCLI(Validated, Data, args=["fit", "--config", str(tmp_path / "fit.json")])
     rows = logged(cli.trainer)
-    assert len(rows) == 4 * (1 if examples == 1 else 2)
-    assert examples == 1 or examples_of(rows) == [(0, 0), (0, 3)]
+    assert {row["rank"] for row in rows} == {1, 2}
+    assert len(examples_of(rows)) == 1 if examples == 1 else examples_of(rows) == [(0, 0), (0, 3)]
 
 
 def explanation(label, prediction, proponents, opponents=(), confidence=0.9):
@@ -678,7 +687,9 @@ def test_curves_leave_out_what_is_not_known():
     }
     regression = explanation("0.3", "0.2", [("0.1", 3.0)], confidence=None)
     assert summary([regression]) == {"tracin/concentration": pytest.approx(0.3)}
-    assert summary([explanation(None, None, [], confidence=None)]) == {}
+    nothing = explanation(None, None, [(None, 0.0)], [(None, 0.0)], confidence=None)
+    assert summary([nothing]) == {}
+    assert loggers.rows_of([nothing], [(0, 1.0)], step=0, epoch=0) == []
 
 
 def test_markdown_is_not_broken_by_what_texts_hold():
@@ -775,3 +786,11 @@ def test_an_error_in_the_validation_of_one_process_is_raised_in_both(two):
     for rank in (0, 1):
         assert "no losses here" in (two / f"error-{rank}.txt").read_text()
     assert {row["epoch"] for row in rows_of_two(two, "broken")} == {0}
+
+
+def test_mixed_precision(tmp_path):
+    trainer = fit(tmp_path, trainer={"precision": "bf16-mixed"})
+    rows = [row for row in logged(trainer) if row["epoch"] == EPOCHS - 1]
+    asked = quiet(precision="bf16-mixed")
+    result = asked.influence(loader(test_texts(), batch_size=1), Validated(), trace=tmp_path / "trace")
+    assert_scores(rows, result.scores)

@@ -111,7 +111,7 @@ def test_weights_statistics_and_flags(tmp_path, module, callback):
 
 
 def validated(module):
-    """The module with a validation that draws random numbers, measures, and leaves a part in training mode."""
+    """The module with a validation that draws random numbers, measures, and runs in training mode."""
 
     class Validated(module):
         def __init__(self):
@@ -119,7 +119,7 @@ def validated(module):
             self.mean_loss = MeanMetric()
 
         def on_validation_start(self):
-            self.hidden.train()
+            self.train()
 
         def validation_step(self, batch, batch_idx):
             loss = functional.cross_entropy(self(batch[0]) + torch.rand(CLASSES), batch[1])

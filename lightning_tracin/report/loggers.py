@@ -31,7 +31,7 @@ _MARKS = re.compile(r"([\\`*_{}\[\]#|~])")
 def rows_of(
     explanations: Sequence[Explanation], examples: Sequence[tuple[int, float]], *, step: int, epoch: int
 ) -> list[Row]:
-    """The table of a validation: a line for each proponent and opponent of each example.
+    """The table of a validation: a line for each proponent and opponent of each example, if it pushed at all.
 
     Args:
         explanations: of the validation's examples.
@@ -62,6 +62,7 @@ def rows_of(
         for explanation, (loader, loss) in zip(explanations, examples, strict=True)
         for role, influentials in (("proponent", explanation.proponents), ("opponent", explanation.opponents))
         for rank, each in enumerate(influentials, start=1)
+        if (each.score > 0 if role == "proponent" else each.score < 0)
     ]
 
 
@@ -119,6 +120,8 @@ def log_table(logger: Any, rows: Sequence[Row], *, step: int, root: str) -> Path
     Returns:
         The file that the table was appended to, if the logger takes no tables.
     """
+    if not rows:
+        return None
     columns = list(rows[0])
     values = [list(row.values()) for row in rows]
     if _is(logger, "TensorBoardLogger"):
