@@ -26,11 +26,12 @@ lint: $(VENV)/test.done
 
 bench: $(VENV)/bench.done  ## a small setting of every benchmark, in about 10 minutes
 	$(BIN)/python -m benchmarks.query
-	$(BIN)/python -m benchmarks.overhead --examples 320 --repeats 2
-	$(BIN)/python -m benchmarks.cache_pass --examples 320 --repeats 2
+	$(BIN)/python -m benchmarks.overhead --examples 320 --repeats 1 --caches training checkpoint
+	$(BIN)/python -m benchmarks.cache_pass --examples 192 --repeats 2
 	$(BIN)/python -m benchmarks.peers --examples 32 --tests 8 --batch-size 8
+	$(BIN)/python -m benchmarks.peers --model bag --examples 32 --tests 8 --batch-size 8
 	$(BIN)/python -m benchmarks.growth --sizes 5000 20000 80000
-	$(BIN)/python -m benchmarks.savers --examples 160 --tests 20
+	$(BIN)/python -m benchmarks.savers --examples 96 --tests 12
 	$(BIN)/python -m benchmarks.fidelity --models 8
 
 oldest:  ## the tests on the oldest supported versions

@@ -95,9 +95,14 @@ class Bag(TracInMixin, pl.LightningModule):
         self.embedding = nn.Embedding(len(word_frequencies()), hidden)
         self.head = nn.Linear(hidden, 4)
 
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits, (B, 4)."""
+        logits: Tensor = self.head(self.embedding(ids).mean(1).tanh())
+        return logits
+
     def influence_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The loss of each example."""
-        return functional.cross_entropy(self.head(self.embedding(batch[0]).mean(1).tanh()), batch[1], reduction="none")
+        return functional.cross_entropy(self(batch[0]), batch[1], reduction="none")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Their mean."""

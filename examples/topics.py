@@ -292,9 +292,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         recorder.print(flipped_table)
         recorder.save_svg(str(options.picture), title="trainer.influence(test_loader)")
     saved = result.save(options.output / "result.safetensors")
+    read = test[:100]
+    page = (
+        trainer.influence(loader_of(read), method=method, k=20)
+        .with_texts(train=[text for text, _ in train], test=[text for text, _ in read])
+        .to_html(options.output / "page.html", title=f"What taught the model the topics of {len(read)} articles?")
+    )
     size = sum(file.stat().st_size for file in (options.output / "trace").rglob("*") if file.is_file())
     console.print(
         f"\nTrace: {options.output / 'trace'} ({size / 1e6:.0f} MB). Result: {saved}. "
+        f"A page to read: {page}. "
         f"{fitted - started:.0f} s to fit and cache, {time.monotonic() - fitted:.0f} s for all answers."
     )
     top_tenth = {

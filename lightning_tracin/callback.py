@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import repeat
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -19,19 +20,28 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_tracin._compat import DualCallback, batch_to_device, on_training_loader
-from lightning_tracin.capture import Captured, Losses, capture, check_independent, checked, gradients_enabled
+from lightning_tracin.capture import (
+    Captured,
+    Losses,
+    batch_dims,
+    capture,
+    check_independent,
+    checked,
+    gradients_enabled,
+)
 from lightning_tracin.gradients import DTYPES, Dtype, Kept
-from lightning_tracin.layers import layer_name, layers_of_table
+from lightning_tracin.layers import layer_name, layers_of_methods, layers_of_table, named_layer
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
-from lightning_tracin.processes import Processes, await_seen, processes_of, require_whole_module
+from lightning_tracin.processes import Processes, await_seen, processes_of, require_strategy, spreads
 from lightning_tracin.report.loggers import check_loggers, logger_folder
 from lightning_tracin.report.progress import progress_task
 from lightning_tracin.sampled_indices import SampledIndices
+from lightning_tracin.sharded import clean, in_step, is_sharded, require_spread, whole_state
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
 from lightning_tracin.trace import Checkpoint, Step, Trace, gradients_of
-from lightning_tracin.training_cache import TrainingCache, TrainingForm, check_training, divisor_of
+from lightning_tracin.training_cache import TrainingCache, check_training, divisor_of
 from lightning_tracin.training_set import TrainingSet
 from lightning_tracin.validation import ValidationLog
 
@@ -142,6 +152,7 @@ class TracInCallback(DualCallback):
         self._training: TrainingCache | None = None
         self._validations: ValidationLog | None = None
         self._failure: Exception | None = None
+        self._dims: dict[torch.nn.Module, int] | None = None
 
     @property
     def state_key(self) -> str:
@@ -154,7 +165,12 @@ class TracInCallback(DualCallback):
         self._recording = False
         self._validations = None
         if self._fitting:
-            require_whole_module(trainer)
+            require_strategy(trainer)
+            if self.log_examples and spreads(trainer):
+                raise ValueError(
+                    "log_examples needs whole weights, which FSDP spreads over the processes. Use log_examples=0, and "
+                    "ask trainer.influence after the fit."
+                )
             self._steps, self._resumed, self._failure = [], {}, None
             if self.cache == "training":
                 on_training_loader(trainer, self._sample)
@@ -177,6 +193,7 @@ class TracInCallback(DualCallback):
             return
         processes = processes_of(trainer)
         with processes.together():
+            require_spread(pl_module)
             path = self._resolve_path(trainer)
             if processes.size > 1:  # each may be told another version by its logger, or run in another folder
                 path = processes.gather(path.absolute())[0]
@@ -184,24 +201,29 @@ class TracInCallback(DualCallback):
             training_set = TrainingSet(trainer.train_dataloader)
             if self.cache != "on_demand":
                 training_set.check_divisible(processes)
-            layers, example = first_batch(trainer, pl_module, training_set, self.methods)
-            form = self._training_form(trainer, pl_module, training_set, layers)
-            self._require_space(trainer, pl_module, path, example, len(training_set))
             fingerprint = training_set.fingerprint()
             processes.require_same("training sets", fingerprint)
+            layers, batch, example, self._dims = first_batch(trainer, pl_module, training_set, self.methods)
+            form = None
+            if self.cache == "training":
+                with inside_fit(trainer, pl_module):
+                    form = check_training(pl_module, layers, self.methods, batch, example)
+            state = whole_state(pl_module)
+            if processes.first:
+                self._require_space(trainer, state, path, example, len(training_set))
         with processes.together():
             if resumed is not None:
-                resumed = self._checked(Trace(path), pl_module, layers)
-                resumed.check_data(len(training_set), fingerprint)
+                trace = Trace(path)
+                trace.check_data(len(training_set), fingerprint)
                 if processes.first:
-                    resumed.drop_checkpoints_after(trainer.global_step)
-                last = processes.gather(max((each.step for each in resumed.checkpoints), default=0))[0]
-                self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
+                    trace.check_model(state, type(pl_module).__name__)
+                self._go_on(trace, layers, trainer.global_step, processes)
             elif processes.first:
                 per_example = self._bytes_per_example(example, self.kept)
                 Trace.create(
                     path,
-                    module=pl_module,
+                    state=state,
+                    model_class=type(pl_module).__name__,
                     n_train=len(training_set),
                     data_fingerprint=fingerprint,
                     layers=layers,
@@ -213,11 +235,12 @@ class TracInCallback(DualCallback):
         if form is not None:
             self._training = TrainingCache(pl_module, self.trace, self.methods, form, processes)
         self._recording = True
-        if self.log_examples:
-            self._prepare_log(trainer, pl_module, self.trace)
+        self._prepare_log(trainer, pl_module, self.trace)
 
     def _prepare_log(self, trainer: pl.Trainer, module: pl.LightningModule, trace: Trace) -> None:
-        """Be ready to log validations, if there will be any."""
+        """Be ready to log validations, if that is asked for and there will be any."""
+        if not self.log_examples:
+            return
         if not trainer.loggers or not trainer.enable_validation:
             missing = "the fit has no validation" if trainer.loggers else "the trainer has no logger"
             rank_zero_warn(f"log_examples has no effect: {missing}.")
@@ -225,24 +248,21 @@ class TracInCallback(DualCallback):
         check_loggers(trainer.loggers)
         self._validations = ValidationLog(trace, module, self.log_examples, self.log_k)
 
-    def _training_form(
-        self, trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet, layers: dict[str, str]
-    ) -> TrainingForm | None:
-        """How training's own gradients are made of the examples', if they are to be stored."""
-        if self.cache != "training":
-            return None
-        with _inside_fit(trainer, module):
-            return check_training(module, layers, self.methods, _first(trainer, module, training_set))
+    def _go_on(self, trace: Trace, layers: dict[str, str], step: int, processes: Processes) -> None:
+        """Go on with a trace where a resumed fit does.
 
-    def _checked(self, trace: Trace, module: pl.LightningModule, layers: dict[str, str]) -> Trace:
-        """A trace that a resumed fit can go on with."""
+        Raises:
+            ValueError: if it was begun with other arguments.
+        """
         if (trace.layers, trace.kept) != (layers, self.kept):
             raise ValueError(
                 f"The trace in {trace.path} was begun with {trace.kept} at the layers {trace.layers}, but this fit "
                 f"would go on with {self.kept} at {layers}. Resume with the same arguments."
             )
-        trace.check_model(module)
-        return trace
+        if processes.first:
+            trace.drop_checkpoints_after(step)
+        last = processes.gather(max((each.step for each in trace.checkpoints), default=0))[0]
+        self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -294,7 +314,7 @@ class TracInCallback(DualCallback):
     ) -> None:
         """Look at a validation batch, before ``validation_step`` may take it apart."""
         if self._validations is not None:
-            with self._held(trainer), _inside_fit(trainer, pl_module), torch.no_grad():
+            with self._held(trainer), inside_fit(trainer, pl_module), torch.no_grad():
                 self._validations.see(batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -312,7 +332,7 @@ class TracInCallback(DualCallback):
         layers, method = self.trace.layers, self.methods[0]
 
         def gradients(batch: Any) -> Captured:
-            with _inside_fit(trainer, module):
+            with inside_fit(trainer, module):
                 return capture_at(module, layers, [method], losses_of(module), batch)
 
         self._validations.log(trainer, gradients)
@@ -383,18 +403,26 @@ class TracInCallback(DualCallback):
         """Store every training example's gradients at the module's present weights."""
         assert self.training_set is not None
         processes = processes_of(trainer)
-        loader = self.training_set.sequential_loader(*trace.part(processes))
+        training_set, dims = self.training_set, self._dims
+        loader = training_set.sequential_loader(*trace.part(processes))
+        sharded = is_sharded(module)
         with (
             trace.caching(checkpoint, self.methods, processes) as cache,
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
             _buffers_of(checkpoint, module, processes),
-            _inside_fit(trainer, module),
+            inside_fit(trainer, module),
         ):
-            for batch in loader:
+            batches: Iterable[tuple[Any, bool]] = zip(loader, repeat(True))  # inside: beginning draws a random number
+            if sharded:
+                batches = in_step(loader, len(loader), training_set.first_batch, processes)
+            for batch, own in batches:
                 batch = batch_to_device(trainer, module, batch)
-                captured = capture_at(module, trace.layers, self.methods, losses_of(module), batch)
-                cache.add(captured, labels_of(batch), words_of_batch(module, batch, cache.unknown_tokens(captured)))
-                advance()
+                captured = capture_at(module, trace.layers, self.methods, losses_of(module), batch, dims=dims)
+                with processes.together() if sharded else nullcontext():  # none leaves the others to wait for a weight
+                    if own:
+                        words = words_of_batch(module, batch, cache.unknown_tokens(captured))
+                        cache.add(captured, labels_of(batch), words)
+                        advance()
 
     def _resolve_path(self, trainer: pl.Trainer) -> Path:
         """The folder of the trace: as given, as resumed, or where ModelCheckpoint would put its own."""
@@ -428,7 +456,7 @@ class TracInCallback(DualCallback):
         return None
 
     def _require_space(
-        self, trainer: pl.Trainer, module: pl.LightningModule, path: Path, example: Captured, n_train: int
+        self, trainer: pl.Trainer, state: Mapping[str, Any], path: Path, example: Captured, n_train: int
     ) -> None:
         """Compare what the fit will write with what the disk holds.
 
@@ -436,7 +464,7 @@ class TracInCallback(DualCallback):
             OSError: if it is not enough; the message says how much is needed, and what would need less.
         """
         checkpoints = self._expected_checkpoints(trainer)
-        weights = sum(value.nbytes for value in module.state_dict().values() if isinstance(value, Tensor))
+        weights = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
 
         def needed(kept: Kept, cached: bool = True) -> float:
             per_example = self._bytes_per_example(example, kept)
@@ -496,36 +524,35 @@ def _examples_to_log(value: Any) -> int | tuple[int, ...]:
 
 def first_batch(
     trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet, methods: Sequence[str]
-) -> tuple[dict[str, str], Captured]:
+) -> tuple[dict[str, str], Any, Captured, dict[torch.nn.Module, int] | None]:
     """Find the layers, and check on the training set's first batch that influence can be computed.
 
     Returns:
-        The layers' names by method, and the first batch's gradients.
+        The layers' names by method; the batch on the module's device; its gradients; and, under FSDP, for each layer
+        the dimension of its calls that counts the examples: there a single backward pass cannot tell it beside the
+        gradients.
 
     Raises:
         ValueError: if it cannot; the message says why, and what to do.
     """
     losses = losses_of(module)
-    with _inside_fit(trainer, module):
-        batch = _first(trainer, module, training_set)
+    with inside_fit(trainer, module):
+        batch = batch_to_device(trainer, module, training_set.first_batch())
         layers = {}
         if "tracin-we" in methods:
             layers["tracin-we"] = layer_name(module, embedding_layer_of(module))
         if "tracin-last" in methods:
             layers["tracin-last"] = layer_name(module, last_layer_of(module, lambda: checked(losses(batch))))
-        captured = capture_at(module, layers, methods, losses, batch)
+        tables, linear = layers_of_methods(module, layers, methods)
+        dims = batch_dims(losses, batch, [*tables, *linear]) if is_sharded(module) else None
+        captured = capture_at(module, layers, methods, losses, batch, dims=dims)
         bad = captured.first_not_finite()
         if bad is not None:
             raise ValueError(
                 f"The loss or gradient of training example {bad} is NaN or infinite before training began."
             )
         check_losses(module, next(iter(layers.values())), losses, batch)
-    return layers, captured
-
-
-def _first(trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet) -> Any:
-    """The training set's first examples as a batch, on the module's device."""
-    return batch_to_device(trainer, module, training_set.first_batch())
+    return layers, batch, captured, dims
 
 
 def check_losses(module: torch.nn.Module, layer: str, losses: Losses, batch: Any) -> None:
@@ -537,24 +564,25 @@ def check_losses(module: torch.nn.Module, layer: str, losses: Losses, batch: Any
     if isinstance(losses, MeanLoss):
         losses.check(batch)
     else:
-        check_independent(losses, batch, layers_of_table(module, module.get_submodule(layer)))
+        check_independent(losses, batch, layers_of_table(module, named_layer(module, layer)))
 
 
 def capture_at(
-    module: torch.nn.Module, layers: dict[str, str], methods: Sequence[str], losses: Losses, batch: Any
+    module: torch.nn.Module,
+    layers: Mapping[str, str],
+    methods: Sequence[str],
+    losses: Losses,
+    batch: Any,
+    *,
+    dims: Mapping[torch.nn.Module, int] | None = None,
 ) -> Captured:
     """The gradients of a batch that some methods need, at the layers of those names."""
-    tables: list[torch.nn.Module] = []
-    linear = None
-    if "tracin-we" in methods:
-        tables = layers_of_table(module, module.get_submodule(layers["tracin-we"]))
-    if "tracin-last" in methods:
-        linear = module.get_submodule(layers["tracin-last"])
-    return capture(losses, batch, embedding_layers=tables, linear_layer=linear)
+    tables, linear = layers_of_methods(module, layers, methods)
+    return capture(losses, batch, embedding_layers=tables, linear_layer=linear[0] if linear else None, dims=dims)
 
 
 @contextmanager
-def _inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+def inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     """Compute gradients between two training batches without a trace in training: no random number is drawn from it."""
     with isolate_rng(), gradients_enabled(module), trainer.precision_plugin.predict_step_context():
         yield
@@ -563,15 +591,18 @@ def _inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Non
 @contextmanager
 def _buffers_of(checkpoint: Checkpoint, module: torch.nn.Module, processes: Processes) -> Iterator[None]:
     """Lend a module the buffers that were recorded: under DDP those of the processes differ between forward passes."""
-    own: dict[str, Tensor] = {}
+    own: list[tuple[Tensor, Tensor]] = []
     if not processes.first and any(True for _ in module.buffers()):
         recorded = checkpoint.weights()
-        own = {name: buffer.clone() for name, buffer in module.named_buffers() if name in recorded}
-        module.load_state_dict({name: recorded[name] for name in own}, strict=False)
+        for name, buffer in module.named_buffers():
+            if clean(name) in recorded:
+                own.append((buffer, buffer.clone()))
+                buffer.copy_(recorded[clean(name)])
     try:
         yield
     finally:
-        module.load_state_dict(own, strict=False)
+        for buffer, value in own:
+            buffer.copy_(value)
 
 
 def _opened(path: Path, processes: Processes) -> Trace:

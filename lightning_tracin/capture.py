@@ -94,7 +94,7 @@ def capture(
             "The losses do not depend on the layers' outputs: influence_loss must not detach them or use torch.no_grad."
         )
     calls = [*embeddings, *linears]
-    dims = dims or {call.layer: _batch_dim(per_example, call.output) for call in calls}
+    dims = dims or _batch_dims(per_example, calls)
     gradients = torch.autograd.grad(per_example.sum(), [call.output for call in calls], allow_unused=True)
     for call, gradient in zip(calls, gradients, strict=True):
         call.gradient = gradient
@@ -152,14 +152,10 @@ def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -
         for layer in layers:
             hooks.enter_context(_hooked(layer, calls, cut=False))
         per_example = checked(losses(batch))
-    outputs = [call.output for call in calls]
-    dims = [_batch_dim(per_example, output) for output in outputs]
-    owners = [
-        _owners(len(per_example), output.shape[:-1], dim).to(output.device)
-        for output, dim in zip(outputs, dims, strict=True)
-    ]
-    gradients = torch.autograd.grad(per_example[0], outputs, materialize_grads=True)
-    for owner, gradient in zip(owners, gradients, strict=True):
+    gradients = torch.autograd.grad(per_example[0], [call.output for call in calls], materialize_grads=True)
+    for call, gradient in zip(calls, gradients, strict=True):
+        dim = _batch_dim(per_example, call.output, gradient)
+        owner = _owners(len(per_example), call.output.shape[:-1], dim).to(gradient.device)
         if bool(gradient[owner != 0].nan_to_num(0, 0, 0).any()):  # NaN says nothing; it is named where it is found
             raise ValueError(
                 "The loss of the first example depends on the other examples of its batch, so it has no gradient of "
@@ -175,7 +171,7 @@ def batch_dims(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> dict[
         for layer in layers:
             hooks.enter_context(_hooked(layer, calls, cut=False))
         per_example = checked(losses(batch))
-    return {call.layer: _batch_dim(per_example, call.output) for call in calls}
+    return _batch_dims(per_example, calls)
 
 
 @contextmanager
@@ -265,17 +261,39 @@ def _require_called(layers: Sequence[nn.Module], calls: _Calls) -> None:
         raise ValueError(f"The layer {layers[0]} was not called when the loss of a batch was computed.")
 
 
-def _batch_dim(losses: Tensor, output: Tensor) -> int:
-    """Whether a layer's call counts examples by its first dimension, or by its second (time first)."""
+def _batch_dims(losses: Tensor, calls: _Calls) -> dict[nn.Module, int]:
+    """For each layer, the dimension of its calls that counts the examples."""
+    outputs = [call.output for call in calls]
+    gradients: Sequence[Tensor | None] = [None] * len(calls)
+    if any(len(_fitting(losses, output)) == 2 for output in outputs):  # once for all: FSDP allows no other
+        gradients = torch.autograd.grad(losses[0], outputs, retain_graph=True, materialize_grads=True)
+    return {
+        call.layer: _batch_dim(losses, call.output, gradient) for call, gradient in zip(calls, gradients, strict=True)
+    }
+
+
+def _fitting(losses: Tensor, output: Tensor) -> list[int]:
+    """The dimensions of a layer's call that have the length of the losses."""
+    return [dim for dim, length in enumerate(output.shape[:-1][:2]) if length == len(losses)]
+
+
+def _batch_dim(losses: Tensor, output: Tensor, of_first: Tensor | None) -> int:
+    """Whether a layer's call counts examples by its first dimension, or by its second (time first).
+
+    Args:
+        losses: (B,).
+        output: of the layer's call.
+        of_first: the gradient of the first loss at the output; needed where both dimensions have the length B.
+    """
     n, shape = len(losses), output.shape[:-1]
-    fits = [dim for dim in range(min(2, len(shape))) if shape[dim] == n]
+    fits = _fitting(losses, output)
     if not fits:
         raise ValueError(
             f"A layer was called on positions of shape {tuple(shape)}, of which neither the first nor the second "
             f"dimension is the number of losses, {n}. Each example needs its own row: rearrange what the layer is "
             "called with, or return one loss for each of its rows."
         )
-    return 1 if len(fits) == 2 and _is_time_first(losses, output) else fits[0]
+    return 1 if len(fits) == 2 and of_first is not None and _is_time_first(losses, of_first) else fits[0]
 
 
 def _owners(n_examples: int, shape: torch.Size, dim: int) -> Tensor:
@@ -285,12 +303,11 @@ def _owners(n_examples: int, shape: torch.Size, dim: int) -> Tensor:
     return torch.arange(n_examples).view(view).expand(shape)
 
 
-def _is_time_first(losses: Tensor, output: Tensor) -> bool:
+def _is_time_first(losses: Tensor, of_first: Tensor) -> bool:
     """With as many positions as examples: whether the first example's loss moves its own column, not its own row."""
     if len(losses) == 1 or losses.stride(0) == 0:  # one mean repeated says nothing of single examples
         return False
-    (gradient,) = torch.autograd.grad(losses[0], output, retain_graph=True, materialize_grads=True)
-    moved = gradient.flatten(2).abs().amax(-1)
+    moved = of_first.flatten(2).abs().amax(-1)
     return bool(moved[1:].any()) and not bool(moved[:, 1:].any())
 
 

@@ -19,6 +19,7 @@ class Example:
         prediction: what to print for what the model says; None for training examples, and where it is not known.
         confidence: the probability that the model gives to its prediction, if it gives any.
         unread: what the raw text goes on with after the last token that the model was given.
+        ids: its token ids, among which the words have their places.
     """
 
     index: int
@@ -27,6 +28,7 @@ class Example:
     prediction: str | None = None
     confidence: float | None = None
     unread: str = ""
+    ids: tuple[int, ...] = ()
 
     @cached_property
     def text(self) -> str:

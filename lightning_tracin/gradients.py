@@ -67,15 +67,7 @@ class WordGradients:
     @classmethod
     def cat(cls, blocks: Sequence[WordGradients]) -> WordGradients:
         """Join blocks one after the other; examples are renumbered, and rows are sorted by (token, example)."""
-        return cls._joined(blocks, sum(block.n_examples for block in blocks), _renumbered(blocks))
-
-    @classmethod
-    def union(cls, blocks: Sequence[WordGradients]) -> WordGradients:
-        """Join blocks of the same examples, of which only one has rows of any example."""
-        return cls._joined(blocks, blocks[0].n_examples, torch.cat([block.examples for block in blocks]))
-
-    @classmethod
-    def _joined(cls, blocks: Sequence[WordGradients], n_examples: int, examples: Tensor) -> WordGradients:
+        n_examples, examples = sum(block.n_examples for block in blocks), _renumbered(blocks)
         tokens = torch.cat([block.tokens for block in blocks])
         order = torch.argsort(tokens * max(n_examples, 1) + examples)
         place = torch.empty_like(order)
@@ -133,8 +125,14 @@ class WordGradients:
 
     def arranged(self, places: Tensor, n_examples: int) -> WordGradients:
         """Every example moved to its place, (self.n_examples,), among ``n_examples``; those with place -1 left out."""
-        part = self.select(places[self.examples] >= 0)
-        return replace(part, n_examples=n_examples, examples=places[part.examples]).sorted_by_token()
+        return self.moved(places, n_examples).sorted_by_token()
+
+    def moved(self, places: Tensor, n_examples: int) -> WordGradients:
+        """As :meth:`arranged`, but rows stay in their order and, where none is left out, where they are in memory."""
+        examples = places[self.examples]
+        kept = examples >= 0
+        part = self if bool(kept.all()) else self.select(kept)
+        return replace(part, n_examples=n_examples, examples=examples[kept])
 
     def scaled(self, factors: Tensor) -> WordGradients:
         """Every example's gradient times its own factor, (n_examples,)."""
@@ -200,25 +198,16 @@ class LinearGradients:
 
     @classmethod
     def cat(cls, blocks: Sequence[LinearGradients]) -> LinearGradients:
-        """Join blocks one after the other; examples are renumbered."""
-        return cls._joined(blocks, sum(block.n_examples for block in blocks), _renumbered(blocks))
-
-    @classmethod
-    def union(cls, blocks: Sequence[LinearGradients]) -> LinearGradients:
-        """Join blocks of the same examples, of which only one has positions of any example."""
-        return cls._joined(blocks, blocks[0].n_examples, torch.cat([block.examples for block in blocks]))
-
-    @classmethod
-    def _joined(cls, blocks: Sequence[LinearGradients], n_examples: int, examples: Tensor) -> LinearGradients:
+        """Join blocks one after the other; examples are renumbered, and positions are sorted by example."""
         joined = cls(
-            n_examples,
-            examples,
+            sum(block.n_examples for block in blocks),
+            _renumbered(blocks),
             torch.cat([block.input_norms for block in blocks]),
             torch.cat([block.inputs for block in blocks]),
             torch.cat([block.delta_norms for block in blocks]),
             torch.cat([block.deltas for block in blocks]),
         )
-        return joined.select(torch.argsort(joined.examples, stable=True))
+        return joined if _ascending(joined.examples) else joined.select(torch.argsort(joined.examples, stable=True))
 
     def select(self, positions: Tensor) -> LinearGradients:
         """Only the given positions: a boolean mask (P,) or position numbers."""
@@ -246,9 +235,15 @@ class LinearGradients:
 
     def arranged(self, places: Tensor, n_examples: int) -> LinearGradients:
         """Every example moved to its place, (self.n_examples,), among ``n_examples``; those with place -1 left out."""
-        part = self.select(places[self.examples] >= 0)
-        moved = replace(part, n_examples=n_examples, examples=places[part.examples])
+        moved = self.moved(places, n_examples)
         return moved.select(torch.argsort(moved.examples, stable=True))
+
+    def moved(self, places: Tensor, n_examples: int) -> LinearGradients:
+        """As :meth:`arranged`, but rows stay in their order and, where none is left out, where they are in memory."""
+        examples = places[self.examples]
+        kept = examples >= 0
+        part = self if bool(kept.all()) else self.select(kept)
+        return replace(part, n_examples=n_examples, examples=examples[kept])
 
     def scaled(self, factors: Tensor) -> LinearGradients:
         """Every example's gradient times its own factor, (n_examples,)."""
@@ -327,11 +322,13 @@ class Texts:
 
     @classmethod
     def cat(cls, blocks: Sequence[Texts]) -> Texts:
-        """Join blocks one after the other; examples are renumbered."""
+        """Join blocks one after the other; examples are renumbered, and positions are sorted by example."""
+        examples = _renumbered(blocks)
+        order = torch.argsort(examples, stable=True)
         return cls(
             sum(block.n_examples for block in blocks),
-            _renumbered(blocks),
-            torch.cat([block.ids for block in blocks]),
+            examples[order],
+            torch.cat([block.ids for block in blocks])[order],
             torch.cat([block.labels for block in blocks]),
         )
 
@@ -342,25 +339,19 @@ class Texts:
         inside = (self.examples >= start) & (self.examples < stop)
         return Texts(stop - start, self.examples[inside] - start, self.ids[inside], self.labels[start:stop])
 
-    @classmethod
-    def union(cls, blocks: Sequence[Texts]) -> Texts:
-        """Join blocks of the same examples, of which only one says what any example is."""
-        examples = torch.cat([block.examples for block in blocks])
-        order = torch.argsort(examples, stable=True)
-        ids = torch.cat([block.ids for block in blocks])
-        labels = blocks[0].labels
-        for block in blocks[1:]:
-            labels = torch.where(torch.isnan(labels), block.labels, labels)
-        return cls(blocks[0].n_examples, examples[order], ids[order], labels)
-
     def arranged(self, places: Tensor, n_examples: int) -> Texts:
         """Every example moved to its place, (self.n_examples,), among ``n_examples``; those with place -1 left out."""
-        kept = places >= 0
-        moved = places[self.examples]
-        order = torch.argsort(moved, stable=True)[int((moved < 0).sum()) :]
+        moved = self.moved(places, n_examples)
+        order = torch.argsort(moved.examples, stable=True)
+        return replace(moved, examples=moved.examples[order], ids=moved.ids[order])
+
+    def moved(self, places: Tensor, n_examples: int) -> Texts:
+        """As :meth:`arranged`, but positions stay in their order."""
+        examples = places[self.examples]
+        kept = examples >= 0
         labels = torch.full((n_examples,), torch.nan, dtype=self.labels.dtype)
-        labels[places[kept]] = self.labels[kept]
-        return Texts(n_examples, moved[order], self.ids[order], labels)
+        labels[places[places >= 0]] = self.labels[places >= 0]
+        return Texts(n_examples, examples[kept], self.ids[kept], labels)
 
     def equals(self, other: Texts) -> bool:
         """Whether both say the same."""
@@ -383,6 +374,9 @@ class Texts:
 
 
 Gradients: TypeAlias = WordGradients | LinearGradients
+
+#: What can be stored.
+Block: TypeAlias = Gradients | Texts
 
 
 @dataclass(frozen=True)
@@ -430,6 +424,10 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     """Tensors one after the other, if there are any."""
     tensors = [part for part in parts if part is not None]
     return torch.cat(tensors) if tensors else None
+
+
+def _ascending(examples: Tensor) -> bool:
+    return bool((examples[1:] >= examples[:-1]).all())
 
 
 def _in_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:

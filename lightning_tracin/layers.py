@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_tracin.sharded import clean, unwrapped
 
 EMBEDDING_ADVICE = "Return the word embedding layer from influence_embedding_layer() of the module"
 LAST_ADVICE = "Return the last layer from influence_last_layer() of the module"
@@ -43,6 +45,14 @@ def layers_of_table(module: nn.Module, layer: nn.Module) -> list[nn.Module]:
     return [layer, *(part for part in tied if part not in inside)]
 
 
+def layers_of_methods(
+    module: nn.Module, layers: Mapping[str, str], methods: Sequence[str]
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The embedding layers and the linear layer that some methods need, from the layers' names by method."""
+    tables = layers_of_table(module, named_layer(module, layers["tracin-we"])) if "tracin-we" in methods else []
+    return tables, [named_layer(module, layers["tracin-last"])] if "tracin-last" in methods else []
+
+
 def find_last_layer(module: nn.Module) -> nn.Linear:
     """The last linear layer: a Hugging Face model's output embedding, else the ``nn.Linear`` registered last.
 
@@ -51,8 +61,8 @@ def find_last_layer(module: nn.Module) -> nn.Linear:
     """
     for part in module.modules():
         outputs = _called(part, "get_output_embeddings")
-        if isinstance(outputs, nn.Linear):
-            return outputs
+        if isinstance(outputs, nn.Module) and isinstance(unwrapped(outputs), nn.Linear):
+            return unwrapped(outputs)  # type: ignore[return-value]
     linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
     if not linears:
         raise ValueError(f"{type(module).__name__} has no nn.Linear, which TracIn-Last needs. {LAST_ADVICE}.")
@@ -122,8 +132,20 @@ def layer_name(module: nn.Module, layer: nn.Module) -> str:
     name: str
     for name, part in module.named_modules():
         if part is layer:
-            return name
+            return clean(name)
     raise ValueError(f"The layer {layer} is not a part of {type(module).__name__}; return one that is.")
+
+
+def named_layer(module: nn.Module, name: str) -> nn.Module:
+    """The layer of a dotted name that :func:`layer_name` gave, whatever is put around it or around what holds it.
+
+    Raises:
+        AttributeError: if there is none.
+    """
+    layer = module
+    for part in name.split("."):
+        layer = unwrapped(layer).get_submodule(part)
+    return unwrapped(layer)
 
 
 def _hugging_face_embeddings(module: nn.Module) -> list[nn.Module]:
@@ -135,8 +157,8 @@ def _hugging_face_embeddings(module: nn.Module) -> list[nn.Module]:
             continue
         layer = _called(part, "get_input_embeddings")
         weight = getattr(layer, "weight", None)
-        if isinstance(layer, nn.Module) and isinstance(weight, Tensor) and weight.dim() == 2:
-            answers.append(layer)
+        if isinstance(layer, nn.Module) and isinstance(weight, Tensor) and weight.dim() <= 2:  # 1: FSDP's part of it
+            answers.append(unwrapped(layer))
             inside.update(id(child) for child in part.modules())
     return answers
 

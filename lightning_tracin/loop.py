@@ -17,19 +17,21 @@ from typing import Any, Literal, TypeAlias
 import pytorch_lightning as pl
 from torch import Tensor, nn
 
-from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter
-from lightning_tracin.callback import TracInCallback, capture_at, check_losses
-from lightning_tracin.capture import Captured, Losses, gradients_enabled, usable_in_autograd
+from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter, batch_to_device
+from lightning_tracin.callback import TracInCallback, capture_at, check_losses, inside_fit
+from lightning_tracin.capture import Captured, Losses, batch_dims, gradients_enabled, usable_in_autograd
+from lightning_tracin.layers import layers_of_methods
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
 from lightning_tracin.mixin import losses_of, words_of_batch
-from lightning_tracin.processes import Processes, await_seen, launched, leave, require_results
+from lightning_tracin.processes import Processes, await_seen, launched, leave, require_results, spreads
 from lightning_tracin.query import TestExamples, scored, weights_kept
 from lightning_tracin.report.progress import labelled
 from lightning_tracin.result import InfluenceResult
 from lightning_tracin.scores import clipped_k, moments_of, self_influences
+from lightning_tracin.sharded import in_step, is_sharded, load_whole, require_spread, whole_state
 from lightning_tracin.trace import CachePass, Checkpoint, Trace
-from lightning_tracin.training_set import TrainingSet, only_test_loader, own_part
+from lightning_tracin.training_set import TrainingSet, only_test_loader, own_part, spare_batch
 
 #: Takes a batch's gradients, the data set indices of its examples (none for an iterable data set), and the batch.
 _Take: TypeAlias = Callable[[Captured, list[int], Any], None]
@@ -80,6 +82,7 @@ def influence(
             dataloaders = _from_datamodule(trainer, datamodule, "test", processes)
         loader = own_part(only_test_loader(dataloaders), processes)
         kept = None if k is None else clipped_k(k, opened.n_train)
+    _spread(trainer, module, loader, datamodule)
     with weights_kept(module):
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders, processes)
         hooks = datamodule or _attached(trainer, module)
@@ -125,6 +128,9 @@ def self_influence(
     module = getattr(model, "_orig_mod", model) or trainer.lightning_module
     with processes.together():
         opened = _trace(trainer, trace)
+        module = None if module is None else _usable(trainer, module)
+    if module is not None:
+        _spread(trainer, module, [], datamodule)
     with weights_kept(module) if module is not None else nullcontext():
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders, processes)
     with processes.together():
@@ -146,7 +152,9 @@ def _ready(
         checkpoints = trace.checkpoints
         _check_recorded(trace, method, checkpoints)
         if module is not None:
-            trace.check_model(module)
+            state = whole_state(module)
+            if processes.first or not is_sharded(module):
+                trace.check_model(state, type(module).__name__)
         missing = [each for each in checkpoints if not each.has_gradients(method.name)]
         training_set = None
         if train_dataloaders is not None:
@@ -246,6 +254,9 @@ def _run(
     The first of several runs also checks that the losses are those of single examples. Each batch's forward and
     backward pass is run inside of ``watched()``.
     """
+    if is_sharded(module):
+        _run_in_step(trainer, module, checkpoint, method, loader, take, processes, watched)
+        return
     with processes.together():  # past this point they wait for each other inside of Lightning
         module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
     step = partial(_gradient_step, module, checkpoint.layers, method.name, losses_of(module), first, watched)
@@ -272,6 +283,39 @@ def _run(
     with processes.together():
         if failure is not None:
             raise failure
+
+
+def _run_in_step(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    checkpoint: Checkpoint,
+    method: Method,
+    loader: Any,
+    take: _Take,
+    processes: Processes,
+    watched: _Watched,
+) -> None:
+    """What :func:`_run` does, under FSDP: not by ``predict``, which makes no more passes than it has batches."""
+    with processes.together():
+        weights = checkpoint.weights()
+    load_whole(module, weights)
+    losses, layers = losses_of(module), checkpoint.layers
+    limit = trainer.limit_predict_batches
+    n_batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
+    indices = iter(loader.batch_sampler or loader.sampler)
+    with inside_fit(trainer, module):
+        with processes.together():
+            spare = batch_to_device(trainer, module, spare_batch(loader, processes))
+        check_losses(module, layers[method.name], losses, spare)
+        tables, linear = layers_of_methods(module, layers, [method.name])
+        dims = batch_dims(losses, spare, [*tables, *linear])
+        for batch, own in in_step(loader, n_batches, lambda: spare, processes):
+            batch = batch_to_device(trainer, module, batch)
+            with watched():
+                captured = capture_at(module, layers, [method.name], losses, batch, dims=dims)
+            with processes.together():
+                if own:
+                    take(captured, [int(index) for index in next(indices)], batch)
 
 
 def _gradient_step(
@@ -331,7 +375,47 @@ def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.Lightni
     module = getattr(model, "_orig_mod", model) or trainer.lightning_module
     if module is None:
         raise ValueError("This trainer has not fitted a model in this process: pass model=..., and trace=...")
+    return _usable(trainer, module)
+
+
+def _usable(trainer: pl.Trainer, module: pl.LightningModule) -> pl.LightningModule:
+    """The module, unless another trainer has spread its weights.
+
+    Raises:
+        ValueError: if one has.
+    """
+    if is_sharded(module) and module.trainer is not trainer:
+        raise ValueError(
+            f"Another trainer has spread the weights of this {type(module).__name__} over its processes (FSDP). Pass a "
+            "new one as model=...; the trace has the weights."
+        )
     return module
+
+
+def _spread(
+    trainer: pl.Trainer, module: pl.LightningModule, loader: Any, datamodule: pl.LightningDataModule | None
+) -> None:
+    """Let Lightning spread the weights of a module over the processes, if FSDP is the trainer's strategy.
+
+    Raises:
+        ValueError: if they cannot be, or if they are and a datamodule comes too late.
+    """
+    if not spreads(trainer):
+        return
+    if not is_sharded(module):
+        with (
+            _attribute(trainer, "limit_predict_batches", 0),
+            _attribute(trainer, "callbacks", []),
+            _attribute(trainer, "datamodule", trainer.datamodule),  # type: ignore[attr-defined]
+        ):
+            served = {"dataloaders": loader} if datamodule is None else {"datamodule": _serving(datamodule, loader)}
+            trainer.predict(module, return_predictions=False, **served)
+    elif datamodule is not None and datamodule is not trainer.datamodule:  # type: ignore[attr-defined]
+        raise ValueError(
+            "FSDP has spread this model together with another datamodule, whose hooks handle its batches. Pass the new "
+            "one's loaders instead (dataloaders=..., train_dataloaders=...), or a new model."
+        )
+    require_spread(module)
 
 
 def _trace(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:

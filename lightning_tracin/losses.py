@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import Metric, MetricCollection
 
+from lightning_tracin.sharded import forwarded
+
 OVERRIDE = "Override influence_loss(batch) to return one unreduced loss for each example, shape (B,)"
 
 # Classes of transformers whose logits at a position predict the next token, so that the labels are shifted by one.
@@ -110,7 +112,7 @@ class MeanLoss:
 
     def __call__(self, batch: Any) -> Tensor:
         """The mean loss of a batch, repeated for each of its examples, (B,)."""
-        return self._training_loss(batch).expand(_size(batch))
+        return forwarded(self.module, self._training_loss, batch).expand(_size(batch))
 
     def rows(self, batch: Any) -> list[Any]:
         """The examples of a batch, each as a batch of its own."""
@@ -124,8 +126,8 @@ class MeanLoss:
             ValueError: if it is not, or cannot be computed; the message names ``TracInMixin``.
         """
         with torch.no_grad():
-            whole = float(self._training_loss(batch))
-            rows = [float(self._training_loss(row)) for row in self.rows(batch)]
+            whole = float(forwarded(self.module, self._training_loss, batch))
+            rows = [float(forwarded(self.module, self._training_loss, row)) for row in self.rows(batch)]
         mean = sum(rows) / len(rows)
         tolerance = 1e-2 if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-4
         if not abs(whole - mean) <= tolerance * max(abs(whole), abs(mean)) + 1e-7:

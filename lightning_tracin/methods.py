@@ -184,6 +184,30 @@ def method_to_json(method: Method) -> dict[str, Any]:
     return {"method": method.name, **asdict(options)}
 
 
+def without_normalizing(method: Method) -> Method:
+    """The same method, whose products are not divided by norms."""
+    return method_from_json({**method_to_json(method), "normalize": None})
+
+
+def described(method: Method) -> str:
+    """A method in words, without the long list of the tokens that it leaves out.
+
+    Example:
+        >>> described(TracInWE(normalize="cosine", exclude_tokens=range(200)))
+        'TracIn-WE, cosine, without 200 tokens'
+    """
+    options = method_to_json(method)
+    n_left_out = len(options.get("exclude_tokens", ()))
+    parts = [
+        {TracInWE.name: "TracIn-WE", TracInLast.name: "TracIn-Last"}[method.name],
+        {"train": "normalised by the training example", "cosine": "cosine", None: ""}[method.normalize],
+        "preconditioned by Adam" if method.precondition else "",
+        f"{options['top_words']} top words" if options.get("top_words") else "",
+        f"without {n_left_out} token{'s' * (n_left_out > 1)}" if n_left_out else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
 def method_from_json(content: dict[str, Any]) -> Method:
     """The method that :func:`method_to_json` wrote."""
     kind = METHODS[content["method"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lightning_tracin.capture import Losses
 from lightning_tracin.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
 from lightning_tracin.losses import MeanLoss, hugging_face_losses
+from lightning_tracin.sharded import forwarded, unwrapped
 
 
 class TracInMixin:
@@ -80,7 +82,7 @@ class TracInMixin:
 def losses_of(module: nn.Module) -> Losses:
     """The module's losses of single examples; without the mixin, a :class:`MeanLoss` that is yet to be checked."""
     own = getattr(module, "influence_loss", None)
-    return own if callable(own) else MeanLoss(module)
+    return partial(forwarded, module, own) if callable(own) else MeanLoss(module)
 
 
 def embedding_layer_of(module: nn.Module) -> nn.Module:
@@ -159,6 +161,7 @@ def _token_ids(batch: Any) -> Tensor | None:
 
 
 def _checked(layer: Any, kind: type[nn.Module], method: str) -> nn.Module:
+    layer = unwrapped(layer) if isinstance(layer, nn.Module) else layer
     if not isinstance(layer, kind):
         raise ValueError(f"{method} must return an nn.{kind.__name__}, but returned {type(layer).__name__}.")
     return layer

@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch.distributed as dist
 
-# Strategies that leave the module whole on every device. Others spread it out, so that no device has whole layers.
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+# Strategies that leave the module whole on every device, and the one whose way to spread it out is known.
 _WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
+_SHARDING = "FSDPStrategy"
 
 # What an error is raised as where it comes from another process; any other is a RuntimeError.
 _ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, OSError, FileExistsError, FileNotFoundError)}
@@ -136,25 +139,41 @@ def launched(trainer: pl.Trainer) -> Processes:
     Raises:
         ValueError: if they cannot work on a trace.
     """
-    require_whole_module(trainer)
+    require_strategy(trainer)
     if trainer.world_size > 1 and processes_of(trainer).size == 1 and not _spawns(trainer):
         launcher: Any = trainer.strategy.launcher
         launcher.launch(trainer.strategy.setup_environment)
     return processes_of(trainer)
 
 
-def require_whole_module(trainer: pl.Trainer) -> None:
-    """Check that the trainer's strategy leaves the module whole.
+def require_strategy(trainer: pl.Trainer) -> None:
+    """Check that the trainer's strategy leaves the module whole, or spreads it out as FSDP does.
 
     Raises:
-        ValueError: if it shards it.
+        ValueError: if it does neither.
     """
-    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-    if trainer.world_size > 1 and not any(kind in _WHOLE for kind in kinds):
+    strategy: Any = trainer.strategy
+    if trainer.world_size > 1 and not _is_of(strategy, *_WHOLE, _SHARDING):
         raise ValueError(
-            f"lightning_tracin works with one device and with DDP, but the trainer's strategy is {kinds[0]}, which "
-            'spreads the weights over the devices. Use strategy="ddp", or fit without TracInCallback.'
+            "lightning_tracin works with one device, DDP and FSDP, but the trainer's strategy is "
+            f"{type(strategy).__name__}, which spreads the weights over the devices in another way. Use "
+            'strategy="ddp" or "fsdp", or fit without TracInCallback.'
         )
+    if spreads(trainer) and not strategy.kwargs.get("use_orig_params"):
+        raise ValueError(
+            "With use_orig_params=False, FSDP hides which parameters the optimizer's groups hold, so that learning "
+            "rates cannot be told. Leave it at Lightning's default, FSDPStrategy(use_orig_params=True)."
+        )
+
+
+def spreads(trainer: pl.Trainer) -> bool:
+    """Whether the trainer's strategy spreads the weights over the devices as FSDP does."""
+    return _is_of(trainer.strategy, _SHARDING)
+
+
+def _is_of(thing: object, *names: str) -> bool:
+    """Whether a thing is of a class of one of the names: Lightning has each class twice, once in either package."""
+    return any(kind.__name__ in names for kind in type(thing).__mro__)
 
 
 def require_results(trainer: pl.Trainer) -> None:
@@ -171,8 +190,7 @@ def require_results(trainer: pl.Trainer) -> None:
 
 
 def _spawns(trainer: pl.Trainer) -> bool:
-    launcher = trainer.strategy.launcher
-    return any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(launcher).__mro__)
+    return _is_of(trainer.strategy.launcher, "_MultiProcessingLauncher")
 
 
 def await_seen(seen: Callable[[], bool], what: str) -> None:

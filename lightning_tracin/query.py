@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_tracin.capture import Captured
 from lightning_tracin.gradients import Texts, distinct
+from lightning_tracin.layers import named_layer
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE
 from lightning_tracin.mixin import tokenizer_of, words_of_batch
@@ -18,6 +19,7 @@ from lightning_tracin.predictions import Outputs
 from lightning_tracin.processes import Processes
 from lightning_tracin.result import InfluenceResult
 from lightning_tracin.scores import TopK, merge_top, moments_of, top_of
+from lightning_tracin.sharded import is_sharded, parts_kept
 from lightning_tracin.trace import Checkpoint, Trace, gradients_of, texts_of
 
 
@@ -35,7 +37,7 @@ class TestExamples:
         self.method = method
         self.trace = trace
         last = trace.layers.get("tracin-last")
-        self.outputs = Outputs(module, None if last is None else module.get_submodule(last))
+        self.outputs = Outputs(module, None if last is None else named_layer(module, last))
         self.predictions = torch.empty(0, 2, dtype=torch.float64)
         self.indices = torch.empty(0, dtype=torch.long)
         self.texts = Texts(0, self.indices, self.indices, torch.empty(0, dtype=torch.float64))
@@ -157,6 +159,10 @@ def _unscored(test: TestExamples, checkpoints: Sequence[Checkpoint]) -> Influenc
 @contextmanager
 def weights_kept(module: nn.Module) -> Iterator[None]:
     """Give a module back the weights and the training flags that it had."""
+    if is_sharded(module):
+        with parts_kept(module):
+            yield
+        return
     state = {name: value.cpu().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     training = {part: part.training for part in module.modules()}
     try:

@@ -15,20 +15,33 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console, ConsoleOptions, RenderResult
-from safetensors import safe_open
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_tracin.explanation import Example, Explanation, Influential
 from lightning_tracin.gradients import Texts, WordGradients
-from lightning_tracin.methods import Method, TracInWE, method_from_json, method_to_json
-from lightning_tracin.report.tables import explanation_tables
+from lightning_tracin.methods import (
+    Method,
+    TracInWE,
+    described,
+    method_from_json,
+    method_to_json,
+    without_normalizing,
+)
+from lightning_tracin.report.page import Page, counts_of, notes_of, write_page
+from lightning_tracin.report.plots import Kind, plot_result
+from lightning_tracin.report.tables import explained
 from lightning_tracin.scores import TopK, clipped_k, moments_of, self_influences, strongest
 from lightning_tracin.store import write_tensors
 from lightning_tracin.trace import Checkpoint, Trace
+from lightning_tracin.word_table import WordTable, groups_of, word_table_of
 from lightning_tracin.words import Marks, Word, marks_of, shares_of_words, spans_of, words_in, words_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMAT_VERSION = 1
 #: The raw text of an example, or of its two parts.
@@ -85,13 +98,37 @@ class InfluenceResult:
         return captured.get()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown = min(_PRINTED_TESTS, len(self.test_indices))
+        n_test = len(self.test_indices)
+        n_checkpoints = len(self.checkpoint_ids)
+        yield (
+            f"{self.method}, {n_test} test and {self.n_train} training examples, "
+            f"{n_checkpoints} checkpoint{'s' * (n_checkpoints != 1)}"
+        )
+        yield from (Text(note, style="italic") for note in self.notes)
+        shown = min(_PRINTED_TESTS, n_test)
         for explanation in self.explanations(range(shown), _PRINTED_K):
-            yield from explanation_tables(explanation)
-        left = len(self.test_indices) - shown
+            yield explained(explanation)
+        left = n_test - shown
         if left:
-            last = len(self.test_indices) - 1
-            yield f"... and {left} more test example{'s' * (left > 1)}: result.show(index), index up to {last}"
+            yield f"... and {left} more test example{'s' * (left > 1)}: result.show(index), index up to {n_test - 1}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What is missing here, why, and what would bring it."""
+        notes = []
+        if not self._has_trace:
+            notes.append(
+                "The trace of these scores is not at hand, or another fit took its place: training examples are shown "
+                "by their index alone. Load the result where its trace is for their texts, labels and words."
+            )
+        if not isinstance(self.method, TracInWE):
+            notes.append(f'{self.method.name} does not tell words; method="tracin-we" does.')
+        if self.words_of_ids and all(word == str(token) for token, word in self.words_of_ids.items()):
+            notes.append(
+                "Token ids are shown for words: there is no tokenizer on the module or its datamodule. Name it "
+                "self.tokenizer, or override influence_words."
+            )
+        return notes
 
     def show(self, test_index: int, k: int = 5, *, console: Console | None = None) -> None:
         """Print one test example with its k strongest proponents and opponents.
@@ -106,8 +143,7 @@ class InfluenceResult:
         """
         console = console or Console()
         for explanation in self.explanations([test_index], k):
-            for table in explanation_tables(explanation):
-                console.print(table)
+            console.print(explained(explanation))
 
     def with_texts(
         self,
@@ -214,10 +250,7 @@ class InfluenceResult:
         train_index = int(train_index)
         if not 0 <= train_index < self.n_train:
             raise IndexError(f"There are training examples 0 to {self.n_train - 1}, but got {train_index}.")
-        if not isinstance(self.method, TracInWE):
-            raise ValueError(
-                f"{self.method} has no word terms: they are a property of the word embedding layer (TracInWE)."
-            )
+        self._with_words()
         terms = self._terms({test_index: [train_index]})[test_index][train_index]
         example, ids = self._train_examples([train_index])[train_index]
         named: dict[str, float] = defaultdict(float)
@@ -225,6 +258,74 @@ class InfluenceResult:
             if any(ids[place] in terms for place in word.places):
                 named[word.text] += share
         return sorted(named.items(), key=lambda word: -abs(word[1]))
+
+    def word_table(self, n: int | None = 50, *, min_examples: int = 0) -> WordTable:
+        """What each word of the training examples adds to the scores of all test examples, by class and label.
+
+        It is summed over all pairs, also where only the k strongest were kept, in one pass over the stored gradients.
+        Words are put together of their pieces as in :meth:`words`; raw texts are not used.
+
+        Args:
+            n: how many words, strongest first; None for all.
+            min_examples: leave out words that fewer training examples hold.
+
+        Returns:
+            A table to print, or to take numbers from. Test examples are grouped by what the model says of them, or by
+            their labels where that is not known. Scores are about the loss: where the model is mistaken, a positive
+            influence speaks for the example's own label.
+
+        Raises:
+            ValueError: if the method is not TracIn-WE, or n is under 1.
+            FileNotFoundError: if the trace that the scores were computed from is gone.
+        """
+        method = self._with_words()
+        if n is not None and n < 1:
+            raise ValueError(f"n must be None or at least 1, but got {n}.")
+        checkpoints = self._checkpoints()
+        assert self.trace is not None
+        said, confidence = self.predictions.T
+        classes = groups_of(torch.where(torch.isnan(confidence), self.test_texts.labels, said), self._label)
+        return word_table_of(
+            self.trace,
+            checkpoints,
+            method,
+            self.test_gradients,
+            classes,
+            self.words_of_ids,
+            self._label,
+            n=n,
+            min_examples=min_examples,
+        )
+
+    def plot(
+        self,
+        kind: Kind = "scores",
+        test_index: int | None = None,
+        train_index: int | None = None,
+        *,
+        k: int = 10,
+        ax: Axes | None = None,
+    ) -> tuple[Figure, Axes]:
+        """Draw a chart with matplotlib.
+
+        Args:
+            kind: "scores", how they are distributed; "words", what words add to the score of a pair, of a test
+                example's k strongest proponents, or of all pairs; "labels", those of the k strongest proponents and
+                opponents; or "self_influence" of the training examples, the k highest marked.
+            test_index: row of the scores; all by default.
+            train_index: index in the training data set, for the words of a pair.
+            k: how many; fewer where fewer were kept.
+            ax: where to draw; a new figure by default.
+
+        Returns:
+            The figure and its axes, as in torchmetrics.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib: ``pip install lightning-tracin[plot]``.
+            ValueError: if the arguments do not go together, or the method has no words.
+            FileNotFoundError: if the trace that the scores were computed from is gone; scores can still be drawn.
+        """
+        return plot_result(self, kind, test_index, train_index, k, ax)
 
     def self_influence(self) -> Tensor:
         """Every training example's influence on itself: high for mislabelled and for atypical examples.
@@ -284,11 +385,15 @@ class InfluenceResult:
             import pandas as pd
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("to_pandas needs pandas: pip install lightning-tracin[pandas]") from error
+        return pd.DataFrame(self.rows(k))
+
+    def rows(self, k: int = 10) -> list[dict[str, Any]]:
+        """The k strongest proponents and opponents of each test example: the rows of :meth:`to_pandas`."""
         k = min(k, self._n_kept())
         tops = {"proponent": self.proponents(k), "opponent": self.opponents(k)}
         wanted = sorted({index for top in tops.values() for index in top.indices.flatten().tolist()})
         examples = {index: example for index, (example, _) in self._train_examples(wanted).items()}
-        rows = [
+        return [
             {
                 "test_index": row,
                 "role": role,
@@ -303,7 +408,50 @@ class InfluenceResult:
             for row, (values, indices) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True))
             for rank, (score, index) in enumerate(zip(values, indices, strict=True))
         ]
-        return pd.DataFrame(rows)
+
+    def to_html(self, path: str | Path, k: int = 20, *, suspects: int = 50, title: str | None = None) -> Path:
+        """Write one self-contained HTML page for reading: no server, nothing from a network.
+
+        It shows every test example with its k strongest proponents and opponents, their words shaded by what they add
+        to the score; to which test examples a training example leads; and training examples of high self-influence,
+        whose labels may be wrong. Raw texts (:meth:`with_texts`) read better than tokens.
+
+        Args:
+            path: the file, usually ``*.html``.
+            k: how many proponents and opponents; fewer where fewer were kept.
+            suspects: how many training examples of high self-influence.
+            title: the page's heading.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if ``k`` is under 1 or ``suspects`` under 0.
+            OSError: if the file cannot be written.
+        """
+        if suspects < 0:
+            raise ValueError(f"suspects must be at least 0, but got {suspects}.")
+        n_test, n_kept = len(self.test_indices), self._n_kept()
+        # The cosine of an example with itself is always 1.
+        measure = without_normalizing(self.method) if self.method.normalize == "cosine" else self.method
+        page = Page(
+            title=f"What {n_test:,} predictions were learned from" if title is None else title,
+            facts=[described(self.method), *counts_of(n_test, self.n_train, len(self.checkpoint_ids))],
+            notes=[
+                *self.notes,
+                *notes_of(
+                    has_raw_texts=self.raw_train is not None and self.raw_test is not None,
+                    has_predictions=bool(self.predictions[:, 0].isfinite().any()),
+                    n_kept=n_kept if n_kept < min(k, self.n_train) else None,
+                ),
+            ],
+            n_train=self.n_train,
+            explanations=self.explanations(k=k),
+            suspects=self._suspects(suspects, measure) if self._has_trace else None,
+            suspects_by=described(measure),
+            word_table=None,
+        )
+        return write_page(page, path)
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file.
@@ -351,15 +499,23 @@ class InfluenceResult:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> InfluenceResult:
+    def load(cls, path: str | Path, trace: str | Path | None = None) -> InfluenceResult:
         """Read a result that :meth:`save` wrote; its trace is opened if it is where it was.
 
+        Args:
+            path: the file.
+            trace: folder of the trace, where it is at another place now.
+
         Raises:
-            ValueError: if the file holds no result, or one of a newer version.
+            FileNotFoundError: if there is no such file, or no trace in the folder.
+            ValueError: if the file holds no result, or one of a newer version, or the folder another trace.
         """
-        with safe_open(path, framework="pt") as file:
-            content = (file.metadata() or {}).get("lightning_tracin.result")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        try:
+            with safe_open(path, framework="pt") as file:
+                content = (file.metadata() or {}).get("lightning_tracin.result")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error}.") from error
         if content is None:
             raise ValueError(f"{path} holds no InfluenceResult.")
         header = json.loads(content)
@@ -368,7 +524,7 @@ class InfluenceResult:
                 f"{path} is of format version {header['version']}, but this lightning_tracin reads up to "
                 f"{FORMAT_VERSION}. Update lightning_tracin."
             )
-        trace = _find_trace(header, Path(path).parent)
+        opened = _find_trace(header, Path(path).parent) if trace is None else _trace_of(header, Path(trace))
         n_test = len(tensors["test_indices"])
         tops = [
             TopK(tensors[f"{name}.values"], tensors[f"{name}.indices"]) if f"{name}.values" in tensors else None
@@ -385,10 +541,10 @@ class InfluenceResult:
                 WordGradients(n_test, *(tensors[f"gradients.{number}.{name}"] for name in _WORD_TENSORS))
                 for number in range(header["n_gradients"])
             ],
-            words_of_ids=words if trace is None else {**trace.vocabulary, **words},
+            words_of_ids=words if opened is None else {**opened.vocabulary, **words},
             label_names={int(number): name for number, name in header["label_names"].items()},
             predictions=tensors["predictions"],
-            trace=trace,
+            trace=opened,
             checkpoint_ids=header["checkpoint_ids"],
             scores=tensors.get("scores"),
             strongest_proponents=tops[0],
@@ -455,6 +611,25 @@ class InfluenceResult:
     def _has_trace(self) -> bool:
         return self.trace is not None and set(self.checkpoint_ids) <= {each.id for each in self.trace.checkpoints}
 
+    def _suspects(self, n: int, method: Method) -> list[Influential]:
+        """The training examples of highest self-influence, highest first, with their shares of all of it."""
+        values = self_influences(self._checkpoints(), method)
+        total = float(values.sum())
+        order = values.argsort(descending=True, stable=True)[:n].tolist()
+        examples = self._train_examples(sorted(order))
+        return [
+            Influential(examples[index][0], float(values[index]), float(values[index]) / total if total else None)
+            for index in order
+        ]
+
+    def _with_words(self) -> TracInWE:
+        """The method, if it has word terms."""
+        if not isinstance(self.method, TracInWE):
+            raise ValueError(
+                f"{self.method} has no word terms: they are a property of the word embedding layer (TracInWE)."
+            )
+        return self.method
+
     def _share(self, row: int, score: float) -> float | None:
         """A score as a part of all scores of its sign that a test example has."""
         if self.totals is None:
@@ -495,7 +670,7 @@ class InfluenceResult:
         label = self._label(self.test_texts.label_of(row))
         prediction = None if math.isnan(value) else self._label(value)
         sure = None if math.isnan(confidence) else confidence
-        return Example(index, words, label, prediction, sure, unread), ids
+        return Example(index, words, label, prediction, sure, unread, tuple(ids)), ids
 
     def _train_examples(self, indices: Sequence[int]) -> dict[int, tuple[Example, list[int]]]:
         """What training examples say, and their token ids; nothing where the trace is gone."""
@@ -505,7 +680,8 @@ class InfluenceResult:
         texts = self.trace.texts(indices)
         for place, (index, ids) in enumerate(zip(indices, texts.ids_by_example(), strict=True)):
             words, unread = self._words(ids, self.raw_train, index)
-            found[index] = (Example(index, words, self._label(texts.label_of(place)), unread=unread), ids)
+            label = self._label(texts.label_of(place))
+            found[index] = (Example(index, words, label, unread=unread, ids=tuple(ids)), ids)
         return found
 
     def _words(self, ids: list[int], raw: Sequence[RawText] | None, index: int) -> tuple[tuple[Word, ...], str]:
@@ -539,6 +715,18 @@ def _find_trace(header: dict[str, Any], folder: Path) -> Trace | None:
     for place in (header["trace"], header["trace_relative"] and folder / header["trace_relative"]):
         if place is not None and (Path(place) / "trace.json").exists():
             trace = Trace(place)
-            if set(header["checkpoint_ids"]) <= {each.id for each in trace.checkpoints}:
+            if _holds(trace, header):
                 return trace
     return None
+
+
+def _trace_of(header: dict[str, Any], path: Path) -> Trace:
+    """The trace in a folder, which must be the one that a result was computed from."""
+    trace = Trace(path)
+    if not _holds(trace, header):
+        raise ValueError(f"The trace in {path} is of another fit than the one that the scores were computed from.")
+    return trace
+
+
+def _holds(trace: Trace, header: dict[str, Any]) -> bool:
+    return set(header["checkpoint_ids"]) <= {each.id for each in trace.checkpoints}

@@ -8,15 +8,14 @@ are sorted by token, so that a query touches only the rows of the words that it 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import xxhash
@@ -24,11 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_tracin.gradients import Dtype, Gradients, LinearGradients, Texts, WordGradients, unit_rows
+from lightning_tracin.gradients import Block, Dtype, Gradients, LinearGradients, Texts, WordGradients, unit_rows
 from lightning_tracin.processes import ALONE, Processes
-
-#: What a shard can hold.
-Block: TypeAlias = Gradients | Texts
+from lightning_tracin.waiting import Waiting
 
 KINDS: dict[type, str] = {WordGradients: "words", LinearGradients: "linear", Texts: "texts"}
 
@@ -40,7 +37,7 @@ _SHARD_EXAMPLES = 8192
 class ShardWriter:
     """Writes the blocks of a training set, handed over in the order of the data set, into shards.
 
-    A thread sorts, writes and flushes a full shard while the next one is filled. Leave the context to wait for it.
+    A thread writes and flushes a full shard while the next one is filled. Leave the context to wait for it.
 
     Args:
         folder: an existing, empty folder.
@@ -57,8 +54,7 @@ class ShardWriter:
         self.first_shard = first_shard
         self.n_examples = 0
         self._kind: str | None = None
-        self._waiting: list[Block] = []
-        self._n_waiting = 0
+        self._waiting = Waiting()
         self._checksums: list[str] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lightning_tracin-store")
         self._written: Future[None] | None = None
@@ -76,11 +72,15 @@ class ShardWriter:
             OSError: if an earlier shard could not be written.
         """
         self._kind = KINDS[type(block)]
-        self._waiting.append(block if isinstance(block, Texts) else block.as_dtype(self.dtype))
-        self._n_waiting += block.n_examples
         self.n_examples += block.n_examples
-        if self._n_waiting >= self.shard_examples:
-            self._flush(self.shard_examples)
+        block = block if isinstance(block, Texts) else block.as_dtype(self.dtype)
+        start = 0
+        while start < block.n_examples:
+            stop = min(block.n_examples, start + self.shard_examples - self._waiting.n_examples)
+            self._waiting.add(block.slice(start, stop))
+            if self._waiting.n_examples == self.shard_examples:
+                self._flush()
+            start = stop
 
     def close(self, processes: Processes = ALONE) -> None:
         """Write what is left, then the index that makes the folder readable.
@@ -88,8 +88,8 @@ class ShardWriter:
         Args:
             processes: those that have written shards of the folder.
         """
-        if self._n_waiting:
-            self._flush(1)
+        if self._waiting.n_examples:
+            self._flush()
         self._wait()
         parts = processes.gather((self._kind, self.n_examples, self._checksums))
         index = {
@@ -102,22 +102,17 @@ class ShardWriter:
         if processes.first:
             write_json(self.folder / "index.json", index)
 
-    def _flush(self, n_least: int) -> None:
-        """Hand what waits to the thread; it writes shards as long as at least ``n_least`` examples are left."""
+    def _flush(self) -> None:
+        """Hand what waits to the thread, as a shard."""
         self._wait()
-        blocks = self._waiting
-        n_left = self._n_waiting % self.shard_examples if n_least > 1 else 0
-        kept = _cat(blocks[-1:]).slice(blocks[-1].n_examples - n_left, blocks[-1].n_examples) if n_left else None
-        self._waiting = [] if kept is None else [kept]
-        self._written = self._thread.submit(self._write, blocks, self._n_waiting - n_left)
-        self._n_waiting = n_left
+        waiting = self._waiting.block()
+        shard = type(waiting).cat([waiting])  # a copy: the next examples come into the same memory
+        self._waiting.clear()
+        self._written = self._thread.submit(self._write, shard)
 
-    def _write(self, blocks: list[Block], n_examples: int) -> None:
-        block = _cat(blocks)
-        for start in range(0, n_examples, self.shard_examples):
-            part = block.slice(start, min(start + self.shard_examples, n_examples))
-            path = _shard(self.folder, self.first_shard + len(self._checksums))
-            self._checksums.append(write_tensors(path, encode(part)))
+    def _write(self, shard: Block) -> None:
+        path = _shard(self.folder, self.first_shard + len(self._checksums))
+        self._checksums.append(write_tensors(path, encode(shard)))
 
     def _wait(self) -> None:
         """Wait for the thread, and raise what it raised."""
@@ -152,11 +147,17 @@ class Shards:
 
         Raises:
             FileNotFoundError: if the folder has no index: nothing was stored there, or not to the end.
+            ValueError: if the index is damaged.
         """
-        return cls(folder, **read_json(folder / "index.json"))
+        return cls(folder, **read_json(folder / "index.json", [each.name for each in fields(cls)[1:]]))
 
     def __len__(self) -> int:
         return -(-self.n_examples // self.shard_examples)
+
+    @property
+    def files(self) -> list[tuple[Path, str]]:
+        """Each shard's file and its checksum."""
+        return [(_shard(self.folder, shard), checksum) for shard, checksum in enumerate(self.checksums)]
 
     def bounds(self, shard: int) -> tuple[int, int]:
         """First example of a shard, and one past its last."""
@@ -181,7 +182,7 @@ class Shards:
             ValueError: if a file is not as it was written.
         """
         numbers = torch.tensor(examples)
-        blocks = []
+        blocks: list[Any] = []
         for shard in torch.unique(numbers // self.shard_examples).tolist():
             start, stop = self.bounds(shard)
             stored = self._stored(shard)
@@ -190,7 +191,9 @@ class Shards:
             places[wanted] = torch.arange(len(wanted))
             rows = torch.nonzero(places[stored["examples"].long()] >= 0)[:, 0]
             blocks.append(decode(self.kind, stored, rows, stop - start).arranged(places, len(wanted)))
-        return _cat(blocks).arranged(torch.argsort(numbers), len(numbers))  # blocks come in ascending order
+        return (
+            type(blocks[0]).cat(blocks).arranged(torch.argsort(numbers), len(numbers))
+        )  # blocks come in ascending order
 
     def _stored(self, shard: int) -> dict[str, Tensor]:
         tensors, _ = read_tensors(_shard(self.folder, shard), self.checksums[shard])
@@ -251,7 +254,7 @@ def decode(kind: str, stored: Mapping[str, Tensor], rows: Tensor | slice, n_exam
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file that appears whole or not at all, and return its checksum."""
-    with _appearing_file(path) as partial:
+    with appearing_file(path) as partial:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
             save_file(contiguous, partial, metadata=dict(metadata or {}))
@@ -269,27 +272,52 @@ def read_tensors(path: Path, checksum: str) -> tuple[dict[str, Tensor], dict[str
     Raises:
         ValueError: if the file is not as it was written.
     """
-    status = path.stat()
-    _check(path, status.st_size, status.st_mtime_ns, checksum)
+    check_file(path, checksum)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
+def check_file(path: Path, checksum: str) -> None:
+    """Compare a file with its checksum, unless this process has done so since the file was written.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not as it was written.
+    """
+    status = path.stat()
+    _check(path, status.st_size, status.st_mtime_ns, checksum)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that appears whole or not at all."""
-    with _appearing_file(path) as partial:
+    with appearing_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        keys: what the object in it must have.
+
+    Raises:
+        ValueError: if it is no JSON, or lacks a key.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in keys if key not in content]
+        if missing:
+            raise ValueError(f"there is no {' and no '.join(missing)} in it")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Restore the file from a copy, or fit again.") from error
+    return content
 
 
 @cache
 def _check(path: Path, size: int, modified: int, checksum: str) -> None:
     """Compare a file with its checksum, once for each state that it is found in."""
-    found = _hash_of_file(path) if size else "of an empty file"
+    found = _hash_of_file(path)
     if found != checksum:
         raise ValueError(
             f"{path} is damaged: its {size} bytes have the checksum {found}, but {checksum} was written. Restore the "
@@ -299,12 +327,15 @@ def _check(path: Path, size: int, modified: int, checksum: str) -> None:
 
 
 def _hash_of_file(path: Path) -> str:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return xxhash.xxh3_128_hexdigest(content)
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):  # mapped as a whole, a shard would count as memory of this process
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextmanager
-def _appearing_file(path: Path) -> Iterator[Path]:
+def appearing_file(path: Path) -> Iterator[Path]:
     """A file to write, which takes its name when it is on disk and vanishes when it cannot be written."""
     partial = path.with_name(path.name + ".partial")
     try:
@@ -319,7 +350,3 @@ def _appearing_file(path: Path) -> Iterator[Path]:
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
-
-
-def _cat(blocks: list[Any]) -> Any:
-    return type(blocks[0]).cat(blocks)

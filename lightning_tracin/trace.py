@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,25 @@ from torch import Tensor, nn
 
 from lightning_tracin.capture import Captured
 from lightning_tracin.gradients import Gradients, Kept, SecondMoments, Texts, distinct
+from lightning_tracin.layers import named_layer
 from lightning_tracin.processes import ALONE, Processes, await_seen
-from lightning_tracin.store import Shards, ShardWriter, read_json, read_tensors, write_json, write_tensors
+from lightning_tracin.sharded import is_sharded, joined, parameter_names, whole_state
+from lightning_tracin.store import Shards, ShardWriter, check_file, read_json, read_tensors, write_json, write_tensors
 
 FORMAT_VERSION = 1
 _PARTIAL = ".partial"
+_HEADER = (
+    "id",
+    "n_train",
+    "data_fingerprint",
+    "model_fingerprint",
+    "model_class",
+    "layers",
+    "dtype",
+    "top_words",
+    "projection",
+    "shard_examples",
+)
 
 #: One optimizer step: its number (``trainer.global_step`` before it), the optimizer, the rate of each of its groups.
 Step = tuple[int, int, list[float]]
@@ -127,7 +141,7 @@ class Trace:
 
     Raises:
         FileNotFoundError: if there is no trace in the folder.
-        ValueError: if a newer version of lightning_tracin wrote it.
+        ValueError: if a newer version of lightning_tracin wrote it, or it is damaged.
 
     Example::
 
@@ -142,12 +156,13 @@ class Trace:
                 f"There is no trace in {self.path.absolute()}: it holds no trace.json. Fit with TracInCallback first, "
                 "or pass the folder that it wrote to."
             )
-        header = read_json(self.path / "trace.json")
-        if header.get("version", 0) > FORMAT_VERSION:
+        header = read_json(self.path / "trace.json", ["version"])
+        if header["version"] > FORMAT_VERSION:
             raise ValueError(
                 f"The trace in {self.path} is of format version {header['version']}, but this lightning_tracin reads "
                 f"up to {FORMAT_VERSION}. Update lightning_tracin, or fit again."
             )
+        header = read_json(self.path / "trace.json", _HEADER)
         self.id: str = header["id"]
         self.n_train: int = header["n_train"]
         self.data_fingerprint: str = header["data_fingerprint"]
@@ -165,7 +180,8 @@ class Trace:
         cls,
         path: Path,
         *,
-        module: nn.Module,
+        state: Mapping[str, Any],
+        model_class: str,
         n_train: int,
         data_fingerprint: str,
         layers: Mapping[str, str],
@@ -181,8 +197,8 @@ class Trace:
             "id": uuid.uuid4().hex,
             "n_train": n_train,
             "data_fingerprint": data_fingerprint,
-            "model_fingerprint": model_fingerprint(module.state_dict()),
-            "model_class": type(module).__name__,
+            "model_fingerprint": model_fingerprint(state),
+            "model_class": model_class,
             "layers": dict(layers),
             **asdict(kept),
             "shard_examples": shard_examples,
@@ -193,12 +209,8 @@ class Trace:
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, in the order of the fit; read from the folder each time."""
-        folders = sorted(self.path.glob("checkpoints/*/checkpoint.json"))
-        return [
-            Checkpoint(path=file.parent, layers=self.layers, **read_json(file))
-            for file in folders
-            if file.parent.suffix != _PARTIAL
-        ]
+        files = sorted(self.path.glob("checkpoints/*/checkpoint.json"))
+        return [self._checkpoint(file) for file in files if file.parent.suffix != _PARTIAL]
 
     @property
     def has_texts(self) -> bool:
@@ -210,16 +222,17 @@ class Trace:
 
         Of an example that training has not come upon yet there is nothing.
         """
-        found = Texts.empty(len(examples))
+        blocks, places = [Texts.empty(0)], []
         missing = torch.arange(len(examples))
         for stored in self._texts():
             read: Texts = stored.read_examples([examples[place] for place in missing.tolist()])
             known = torch.isin(torch.arange(len(missing)), read.examples) | ~torch.isnan(read.labels)
-            found = Texts.union([found, read.arranged(torch.where(known, missing, -1), len(examples))])
+            blocks.append(read)
+            places.append(torch.where(known, missing, -1))
             missing = missing[~known]
             if not len(missing):
                 break
-        return found
+        return Texts.cat(blocks).arranged(torch.cat([missing[:0], *places]), len(examples))
 
     @cached_property
     def vocabulary(self) -> dict[int, str]:
@@ -236,25 +249,77 @@ class Trace:
             write_json(self.path / "vocabulary.json", known)
         self.__dict__.pop("vocabulary", None)
 
+    def verify(self) -> Iterator[tuple[Path, str | None]]:
+        """Compare every file with what was written.
+
+        JSON files, which have no checksum, are read. What is not named in any file, such as a checkpoint whose whole
+        folder is gone, cannot be missed.
+
+        Yields:
+            Each file, and what is wrong with it, or None. A file or folder that a writing left behind when it was
+            broken off counts as wrong, though nothing is read from it.
+        """
+        yield self.path / "trace.json", None  # it was read
+        for path in sorted(self.path.rglob(f"*{_PARTIAL}")):
+            yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
+        folders = [path for path in sorted(self.path.glob("checkpoints/*")) if path.suffix != _PARTIAL]
+        for folder in folders:
+            file = folder / "checkpoint.json"
+            problem = _problem(file, partial(self._checkpoint, file))
+            yield file, problem
+            for name, checksum in {} if problem else self._checkpoint(file).checksums.items():
+                yield folder / name, _problem(folder / name, partial(check_file, folder / name, checksum))
+        stored = [folder / name for folder in folders for name in (*self.layers, "texts") if (folder / name).exists()]
+        if stored:  # the texts come with the first gradients
+            path = self.path / "vocabulary.json"
+            yield path, _problem(path, partial(read_json, path))
+            if not any(folder.name == "texts" for folder in stored):
+                stored.append(self.path / "texts")
+        for folder in stored:
+            yield from self._verify_shards(folder)
+
+    def _verify_shards(self, folder: Path) -> Iterator[tuple[Path, str | None]]:
+        """The part of :meth:`verify` for a folder of shards."""
+        path = folder / "index.json"
+        problem = _problem(path, partial(Shards.open, folder))
+        if problem is None:
+            shards = Shards.open(folder)
+            if shards.n_examples != self.n_train or len(shards.checksums) != len(shards):
+                problem = (
+                    f"{path} is damaged: it counts {shards.n_examples} examples in {len(shards.checksums)} shards of "
+                    f"{shards.shard_examples}, but the trace has {self.n_train} examples."
+                )
+        yield path, problem
+        if problem is None:
+            for file, checksum in shards.files:
+                yield file, _problem(file, partial(check_file, file, checksum))
+
+    def _checkpoint(self, file: Path) -> Checkpoint:
+        keys = [each.name for each in fields(Checkpoint) if each.name not in ("path", "layers")]
+        return Checkpoint(path=file.parent, layers=self.layers, **read_json(file, keys))
+
     def _texts(self) -> list[Shards]:
         """The stored texts: of the whole training set, or of what was trained on up to each checkpoint."""
         folders = [self.path / "texts", *sorted(self.path.glob("checkpoints/*/texts"))]
         return [Shards.open(folder) for folder in folders if (folder / "index.json").exists()]
 
-    def check_model(self, module: nn.Module) -> None:
+    def check_model(self, state: Mapping[str, Any], model_class: str) -> None:
         """Check that a module is the one that was trained: the same parameters of the same shapes.
+
+        Args:
+            state: the module's state dict.
+            model_class: the name of its class.
 
         Raises:
             ValueError: if it is not; the message names parameters that differ.
         """
-        state = module.state_dict()
         if model_fingerprint(state) == self.model_fingerprint:
             return
         own = _shapes(state)
         recorded = _shapes(self.checkpoints[0].weights()) if self.checkpoints else {}
         differing = sorted(name for name in own.keys() | recorded.keys() if own.get(name) != recorded.get(name))
         raise ValueError(
-            f"The trace in {self.path} is of another model ({self.model_class}) than {type(module).__name__}: "
+            f"The trace in {self.path} is of another model ({self.model_class}) than {model_class}: "
             f"{len(differing)} parameters differ in name or shape, such as "
             + "; ".join(f"{name}: {recorded.get(name)} in the trace, {own.get(name)} here" for name in differing[:3])
             + "."
@@ -290,7 +355,7 @@ class Trace:
         processes: Processes = ALONE,
     ) -> Iterator[Checkpoint]:
         """Record a checkpoint. It joins the trace, whole, when all processes leave the context without an exception."""
-        names = _parameter_names(module)
+        names = parameter_names(module)
         groups = [
             [[name for parameter in group["params"] for name in names[id(parameter)]] for group in each.param_groups]
             for each in optimizers
@@ -303,22 +368,30 @@ class Trace:
             "groups": groups,
         }
         with _appearing(self.path / "checkpoints" / f"step-{step:09d}", processes) as folder:
-            content["checksums"] = self._write_layers(folder, module, optimizers) if processes.first else {}
+            content["checksums"] = self._write_layers(folder, module, optimizers, processes)
             if processes.first:
                 write_json(folder / "checkpoint.json", content)
             content = processes.gather(content)[0]
             yield Checkpoint(path=folder, layers=self.layers, **content)
 
     def _write_layers(
-        self, folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+        self, folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], processes: Processes
     ) -> dict[str, str]:
-        """Write the weights, and the second moments of the layers; the files' checksums by name."""
-        checksums = {"weights.safetensors": _write_weights(folder / "weights.safetensors", module)}
-        for method, layer in self.layers.items():
-            moments = _second_moments(module.get_submodule(layer), optimizers, sparse=method == "tracin-we")
-            if moments is not None:
+        """Let the first process write the weights and the layers' second moments; the files' checksums by name."""
+        state = whole_state(module)
+        holders = processes if is_sharded(module) else ALONE  # of a weight
+        moments = {
+            method: _second_moments(module, layer, optimizers, state, holders, sparse=method == "tracin-we")
+            for method, layer in self.layers.items()
+            if processes.first or holders.size > 1
+        }
+        if not processes.first:
+            return {}
+        checksums = {"weights.safetensors": _write_weights(folder / "weights.safetensors", state)}
+        for method, of_layer in moments.items():
+            if of_layer is not None:
                 name = f"second-moments-{method}.safetensors"
-                checksums[name] = _write_moments(folder / name, moments)
+                checksums[name] = _write_moments(folder / name, of_layer)
         return checksums
 
     def part(self, processes: Processes) -> tuple[int, int]:
@@ -449,6 +522,17 @@ def model_fingerprint(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(repr(sorted(_shapes(state).items())).encode()).hexdigest()
 
 
+def _problem(path: Path, read: Callable[[], object]) -> str | None:
+    """What is wrong with a file, as reading it tells."""
+    try:
+        read()
+    except FileNotFoundError:
+        return f"{path} is missing."
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
 def remove_trace(path: Path) -> None:
     """Remove a trace's own files from a folder, and nothing else."""
     (path / "trace.json").unlink(missing_ok=True)
@@ -483,21 +567,13 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _parameter_names(module: nn.Module) -> dict[int, list[str]]:
-    """Each parameter's names: more than one where it is tied."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
-
-
-def _write_weights(path: Path, module: nn.Module) -> str:
+def _write_weights(path: Path, state: Mapping[str, Any]) -> str:
     """Write a state dict's tensors, those that share memory once, and return the file's checksum."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Any, str] = {}
     storages: set[int] = set()
-    for name, value in module.state_dict().items():
+    for name, value in state.items():
         if not isinstance(value, Tensor):
             continue
         place = (value.device, value.data_ptr(), value.shape, value.stride())
@@ -512,27 +588,58 @@ def _write_weights(path: Path, module: nn.Module) -> str:
 
 
 def _second_moments(
-    layer: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, sparse: bool
+    module: nn.Module,
+    name: str,
+    optimizers: Sequence[torch.optim.Optimizer],
+    state: Mapping[str, Any],
+    holders: Processes,
+    *,
+    sparse: bool,
 ) -> SecondMoments | None:
-    """Adam's bias-corrected second moments of a layer's weight and bias; with ``sparse``, of the rows that have any."""
+    """Adam's bias-corrected second moments of a layer's weight and bias; with ``sparse``, of the rows that have any.
+
+    Args:
+        module: that the optimizers train.
+        name: of the layer.
+        optimizers: those of the fit.
+        state: the module's state dict, with whole weights.
+        holders: the processes that each hold a part of every weight.
+        sparse: whether to leave out rows of zeros.
+    """
+    layer, names = named_layer(module, name), parameter_names(module)
     columns: list[Tensor] = []
     eps = 0.0
-    for parameter in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
+    for kind in ("weight", "bias"):
+        parameter = getattr(layer, kind, None)
         if parameter is None:
             continue
-        moments = next((each for each in optimizers if "exp_avg_sq" in each.state.get(parameter, {})), None)
-        if moments is None:
+        corrected, eps = _second_moment(parameter, optimizers)
+        if holders.size > 1:
+            whole = state.get(names[id(parameter)][0])
+            corrected = joined(corrected, None if whole is None else whole.shape, holders)
+        if corrected is None:
             return None
-        group = next(group for group in moments.param_groups if any(p is parameter for p in group["params"]))
-        state = moments.state[parameter]
-        corrected = state["exp_avg_sq"].float().cpu() / (1 - group["betas"][1] ** float(state["step"]))
         columns.append(corrected if corrected.dim() == 2 else corrected[:, None])
-        eps = group["eps"]
     if not columns:
         return None
     values = torch.cat(columns, dim=1)
     rows = torch.nonzero(values.any(dim=1))[:, 0] if sparse else None
     return SecondMoments(values if rows is None else values[rows], rows, eps)
+
+
+def _second_moment(parameter: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Tensor | None, float]:
+    """Adam's bias-corrected second moment of a parameter, if an optimizer has one, and its epsilon."""
+    groups = [
+        (optimizer.state.get(parameter, {}), group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if any(each is parameter for each in group["params"])
+    ]
+    for state, group in groups:
+        if "exp_avg_sq" in state:
+            corrected = state["exp_avg_sq"].float().cpu() / (1 - group["betas"][1] ** float(state["step"]))
+            return corrected, group["eps"]
+    return None, max((float(group.get("eps", 0.0)) for _, group in groups), default=0.0)
 
 
 def _write_moments(path: Path, moments: SecondMoments) -> str:

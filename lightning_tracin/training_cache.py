@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tracin.capture import Call, Captured, batch_dims, capture, collected
-from lightning_tracin.gradients import distinct
-from lightning_tracin.layers import layers_of_table
+from lightning_tracin.gradients import Block, distinct
+from lightning_tracin.layers import layers_of_methods
 from lightning_tracin.losses import MeanLoss, label_counts, labels_of
 from lightning_tracin.mixin import losses_of, words_of_batch
 from lightning_tracin.processes import Processes
@@ -51,11 +51,11 @@ class TrainingCache:
         self._processes = processes
         self._trace = trace
         self._methods = tuple(methods)
-        self._tables, self._linear = _layers(module, trace.layers, methods)
+        self._tables, self._linear = layers_of_methods(module, trace.layers, methods)
         self._form = form
         self._folder = trace.path / "running.partial" / f"process-{processes.rank}"
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._runs = {name: Runs(self._folder / name, dtype=trace.kept.dtype) for name in (*self._methods, "texts")}
+        self._runs = Runs(self._folder, dtype=trace.kept.dtype)
         self._vocabulary: dict[int, str] = {}
         self._n_batches = 0
         self._indices: list[int] | None = None
@@ -129,21 +129,20 @@ class TrainingCache:
             job.result()
         self._pending = []
         n_train = self._trace.n_train
-        missing = n_train - self._runs["texts"].count(n_train, self._processes)
+        missing = n_train - self._runs.count(n_train, self._processes)
         if missing:
             rank_zero_info(
                 f"{missing} of {n_train} training examples were in no batch since the last checkpoint (step "
                 f"{checkpoint.step}): they count with a gradient of zero there."
             )
         with ExitStack() as contexts:
-            for name, runs in self._runs.items():
+            for name in (*self._methods, "texts"):
                 writer = self._trace.writer(contexts, checkpoint.path / name, self._processes)
-                for block in runs.arranged(n_train, self._trace.shard_examples, self._processes):
+                for block in self._runs.arranged(name, n_train, self._trace.shard_examples, self._processes):
                     writer.add(block)
                 writer.close(self._processes)
         self._trace.add_words(self._vocabulary, self._processes)
-        for runs in self._runs.values():
-            runs.clear()
+        self._runs.clear()
 
     def close(self) -> None:
         """Leave the module, and remove what was not stored at a checkpoint."""
@@ -188,10 +187,10 @@ class TrainingCache:
             )
         numbers = torch.tensor(indices)
         factors = divisor * self._form.shares(self._module, batch, len(indices)).reciprocal()
-        for method in self._methods:
-            block = self._trace.kept.of(gradients_of(captured, method)).scaled(factors)
-            self._runs[method].add(numbers, block, when)
-        self._runs["texts"].add(numbers, texts_of(captured, labels_of(batch)), when)
+        blocks: dict[str, Block] = {
+            method: self._trace.kept.of(gradients_of(captured, method)).scaled(factors) for method in self._methods
+        }
+        self._runs.add(numbers, {**blocks, "texts": texts_of(captured, labels_of(batch))}, when)
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,9 @@ class TrainingForm:
         return counts.cpu().clamp(min=1) / max(1, int(counts.sum()))
 
 
-def check_training(module: nn.Module, layers: Mapping[str, str], methods: Sequence[str], batch: Any) -> TrainingForm:
+def check_training(
+    module: nn.Module, layers: Mapping[str, str], methods: Sequence[str], batch: Any, of_losses: Captured
+) -> TrainingForm:
     """Check that the gradients of training are those of the examples' losses.
 
     Call it inside :func:`~lightning_tracin.capture.gradients_enabled`.
@@ -224,6 +225,7 @@ def check_training(module: nn.Module, layers: Mapping[str, str], methods: Sequen
         layers: the names of the layers, by method.
         methods: what gradients are needed for.
         batch: a first batch of the training set, on the module's device.
+        of_losses: what the losses of its examples gave.
 
     Raises:
         ValueError: if the loss of ``training_step`` is not a mean of the examples' losses, or if hooks do not run.
@@ -239,16 +241,13 @@ def check_training(module: nn.Module, layers: Mapping[str, str], methods: Sequen
             f'{name} has batch norm, which in training mixes the examples of a batch: what cache="training" stores for '
             'an example is then partly of its neighbours. cache="checkpoint" is free of that.'
         )
-    tables, linear = _layers(module, layers, methods)
+    tables, linear = layers_of_methods(module, layers, methods)
     losses = losses_of(module)
     dims = batch_dims(losses, batch, [*tables, *linear])
     if isinstance(losses, MeanLoss):
         return TrainingForm(dims, by_labels=False)  # the mean is what it checks on its own
     last = linear[0] if linear else None
-    of_losses, of_training = (
-        capture(each, batch, embedding_layers=tables, linear_layer=last, dims=dims)
-        for each in (losses, MeanLoss(module))
-    )
+    of_training = capture(MeanLoss(module), batch, embedding_layers=tables, linear_layer=last, dims=dims)
     expected, found = (torch.stack(_norms(captured)) for captured in (of_losses, of_training))
     tolerance = 5e-2 if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-3
     for by_labels in (True, False):
@@ -268,14 +267,6 @@ def check_training(module: nn.Module, layers: Mapping[str, str], methods: Sequen
 def _norms(captured: Captured) -> list[Tensor]:
     """The norms of the examples' gradients at each layer."""
     return [block.example_norms() for block in (captured.words, captured.linear) if block is not None]
-
-
-def _layers(
-    module: nn.Module, layers: Mapping[str, str], methods: Sequence[str]
-) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The embedding layers and the linear layer that some methods need."""
-    tables = layers_of_table(module, module.get_submodule(layers["tracin-we"])) if "tracin-we" in methods else []
-    return tables, [module.get_submodule(layers["tracin-last"])] if "tracin-last" in methods else []
 
 
 def _computed_elsewhere(calls: Sequence[Call]) -> bool:

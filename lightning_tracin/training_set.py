@@ -149,6 +149,20 @@ def own_part(loader: Any, processes: Processes) -> Any:
     return _loader_over(loader, processes.gather(sorted(yielded))[0][processes.rank :: processes.size])
 
 
+def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
+    """A batch of the first few examples that the first process's loader, as :func:`own_part` gives it, begins with.
+
+    Args:
+        loader: this process's; one of :meth:`TrainingSet.sequential_loader` serves too.
+        processes: every one of them must call it.
+    """
+    first = processes.gather(list(loader.sampler)[:_CHECKED])[0]
+    options = _options(loader)
+    if loader.batch_size is None:  # the sampler yields batches
+        return next(iter(DataLoader(loader.dataset, batch_size=None, sampler=first[:1], **options)))
+    return next(iter(DataLoader(loader.dataset, batch_sampler=[first], **options)))
+
+
 def _loader_over(loader: DataLoader[Any], indices: Sequence[int]) -> DataLoader[Any]:
     """A loader like another, over some examples in their order."""
     options = _options(loader)

@@ -20,7 +20,6 @@ Marks: TypeAlias = Literal["##", "Ġ", "▁", "</w>", "@@", "characters"] | None
 #: Where a token stands in the raw text, from the first character to one past the last; None: nowhere.
 Span: TypeAlias = tuple[int, int] | None
 
-_BEFORE: tuple[Literal["Ġ", "▁", "##"], ...] = ("Ġ", "▁", "##")
 _AFTER: tuple[Literal["</w>", "@@"], ...] = ("</w>", "@@")
 _SPECIAL = re.compile(r"\[[A-Z][A-Z0-9_]*\]|<(?!0x)/?[|\w][^<>\s]*>")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -61,14 +60,17 @@ def marks_of(tokens: Iterable[str]) -> Marks:
         >>> marks_of(["the", "cat", "##s"]), marks_of(["Ġthe", "Ġcat", "s"]), marks_of(["the", "cat"])
         ('##', 'Ġ', None)
     """
-    plain = [token for token in tokens if not is_special(token)]
-    for mark in _BEFORE:
-        if any(token.startswith(mark) and token != mark for token in plain):
-            return mark
+    plain = [token for token in tokens if token and not is_special(token)]
+    if any("▁" in token for token in plain):
+        return "▁"
+    if any(token.startswith("Ġ") and token != "Ġ" for token in plain) or _is_byte_level(plain):
+        return "Ġ"
+    if any(token.startswith("##") and token != "##" for token in plain):
+        return "##"
     for ending in _AFTER:
         if any(token.endswith(ending) and token != ending for token in plain):
             return ending
-    if plain and all(len(token) <= 1 for token in plain) and any(token.isspace() for token in plain):
+    if plain and all(len(token) == 1 for token in plain) and any(token.isspace() for token in plain):
         return "characters"
     return None
 
@@ -100,17 +102,22 @@ def words_of(tokens: Sequence[str], marks: Marks) -> list[Word]:
             open_word = False
             continue
         spaced, content, open_after = _read(token, marks)
-        if content.isspace() and marks is not None:  # a token of spaces alone belongs to the word that follows
-            words.append(_Growing(b"", " ", [place]))
+        if marks is not None and content.isspace():  # a token of spaces alone belongs to the word that follows
+            if words and not words[-1].content:
+                words[-1].places.append(place)
+            else:
+                words.append(_Growing(b"", " ", [place]))
             open_word = True
             continue
         last = words[-1] if words else None
-        if last is not None and open_word and not spaced and _goes_on(last, content, marks):
+        if last is not None and open_word and (not last.content or (not spaced and _goes_on(last, content, marks))):
             last.content += content
             last.places.append(place)
         else:
             words.append(_Growing(content, " " if spaced or not open_word else "", [place]))
         open_word = open_after
+    if len(words) > 1 and not words[-1].content and not words[-2].special:  # the text ends with spaces
+        words[-2].places += words.pop().places
     return _tidied([each.finished() for each in words], spell=marks == "##")
 
 
@@ -225,8 +232,6 @@ def _read(token: str, marks: Marks) -> tuple[bool, bytes, bool]:
 
 def _goes_on(word: _Growing, content: bytes, marks: Marks) -> bool:
     """Whether what follows a word without a space belongs to it."""
-    if not word.content:
-        return True
     before, after = word.content.decode(errors="replace")[-1], content.decode(errors="replace")[:1]
     if "�" in (before, after):  # half a character
         return True
@@ -274,6 +279,13 @@ def is_unspaced(sign: str) -> bool:
 
 def _of_word(sign: str) -> bool:
     return sign.isalnum() or sign in "_'’-"
+
+
+def _is_byte_level(tokens: Sequence[str]) -> bool:
+    """Whether tokens without a space are written in the signs that byte-level BPE has for bytes, and make sense so."""
+    signs = {sign for token in tokens for sign in token}
+    codes = [_byte_signs().get(sign, 0) for sign in signs]
+    return any(ord(sign) > 255 for sign in signs) and all(code >= 32 or code in (9, 10, 13) for code in codes)
 
 
 @cache

@@ -20,7 +20,7 @@ from two_processes import CACHES
 
 from lightning_tracin import Trace, TracInCallback, TracInWE, processes
 from lightning_tracin.gradients import WordGradients
-from lightning_tracin.processes import Processes, require_whole_module
+from lightning_tracin.processes import Processes
 from lightning_tracin.runs import Runs
 
 METHODS = ("tracin-we", "tracin-last")
@@ -236,7 +236,7 @@ def test_of_an_example_that_came_to_two_processes_the_later_record_counts(tmp_pa
     ]
     runs = [Runs(tmp_path / str(rank), dtype="float32") for rank in range(2)]
     for when, each, block in zip((7, 3), runs, blocks, strict=True):
-        each.add(torch.tensor([0]), block, when)
+        each.add(torch.tensor([0]), {"tracin-we": block}, when)
     gathered = []
     for each in runs:
 
@@ -245,7 +245,7 @@ def test_of_an_example_that_came_to_two_processes_the_later_record_counts(tmp_pa
                 gathered.append(value)
                 return gathered
 
-        arranged = list(each.arranged(1, 1, Both(0, 2)))
+        arranged = list(each.arranged("tracin-we", 1, 1, Both(0, 2)))
     assert arranged[0].norms.tolist() == [2.0]
 
 
@@ -273,12 +273,3 @@ def test_spawned_processes_leave_a_trace_but_cannot_be_asked(tmp_path):
         fit.influence(loader(test_texts()), Toy(), trace=tmp_path / "trace")
     assert quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace").scores.abs().sum() > 0
     assert fit.self_influence(trace=tmp_path / "trace").min() > 0  # needs no pass through the model
-
-
-def test_strategies_that_spread_the_weights_are_refused():
-    class Sharded:  # Lightning builds no such trainer without a GPU
-        world_size = 2
-        strategy = object.__new__(pl.strategies.FSDPStrategy)
-
-    with pytest.raises(ValueError, match="strategy is FSDPStrategy, which spreads the weights"):
-        require_whole_module(Sharded())

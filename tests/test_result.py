@@ -11,7 +11,7 @@ from toy import N_TEST, N_TRAIN, fitted, loader, test_texts, texts
 from lightning_tracin import InfluenceResult, TracInLast, TracInWE
 from lightning_tracin import result as result_module
 from lightning_tracin.explanation import Example, Explanation, Influential
-from lightning_tracin.report.tables import explanation_tables
+from lightning_tracin.report.tables import explained
 from lightning_tracin.words import Word
 
 
@@ -247,6 +247,5 @@ def test_long_labels_and_texts_do_not_break_the_table():
     terms = (1.0,) * 500
     explanation = Explanation(0, example, terms, (Influential(example, 1.0, 0.5, terms),), ())
     console = Console(width=80, record=True, file=io.StringIO())
-    for table in explanation_tables(explanation):
-        console.print(table)
+    console.print(explained(explanation))
     assert max(map(len, console.export_text().splitlines())) <= 80

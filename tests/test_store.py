@@ -97,7 +97,7 @@ def test_a_shard_that_cannot_be_written_is_an_error_of_the_writer(tmp_path, monk
 
     monkeypatch.setattr(store, "save_file", full)
     with ShardWriter(tmp_path, dtype="float32", shard_examples=2) as writer:
-        writer.add(random_words(4)[0])
+        writer.add(random_words(2)[0])
         with pytest.raises(OSError, match=r"00000\.safetensors could not be written.*No space left"):
             writer.close()
     assert list(tmp_path.iterdir()) == []

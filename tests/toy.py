@@ -60,6 +60,20 @@ class Toy(TracInMixin, pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Data(pl.LightningDataModule):
+    """The texts, as a command line makes them."""
+
+    def __init__(self, batch_size: int = 4) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        return loader(batch_size=self.batch_size, shuffle=True)
+
+    def test_dataloader(self):
+        return loader(test_texts())
+
+
 def quiet(kind: type = Trainer, **options):
     """A trainer that writes nothing and prints nothing."""
     settings = {

@@ -1,12 +1,14 @@
-"""Rich tables of influential examples, their words shaded by their share of the score."""
+"""The terminal: a test example and who pushed it, each word shaded by what it adds to the score."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from lightning_tracin.explanation import Example, Explanation, Influential
@@ -15,64 +17,118 @@ from lightning_tracin.explanation import Example, Explanation, Influential
 _FOR = ("bold white on dark_blue", "white on dodger_blue3", "underline")
 _AGAINST = ("bold black on orange1", "black on light_goldenrod2", "underline")
 _STRONG, _MEDIUM, _WEAK = 0.2, 0.07, 0.02  # shares of the sum of the terms' magnitudes
-_MAX_WORDS = 120
+_LINES = 4  # of a training example's text
+_UNREAD = 80  # characters of a text that the model was not given
+_NAMED = 5  # words that are named with their shares
 
 
-def explanation_tables(explanation: Explanation) -> list[RenderableType]:
-    """A panel with the test example, and a table with its proponents and opponents."""
-    table = Table(expand=True, show_lines=False, header_style="bold")
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
-    table.add_column("train", justify="right", no_wrap=True)
-    table.add_column("label", no_wrap=True, max_width=14)
-    table.add_column("text", ratio=1, overflow="fold")
-    for name, influentials in (("proponents", explanation.proponents), ("opponents", explanation.opponents)):
-        table.add_row(Text(name, style="italic"), "", "", "", "")
-        for each in influentials:
-            table.add_row(*_cells(each))
-        table.add_section()
+def explained(explanation: Explanation) -> RenderableType:
+    """A panel with the test example, and below it its proponents and opponents, strongest first."""
     text = shaded(explanation.test, explanation.terms, sum(explanation.terms))
-    return [Panel(text, title=_title(explanation.test), title_align="left"), table]
+    parts: list[RenderableType] = [Panel(text, title=_title(explanation.test), title_align="left")]
+    for name, influentials in (("Proponents", explanation.proponents), ("Opponents", explanation.opponents)):
+        if influentials:
+            parts += [Text(name, style="bold"), *map(_Entry, influentials)]
+    return Group(*parts)
 
 
-def shaded(example: Example, terms: Sequence[float], score: float) -> Text:
+def shaded(example: Example, terms: Sequence[float], score: float, *, room: int | None = None) -> Text:
     """An example's text, each word shaded by the share of its term, by whether it pushed with the score or against.
 
     Args:
         example: the example.
         terms: of each of its words; none leaves it plain.
         score: its sign says what is for and what is against.
+        room: characters; of a longer text the part that adds most to the score is shown.
     """
     if not example.words:
         return Text("(no text stored)", style="dim italic")
     total = sum(map(abs, terms))
-    text = Text()
-    for number, word in enumerate(example.words[:_MAX_WORDS]):
-        term = terms[number] if terms else 0.0
-        text.append(word.before)
-        text.append(word.text, style=_style(abs(term) / total if total else 0.0, with_score=term * score >= 0))
-    if len(example.words) > _MAX_WORDS:
-        text.append(" ...", style="dim")
+    shown = _excerpt(example, terms, room)
+    text = Text("… " if shown.start else "", style="")
+    for number in shown:
+        word, term = example.words[number], terms[number] if terms else 0.0
+        if number > shown.start:
+            text.append(_printable(word.before))
+        style = _style(abs(term) / total if total else 0.0, with_score=term * score >= 0)
+        text.append(_printable(word.text), style=style or ("dim" if word.special else ""))
+    if shown.stop < len(example.words):
+        text.append(" …", style="dim")
+    elif room is None and example.unread:
+        text.append(_printable(example.unread[:_UNREAD]), style="dim italic")
+        text.append(" …" if len(example.unread) > _UNREAD else "", style="dim")
     return text
 
 
-def _cells(influential: Influential) -> list[RenderableType]:
-    share = "" if influential.share is None else f"{influential.share:.1%}"
-    return [
-        f"{influential.score:+.3g}",
-        share,
-        str(influential.example.index),
-        Text(influential.example.label or ""),
-        shaded(influential.example, influential.terms, influential.score),
-    ]
+class _Entry:
+    """A training example: a line of facts, one of words, and as many of its text as fit."""
+
+    def __init__(self, influential: Influential) -> None:
+        self.influential = influential
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        each = self.influential
+        facts = Text.assemble((f"{each.score:+.3g}", "bold"), f"  train {each.example.index}")
+        if each.share is not None:
+            facts.append(f"  {each.share:.1%} of all {'proponents' if each.score >= 0 else 'opponents'}")
+        if each.example.label is not None:
+            facts.append(f"  label {_printable(each.example.label)}")
+        facts.truncate(options.max_width - 2, overflow="ellipsis")
+        yield Padding(facts, (0, 0, 0, 2))
+        named = ", ".join(_strongest_words(each))
+        if named:
+            words = Text(f"words: {named}", style="italic")
+            words.truncate(options.max_width - 4, overflow="ellipsis")
+            yield Padding(words, (0, 0, 0, 4))
+        text = shaded(each.example, each.terms, each.score, room=_LINES * (options.max_width - 4))
+        text.overflow = "fold"
+        yield Padding(text, (0, 0, 1, 4))
+
+
+def _strongest_words(influential: Influential) -> Iterator[str]:
+    """The words that add most to a score, or take most from it, with their shares of it; repeated ones added up."""
+    terms: dict[str, float] = defaultdict(float)
+    for word, term in zip(influential.example.words, influential.terms, strict=False):
+        terms[_printable(word.text)] += term
+    for name, term in sorted(terms.items(), key=lambda each: -abs(each[1]))[:_NAMED]:
+        if term and influential.score:
+            yield f"{name} {term / influential.score:.0%}"
+
+
+def _excerpt(example: Example, terms: Sequence[float], room: int | None) -> range:
+    """The words that fit into a number of characters and add most to the score: of equal ones, the first."""
+    lengths = [len(word.before) + len(word.text) for word in example.words]
+    if room is None or sum(lengths) <= room:
+        return range(len(lengths))
+    weights = [abs(term) for term in terms] or [0.0] * len(lengths)
+    best = (-1.0, range(1))
+    start, length, weight = 0, 0, 0.0
+    for stop in range(len(lengths)):
+        length, weight = length + lengths[stop], weight + weights[stop]
+        while length > room and start < stop:
+            length, weight, start = length - lengths[start], weight - weights[start], start + 1
+        if weight > best[0] * (1 + 1e-9) + 1e-300:
+            best = (weight, range(start, stop + 1))
+    return _filled(best[1], lengths, room)
+
+
+def _filled(chosen: range, lengths: Sequence[int], room: int) -> range:
+    """A run of words made longer, first at its beginning, until the room is used up."""
+    start, stop = chosen.start, chosen.stop
+    length = sum(lengths[start:stop])
+    while start > 0 and length + lengths[start - 1] <= room:
+        start, length = start - 1, length + lengths[start - 1]
+    while stop < len(lengths) and length + lengths[stop] <= room:
+        stop, length = stop + 1, length + lengths[stop]
+    return range(start, stop)
 
 
 def _title(test: Example) -> Text:
     title = Text(f"Test example {test.index}")
     if test.label is not None:
-        title.append(f", label {test.label}")
+        title.append(f", label {_printable(test.label)}")
     if test.prediction is not None:
-        title.append(f", prediction {test.prediction}", style="bold" if test.is_mistaken else "")
+        title.append(f", prediction {_printable(test.prediction)}", style="bold" if test.is_mistaken else "")
         title.append("" if test.confidence is None else f" ({test.confidence:.0%})")
     return title
 
@@ -84,3 +140,10 @@ def _style(share: float, *, with_score: bool) -> str:
     if share >= _MEDIUM:
         return medium
     return weak if share >= _WEAK else ""
+
+
+def _printable(text: str) -> str:
+    """A text on one line, without what would steer the terminal."""
+    return "".join(
+        " " if sign in "\n\r\t\v\f" else "�" if unicodedata.category(sign) in ("Cc", "Cs") else sign for sign in text
+    )

@@ -1,0 +1,252 @@
+"""The HTML page of a result: one file that needs nothing else.
+
+Explanations become one JSON document inside the page, in which every word and every training example stands once;
+``page.js`` draws what is looked at.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from torch import Tensor
+
+from lightning_tracin.explanation import Example, Explanation, Influential
+from lightning_tracin.store import appearing_file
+
+_FOLDER = Path(__file__).parent
+_UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")  # what ends a script early, and halves of characters
+_TERM_STEPS = 9999  # a pair's largest term, in the steps that its terms are rounded to
+_UNREAD = 160  # characters of what the model was not given
+
+
+class WordTable(Protocol):
+    """Words over the whole test set, by what the model says and by the labels of training examples."""
+
+    @property
+    def words(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def labels(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def values(self) -> Tensor: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows.
+
+    Attributes:
+        title: its heading.
+        facts: what stands below: the method, numbers of examples.
+        notes: what is missing, and why and what to do about it.
+        n_train: number of training examples.
+        explanations: of every test example, in the order of rows.
+        suspects: the training examples that push themselves most, strongest first; None where that is not known.
+        suspects_by: what measured that.
+        word_table: words over the whole test set, if the method has words.
+    """
+
+    title: str
+    facts: Sequence[str]
+    notes: Sequence[str]
+    n_train: int
+    explanations: Iterable[Explanation]
+    suspects: Sequence[Influential] | None
+    suspects_by: str
+    word_table: WordTable | None
+
+
+def counts_of(n_test: int, n_train: int, n_checkpoints: int) -> list[str]:
+    """What was computed, counted."""
+    counts = {"test example": n_test, "training example": n_train, "checkpoint": n_checkpoints}
+    return [f"{number:,} {name}{'' if number == 1 else 's'}" for name, number in counts.items()]
+
+
+def notes_of(*, has_raw_texts: bool, has_predictions: bool, n_kept: int | None) -> list[str]:
+    """What a page could show besides, and what would bring it.
+
+    Args:
+        has_raw_texts: whether the texts were given as they were written.
+        has_predictions: whether it is known what the model says of the test examples.
+        n_kept: how many proponents and opponents were kept, where more were asked for.
+    """
+    notes = []
+    if not has_predictions:
+        notes.append(
+            "What the model says of the test examples is not known: it is seen where the loss comes from one linear "
+            "layer, or where the module returns an object with logits, one prediction for each example."
+        )
+    if n_kept is not None:
+        notes.append(f"Only the {n_kept} strongest were kept: call influence with a larger k to list more.")
+    if not has_raw_texts:
+        notes.append(
+            "Texts are put together from tokens: result.with_texts(train=..., test=...) brings them as they were "
+            "written."
+        )
+    return notes
+
+
+def write_page(page: Page, path: str | Path) -> Path:
+    """Write a page as one file, which appears whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    path = Path(path)
+    html = page_html(page)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing_file(path) as partial:
+            partial.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"The page could not be written to {path}: {error.strerror}. Pass the path of a file.") from error
+    return path
+
+
+def page_html(page: Page) -> str:
+    """The page as a string; its only script and style are allowed by their hashes, and nothing from elsewhere is."""
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    script, style = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    return environment.get_template("page.html.j2").render(
+        title=page.title,
+        facts=page.facts,
+        notes=page.notes,
+        has_word_table=page.word_table is not None,
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=_hash_of(script),
+        style_hash=_hash_of(style),
+        data=Markup(json_in_html(_content(page))),
+    )
+
+
+def json_in_html(content: Any) -> str:
+    r"""JSON that can stand in a script element, whatever texts it holds.
+
+    Example:
+        >>> json_in_html("</script>")
+        '"\\u003c/script\\u003e"'
+    """
+    dumped = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _UNSAFE.sub(lambda sign: f"\\u{ord(sign[0]):04x}", dumped)
+
+
+@dataclass
+class _Collected:
+    """What examples have in common, each once: words and training examples."""
+
+    vocabulary: dict[tuple[str, tuple[int, ...], str, int], int] = field(default_factory=dict)
+    train: dict[int, list[Any]] = field(default_factory=dict)
+
+    def words(self, example: Example) -> list[int]:
+        """The numbers of an example's words."""
+        ids = example.ids
+        return [
+            self.vocabulary.setdefault(
+                (word.text, tuple(ids[place] for place in word.places) if ids else (), word.before, int(word.special)),
+                len(self.vocabulary),
+            )
+            for word in example.words
+        ]
+
+    def pair(self, influential: Influential) -> list[Any]:
+        """The training example's index, the score, the share, and the terms."""
+        self._add(influential.example)
+        return [
+            influential.example.index,
+            _rounded(influential.score),
+            _rounded(influential.share),
+            *_packed(influential.terms),
+        ]
+
+    def _add(self, example: Example) -> None:
+        if example.index not in self.train:
+            self.train[example.index] = [example.label, self.words(example), _start(example.unread)]
+
+
+def _content(page: Page) -> dict[str, Any]:
+    """What the script of the page reads."""
+    collected = _Collected()
+    tests = [_test(explanation, collected) for explanation in page.explanations]
+    suspects = None if page.suspects is None else [collected.pair(each)[:3] for each in page.suspects]
+    table = page.word_table
+    return {
+        "n_train": page.n_train,
+        "tests": tests,
+        "train": collected.train,
+        "vocabulary": [_without_defaults(word) for word in collected.vocabulary],
+        "suspects": None if suspects is None else {"by": page.suspects_by, "rows": suspects},
+        "word_table": None
+        if table is None
+        else {
+            "words": table.words,
+            "classes": table.classes,
+            "labels": table.labels,
+            "values": [[_rounded(value, 4) or 0 for value in row] for row in table.values.flatten(1).tolist()],
+        },
+    }
+
+
+def _test(explanation: Explanation, collected: _Collected) -> dict[str, Any]:
+    test = explanation.test
+    return {
+        "index": test.index,
+        "label": test.label,
+        "prediction": test.prediction,
+        "confidence": _rounded(test.confidence),
+        "mistaken": test.is_mistaken,
+        "words": collected.words(test),
+        "unread": _start(test.unread),
+        "terms": _packed(explanation.terms),
+        "proponents": [collected.pair(each) for each in explanation.proponents],
+        "opponents": [collected.pair(each) for each in explanation.opponents],
+    }
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= _UNREAD else text[:_UNREAD] + "…"
+
+
+def _packed(terms: Sequence[float]) -> list[Any]:
+    """Terms as a unit, and the place of each word that has one and its term in units."""
+    known = {place: term for place, term in enumerate(terms) if term and math.isfinite(term)}
+    if not known:
+        return [0]
+    unit = float(f"{max(map(abs, known.values())) / _TERM_STEPS:.6g}")
+    packed: list[Any] = [unit]
+    for place, term in known.items():
+        packed += (place, round(term / unit))
+    return packed
+
+
+def _without_defaults(word: tuple[str, tuple[int, ...], str, int]) -> list[Any]:
+    """Most words come after a space and are not special."""
+    text, ids, before, special = word
+    if special:
+        return [text, ids, before, special]
+    return [text, ids] if before == " " else [text, ids, before]
+
+
+def _rounded(number: float | None, digits: int = 6) -> float | None:
+    """As many digits as a float32 is sure of; None for what JSON has no number for."""
+    return None if number is None or not math.isfinite(number) else float(f"{number:.{digits}g}")
+
+
+def _hash_of(content: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -1,0 +1,245 @@
+"""Charts of a result with matplotlib: scores, words, labels and self-influence.
+
+Each function draws on the axes that it is given, or on a new figure, and returns both; nothing of matplotlib's own
+settings is changed. Words and labels are printed as they are, whatever signs they hold.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lightning_tracin.result import InfluenceResult
+
+#: What a chart shows.
+Kind: TypeAlias = Literal["scores", "words", "labels", "self_influence"]
+
+FOR, AGAINST = "#0072B2", "#E69F00"  # blue and orange of Okabe and Ito: told apart also by the colour-blind
+_N_BINS = 50
+_N_BARS = 15
+_NAME_LENGTH = 24
+_AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}  # a $ in a word begins no formula
+_SCORE = "influence score (positive: lowered the test example's loss)"
+_FURTHER_FONTS = (  # for signs that matplotlib's own font lacks, where one of them is installed
+    *(f"Noto Sans CJK {region}" for region in ("SC", "JP", "KR")),
+    *(f"Noto Sans {script}" for script in ("Devanagari", "Arabic", "Hebrew", "Thai", "Bengali", "Tamil")),
+    *("WenQuanYi Zen Hei", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Hiragino Sans", "Arial Unicode MS"),
+)
+
+
+def plot_result(
+    result: InfluenceResult, kind: Kind, test_index: int | None, train_index: int | None, k: int, ax: Axes | None
+) -> tuple[Figure, Axes]:
+    """What :meth:`InfluenceResult.plot` returns."""
+    if kind not in ("scores", "words", "labels", "self_influence"):
+        raise ValueError(f"kind must be 'scores', 'words', 'labels' or 'self_influence', but got {kind!r}.")
+    if train_index is not None and (kind != "words" or test_index is None):
+        raise ValueError(f"train_index goes with kind='words' and a test_index, but got kind={kind!r}, {test_index=}.")
+    if test_index is not None and kind == "self_influence":
+        raise ValueError("kind='self_influence' is about training examples alone: leave out test_index.")
+    if test_index is not None and not 0 <= test_index < len(result.test_indices):
+        raise IndexError(f"There are test examples 0 to {len(result.test_indices) - 1}, but got {test_index}.")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, but got {k}.")
+    _pyplot()  # before anything that takes time
+    if kind == "self_influence":
+        return plot_self_influence(result.self_influence(), k, ax)
+    whose = "all test examples" if test_index is None else f"test example {int(result.test_indices[test_index])}"
+    n_kept = result.n_train if result.strongest_proponents is None else result.strongest_proponents.values.shape[1]
+    k = min(k, n_kept)
+    if kind == "scores":
+        which = f"{result.n_train} training examples"
+        if result.scores is None:
+            which = f"the {n_kept} most positive and most negative of {which}"
+        return plot_scores(_scores(result, test_index, n_kept), f"Scores of {which} for {whose}", ax)
+    if kind == "labels":
+        whose = whose.replace("all test examples", f"each of {len(result.test_indices)} test examples")
+        return plot_labels(*_labels(result, test_index, k), f"Labels of the {k} strongest for {whose}", ax)
+    words, of = _words(result, test_index, train_index, k)
+    return plot_words(words, f"Words of {of} for {whose}", ax)
+
+
+def plot_scores(scores: Tensor, title: str = "Scores", ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """The distribution of scores, on a logarithmic scale: positive ones in blue, negative ones in orange.
+
+    Args:
+        scores: (n,) of pairs of a training and a test example.
+        title: of the chart.
+        ax: where to draw; a new figure by default.
+    """
+    fig, ax = _figure(ax, height=3.6)
+    _histogram(ax, scores)
+    _label(ax, title, xlabel=_SCORE, ylabel="pairs (log scale)")
+    return fig, ax
+
+
+def plot_words(words: Iterable[tuple[str, float]], title: str = "Words", ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """What words add to a score, or to the sum of several: the strongest, the first of them at the top.
+
+    Args:
+        words: each word and its term.
+        title: of the chart.
+        ax: where to draw; a new figure by default.
+    """
+    ordered = sorted(words, key=lambda word: -abs(word[1]))
+    shown = ordered[:_N_BARS]
+    fig, ax = _figure(ax, height=1.4 + 0.27 * len(shown))
+    terms = [term for _, term in shown]
+    ax.barh(range(len(shown)), terms, color=[FOR if term >= 0 else AGAINST for term in terms])
+    _name_bars(ax, [word for word, _ in shown])
+    ax.axvline(0, color="black", linewidth=0.8)
+    total = f"all {len(ordered)} words add up to {sum(term for _, term in ordered):+.3g}"
+    _label(ax, title, xlabel=f"what the word adds ({total})")
+    return fig, ax
+
+
+def plot_labels(
+    proponents: Sequence[str], opponents: Sequence[str], title: str = "Labels", ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """How many of the proponents (blue) and of the opponents (orange) have each label, most frequent at the top.
+
+    Args:
+        proponents: the label of each.
+        opponents: the label of each.
+        title: of the chart.
+        ax: where to draw; a new figure by default.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    counts = Counter(proponents), Counter(opponents)
+    ordered = [label for label, _ in (counts[0] + counts[1]).most_common()]
+    shown = ordered[:_N_BARS]
+    fig, ax = _figure(ax, height=1.6 + 0.42 * len(shown))
+    sides = (("proponents", FOR, -0.2), ("opponents", AGAINST, 0.2))
+    for (name, colour, shift), of_side in zip(sides, counts, strict=True):
+        places = [place + shift for place in range(len(shown))]
+        ax.barh(places, [of_side[label] for label in shown], height=0.38, color=colour, label=name)
+    _name_bars(ax, shown)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(frameon=False)
+    left = f" ({len(shown)} of {len(ordered)} labels)" if len(shown) < len(ordered) else ""
+    _label(ax, title, xlabel=f"number of training examples{left}")
+    return fig, ax
+
+
+def plot_self_influence(values: Tensor, k: int = 10, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """The distribution of self-influence over the training set, on a logarithmic scale; the k highest are marked.
+
+    Args:
+        values: (n_train,) by index in the training data set.
+        k: how many to mark.
+        ax: where to draw; a new figure by default.
+    """
+    fig, ax = _figure(ax, height=3.6)
+    _histogram(ax, values)
+    highest = values.topk(min(k, len(values)))
+    numbers = textwrap.fill(", ".join(map(str, highest.indices.tolist())), 40)
+    heights = [0.02] * len(highest.indices)
+    marks: dict[str, Any] = {
+        "marker": "v",
+        "linestyle": "",
+        "color": AGAINST,
+        "markeredgecolor": "black",
+        "clip_on": False,
+    }
+    name = f"{len(heights)} highest, training examples\n{numbers}"
+    ax.plot(highest.values.tolist(), heights, transform=ax.get_xaxis_transform(), label=name, **marks)
+    ax.legend(frameon=False, loc="upper right")
+    title = f"Self-influence of {len(values)} training examples"
+    _label(ax, title, xlabel="self-influence (high: mislabelled or atypical)", ylabel="training examples (log scale)")
+    return fig, ax
+
+
+def _scores(result: InfluenceResult, row: int | None, n_kept: int) -> Tensor:
+    """The scores of one test example, or of all; where only the strongest were kept, those, each once."""
+    rows = slice(None) if row is None else slice(row, row + 1)
+    if result.scores is not None:
+        return result.scores[rows].flatten()
+    sides = (result.proponents(n_kept), result.opponents(n_kept))
+    indices, values = (torch.cat([side[number][rows] for side in sides], 1) for number in (1, 0))
+    order = indices.argsort(dim=1, stable=True)
+    indices, values = indices.gather(1, order), values.gather(1, order)
+    return values[torch.cat([torch.ones_like(indices[:, :1], dtype=torch.bool), indices.diff(dim=1) > 0], 1)]
+
+
+def _words(
+    result: InfluenceResult, row: int | None, train_index: int | None, k: int
+) -> tuple[list[tuple[str, float]], str]:
+    """Words and their terms, and whose they are: of a training example, of proponents, or of all examples."""
+    if row is None:
+        table = result.word_table(n=None)
+        return list(zip(table.words, table.values.sum((1, 2)).tolist(), strict=True)), "all training examples"
+    if train_index is not None:
+        return result.words(row, train_index), f"training example {train_index}"
+    named: dict[str, float] = defaultdict(float)
+    for index in result.proponents(k).indices[row].tolist():
+        for word, term in result.words(row, index):
+            named[word] += term
+    return list(named.items()), f"the {k} strongest proponents"
+
+
+def _labels(result: InfluenceResult, row: int | None, k: int) -> tuple[list[str], list[str]]:
+    """The labels of the k strongest proponents and opponents of one test example, or of each."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    for explanation in result.explanations(None if row is None else [row], k):
+        for side, listed in zip(sides, (explanation.proponents, explanation.opponents), strict=True):
+            side += ["(not known)" if each.example.label is None else each.example.label for each in listed]
+    return sides
+
+
+def _histogram(ax: Axes, values: Tensor) -> None:
+    """Bars of how many values lie between equally distant edges, multiples of the distance: no bar is of both signs."""
+    numbers = values.double().numpy()
+    largest, extent = float(np.abs(numbers).max()), float(np.ptp(numbers))
+    width = (extent if extent > 1e-6 * largest else largest or 1.0) / _N_BINS  # what differs by rounding is one bar
+    edges = width * np.arange(np.floor(numbers.min() / width), np.floor(numbers.max() / width) + 2)
+    counts, _ = np.histogram(numbers, edges)
+    colours = [FOR if edge >= 0 else AGAINST for edge in edges[:-1]]
+    ax.bar(edges[:-1], counts, width, align="edge", color=colours, edgecolor="white", linewidth=0.3)
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=0.7)  # a bar of one is to be seen
+
+
+def _name_bars(ax: Axes, names: Sequence[str]) -> None:
+    """Name horizontal bars, the first at the top."""
+    from matplotlib import font_manager, rcParams
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [*rcParams["font.family"], *(font for font in _FURTHER_FONTS if font in installed)]
+    cut = [name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…" for name in names]
+    ax.set_yticks(range(len(cut)), cut, fontfamily=fonts, **_AS_IT_IS)
+    ax.margins(y=0.02)
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+
+
+def _label(ax: Axes, title: str, *, xlabel: str, ylabel: str = "") -> None:
+    ax.set_title(title, loc="left", fontsize="medium", **_AS_IT_IS)
+    ax.set_xlabel(xlabel, **_AS_IT_IS)
+    ax.set_ylabel(ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(ax: Axes | None, height: float) -> tuple[Figure, Axes]:
+    """The axes to draw on, and their figure; a new one without."""
+    if ax is None:
+        return _pyplot().subplots(figsize=(7, height), layout="constrained")  # type: ignore[no-any-return]
+    return cast("Figure", ax.figure), ax
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plot needs matplotlib: pip install lightning-tracin[plot]") from error
+    return pyplot

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import lightning.pytorch as twin
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI as TwinCLI
+from test_lightning import TwinToy
+from toy import N_TEST, N_TRAIN, Data, Toy, loader, quiet, test_texts
+
+from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInWE
+from lightning_tracin.cli import InfluenceCLIMixin, TracInCLI
+from lightning_tracin.trainer import InfluenceTrainerMixin
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CONFIG = """
+seed_everything: 0
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_tracin.TracInCallback
+      init_args:
+        dtype: float32
+data:
+  batch_size: 5
+"""
+
+MAIN = """
+from lightning_tracin.cli import TracInCLI
+from toy import Data, Toy
+
+TracInCLI(Toy, Data)
+"""
+
+SAVED = "lightning_logs/version_0/config.yaml"
+
+
+class TwinData(twin.LightningDataModule):
+    def train_dataloader(self):
+        return loader(shuffle=True)
+
+    def test_dataloader(self):
+        return loader(test_texts())
+
+
+class TwinTrainer(InfluenceTrainerMixin, twin.Trainer):
+    pass
+
+
+class TwinTracInCLI(InfluenceCLIMixin, TwinCLI):
+    pass
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A folder in which ``main.py fit`` has run, in a process of its own."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "main.py").write_text(MAIN)
+    run_main(folder, "fit", "-c", "config.yaml")
+    return folder
+
+
+@pytest.fixture
+def project(recorded, monkeypatch):
+    monkeypatch.chdir(recorded)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    return recorded
+
+
+def run_main(folder, *arguments: str) -> str:
+    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = [sys.executable, "main.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": search, "COLUMNS": "100"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def influence(*arguments: str) -> TracInCLI:
+    return TracInCLI(Toy, Data, args=["influence", "-c", SAVED, *arguments])
+
+
+def expected(trace, **options) -> InfluenceResult:
+    """What the trainer's own method gives."""
+    return quiet().influence(model=Toy(), datamodule=Data(), trace=trace, **options)
+
+
+def test_fit_then_influence_from_the_configuration_that_fit_saved(recorded):
+    trace = recorded / "lightning_logs/version_0/trace"
+    assert [each.step for each in Trace(trace).checkpoints] == [4, 8]
+    run_main(recorded, "influence", "-c", "config.yaml", "--trace", str(trace), "--output", "written/r.safetensors")
+    written = InfluenceResult.load(recorded / "written/r.safetensors")
+    assert written.scores.shape == (N_TEST, N_TRAIN)
+    assert torch.equal(written.scores, expected(trace).scores)
+    assert written.words(0, 0) == expected(trace).words(0, 0)
+    assert [each.step for each in Trace(trace).checkpoints] == [4, 8]  # the callback has done nothing
+
+
+def test_the_result_is_printed_where_no_file_is_asked_for(project, capsys):
+    influence()
+    printed = capsys.readouterr().out
+    assert str(expected("lightning_logs/version_0/trace")) in printed
+
+
+def test_a_method_with_options_and_k_come_from_the_configuration(project):
+    Path("ask.yaml").write_text(
+        "k: 3\n"
+        "method:\n"
+        "  class_path: lightning_tracin.TracInWE\n"
+        "  init_args: {normalize: cosine, exclude_tokens: [5, 7]}\n"
+        "output: asked.safetensors\n"
+    )
+    influence("-c", "ask.yaml")
+    result = InfluenceResult.load("asked.safetensors")
+    method = TracInWE(normalize="cosine", exclude_tokens=(5, 7))
+    assert result.method == method
+    assert torch.equal(result.proponents(3).values, expected(result.trace, method=method, k=3).proponents(3).values)
+
+
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        ("tracin-last", TracInLast()),
+        ('{"class_path": "lightning_tracin.TracInLast"}', TracInLast()),
+        ('{"class_path": "lightning_tracin.TracInLast", "init_args": {"normalize": "train"}}', TracInLast("train")),
+    ],
+)
+def test_methods_on_the_command_line(project, tmp_path, given, method):
+    influence("--method", given, "--output", f"{tmp_path}/r.safetensors")
+    assert InfluenceResult.load(tmp_path / "r.safetensors").method == method
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("tracin-best", "method must be one of tracin-we, tracin-last"),
+        ('{"class_path": "lightning_tracin.TracInWE", "init_args": {"normalize": "no"}}', "normalize must be"),
+        ('{"class_path": "lightning_tracin.TracInWE", "init_args": {"norm": "no"}}', "norm"),
+        ('{"class_path": "lightning_tracin.TracIn"}', "TracIn"),
+        ('{"class_path": "torch.nn.Identity"}', "method must be one of"),
+        ('{"normalize": "cosine"}', "needs class_path"),
+    ],
+)
+def test_a_wrong_method_is_a_wrong_command_line(project, capsys, given, message):
+    with pytest.raises(SystemExit) as ended:
+        influence("--method", given)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_page_is_written_with_html(project, monkeypatch, capsys):
+    pages = []
+    monkeypatch.setattr(InfluenceResult, "to_html", lambda self, path: pages.append((self.method, path)), raising=False)
+    influence("--html", "page.html", "--method", "tracin-last")
+    assert pages == [(TracInLast(), "page.html")]
+    assert "proponents" not in capsys.readouterr().out
+
+
+def test_self_influence_writes_every_example_the_highest_first(project, tmp_path):
+    TracInCLI(Toy, Data, args=["self_influence", "-c", SAVED, "--output", f"{tmp_path}/self.csv"])
+    rows = list(csv.DictReader((tmp_path / "self.csv").open()))
+    scores = quiet().self_influence(Toy(), trace="lightning_logs/version_0/trace")
+    assert [int(row["train_index"]) for row in rows] == scores.argsort(descending=True).tolist()
+    for row in rows:
+        assert float(row["self_influence"]) == float(scores[int(row["train_index"])])
+
+
+def test_self_influence_prints_the_highest(project, capsys):
+    TracInCLI(Toy, Data, args=["self_influence", "-c", SAVED, "--method", "tracin-last"])
+    scores = quiet().self_influence(Toy(), trace="lightning_logs/version_0/trace", method="tracin-last")
+    printed = capsys.readouterr().out
+    assert f" {int(scores.argmax())} " in printed.splitlines()[3]
+    assert f"{float(scores.max()):.3g}" in printed.splitlines()[3]
+
+
+def test_the_trace_is_where_the_callback_of_the_configuration_writes(project, tmp_path):
+    """A relative dirpath, as people write it."""
+    config = Path(SAVED).read_text().replace("dirpath: null", "dirpath: lightning_logs/version_0/trace")
+    (tmp_path / "config.yaml").write_text(config)
+    output = f"{tmp_path}/r.safetensors"
+    TracInCLI(Toy, Data, args=["influence", "-c", f"{tmp_path}/config.yaml", "--output", output])
+    assert InfluenceResult.load(output).trace.path == Path("lightning_logs/version_0/trace").absolute()
+
+
+def test_the_checkpoint_that_a_fit_was_resumed_from_is_not_looked_at(project, tmp_path):
+    """LightningCLI would take the model's arguments from it; Toy has none."""
+    torch.save({"hyper_parameters": {"layers": 3}}, tmp_path / "last.ckpt")
+    config = Path(SAVED).read_text().replace("ckpt_path: null", f"ckpt_path: {tmp_path}/last.ckpt")
+    assert "last.ckpt" in config
+    Path("resumed.yaml").write_text(config)
+    TracInCLI(Toy, Data, args=["influence", "-c", "resumed.yaml", "--trace", f"{Path(SAVED).parent}/trace", "--k", "1"])
+
+
+def test_without_a_trace_the_error_says_what_to_pass(project):
+    with pytest.raises(ValueError, match="There is no trace to compute influence from"):
+        TracInCLI(Toy, Data, args=["influence", "-c", "config.yaml"])
+
+
+def test_the_subcommands_are_those_of_lightning_and_two_more(project, capsys):
+    assert list(TracInCLI.subcommands()) == ["fit", "validate", "test", "predict", "influence", "self_influence"]
+    with pytest.raises(SystemExit):
+        TracInCLI(Toy, Data, args=["influence", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("--trace TRACE", "--method METHOD", "--output OUTPUT", "--html HTML", "--k K"):
+        assert words in printed
+    assert "Score every training example's influence on every test example" in printed
+    with pytest.raises(SystemExit):
+        TracInCLI(Toy, Data, args=["fit", "--help"])
+    assert "--method" not in capsys.readouterr().out
+
+
+def test_a_program_that_only_parses_has_the_trainer_with_influence(project):
+    cli = TracInCLI(Toy, Data, run=False, args=["-c", "config.yaml"])
+    assert any(isinstance(each, TracInCallback) for each in cli.trainer.callbacks)
+    result = cli.trainer.influence(model=cli.model, datamodule=cli.datamodule, trace=Path(SAVED).with_name("trace"))
+    assert torch.equal(result.scores, expected(result.trace).scores)
+
+
+def test_the_mixin_serves_the_command_line_of_lightning_pytorch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    (tmp_path / "config.yaml").write_text(CONFIG.replace("data:\n  batch_size: 5", ""))
+    TwinTracInCLI(TwinToy, TwinData, trainer_class=TwinTrainer, args=["fit", "-c", "config.yaml"])
+    output = f"{tmp_path}/r.safetensors"
+    arguments = ["influence", "-c", SAVED, "--output", output]
+    TwinTracInCLI(TwinToy, TwinData, trainer_class=TwinTrainer, args=arguments)
+    trainer = quiet(TwinTrainer)
+    result = trainer.influence(model=TwinToy(), datamodule=TwinData(), trace="lightning_logs/version_0/trace")
+    assert torch.equal(InfluenceResult.load(output).scores, result.scores)
+
+
+def test_without_jsonargparse_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "lightning_tracin.cli")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install lightning-tracin\[cli\]"):
+        import_module("lightning_tracin.cli")

@@ -1,0 +1,224 @@
+"""Fits that spread the weights over two processes (FSDP, gloo, on the CPU) against brute force, DDP and one process."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from brute_force import BruteForce, dense_gradients, relative_error, untie
+from fsdp_processes import FITS, LENGTH, TESTS, UNEVEN, Normed, Plain, Reproducible, Tied
+from test_fit import mean_rate
+from test_processes import run
+from toy import RATE, Toy, loader, quiet, texts
+
+from lightning_tracin import Trace, TracInWE
+from lightning_tracin.processes import require_strategy
+
+METHODS = ("tracin-we", "tracin-last")
+LAYERS = {"tracin-we": "embedding", "tracin-last": "head"}
+TRAIN = texts(UNEVEN, length=LENGTH)
+TEST = texts(TESTS, seed=1, length=LENGTH)
+LEARNING = ("whole", "wrapped", "gradients", "wrapping")  # each a way to spread a Toy
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    """The folder of the traces, and what each of the two processes found."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    done = run(folder, script="fsdp_processes.py")
+    assert done.returncode == 0, done.stderr
+    return folder, *(json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1))
+
+
+def brute_force(trace, kind, method, rates):
+    """One example at a time, at the recorded weights."""
+
+    def gradients(checkpoint, examples):
+        module = kind()
+        module.load_state_dict(checkpoint.weights())
+        if kind is Tied:
+            untie(module, module.embedding)
+        loss = (lambda batch: module.training_step(batch, 0)) if kind is Plain else module.influence_loss
+        if kind is Plain:
+            module.log = lambda *_: None
+        singles = loader(examples, batch_size=1)
+        return dense_gradients(module, getattr(module, LAYERS[method]), singles, lambda batch: loss(batch).sum())
+
+    test, train = ([gradients(each, side) for each in Trace(trace).checkpoints] for side in (TEST, TRAIN))
+    return BruteForce(rates, test, train)
+
+
+def scores_in(trace, kind=Toy, **options):
+    return quiet().influence(loader(TEST), kind(), trace=trace, **options).scores
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_training_is_what_it_is_without_the_callback(fits, name):
+    _, *found = fits
+    assert all(each[f"{name} untouched"] for each in found)
+
+
+def test_gradients_are_there_after_a_checkpoint_as_without_it(fits):
+    _, *found = fits
+    for each in found:
+        assert each["gradients seen"] == each["gradients seen without"]
+        assert max(each["gradients seen"]) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [*LEARNING, "plain", "tied", "on_demand"])
+def test_one_process_finds_in_the_trace_what_brute_force_finds_at_its_weights(fits, name, method):
+    folder, *_ = fits
+    kind = Toy if name in LEARNING else FITS[name][0]
+    rates = [RATE, RATE] if kind in (Plain, Tied) else [mean_rate(0, 2), mean_rate(2, 4)]
+    scores = scores_in(folder / name, kind, method=method)
+    expected = brute_force(folder / name, kind, method, rates).scores()
+    assert scores.shape == (5, UNEVEN)
+    assert relative_error(scores, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", [*LEARNING, "on_demand", "training"])
+def test_what_is_recorded_is_what_ddp_learns(fits, name):
+    """Weights, Adam's second moments, rates and the names of the trained parameters."""
+    folder, *_ = fits
+    trace, whole = Trace(folder / name), Trace(folder / "ddp checkpoint")
+    assert trace.layers == whole.layers == LAYERS
+    assert len(trace.checkpoints) == len(whole.checkpoints) == 2
+    for found, expected in zip(trace.checkpoints, whole.checkpoints, strict=True):
+        assert (found.step, found.epoch, found.groups, found.steps) == (
+            expected.step,
+            expected.epoch,
+            expected.groups,
+            expected.steps,
+        )
+        weights, of_ddp = found.weights(), expected.weights()
+        assert weights.keys() == of_ddp.keys()
+        for parameter, value in of_ddp.items():
+            torch.testing.assert_close(weights[parameter], value, rtol=1e-4, atol=1e-6)
+        for method in METHODS:
+            moments, of_whole = found.second_moments(method), expected.second_moments(method)
+            torch.testing.assert_close(moments.values, of_whole.values, rtol=1e-4, atol=1e-12)
+            assert moments.eps == of_whole.eps
+            assert (moments.rows is None) == (of_whole.rows is None)
+            assert moments.rows is None or torch.equal(moments.rows, of_whole.rows)
+
+
+def test_preconditioned_scores_are_those_of_ddp(fits):
+    folder, *_ = fits
+    method = TracInWE(precondition="adam", normalize="cosine")
+    found, expected = (scores_in(folder / name, method=method) for name in ("wrapped", "ddp checkpoint"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_tied_weights_are_stored_once(fits):
+    folder, *_ = fits
+    for checkpoint in Trace(folder / "tied").checkpoints:
+        weights = checkpoint.weights()
+        assert weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr()
+        assert weights["head.weight"].shape == (40, 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_taken_in_training_are_those_of_ddp(fits, method):
+    folder, *_ = fits
+    found, expected = (scores_in(folder / name, method=method) for name in ("training", "ddp training"))
+    assert found.abs().sum() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_taken_in_training_are_those_of_the_examples(fits, method):
+    """The weights hardly move."""
+    folder, *_ = fits
+    n_came = 0
+    fits_of = (Trace(folder / f"still {cache}").checkpoints for cache in ("training", "checkpoint"))
+    for pair in zip(*fits_of, strict=True):
+        found, expected = (
+            torch.cat([shards.read(shard).example_norms() for shard in range(len(shards))])
+            for shards in (each.gradients(method) for each in pair)
+        )
+        came = found > 0
+        n_came += int(came.sum())
+        torch.testing.assert_close(found[came], expected[came], rtol=1e-4, atol=0)
+    assert n_came > UNEVEN // 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FITS)
+def test_processes_that_spread_the_weights_find_what_one_finds(fits, name, method):
+    folder, *found = fits
+    alone = scores_in(folder / name, Toy if name == "wrapping" else FITS[name][0], method=method)
+    for each in found:
+        torch.testing.assert_close(torch.tensor(each[f"{name} {method}"]), alone, rtol=1e-5, atol=1e-9)
+        assert each[f"{name} kept"]  # the module has the weights of the fit again
+
+
+def test_a_new_module_is_spread_for_a_query(fits):
+    folder, *found = fits
+    alone, own = scores_in(folder / "whole"), quiet().self_influence(trace=folder / "whole")
+    for each in found:
+        torch.testing.assert_close(torch.tensor(each["fresh"]), alone, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(torch.tensor(each["fresh own"]), own, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(torch.tensor(each["a single one"]), alone[3:4], rtol=1e-5, atol=1e-9)
+
+
+def test_processes_under_ddp_find_what_one_finds(fits):
+    folder, *found = fits
+    alone = scores_in(folder / "wrapped")
+    for each in found:
+        torch.testing.assert_close(torch.tensor(each["by ddp"]), alone, rtol=1e-5, atol=1e-9)
+
+
+def test_both_processes_compute_at_the_statistics_that_are_recorded(fits, tmp_path):
+    folder, *_ = fits
+    shutil.copytree(folder / "normed", tmp_path / "normed")
+    for checkpoint in Trace(tmp_path / "normed").checkpoints:
+        shutil.rmtree(checkpoint.path / "tracin-we")
+    again = scores_in(tmp_path / "normed", Normed, train_dataloaders=loader(TRAIN))
+    torch.testing.assert_close(scores_in(folder / "normed", Normed), again, rtol=1e-5, atol=1e-9)
+
+
+def test_a_resumed_fit_continues_its_trace(fits):
+    folder, *_ = fits
+    whole, resumed = (Trace(folder / name).checkpoints for name in ("straight", "resumed"))
+    assert [each.step for each in resumed] == [each.step for each in whole] == [2, 4]
+    assert [each.learning_rate for each in resumed] == [each.learning_rate for each in whole]
+    scores = [scores_in(folder / name, Reproducible) for name in ("straight", "resumed")]
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("spread", "ValueError: Another trainer has spread the weights of this Still"),
+        ("broken test", "ValueError: The loss or gradient of test example . is NaN or infinite"),
+        ("broken", "ValueError: The loss or gradient of training example 9 is NaN or infinite"),
+        ("different data", "ValueError: Processes 0 and 1 have different training sets"),
+        ("flat", "ValueError: With use_orig_params=False, FSDP hides which parameters"),
+        ("replicas", "ValueError: FSDP leaves the weights whole here"),
+    ],
+)
+def test_an_error_is_raised_in_both_processes(fits, what, message):
+    _, *found = fits
+    for each in found:
+        assert re.match(message, each[what])
+
+
+def test_after_an_error_only_complete_checkpoints_are_there(fits):
+    folder, *_ = fits
+    assert [each.step for each in Trace(folder / "broken").checkpoints] == [2]
+    assert not list((folder / "broken").rglob("*.partial"))
+
+
+def test_strategies_that_spread_the_weights_otherwise_are_refused():
+    class ModelParallelStrategy: ...
+
+    class Sharded:  # Lightning builds no such trainer without a GPU
+        world_size = 2
+        strategy = ModelParallelStrategy()
+
+    with pytest.raises(ValueError, match="strategy is ModelParallelStrategy, which spreads the weights"):
+        require_strategy(Sharded())

@@ -1,0 +1,567 @@
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import re
+import shutil
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from chromium import DESKTOP, PHONE, browsing, opened
+from toy import N_TEST, N_TRAIN, fitted, loader, test_texts
+
+from lightning_tracin import InfluenceResult, TracInLast, TracInWE
+from lightning_tracin.explanation import Example, Explanation, Influential
+from lightning_tracin.report.page import Page, json_in_html, page_html, write_page
+from lightning_tracin.words import Word
+
+HOSTILE = ("<script>alert(1)</script>", "</script>", "<img src=x onerror=alert(1)>", "<!--", "&lt;b&gt;", "\u2028")
+K = 4
+
+
+@dataclass(frozen=True)
+class Table:
+    words: tuple[str, ...]
+    classes: tuple[str, ...]
+    labels: tuple[str, ...]
+    values: torch.Tensor
+
+
+def example(index, words, label="news", **options):
+    """Words, each of one token; the first two characters of a word are what its token says."""
+    ids = tuple(sum(map(ord, word[:2])) for word in words)
+    return Example(
+        index, tuple(Word(word, " ", (place,)) for place, word in enumerate(words)), label, ids=ids, **options
+    )
+
+
+def page_of(explanations, **options):
+    settings = {
+        "title": "A page",
+        "facts": ["TracIn-WE"],
+        "notes": [],
+        "n_train": 100,
+        "explanations": explanations,
+        "suspects": None,
+        "suspects_by": "TracIn-WE",
+        "word_table": None,
+    }
+    return Page(**{**settings, **options})
+
+
+def explanation(row, test, *influentials):
+    """Its proponents and opponents by the signs of their scores."""
+    sides = [tuple(each for each in influentials if (each.score > 0) == positive) for positive in (True, False)]
+    return Explanation(row, test, (1.0,) * len(test.words), *sides)
+
+
+def hostile_page():
+    words = (*HOSTILE, "=1+1", "fine")
+    terms = tuple(float(number) for number in range(len(words)))
+    test = example(0, words, "<b>label</b>", prediction="</script><script>alert(2)</script>", confidence=0.6)
+    pairs = [
+        Influential(example(1, words, "=cmd()"), sum(terms), 0.5, terms),
+        Influential(example(2, ("@sum", "x"), '-a "quoted", label'), -1.0, 0.5, (-0.5, -0.5)),
+    ]
+    return page_of(
+        [explanation(0, test, *pairs)],
+        title="</title><script>alert(3)</script>",
+        notes=["<script>alert(4)</script>"],
+        suspects=pairs[:1],
+        word_table=Table(words, ("<b>class</b>", ""), ("</script>", "+1"), torch.randn(len(words), 2, 2)),
+    )
+
+
+def data_of(html):
+    """The JSON in a page, as a browser finds it."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script', html, re.S)[1])
+
+
+def number(text):
+    """What a number on the page says."""
+    return float(text.replace("−", "-"))
+
+
+def shown(page):
+    """The indices of the test examples in the list."""
+    return [int(text) for text in page.locator(".row .number").all_inner_texts()]
+
+
+def downloaded(page, button):
+    """The rows of a CSV, as a spreadsheet reads them."""
+    with page.expect_download() as download:
+        page.click(button)
+    content = download.value.path().read_bytes().decode("utf-8-sig")
+    return list(csv.DictReader(io.StringIO(content, newline="")))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with browsing() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def result(toy):
+    return toy.influence(loader(test_texts()))
+
+
+@pytest.fixture(scope="module")
+def path(result, tmp_path_factory):
+    return result.to_html(tmp_path_factory.mktemp("page") / "page.html", k=K)
+
+
+@pytest.fixture
+def page(browser, path):
+    with opened(browser, path) as page:
+        yield page
+
+
+def test_the_head_says_what_was_computed(page):
+    assert page.title() == f"What {N_TEST} predictions were learned from"
+    facts = page.locator(".facts span").all_inner_texts()
+    assert facts == ["TracIn-WE", f"{N_TEST} test examples", f"{N_TRAIN} training examples", "2 checkpoints"]
+    assert "there is no tokenizer" in page.locator(".notes li").first.text_content()
+
+
+def test_the_title_and_the_method_are_named(result, tmp_path):
+    named = replace(result, method=TracInWE(normalize="train", exclude_tokens=range(9), precondition="adam"))
+    html = named.to_html(tmp_path / "page.html", k=1, title="Mine & yours").read_text()
+    assert "<title>Mine &amp; yours</title>" in html
+    assert "TracIn-WE, normalised by the training example, preconditioned by Adam, without 9 tokens" in html
+
+
+def test_filters(page, result):
+    tests = [each.test for each in result.explanations(k=1)]
+    assert shown(page) == list(range(N_TEST))
+    for field, name in (("#by-label", "label"), ("#by-prediction", "prediction")):
+        for value in {getattr(test, name) for test in tests}:
+            page.select_option(field, json.dumps(value))
+            assert shown(page) == [test.index for test in tests if getattr(test, name) == value]
+        page.select_option(field, "")
+    page.check("#mistaken")
+    mistaken = [test.index for test in tests if test.is_mistaken]
+    assert 0 < len(mistaken) < N_TEST
+    assert shown(page) == mistaken
+    assert page.inner_text("#tally") == f"{len(mistaken)} of {N_TEST} test examples"
+
+
+def test_orders(page, result):
+    tests = [each.test for each in result.explanations(k=1)]
+    strongest = result.scores.abs().max(1).values.tolist()
+    page.select_option("#order", "unsure")
+    assert shown(page) == sorted(range(N_TEST), key=lambda row: tests[row].confidence)
+    page.select_option("#order", "sure")
+    assert shown(page) == sorted(range(N_TEST), key=lambda row: -tests[row].confidence)
+    page.select_option("#order", "strong")
+    assert shown(page) == sorted(range(N_TEST), key=lambda row: -strongest[row])
+    page.select_option("#order", "index")
+    assert shown(page) == list(range(N_TEST))
+
+
+def test_searching(page, result):
+    texts = [each.test.text for each in result.explanations(k=1)]
+    wanted = texts[3][:8]
+    page.fill("#search", wanted)
+    assert shown(page) == [row for row, text in enumerate(texts) if wanted in text]
+    page.fill("#search", "nothing like that")
+    assert shown(page) == []
+    page.click("text=Clear search and filters")
+    assert shown(page) == list(range(N_TEST))
+
+
+@pytest.mark.parametrize("row", [0, 4])
+def test_the_terms_of_a_pair_are_those_of_words_and_add_up_to_its_score(page, result, row):
+    page.click(f"#row-{row}")
+    expected = next(result.explanations([row], K))
+    cards = page.locator("#detail .card")
+    for card, pair in zip(cards.all(), (*expected.proponents, *expected.opponents), strict=True):
+        assert number(card.locator(".score").inner_text()) == pytest.approx(pair.score, rel=1e-2)
+        assert card.locator(".link").inner_text() == f"training example {pair.example.index}"
+        terms = []
+        for word in card.locator(".word").all():
+            word.scroll_into_view_if_needed()
+            word.hover()
+            terms.append((page.inner_text("#tip b"), number(page.inner_text("#tip .term"))))
+        scale = max((abs(term) for _, term in terms), default=0)
+        assert sum(term for _, term in terms) == pytest.approx(pair.score, abs=2e-2 * scale)
+        listed = [(word.text, term) for word, term in zip(pair.example.words, pair.terms, strict=True) if term]
+        assert [word for word, _ in terms] == [word for word, _ in listed]
+        assert [term for _, term in terms] == pytest.approx([term for _, term in listed], rel=1e-2)
+
+
+def test_a_word_is_marked_in_the_test_text_by_its_tokens(browser, tmp_path):
+    test = example(0, ("tariffs", "on", "steel", "tall"), prediction="news", confidence=0.9)
+    pair = Influential(example(7, ("Steel", "tariff", "up")), 2.0, None, (0.5, 1.5, 0.0))
+    with opened(browser, write_page(page_of([explanation(0, test, pair)]), tmp_path / "page.html")) as page:
+        page.locator(".card .word", has_text="tariff").hover()
+        assert page.locator(".subject .lit").all_inner_texts() == ["tariffs", "tall"]  # both begin with that token
+        assert "75 % of what all words add" in page.inner_text("#tip")
+        page.mouse.move(1, 1)
+        assert page.locator(".lit").count() == 0
+        assert page.locator("#tip").is_hidden()
+        page.locator(".subject .word", has_text="tariffs").hover()
+        assert page.locator(".card .lit").all_inner_texts() == ["tariff"]
+
+
+def test_what_the_tokenizer_added_is_dim_and_not_exported(browser, tmp_path):
+    words = (Word("[CLS]", "", (0,), special=True), Word("goal", " ", (1,)), Word("!", "", (2,)))
+    test = Example(0, words, "sport", ids=(101, 7, 8))
+    pair = Influential(Example(1, words, "sport", ids=(101, 7, 8)), 3.0, None, (1.0, 2.0, 0.0))
+    with opened(browser, write_page(page_of([explanation(0, test, pair)]), tmp_path / "page.html")) as page:
+        assert page.inner_text(".card .text") == "[CLS] goal!"
+        opacities = [word.evaluate("e => getComputedStyle(e).opacity") for word in page.locator(".card .word").all()]
+        assert [float(opacity) < 0.9 for opacity in opacities] == [True, False]
+        assert downloaded(page, "#csv-one")[0]["text"] == "goal!"
+
+
+def test_the_keyboard_is_enough(page, result):
+    page.keyboard.press("j")
+    assert page.inner_text("h2") == "Test example 1"
+    page.keyboard.press("k")
+    page.locator("#list").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("h2") == "Test example 2"
+    assert page.get_attribute("#list", "aria-activedescendant") == "row-2"
+    text = next(each for each in page.locator(".card .text").all() if each.locator(".word").count() > 1)
+    text.focus()
+    page.keyboard.press("ArrowRight")
+    first = page.inner_text("#tip")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#tip") != first
+    assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == "tip"
+    page.keyboard.press("Escape")
+    assert page.locator("#tip").is_hidden()
+    page.locator("#tab-tests").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#suspects").is_visible()
+    page.locator("#suspects .link").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#follow").is_visible()
+    page.keyboard.press("Escape")
+    assert page.locator("#follow").is_hidden()
+    page.keyboard.press("/")
+    page.go_back()
+    assert page.inner_text("h2 >> visible=true") == "Test example 2"
+
+
+def test_tapping_a_word_shows_its_term(browser, path):
+    with opened(browser, path, viewport=PHONE, has_touch=True) as page:
+        page.tap(".row >> nth=0")
+        page.locator(".card .word").first.tap()
+        assert page.locator("#tip .term").is_visible()
+        page.click(".back")
+        assert page.locator("#list").is_visible()
+
+
+def test_a_training_example_is_followed_to_all_test_examples_that_it_pushed(page, result):
+    index = int(result.proponents(1).indices[2, 0])
+    listed = [
+        row
+        for row in range(N_TEST)
+        if index in torch.cat([result.proponents(K).indices[row], result.opponents(K).indices[row]])
+    ]
+    expected = sorted(listed, key=lambda row: -abs(float(result.scores[row, index])))
+    page.click("#row-2")
+    page.select_option("#by-label", json.dumps(result._test_example(2)[0].label))
+    page.click(f"text=training example {index} >> nth=0")
+    assert page.inner_text("#follow h2") == f"Training example {index}"
+    found = [int(text.split()[-1]) for text in page.locator(".go .end > span:nth-child(2)").all_inner_texts()]
+    assert found == expected
+    scores = [number(text) for text in page.locator(".go .score").all_inner_texts()]
+    assert scores == pytest.approx([float(result.scores[row, index]) for row in expected], rel=1e-2)
+    page.locator(".go").last.click()
+    assert page.inner_text("#detail h2") == f"Test example {expected[-1]}"
+    assert page.locator(f"#row-{expected[-1]}").get_attribute("aria-selected") == "true"
+
+
+def test_suspects_are_those_of_highest_self_influence(page, result):
+    values = result.self_influence()
+    page.click("#tab-suspects")
+    found = [int(text.split(",")[0].split()[-1]) for text in page.locator("#suspects .link").all_inner_texts()]
+    assert found == values.argsort(descending=True).tolist()
+    scores = [number(text) for text in page.locator("#suspects .score").all_inner_texts()]
+    assert scores == pytest.approx(values.sort(descending=True).values.tolist(), rel=1e-2)
+
+
+def test_suspects_of_cosines_are_those_without_normalising(toy, result, tmp_path):
+    cosine = toy.influence(loader(test_texts()), method=TracInWE(normalize="cosine"))
+    assert cosine.self_influence().std() < 1e-4 * cosine.self_influence().mean()
+    rows = data_of(cosine.to_html(tmp_path / "page.html", k=1, suspects=5).read_text())["suspects"]["rows"]
+    assert [row[0] for row in rows] == result.self_influence().topk(5).indices.tolist()
+
+
+def test_csv_is_what_pandas_has(page, result):
+    frame = result.to_pandas(K)
+    page.click("#row-3")
+    of_all, of_one = downloaded(page, "#csv-all"), downloaded(page, "#csv-one")
+    assert of_one == [row for row in of_all if row["test_index"] == "3"]
+    assert list(of_all[0]) == list(frame.columns)
+    frame = frame.sort_values(["test_index", "role", "rank"], ascending=[True, False, True])
+    for name in ("test_index", "role", "rank", "train_index", "label", "text"):
+        assert [row[name] for row in of_all] == frame[name].astype(str).tolist()
+    for name in ("score", "share"):
+        assert [float(row[name]) for row in of_all] == pytest.approx(frame[name].tolist(), rel=1e-5)
+
+
+def test_csv_holds_no_formulas_and_every_text(browser, tmp_path):
+    with opened(browser, write_page(hostile_page(), tmp_path / "page.html")) as page:
+        rows = downloaded(page, "#csv-all")
+    assert [row["label"] for row in rows] == ["'=cmd()", '\'-a "quoted", label']
+    assert rows[0]["text"].startswith("<script>alert(1)</script> </script>")
+    assert rows[1]["text"] == "'@sum x"
+    assert [float(row["score"]) for row in rows] == [28, -1]  # a number may begin with a minus
+
+
+def test_hostile_texts_are_only_texts(browser, tmp_path):
+    with opened(browser, write_page(hostile_page(), tmp_path / "page.html")) as page:
+        for tab in ("suspects", "words", "tests"):
+            page.click(f"#tab-{tab}")
+            assert page.locator("img, body script:not(#data)").count() == 1
+            assert "<script>alert(1)</script>" in page.inner_text(f"#{tab}")
+        assert page.title() == "</title><script>alert(3)</script>"
+        page.click(".card .link >> nth=0")
+        assert "<img src=x onerror=alert(1)>" in page.inner_text("#follow")
+        assert page.locator(".chip", has_text="<b>label</b>").first.is_visible()
+
+
+def test_only_the_scripts_and_styles_of_the_package_may_run(path, browser):
+    html = path.read_text()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1]
+    assert "default-src 'none'" in policy
+    for tag, name in (("script", "script-src"), ("style", "style-src")):
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.S)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{name} 'sha256-{digest}'" in policy.replace("&#43;", "+")
+    with pytest.raises(AssertionError, match="Content Security Policy"):
+        try_to_add_a_script(browser, path)
+
+
+def try_to_add_a_script(browser, path):
+    with opened(browser, path) as page:
+        page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran = 1'}))")
+        assert page.evaluate("window.ran") is None
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "\ud800", "é ü 漢", '"\\'])
+def test_json_in_html_is_the_same_json_and_ends_nothing(text):
+    dumped = json_in_html({text: [text]})
+    assert json.loads(dumped) == {text: [text]}
+    assert not re.search("[<>&\u2028\u2029\ud800-\udfff]", dumped)
+
+
+def test_the_page_holds_each_training_example_and_each_word_once(path, result):
+    data = data_of(path.read_text())
+    assert len(data["train"]) == N_TRAIN  # all are suspects
+    assert len({json.dumps(word) for word in data["vocabulary"]}) == len(data["vocabulary"])
+    for index, (label, words, _) in data["train"].items():
+        mine = result._train_examples([int(index)])[int(index)][0]
+        assert (label, [data["vocabulary"][word][0] for word in words]) == (mine.label, [w.text for w in mine.words])
+
+
+def test_numbers_that_are_none(browser, tmp_path):
+    test = example(0, ("a",), prediction="news", confidence=float("nan"))
+    pair = Influential(example(1, ("a",)), float("nan"), float("inf"), (float("nan"),))
+    other = Influential(example(2, ("a",)), 1.0, None, (1.0,))
+    path = write_page(page_of([explanation(0, test, other, pair)], suspects=[pair]), tmp_path / "page.html")
+    with opened(browser, path) as page:
+        assert page.locator(".card .score").all_inner_texts() == ["+1.00", "unknown"]
+        page.click("#tab-suspects")
+        assert page.inner_text("#suspects .score") == "unknown"
+
+
+def notes_and_texts(browser, path):
+    with opened(browser, path) as page:
+        page.locator(".card .link").first.click()
+        page.keyboard.press("Escape")
+        texts = " ".join(page.locator(".card .text").all_inner_texts())
+        notes = page.locator(".notes").text_content() if page.locator(".notes").count() else ""
+        shades = page.locator("#detail .card .word").count()
+        page.click("#tab-suspects")
+        return notes, texts, shades, page.inner_text("#suspects")
+
+
+def test_without_its_trace_the_page_says_what_is_missing(browser, tmp_path):
+    result = fitted(tmp_path / "trace").influence(loader(test_texts()))
+    saved = result.save(tmp_path / "result.safetensors")
+    shutil.rmtree(tmp_path / "trace")
+    path = InfluenceResult.load(saved).to_html(tmp_path / "page.html")
+    notes, texts, shades, suspects = notes_and_texts(browser, path)
+    assert "The trace of these scores is not at hand" in notes
+    assert "(no text stored)" in texts
+    assert shades == 0
+    assert "Self-influence is not known" in suspects
+    assert "Put the trace back" in suspects
+
+
+def test_a_method_without_words(browser, toy, tmp_path):
+    result = toy.influence(loader(test_texts()), method=TracInLast())
+    notes, texts, shades, suspects = notes_and_texts(browser, result.to_html(tmp_path / "page.html", k=3))
+    assert 'method="tracin-we" does' in notes
+    assert result.to_pandas(1).text[0] in texts
+    assert shades == 0
+    assert "TracIn-Last" in suspects
+
+
+def test_the_strongest_only(browser, toy, result, tmp_path):
+    kept = toy.influence(loader(test_texts()), k=3)
+    with opened(browser, kept.to_html(tmp_path / "page.html", k=5)) as page:
+        assert page.locator(".card").count() == 6
+        assert "Only the 3 strongest were kept" in page.locator(".notes").text_content()
+        assert page.inner_text(".card .link >> nth=0") == f"training example {int(result.proponents(1).indices[0, 0])}"
+
+
+def test_unknown_predictions(browser, result, tmp_path):
+    unknown = replace(result, predictions=torch.full_like(result.predictions, torch.nan))
+    with opened(browser, unknown.to_html(tmp_path / "page.html", k=2)) as page:
+        assert "What the model says of the test examples is not known" in page.locator(".notes").text_content()
+        assert page.locator("#by-prediction").is_hidden()
+        assert page.locator("#mistaken-field").is_hidden()
+        assert page.locator("#order option").all_inner_texts() == ["By index", "Strongest score first"]
+        assert page.locator(".percent").count() == 0
+
+
+def test_words_over_the_whole_test_set_are_sorted_by_any_column(browser, tmp_path):
+    values = torch.tensor([[[3.0, -1.0], [0.5, 0.0]], [[-2.0, 4.0], [0.0, 9.0]], [[1.0, 2.0], [-3.0, 1.0]]])
+    table = Table(("apple", "pear", "fig"), ("fruit", "tree"), ("ripe", "raw"), values)
+    test = example(0, ("apple",))
+    path = write_page(page_of([explanation(0, test)], word_table=table), tmp_path / "page.html")
+    with opened(browser, path) as page:
+        page.click("#tab-words")
+        words = page.locator("#words tbody th")
+        assert words.all_inner_texts() == ["pear", "fig", "apple"]  # by the sum of magnitudes
+        for column in range(4):
+            expected = sorted(range(3), key=lambda word: -values[word].flatten()[column].item())
+            page.locator("#words thead tr:nth-child(2) button").nth(column).click()
+            assert words.all_inner_texts() == [table.words[word] for word in expected]
+            page.locator("#words thead tr:nth-child(2) button").nth(column).click()
+            assert words.all_inner_texts() == [table.words[word] for word in expected[::-1]]
+        page.click("#words .corner button")
+        assert words.all_inner_texts() == ["pear", "fig", "apple"]
+        page.select_option("#words select", "1")
+        assert page.locator("#words tbody tr >> nth=0 >> td").all_inner_texts() == ["", "+9.00"]
+        page.fill("#words input", "IG")
+        assert words.all_inner_texts() == ["fig"]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Texts that are long, right to left, of one endless word or empty; labels that are long or have empty names."""
+    long = example(0, [f"word{number}" for number in range(2000)], "", prediction="a", confidence=0.5)
+    endless = example(1, ["w" * 5000], "label " * 40, prediction=" ", confidence=1.0)
+    hebrew = example(2, ["שלום", "עולם"], "עברית", prediction="עברית", confidence=0.0)
+    empty = example(3, [], None)
+    pairs = [Influential(each, 1.0 - each.index, 0.1, (0.5,) * len(each.words)) for each in (long, endless, hebrew)]
+    table = Table(("w" * 300, "שלום"), ("a" * 50,) * 6, ("b" * 50,) * 6, torch.randn(2, 6, 6))
+    tests = [explanation(row, test, *pairs) for row, test in enumerate((long, endless, hebrew, empty))]
+    page = page_of(tests, suspects=pairs, word_table=table, title="t" * 300, notes=["w" * 300, "note"])
+    return write_page(page, tmp_path_factory.mktemp("odd") / "page.html")
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE, {"width": 800, "height": 500}], ids=["desktop", "phone", "small"])
+def test_nothing_is_wider_than_the_screen(browser, odd, size):
+    with opened(browser, odd, viewport=size) as page:
+
+        def check():
+            assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+            for name in (".list", ".detail", "#suspects", "#words", "#follow"):
+                extra = page.evaluate(f"(e => e.scrollWidth - e.clientWidth)(document.querySelector('{name}'))")
+                assert extra <= 0, name
+
+        check()
+        for row in range(4):
+            page.evaluate(f"location.hash = '#test-{row}'")
+            page.wait_for_function(f"document.querySelector('h2').textContent === 'Test example {row}'")
+            check()
+        page.evaluate("document.querySelector('.card .link').click()")
+        check()
+        page.keyboard.press("Escape")
+        for tab in ("suspects", "words"):
+            page.click(f"#tab-{tab}")
+            check()
+
+
+def test_long_texts_are_shown_in_part_and_empty_names_are_named(browser, odd):
+    with opened(browser, odd) as page:
+        card = page.locator(".card").first
+        assert card.locator(".word").count() == 160
+        card.locator("text=1,840 more words, 92 % of what its words add").click()
+        assert card.locator(".word").count() == 2000
+        assert page.locator(".chip", has_text="(empty name)").first.is_visible()
+        page.select_option("#by-label", "null")
+        assert shown(page) == [3]
+        page.select_option("#by-label", '""')
+        assert shown(page) == [0]
+
+
+def test_right_to_left_texts_are_read_so_by_eye_and_by_arrow_keys(browser, odd):
+    with opened(browser, odd) as page:
+        page.click("#row-2")
+        text = page.locator(".subject .text")
+        assert text.evaluate("e => getComputedStyle(e).direction") == "rtl"
+        text.focus()
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate("document.activeElement.textContent") == "עולם"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_shaded_words_are_legible_and_told_apart_without_colour(browser, tmp_path, scheme):
+    terms = (0.5, 0.2, 0.1, 0.05, 0.02)
+    words = [f"w{number}" for number in range(5)]
+    pairs = [Influential(example(1, words), 1.0, 0.1, tuple(sign * term for term in terms)) for sign in (1, -1)]
+    path = write_page(page_of([explanation(0, example(0, words), *pairs)]), tmp_path / "page.html")
+    measure = """word => {
+        const style = getComputedStyle(word), rgb = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
+        return [rgb(style.color), rgb(style.backgroundColor), style.textDecorationStyle, style.textDecorationThickness];
+    }"""
+    with opened(browser, path, color_scheme=scheme) as page:
+        found = [word.evaluate(measure) for word in page.locator(".card .word").all()]
+    assert min(contrast(ink, ground) for ink, ground, _, _ in found) >= 4.5
+    assert [style for _, _, style, _ in found] == ["solid"] * 5 + ["dotted"] * 5
+    thickness = [float(width.removesuffix("px")) for _, _, _, width in found]
+    assert thickness[:5] == thickness[5:]
+    assert thickness[:5] == sorted(set(thickness), reverse=True)
+
+
+def contrast(ink, ground):
+    """The contrast ratio of two colours (WCAG 2.2)."""
+
+    def luminance(colour):
+        parts = [part / 255 for part in colour]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(ink), luminance(ground)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_a_page_appears_whole_or_not_at_all(result, tmp_path):
+    assert result.to_html(str(tmp_path / "a" / "page.html"), k=1) == tmp_path / "a" / "page.html"
+    assert [each.name for each in (tmp_path / "a").iterdir()] == ["page.html"]
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(OSError, match=r"could not be written to .*folder\.html: Is a directory"):
+        result.to_html(tmp_path / "folder.html", k=1)
+    with pytest.raises(OSError, match=r"could not be written to .*page\.html/page: Not a directory|File exists"):
+        result.to_html(tmp_path / "a" / "page.html" / "page", k=1)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "folder.html"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"k": 0}, "k must"), ({"suspects": -1}, "suspects must")])
+def test_wrong_arguments(result, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        result.to_html(tmp_path / "page.html", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_of_few_training_examples_lists_them_on_both_sides(browser, result, tmp_path):
+    with opened(browser, result.to_html(tmp_path / "page.html", k=50)) as page:
+        assert page.locator(".card").count() == 2 * N_TRAIN
+        page.click(".card .link >> nth=0")
+        assert page.locator(".go").count() == N_TEST  # once each
+    assert "lightning_tracin" not in page_html(page_of([]))

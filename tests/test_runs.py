@@ -1,0 +1,67 @@
+"""What waits to be written, and what is arranged out of runs, against tables that are filled in one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_gradients import dense, random_linear, random_words
+
+from lightning_tracin import runs
+from lightning_tracin.gradients import Texts
+from lightning_tracin.runs import Runs
+from lightning_tracin.waiting import Waiting
+
+
+def test_blocks_that_wait_are_joined_in_memory_that_is_used_again():
+    waiting = Waiting()
+    places = []
+    for _ in range(2):
+        blocks = [random_words(n_examples) for n_examples in (3, 1, 6)]
+        for block, _ in blocks:
+            waiting.add(block)
+        torch.testing.assert_close(dense(waiting.block(), 30), torch.cat([t for _, t in blocks]), rtol=1e-5, atol=1e-6)
+        rows = sum(len(block.tokens) for block, _ in blocks)
+        assert waiting.nbytes == rows * (8 + 8 + 4 + 6 * 4)
+        places.append(waiting.block().directions.data_ptr())
+        waiting.clear()
+        waiting.add(random_words(12)[0])  # all the room that it may need
+        waiting.clear()
+        assert waiting.nbytes == 0
+    waiting.add(random_words(10)[0])
+    assert waiting.block().directions.data_ptr() == places[1]
+
+
+@pytest.mark.parametrize("run_bytes", [1, 3000, 10**9])
+@pytest.mark.parametrize("shard_examples", [1, 5, 40])
+def test_of_an_example_that_came_again_the_last_record_is_arranged(tmp_path, monkeypatch, run_bytes, shard_examples):
+    """Random batches of 23 examples, some of which never come, and some several times, also in one run."""
+    monkeypatch.setattr(runs, "_RUN_BYTES", run_bytes)
+    came = Runs(tmp_path / "runs", dtype="float32")
+    table = torch.zeros(23, 30, 6, dtype=torch.float64)
+    norms = torch.zeros(23)
+    said: dict[int, tuple[list[int], float]] = {}
+    for when in range(12):
+        indices = torch.randperm(20)[:4]
+        words, of_words = random_words(4)
+        linear, of_linear = random_linear(4, 2)
+        ids, labels = torch.randint(30, (4, 3)), torch.randn(4, dtype=torch.float64)
+        texts = Texts(4, torch.arange(4).repeat_interleave(3), ids.flatten(), labels)
+        came.add(indices, {"words": words, "linear": linear, "texts": texts}, when)
+        table[indices], norms[indices] = of_words, of_linear.flatten(1).norm(dim=1).float()
+        said.update(zip(indices.tolist(), zip(ids.tolist(), labels.tolist(), strict=True), strict=True))
+    assert came.count(23) == len(said)
+    found_words = [dense(block, 30) for block in came.arranged("words", 23, shard_examples)]
+    torch.testing.assert_close(torch.cat(found_words), table, rtol=1e-5, atol=1e-6)
+    found_norms = [type(block).cat([block]).example_norms() for block in came.arranged("linear", 23, shard_examples)]
+    torch.testing.assert_close(torch.cat(found_norms), norms)
+    for number, block in enumerate(came.arranged("texts", 23, shard_examples)):
+        for example in range(block.n_examples):
+            ids, label = said.get(number * shard_examples + example, ([], None))
+            assert (block.ids_of(example), block.label_of(example)) == (ids, label)
+    came.clear()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_without_an_example_cannot_be_arranged(tmp_path):
+    with pytest.raises(ValueError, match="no training batch has given gradients that are finite"):
+        list(Runs(tmp_path / "runs", dtype="float32").arranged("words", 3, 2))
