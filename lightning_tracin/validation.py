@@ -6,6 +6,7 @@ batches, while it runs, and explained when there is something to explain them fr
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,12 +162,13 @@ class Choice:
 
     def _candidates(self, losses: Tensor, numbers: Sequence[int]) -> list[int]:
         """The places in a batch of the examples that may be among those chosen."""
-        finite = [place for place in range(len(losses)) if bool(torch.isfinite(losses[place]))]
+        values = losses.tolist()
+        finite = [place for place, loss in enumerate(values) if math.isfinite(loss)]
         if isinstance(self._wanted, tuple):
             return [place for place in finite if numbers[place] in self._wanted]
         least = min((each.loss for each, _ in self._found.values()), default=-torch.inf)
-        highest = sorted(finite, key=lambda place: -float(losses[place]))[: self._wanted]
-        return [place for place in highest if len(self._found) < self._wanted or float(losses[place]) > least]
+        highest = sorted(finite, key=lambda place: -values[place])[: self._wanted]
+        return [place for place in highest if len(self._found) < self._wanted or values[place] > least]
 
     def _in_order(self, examples: Sequence[Validated]) -> list[Validated]:
         """Of some examples those that are chosen, in the order in which they are logged."""
@@ -262,9 +264,10 @@ class ValidationLog:
         """Hand the explanations of a validation to each of the trainer's loggers."""
         of_examples = [(each.loader, each.loss) for each in validation.examples]
         rows = rows_of(explanations, of_examples, step=validation.step, epoch=validation.epoch)
-        metrics = {**summary(explanations), "epoch": validation.epoch}
+        metrics = summary(explanations)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=validation.step)
+            if metrics:
+                logger.log_metrics({**metrics, "epoch": validation.epoch}, step=validation.step)
             file = log_table(logger, rows, step=validation.step, root=trainer.default_root_dir)
             logger.save()
             if file is not None and str(file) not in self._told:
