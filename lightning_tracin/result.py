@@ -49,6 +49,7 @@ RawText: TypeAlias = str | tuple[str, str]
 _WORD_TENSORS = ("examples", "tokens", "norms", "directions")
 _PRINTED_TESTS = 3
 _PRINTED_K = 3
+_PAGE_WORDS = 200  # of the word table of an HTML page
 _CHUNK = 32  # test examples whose pairs are explained at once
 
 
@@ -413,8 +414,8 @@ class InfluenceResult:
         """Write one self-contained HTML page for reading: no server, nothing from a network.
 
         It shows every test example with its k strongest proponents and opponents, their words shaded by what they add
-        to the score; to which test examples a training example leads; and training examples of high self-influence,
-        whose labels may be wrong. Raw texts (:meth:`with_texts`) read better than tokens.
+        to the score; which test examples a training example has pushed; training examples of high self-influence, whose
+        labels may be wrong; and the word table. Raw texts (:meth:`with_texts`) read better than tokens.
 
         Args:
             path: the file, usually ``*.html``.
@@ -449,7 +450,7 @@ class InfluenceResult:
             explanations=self.explanations(k=k),
             suspects=self._suspects(suspects, measure) if self._has_trace else None,
             suspects_by=described(measure),
-            word_table=None,
+            word_table=self.word_table(_PAGE_WORDS) if self._has_trace and isinstance(self.method, TracInWE) else None,
         )
         return write_page(page, path)
 

@@ -181,7 +181,7 @@ def test_the_terms_of_a_pair_are_those_of_words_and_add_up_to_its_score(page, re
     cards = page.locator("#detail .card")
     for card, pair in zip(cards.all(), (*expected.proponents, *expected.opponents), strict=True):
         assert number(card.locator(".score").inner_text()) == pytest.approx(pair.score, rel=1e-2)
-        assert card.locator(".link").inner_text() == f"training example {pair.example.index}"
+        assert card.locator(".link").inner_text() == f"example {pair.example.index}"
         terms = []
         for word in card.locator(".word").all():
             word.scroll_into_view_if_needed()
@@ -269,7 +269,7 @@ def test_a_training_example_is_followed_to_all_test_examples_that_it_pushed(page
     expected = sorted(listed, key=lambda row: -abs(float(result.scores[row, index])))
     page.click("#row-2")
     page.select_option("#by-label", json.dumps(result._test_example(2)[0].label))
-    page.click(f"text=training example {index} >> nth=0")
+    page.click(f".link >> text=/^example {index}$/ >> nth=0")
     assert page.inner_text("#follow h2") == f"Training example {index}"
     found = [int(text.split()[-1]) for text in page.locator(".go .end > span:nth-child(2)").all_inner_texts()]
     assert found == expected
@@ -413,7 +413,7 @@ def test_the_strongest_only(browser, toy, result, tmp_path):
     with opened(browser, kept.to_html(tmp_path / "page.html", k=5)) as page:
         assert page.locator(".card").count() == 6
         assert "Only the 3 strongest were kept" in page.locator(".notes").text_content()
-        assert page.inner_text(".card .link >> nth=0") == f"training example {int(result.proponents(1).indices[0, 0])}"
+        assert page.inner_text(".card .link >> nth=0") == f"example {int(result.proponents(1).indices[0, 0])}"
 
 
 def test_unknown_predictions(browser, result, tmp_path):
@@ -447,6 +447,16 @@ def test_words_over_the_whole_test_set_are_sorted_by_any_column(browser, tmp_pat
         assert page.locator("#words tbody tr >> nth=0 >> td").all_inner_texts() == ["", "+9.00"]
         page.fill("#words input", "IG")
         assert words.all_inner_texts() == ["fig"]
+
+
+def test_the_word_table_of_a_result(page, result):
+    table = result.word_table(200)
+    page.click("#tab-words")
+    assert page.locator("#words tbody th").all_inner_texts() == list(table.words)
+    said = [f"Model says {name}" for name in table.classes]
+    assert page.locator("#words th.group").all_inner_texts() == said
+    cells = [number(text or "0") for text in page.locator("#words tbody td").all_inner_texts()]
+    assert cells == pytest.approx(table.values.flatten().tolist(), rel=1e-2)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import groupby
@@ -16,14 +15,13 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeAlias
 
-from lightning_tracin.explanation import Explanation, Influential
+from lightning_tracin.explanation import Explanation
 
 #: A line of the table: a training example that pushed a validation example.
 Row: TypeAlias = dict[str, Any]
 
 KEY = "tracin/influential"
 FILE = "influential.jsonl"
-_WORDS = 5
 _CHARACTERS = 300  # of a text
 _MARKS = re.compile(r"([\\`*_{}\[\]#|~])")
 
@@ -56,7 +54,7 @@ def rows_of(
             "train_label": each.example.label,
             "score": each.score,
             "share": each.share,
-            "words": ", ".join(f"{word} {term:+.2g}" for word, term in strongest_words(each)),
+            "words": ", ".join(f"{word} {term:+.2g}" for word, term in each.strongest_words()),
             "train_text": shorten(each.example.text, _CHARACTERS, placeholder=" ..."),
         }
         for explanation, (loader, loss) in zip(explanations, examples, strict=True)
@@ -64,15 +62,6 @@ def rows_of(
         for rank, each in enumerate(influentials, start=1)
         if (each.score > 0 if role == "proponent" else each.score < 0)
     ]
-
-
-def strongest_words(influential: Influential, k: int = _WORDS) -> list[tuple[str, float]]:
-    """The k words of a training example that add most to its score or take most from it; none of TracIn-Last's."""
-    terms: dict[str, float] = defaultdict(float)
-    for word, term in zip(influential.example.words, influential.terms, strict=False):
-        if term:
-            terms[word.text] += term
-    return sorted(terms.items(), key=lambda word: -abs(word[1]))[:k]
 
 
 def markdown(rows: Sequence[Row]) -> str:

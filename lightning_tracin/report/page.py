@@ -14,32 +14,19 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from torch import Tensor
 
 from lightning_tracin.explanation import Example, Explanation, Influential
 from lightning_tracin.store import appearing_file
+from lightning_tracin.word_table import WordTable
 
 _FOLDER = Path(__file__).parent
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")  # what ends a script early, and halves of characters
 _TERM_STEPS = 9999  # a pair's largest term, in the steps that its terms are rounded to
 _UNREAD = 160  # characters of what the model was not given
-
-
-class WordTable(Protocol):
-    """Words over the whole test set, by what the model says and by the labels of training examples."""
-
-    @property
-    def words(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def labels(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def values(self) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
