@@ -454,6 +454,7 @@ class InfluenceResult:
             notes=[
                 *self.notes,
                 *notes_of(
+                    has_test_texts=self.raw_test is not None or len(self.test_texts.ids) > 0,
                     has_raw_texts=self.raw_train is not None and self.raw_test is not None,
                     has_predictions=bool(self.predictions[:, 0].isfinite().any()),
                     n_kept=n_kept if n_kept < min(k, self.n_train) else None,

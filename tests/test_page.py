@@ -406,6 +406,18 @@ def test_a_method_without_words(browser, toy, tmp_path):
     assert result.to_pandas(1).text[0] in texts
     assert shades == 0
     assert "TracIn-Last" in suspects
+    assert "result.with_texts(test=...)" in notes
+
+
+def test_a_text_whose_words_are_not_known_is_shown_as_it_was_given(browser, tmp_path):
+    test = Example(0, (), "sport", unread="A cup final " * 100)
+    pair = Influential(Example(1, (), "sport", unread="A league"), 1.0, 0.5)
+    with opened(browser, write_page(page_of([explanation(0, test, pair)]), tmp_path / "page.html")) as page:
+        assert page.inner_text(".subject .text").strip() == test.unread.strip()
+        assert page.inner_text(".card .text") == "A league"
+        assert page.inner_text(".row .start").startswith("A cup final")
+        page.fill("#search", "final")
+        assert shown(page) == [0]
 
 
 def test_the_strongest_only(browser, toy, result, tmp_path):

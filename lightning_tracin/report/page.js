@@ -52,6 +52,7 @@
       .map(([text, , before = " ", special = 0]) => (special ? "" : before + text))
       .join("")
       .trim();
+  const startOf = (test) => (textOf(test.words.slice(0, 40)) || test.unread).slice(0, 160) || "(no text stored)";
   function pairOf([index, score, share, unit, ...packed]) {
     return { index, score, share, terms: termsOf(unit, packed) };
   }
@@ -66,7 +67,7 @@
   /* A text whose words are shaded by their terms. Every word of the test text is an element, for words are marked in it;
      of other texts, those that have a term. */
   function shaded(words, unread, terms, { score = 1, limit = Infinity, every = false, of = "" } = {}) {
-    if (words.length === 0) return make("p", { class: "text unknown" }, "(no text stored)");
+    if (words.length === 0) return unread ? make("p", { class: "text", dir: "auto" }, unread) : make("p", { class: "text unknown" }, "(no text stored)");
     const sum = total(terms);
     const text = make("p", { class: "text", dir: "auto" });
     if (terms.size) {
@@ -194,7 +195,7 @@
   function find() {
     const wanted = byId("search").value.trim().toLowerCase();
     if (wanted && !searched)
-      searched = tests.map((test) => `#${test.index} ${test.label ?? ""} ${test.prediction ?? ""} ${textOf(test.words)}`.toLowerCase());
+      searched = tests.map((test) => `#${test.index} ${test.label ?? ""} ${test.prediction ?? ""} ${textOf(test.words) || test.unread}`.toLowerCase());
     const label = byId("by-label").value && JSON.parse(byId("by-label").value);
     const prediction = byId("by-prediction").value && JSON.parse(byId("by-prediction").value);
     const is = { label: byId("by-label").value !== "", prediction: byId("by-prediction").value !== "" };
@@ -252,7 +253,7 @@
           ? make("span", { class: "says" }, `→ ${test.prediction}`) : null,
         test.confidence === null ? null : make("span", { class: "percent", title: "how sure the model is of what it says" }, percent(test.confidence))
       ),
-      make("div", { class: "start", dir: "auto" }, textOf(test.words.slice(0, 40)).slice(0, 160) || "(no text stored)")
+      make("div", { class: "start", dir: "auto" }, startOf(test))
     );
     element.style.top = `${place * ROW}px`;
     return element;
@@ -360,7 +361,7 @@
         make("span", { class: "share", title: `of all ${score < 0 ? "opponents'" : "proponents'"} scores` }, percent(share)),
         link(index, `example ${index}`)
       ),
-      shaded(words, unread ? " …" : "", terms, { score, limit: LONG, of: " to this score" })
+      shaded(words, unread && words.length ? " …" : unread, terms, { score, limit: LONG, of: " to this score" })
     );
   }
 
@@ -397,7 +398,7 @@
         make("span", { class: "end" }, make("span", { class: "share" }, percent(share)), make("span", {}, `test example ${test.index}`),
           test.label === null ? null : chip(test.label),
           test.mistaken ? [make("span", { class: "differs" }, "≠"), chip(test.prediction, "said")] : null),
-        make("span", { class: "start", dir: "auto" }, textOf(test.words.slice(0, 40)) || "(no text stored)")
+        make("span", { class: "start", dir: "auto" }, startOf(test))
       );
     });
     const kinds = [pushed.filter(({ score }) => score > 0).length, pushed.filter(({ score }) => score < 0).length];
@@ -452,7 +453,7 @@
             make("span", { class: "share" }, percent(share)),
             link(index, `example ${index}, pushed ${count(n, "test example")}`)
           ),
-          shaded(words, unread ? " …" : "", new Map(), { limit: LONG })
+          shaded(words, unread && words.length ? " …" : unread, new Map(), { limit: LONG })
         );
       })
     );
