@@ -171,6 +171,8 @@ class TracInCallback(DualCallback):
                     "log_examples needs whole weights, which FSDP spreads over the processes. Use log_examples=0, and "
                     "ask trainer.influence after the fit."
                 )
+            if self.log_examples:
+                check_loggers(trainer.loggers)
             self._steps, self._resumed, self._failure = [], {}, None
             if self.cache == "training":
                 on_training_loader(trainer, self._sample)
@@ -245,7 +247,6 @@ class TracInCallback(DualCallback):
             missing = "the fit has no validation" if trainer.loggers else "the trainer has no logger"
             rank_zero_warn(f"log_examples has no effect: {missing}.")
             return
-        check_loggers(trainer.loggers)
         self._validations = ValidationLog(trace, module, self.log_examples, self.log_k)
 
     def _go_on(self, trace: Trace, layers: dict[str, str], step: int, processes: Processes) -> None:

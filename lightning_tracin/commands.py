@@ -245,8 +245,7 @@ def _records(explanation: Explanation) -> Iterator[list[str]]:
 
 def _html(arguments: Namespace) -> int:
     """Write a page."""
-    result: Any = _result(arguments.result, arguments.trace)
-    result.to_html(arguments.output, k=arguments.k)
+    _result(arguments.result, arguments.trace).to_html(arguments.output, arguments.k)
     return 0
 
 

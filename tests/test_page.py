@@ -270,7 +270,7 @@ def test_a_training_example_is_followed_to_all_test_examples_that_it_pushed(page
     expected = expected_of(index)
     first = min(expected)
     page.click(f"#row-{first}")
-    page.select_option("#by-label", json.dumps(result._test_example(first)[0].label))
+    page.select_option("#by-label", json.dumps(result._test_example(first).label))
     page.click(f".link >> text=/^example {index}$/ >> nth=0")
     assert page.inner_text("#follow h2") == f"Training example {index}"
     found = [int(text.split()[-1]) for text in page.locator(".go .end > span:nth-child(2)").all_inner_texts()]
@@ -362,7 +362,7 @@ def test_the_page_holds_each_training_example_and_each_word_once(path, result):
     assert len(data["train"]) == N_TRAIN  # all are suspects
     assert len({json.dumps(word) for word in data["vocabulary"]}) == len(data["vocabulary"])
     for index, (label, words, _) in data["train"].items():
-        mine = result._train_examples([int(index)])[int(index)][0]
+        mine = result._train_examples([int(index)])[int(index)]
         assert (label, [data["vocabulary"][word][0] for word in words]) == (mine.label, [w.text for w in mine.words])
 
 
