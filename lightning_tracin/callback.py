@@ -579,7 +579,11 @@ def capture_at(
 ) -> Captured:
     """The gradients of a batch that some methods need, at the layers of those names."""
     tables, linear = layers_of_methods(module, layers, methods)
-    return capture(losses, batch, embedding_layers=tables, linear_layer=linear[0] if linear else None, dims=dims)
+    reading: list[torch.nn.Module] = []
+    if not tables and "tracin-we" in layers and dims is None:  # the last layer alone does not tell what was read
+        reading, _ = layers_of_methods(module, layers, ["tracin-we"])
+    last = linear[0] if linear else None
+    return capture(losses, batch, embedding_layers=tables, linear_layer=last, reading_layers=reading, dims=dims)
 
 
 @contextmanager

@@ -408,7 +408,15 @@ def test_a_method_without_words(browser, toy, tmp_path):
     assert result.to_pandas(1).text[0] in texts
     assert shades == 0
     assert "TracIn-Last" in suspects
+    assert "result.with_texts(test=...)" not in notes
+
+
+def test_a_fit_of_the_last_layer_alone_does_not_know_what_was_read(browser, tmp_path):
+    fit = fitted(tmp_path / "trace", methods=("tracin-last",))
+    result = fit.influence(loader(test_texts()), method="tracin-last")
+    notes, texts, _, _ = notes_and_texts(browser, result.to_html(tmp_path / "page.html", k=3))
     assert "result.with_texts(test=...)" in notes
+    assert "(no text stored)" in texts
 
 
 def test_a_text_whose_words_are_not_known_is_shown_as_it_was_given(browser, tmp_path):
