@@ -36,6 +36,11 @@ def batch_to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def logged_step(trainer: pl.Trainer) -> int:
+    """The step that Lightning logs values of the present moment of a fit under."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def on_training_loader(trainer: pl.Trainer, see: Callable[[Any], None] | None) -> None:
     """Show every loader that a fit is about to read to a function, after Lightning has given it its sampler.
 

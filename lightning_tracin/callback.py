@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import repeat
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,8 @@ from lightning_tracin.layers import layer_name, layers_of_methods, layers_of_tab
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
-from lightning_tracin.processes import Processes, await_seen, processes_of, require_strategy
+from lightning_tracin.processes import Processes, await_seen, processes_of, require_strategy, spreads
+from lightning_tracin.report.loggers import check_loggers, logger_folder
 from lightning_tracin.report.progress import progress_task
 from lightning_tracin.sampled_indices import SampledIndices
 from lightning_tracin.sharded import clean, in_step, is_sharded, require_spread, whole_state
@@ -41,6 +43,7 @@ from lightning_tracin.store import encoded_bytes, fitting_shard_examples
 from lightning_tracin.trace import Checkpoint, Step, Trace, gradients_of
 from lightning_tracin.training_cache import TrainingCache, check_training, divisor_of
 from lightning_tracin.training_set import TrainingSet
+from lightning_tracin.validation import ValidationLog
 
 
 class TracInCallback(DualCallback):
@@ -64,7 +67,21 @@ class TracInCallback(DualCallback):
         top_words: store only each example's k words of largest gradient norm.
         projection: store word gradients projected at random to so many numbers for each word, their norms as they are.
             Scores become estimates, self-influence stays exact.
+        log_examples: how many validation examples, those of the highest loss, are logged in every validation of the fit
+            with the training examples that pushed them; or the indices of those to log from each validation loader (in
+            the data set; in the loader's order where that shuffles or is a stream). 0 logs none.
+        log_k: how many proponents and opponents of each are logged.
         overwrite: whether a trace that is already in ``dirpath`` may be replaced.
+
+    With ``log_examples``, each validation hands a table to all of the trainer's loggers, and the curves
+    ``tracin/same_label``, ``tracin/concentration`` and ``tracin/suspected_label_errors`` (see
+    :func:`lightning_tracin.validation.summary`). Its examples are chosen while it runs, and scored, by the first of
+    ``methods``, before training goes on: over all checkpoints up to then, that of the same epoch's end included. Where
+    there is no checkpoint yet, they wait for the first one. They are logged under the step and epoch of their
+    validation. Validation batches must be of the form that ``training_step`` takes. It costs a second forward pass of
+    each validation batch (of the batches with the examples, where indices are given; without the mixin, of each example
+    by itself). Each validation also takes, for every checkpoint so far, a backward pass of each logged example and one
+    reading of the stored gradients: it grows with the number of checkpoints, not with that of validation examples.
 
     Raises:
         ValueError: on a wrong argument, and before training on a module, a loss or a training set that influence
@@ -90,6 +107,8 @@ class TracInCallback(DualCallback):
         dtype: Dtype = "float16",
         top_words: int | None = None,
         projection: int | None = None,
+        log_examples: int | Sequence[int] = 0,
+        log_k: int = 3,
         overwrite: bool = False,
     ) -> None:
         if cache not in ("checkpoint", "training", "on_demand"):
@@ -107,6 +126,15 @@ class TracInCallback(DualCallback):
                 raise ValueError(f"{name} must be None or at least 1, but got {value}.")
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, but got {every_n_epochs}.")
+        if log_k < 1:
+            raise ValueError(f"log_k must be at least 1, but got {log_k}.")
+        self.log_examples = _examples_to_log(log_examples)
+        if self.log_examples and cache == "on_demand":
+            raise ValueError(
+                'log_examples needs gradients that are stored while the fit runs, but cache="on_demand" stores none. '
+                'Use cache="checkpoint" or cache="training".'
+            )
+        self.log_k = log_k
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps
@@ -122,6 +150,7 @@ class TracInCallback(DualCallback):
         self._resumed: dict[str, Any] = {}
         self._sampled: SampledIndices | None = None
         self._training: TrainingCache | None = None
+        self._validations: ValidationLog | None = None
         self._failure: Exception | None = None
         self._dims: dict[torch.nn.Module, int] | None = None
 
@@ -134,8 +163,16 @@ class TracInCallback(DualCallback):
         """Start afresh for a fit; other stages leave the trace alone."""
         self._fitting = stage == "fit"
         self._recording = False
+        self._validations = None
         if self._fitting:
             require_strategy(trainer)
+            if self.log_examples and spreads(trainer):
+                raise ValueError(
+                    "log_examples needs whole weights, which FSDP spreads over the processes. Use log_examples=0, and "
+                    "ask trainer.influence after the fit."
+                )
+            if self.log_examples:
+                check_loggers(trainer.loggers)
             self._steps, self._resumed, self._failure = [], {}, None
             if self.cache == "training":
                 on_training_loader(trainer, self._sample)
@@ -200,6 +237,17 @@ class TracInCallback(DualCallback):
         if form is not None:
             self._training = TrainingCache(pl_module, self.trace, self.methods, form, processes)
         self._recording = True
+        self._prepare_log(trainer, pl_module, self.trace)
+
+    def _prepare_log(self, trainer: pl.Trainer, module: pl.LightningModule, trace: Trace) -> None:
+        """Be ready to log validations, if that is asked for and there will be any."""
+        if not self.log_examples:
+            return
+        if not trainer.loggers or not trainer.enable_validation:
+            missing = "the fit has no validation" if trainer.loggers else "the trainer has no logger"
+            rank_zero_warn(f"log_examples has no effect: {missing}.")
+            return
+        self._validations = ValidationLog(trace, module, self.log_examples, self.log_k)
 
     def _go_on(self, trace: Trace, layers: dict[str, str], step: int, processes: Processes) -> None:
         """Go on with a trace where a resumed fit does.
@@ -220,7 +268,8 @@ class TracInCallback(DualCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Learn which examples the batch holds."""
+        """Log a validation that came before, and learn which examples the batch holds."""
+        self._log_validations(trainer, pl_module)
         if self._training is not None and self._sampled is not None:
             with self._held(trainer):
                 self._training.begin(self._sampled.next_batch(), batch)
@@ -256,8 +305,42 @@ class TracInCallback(DualCallback):
         if self.every_n_train_steps is None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._take_checkpoint(trainer, pl_module)
 
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to choose examples of the validation."""
+        if self._validations is not None:
+            self._validations.begin(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Look at a validation batch, before ``validation_step`` may take it apart."""
+        if self._validations is not None:
+            with self._held(trainer), inside_fit(trainer, pl_module), torch.no_grad():
+                self._validations.see(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose among the examples that all processes have seen."""
+        if self._validations is not None:
+            with processes_of(trainer).together():
+                if self._failure is not None:
+                    raise self._failure
+                self._validations.end(trainer)
+
+    def _log_validations(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Log the validations that are due: at the weights of each checkpoint in turn, training's own put back."""
+        if self._validations is None or self.trace is None:
+            return
+        layers, method = self.trace.layers, self.methods[0]
+
+        def gradients(batch: Any) -> Captured:
+            with inside_fit(trainer, module):
+                return capture_at(module, layers, [method], losses_of(module), batch)
+
+        self._validations.log(trainer, gradients)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the fit was too short for a checkpoint."""
+        """Log the last validation, and say so if the fit was too short for a checkpoint."""
+        self._log_validations(trainer, pl_module)
         if self._recording and self.trace is not None and not self.trace.checkpoints:
             rank_zero_warn(
                 f"The fit ended before the first checkpoint of the trace in {self.trace.path} was due: there is "
@@ -279,7 +362,7 @@ class TracInCallback(DualCallback):
             self._sampled.restore()
         if self.cache == "training":
             on_training_loader(trainer, None)
-        self._training = self._sampled = None
+        self._training = self._sampled = self._validations = None
 
     @contextmanager
     def _held(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -315,6 +398,7 @@ class TracInCallback(DualCallback):
             elif self._training is not None:
                 self._training.store(checkpoint)
         self._steps = []
+        self._log_validations(trainer, module)
 
     def _cache(self, trainer: pl.Trainer, module: pl.LightningModule, trace: Trace, checkpoint: Checkpoint) -> None:
         """Store every training example's gradients at the module's present weights."""
@@ -349,9 +433,7 @@ class TracInCallback(DualCallback):
             return Path(self._resumed["path"])
         if not trainer.loggers:
             return Path(trainer.default_root_dir) / "trace"
-        logger = trainer.loggers[0]
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "trace"
+        return logger_folder(trainer.loggers[0], trainer.default_root_dir) / "trace"
 
     def _resumable(self, path: Path) -> str | None:
         """The id of the trace that a resumed fit goes on with, if it is still there.
@@ -422,6 +504,25 @@ class TracInCallback(DualCallback):
         return max(1, (epochs - trainer.current_epoch) // self.every_n_epochs)
 
 
+def _examples_to_log(value: Any) -> int | tuple[int, ...]:
+    """``log_examples`` as a number, or as indices.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    indices = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
+    for each in [value] if indices is None else indices:
+        if isinstance(each, bool) or not isinstance(each, Integral) or int(each) < 0:
+            raise ValueError(
+                f"log_examples must be a number of validation examples or a list of their indices, but got {value!r}."
+            )
+    if indices is None:
+        return int(value)
+    if not indices or len(set(indices)) < len(indices):
+        raise ValueError(f"log_examples must name each validation example once, but got {value!r}.")
+    return tuple(int(each) for each in indices)
+
+
 def first_batch(
     trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet, methods: Sequence[str]
 ) -> tuple[dict[str, str], Any, Captured, dict[torch.nn.Module, int] | None]:
@@ -478,7 +579,11 @@ def capture_at(
 ) -> Captured:
     """The gradients of a batch that some methods need, at the layers of those names."""
     tables, linear = layers_of_methods(module, layers, methods)
-    return capture(losses, batch, embedding_layers=tables, linear_layer=linear[0] if linear else None, dims=dims)
+    reading: list[torch.nn.Module] = []
+    if not tables and "tracin-we" in layers and dims is None:  # the last layer alone does not tell what was read
+        reading, _ = layers_of_methods(module, layers, ["tracin-we"])
+    last = linear[0] if linear else None
+    return capture(losses, batch, embedding_layers=tables, linear_layer=last, reading_layers=reading, dims=dims)
 
 
 @contextmanager

@@ -63,6 +63,7 @@ def capture(
     *,
     embedding_layers: Sequence[nn.Module] = (),
     linear_layer: nn.Module | None = None,
+    reading_layers: Sequence[nn.Module] = (),
     dims: Mapping[nn.Module, int] | None = None,
 ) -> Captured:
     """The gradients of a batch's examples, by one forward and one backward pass.
@@ -74,6 +75,7 @@ def capture(
         batch: what the module's ``training_step`` takes, on the module's device.
         embedding_layers: modules called with token ids that share one table; all calls in a forward pass add up.
         linear_layer: ``nn.Linear``; its calls in one forward pass, and its positions, add up.
+        reading_layers: embedding layers of which only the token ids are wanted.
         dims: what :func:`batch_dims` found, where the losses themselves do not tell.
 
     Raises:
@@ -81,9 +83,12 @@ def capture(
     """
     embeddings: _Calls = []
     linears: _Calls = []
+    read: _Calls = []
     with ExitStack() as hooks:
         for layer in embedding_layers:
             hooks.enter_context(_hooked(layer, embeddings, cut=True))
+        for layer in reading_layers:
+            hooks.enter_context(_hooked(layer, read, cut=False))
         if linear_layer is not None:
             hooks.enter_context(_hooked(linear_layer, linears, cut=False))
         per_example = checked(losses(batch))
@@ -94,15 +99,22 @@ def capture(
             "The losses do not depend on the layers' outputs: influence_loss must not detach them or use torch.no_grad."
         )
     calls = [*embeddings, *linears]
-    dims = dims or _batch_dims(per_example, calls)
+    dims = dims or _batch_dims(per_example, [*calls, *read])
     gradients = torch.autograd.grad(per_example.sum(), [call.output for call in calls], allow_unused=True)
     for call, gradient in zip(calls, gradients, strict=True):
         call.gradient = gradient
-    return collected(per_example.detach().float().cpu(), batch, _reached(embeddings), _reached(linears), dims)
+    losses_seen = per_example.detach().float().cpu()
+    return collected(losses_seen, batch, _reached(embeddings), _reached(linears), dims, read=read)
 
 
 def collected(
-    losses: Tensor, batch: Any, embeddings: Sequence[Call], linears: Sequence[Call], dims: Mapping[nn.Module, int]
+    losses: Tensor,
+    batch: Any,
+    embeddings: Sequence[Call],
+    linears: Sequence[Call],
+    dims: Mapping[nn.Module, int],
+    *,
+    read: Sequence[Call] = (),
 ) -> Captured:
     """What the calls of a batch's forward pass give once a backward pass has given them gradients.
 
@@ -112,6 +124,7 @@ def collected(
         embeddings: calls of embedding layers.
         linears: calls of the linear layer.
         dims: for each layer, the dimension of its calls that counts the examples: 0, or 1 (time first).
+        read: calls of embedding layers of which only the token ids are wanted; they need no gradients.
     """
     owners = [_owners(len(losses), call.output.shape[:-1], dims[call.layer]) for call in [*embeddings, *linears]]
     token_owners = ids = torch.empty(0, dtype=torch.long)
@@ -119,6 +132,10 @@ def collected(
     if embeddings:
         token_owners, ids, rows = _word_positions(embeddings, owners[: len(embeddings)], batch)
         words = WordGradients.from_positions(len(losses), token_owners, ids, rows)
+    elif read:
+        narrow = [replace(call, output=call.output[..., :1], gradient=call.output[..., :1].detach()) for call in read]
+        owners_read = [_owners(len(losses), call.output.shape[:-1], dims[call.layer]) for call in read]
+        token_owners, ids, _ = _word_positions(narrow, owners_read, batch)
     if linears:
         linear = LinearGradients.from_positions(len(losses), *_linear_positions(linears, owners[len(embeddings) :]))
     return Captured(losses, token_owners, ids, words, linear)

@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,9 +26,8 @@ from rich.table import Table
 import lightning_tracin  # imports torch when a name is asked for: not for --help
 
 if TYPE_CHECKING:
-    from lightning_tracin.explanation import Explanation, Influential
+    from lightning_tracin.explanation import Explanation
 
-_WORDS = 5  # of a record of top
 _PLAIN_WIDTH = 10_000
 
 
@@ -241,24 +239,13 @@ def _records(explanation: Explanation) -> Iterator[list[str]]:
                 "" if each.share is None else f"{each.share:.6g}",
                 _one_line(each.example.label or ""),
                 _one_line(each.example.text),
-                _strongest_words(each),
+                " ".join(f"{_one_line(word)}={term:.3g}" for word, term in each.strongest_words()),
             ]
-
-
-def _strongest_words(influential: Influential) -> str:
-    """The words of largest terms; those that print alike are one."""
-    terms: dict[str, float] = defaultdict(float)
-    if influential.terms:
-        for word, term in zip(influential.example.words, influential.terms, strict=True):
-            terms[_one_line(word.text)] += term
-    strongest = sorted(terms, key=lambda word: -abs(terms[word]))[:_WORDS]
-    return " ".join(f"{word}={terms[word]:.3g}" for word in strongest if terms[word])
 
 
 def _html(arguments: Namespace) -> int:
     """Write a page."""
-    result: Any = _result(arguments.result, arguments.trace)
-    result.to_html(arguments.output, k=arguments.k)
+    _result(arguments.result, arguments.trace).to_html(arguments.output, arguments.k)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,6 +58,14 @@ class Influential:
     score: float
     share: float | None
     terms: tuple[float, ...] = ()
+
+    def strongest_words(self, k: int = 5) -> list[tuple[str, float]]:
+        """The words that add most to the score or take most from it, and their terms; repeated words added up."""
+        terms: dict[str, float] = defaultdict(float)
+        for word, term in zip(self.example.words, self.terms, strict=False):
+            if term:
+                terms[word.text] += term
+        return sorted(terms.items(), key=lambda word: -abs(word[1]))[:k]
 
 
 @dataclass(frozen=True)

@@ -15,24 +15,22 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 
 from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter, batch_to_device
 from lightning_tracin.callback import TracInCallback, capture_at, check_losses, inside_fit
 from lightning_tracin.capture import Captured, Losses, batch_dims, gradients_enabled, usable_in_autograd
-from lightning_tracin.gradients import Texts, distinct
-from lightning_tracin.layers import layers_of_methods, named_layer
+from lightning_tracin.layers import layers_of_methods
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
-from lightning_tracin.mixin import losses_of, tokenizer_of, words_of_batch
-from lightning_tracin.predictions import Outputs
+from lightning_tracin.mixin import losses_of, words_of_batch
 from lightning_tracin.processes import Processes, await_seen, launched, leave, require_results, spreads
+from lightning_tracin.query import TestExamples, scored, weights_kept
 from lightning_tracin.report.progress import labelled
 from lightning_tracin.result import InfluenceResult
-from lightning_tracin.scores import TopK, clipped_k, merge_top, moments_of, self_influences, top_of
-from lightning_tracin.sharded import in_step, is_sharded, load_whole, parts_kept, require_spread, whole_state
-from lightning_tracin.trace import CachePass, Checkpoint, Trace, gradients_of, texts_of
+from lightning_tracin.scores import clipped_k, moments_of, self_influences
+from lightning_tracin.sharded import in_step, is_sharded, load_whole, require_spread, whole_state
+from lightning_tracin.trace import CachePass, Checkpoint, Trace
 from lightning_tracin.training_set import TrainingSet, only_test_loader, own_part, spare_batch
 
 #: Takes a batch's gradients, the data set indices of its examples (none for an iterable data set), and the batch.
@@ -85,32 +83,19 @@ def influence(
         loader = own_part(only_test_loader(dataloaders), processes)
         kept = None if k is None else clipped_k(k, opened.n_train)
     _spread(trainer, module, loader, datamodule)
-    with _weights_kept(module):
+    with weights_kept(module):
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders, processes)
         hooks = datamodule or _attached(trainer, module)
-        test = _TestExamples(module, chosen, opened)
+        test = TestExamples(module, chosen, opened)
         for number, checkpoint in enumerate(checkpoints, start=1):
             description = f"Test gradients {number}/{len(checkpoints)}"
             first = number == 1
             watched = test.outputs.watched
             _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description, first, processes, watched)
             with processes.together():
-                test.finish_checkpoint(checkpoint, opened, processes)
-    result = InfluenceResult(
-        method=chosen,
-        n_train=opened.n_train,
-        test_indices=test.indices,
-        test_texts=test.texts,
-        test_gradients=test.gradients if isinstance(chosen, TracInWE) else [],  # only word terms are asked for later
-        words_of_ids={**opened.vocabulary, **test.vocabulary},
-        label_names=_label_names(module),
-        predictions=test.predictions,
-        trace=opened,
-        checkpoint_ids=[each.id for each in checkpoints],
-        tokenizer=tokenizer_of(module),
-    )
+                test.finish_checkpoint(checkpoint, processes)
     with processes.together():
-        return _scored(result, test.gradients, checkpoints, kept, processes)
+        return scored(test, checkpoints, kept, processes)
 
 
 def self_influence(
@@ -146,7 +131,7 @@ def self_influence(
         module = None if module is None else _usable(trainer, module)
     if module is not None:
         _spread(trainer, module, [], datamodule)
-    with _weights_kept(module) if module is not None else nullcontext():
+    with weights_kept(module) if module is not None else nullcontext():
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders, processes)
     with processes.together():
         return self_influences(checkpoints, chosen, processes)
@@ -249,74 +234,6 @@ def _fill(
                 description = f"Training gradients {number}/{len(missing)}"
                 first = number == 1
                 _run(trainer, module, checkpoint, method, loader, datamodule, take, description, first, processes)
-
-
-class _TestExamples:
-    """The test examples of one query: what they say, and their prepared gradients at each checkpoint."""
-
-    def __init__(self, module: nn.Module, method: Method, trace: Trace) -> None:
-        self.module = module
-        self.method = method
-        last = trace.layers.get("tracin-last")
-        self.outputs = Outputs(module, None if last is None else named_layer(module, last))
-        self.predictions = torch.empty(0, 2, dtype=torch.float64)
-        self.indices = torch.empty(0, dtype=torch.long)
-        self.texts = Texts(0, self.indices, self.indices, torch.empty(0, dtype=torch.float64))
-        self.vocabulary: dict[int, str] = {}
-        self.gradients: list[Any] = []
-        self._came: list[int] = []
-        self._blocks: list[Any] = []
-        self._texts: list[Texts] = []
-        self._predictions: list[Tensor] = []
-        self._counted = False
-
-    def take(self, captured: Captured, indices: list[int], batch: Any) -> None:
-        """Keep a batch's gradients and texts."""
-        came = indices or list(range(len(self._came), len(self._came) + len(captured)))  # a stream's are counted
-        if len(came) != len(captured):
-            raise ValueError(
-                f"A batch of {len(came)} test examples has {len(captured)} losses: the collate function drops or adds "
-                "examples, so that they cannot be numbered."
-            )
-        bad = captured.first_not_finite()
-        if bad is not None:
-            raise ValueError(f"The loss or gradient of test example {came[bad]} is NaN or infinite.")
-        self._came.extend(came)
-        self._blocks.append(gradients_of(captured, self.method.name))
-        self._texts.append(texts_of(captured, labels_of(batch)))
-        self._predictions.append(self.outputs.predictions(len(captured), labels_of(batch)))
-        self._counted = not indices
-        if not self.gradients:
-            new = [token for token in distinct(captured.token_ids) if token not in self.vocabulary]
-            self.vocabulary.update(words_of_batch(self.module, batch, new))
-
-    def finish_checkpoint(self, checkpoint: Checkpoint, trace: Trace, processes: Processes) -> None:
-        """Arrange what came to any process at a checkpoint in the order of the data set."""
-        own = (self._came, self._blocks, self._texts, self._predictions)
-        parts = processes.gather((*own, self.vocabulary))
-        self._came, self._blocks, self._texts, self._predictions = (
-            [each for part in parts for each in part[number]] for number in range(len(own))
-        )
-        for part in parts:
-            self.vocabulary.update(part[-1])
-        if not self._blocks:
-            raise ValueError("The test loader is empty: there is nothing to explain.")
-        places, indices = _places(self._came)
-        texts = Texts.cat(self._texts).arranged(places, len(indices))
-        if not self.gradients:
-            self.indices, self.texts = indices, texts
-        elif not torch.equal(indices, self.indices) or (self._counted and not texts.equals(self.texts)):
-            raise ValueError(
-                "The test loader gave other examples at each pass, one for each checkpoint. Use a sampler that yields "
-                "the same examples each time; their order does not matter, unless the data set is a stream."
-            )
-        block = type(self._blocks[0]).cat(self._blocks).arranged(places, len(indices))
-        block = trace.kept.of(block)  # as the training side was stored
-        self.gradients.append(self.method.prepare(block, moments_of(checkpoint, self.method), "test"))
-        predictions = torch.cat(self._predictions)
-        self.predictions = predictions.new_empty(len(indices), 2)
-        self.predictions[places[places >= 0]] = predictions[places >= 0]  # those of the last checkpoint stay
-        self._came, self._blocks, self._texts, self._predictions = [], [], [], []
 
 
 def _run(
@@ -454,54 +371,6 @@ class _Writer(DualPredictionWriter):
         self.take(prediction, [int(index) for index in batch_indices or ()], batch)
 
 
-def _scored(
-    result: InfluenceResult,
-    test: Sequence[Any],
-    checkpoints: Sequence[Checkpoint],
-    k: int | None,
-    processes: Processes,
-) -> InfluenceResult:
-    """Multiply the test gradients with the stored ones, shard by shard: no more than one shard is in memory.
-
-    Each process scores its share of the shards, and all have the result.
-    """
-    method = result.method
-    stored = [checkpoint.gradients(method.name) for checkpoint in checkpoints]
-    moments = [moments_of(checkpoint, method) for checkpoint in checkpoints]
-    rates = [checkpoint.learning_rate_of(method.name) for checkpoint in checkpoints]
-    columns: list[Tensor] = [torch.zeros(len(result.test_indices), 0)]
-    strongest: list[tuple[TopK, TopK]] = []
-    totals = torch.zeros(len(result.test_indices), 2, dtype=torch.float64)
-    for shard in processes.share(len(stored[0])):
-        start, stop = stored[0].bounds(shard)
-        scores = torch.zeros(len(result.test_indices), stop - start, dtype=torch.float32)
-        for gradients, shards, moment, rate in zip(test, stored, moments, rates, strict=True):
-            block = shards.read(shard)
-            scores += rate * method.dot(gradients, method.prepare(block, moment, "train"), moment)
-        totals += torch.stack([scores.clamp(min=0).sum(1), scores.clamp(max=0).sum(1)], 1)
-        if k is None:
-            columns.append(scores)
-        else:
-            strongest = [merge_top([*strongest, top_of(scores, start)], k)]
-    result.totals = torch.stack(processes.gather(totals)).sum(0)
-    if k is None:
-        result.scores = torch.cat(processes.gather(torch.cat(columns, dim=1)), dim=1)
-    else:
-        parts = [part for of_process in processes.gather(strongest) for part in of_process]
-        result.strongest_proponents, result.strongest_opponents = merge_top(parts, k)
-    return result
-
-
-def _places(indices: list[int]) -> tuple[Tensor, Tensor]:
-    """Of examples as they came: the place of each by data set index (-1 for a repetition), and the indices."""
-    came = torch.tensor(indices)
-    seen, place = torch.unique(came, return_inverse=True)
-    first = torch.full((len(seen),), len(came)).scatter_reduce(0, place, torch.arange(len(came)), "amin")
-    places = torch.full((len(came),), -1)
-    places[first] = torch.arange(len(seen))
-    return places, seen
-
-
 def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.LightningModule:
     module = getattr(model, "_orig_mod", model) or trainer.lightning_module
     if module is None:
@@ -587,15 +456,6 @@ def _attached(trainer: pl.Trainer, module: nn.Module) -> pl.LightningDataModule 
     return trainer.datamodule if module is trainer.lightning_module else None  # type: ignore[attr-defined]
 
 
-def _label_names(module: nn.Module) -> dict[int, str]:
-    """The names of a Hugging Face classifier's labels."""
-    for part in module.modules():
-        names = getattr(getattr(part, "config", None), "id2label", None)
-        if isinstance(names, dict):
-            return {int(number): str(name) for number, name in names.items()}
-    return {}
-
-
 def _serving(datamodule: pl.LightningDataModule, loader: Any) -> pl.LightningDataModule:
     """A copy of a datamodule that predict takes this loader from, so that its batch hooks run."""
     copied = copy.copy(datamodule)
@@ -604,23 +464,6 @@ def _serving(datamodule: pl.LightningDataModule, loader: Any) -> pl.LightningDat
     copied.setup = lambda stage: None  # type: ignore[method-assign]
     copied.teardown = lambda stage: None  # type: ignore[method-assign]
     return copied
-
-
-@contextmanager
-def _weights_kept(module: nn.Module) -> Iterator[None]:
-    """Give a module back the weights and the training flags that it had."""
-    if is_sharded(module):
-        with parts_kept(module):
-            yield
-        return
-    state = {name: value.cpu().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-    training = {part: part.training for part in module.modules()}
-    try:
-        yield
-    finally:
-        module.load_state_dict(state, strict=False)
-        for part, flag in training.items():
-            part.training = flag
 
 
 @contextmanager

@@ -112,10 +112,12 @@ class MeanLoss:
 
     def __call__(self, batch: Any) -> Tensor:
         """The mean loss of a batch, repeated for each of its examples, (B,)."""
-        size = _batch_size(batch)
-        if size is None:
-            raise ValueError(f"Cannot tell how many examples a batch of {_described(batch)} holds. {_use_mixin()}.")
-        return forwarded(self.module, self._training_loss, batch).expand(size)
+        return forwarded(self.module, self._training_loss, batch).expand(_size(batch))
+
+    def rows(self, batch: Any) -> list[Any]:
+        """The examples of a batch, each as a batch of its own."""
+        size = _size(batch)
+        return [row_of(batch, row, size) for row in range(size)]
 
     def check(self, batch: Any) -> None:
         """Check that the loss of the batch is the mean of the losses of its rows.
@@ -123,17 +125,14 @@ class MeanLoss:
         Raises:
             ValueError: if it is not, or cannot be computed; the message names ``TracInMixin``.
         """
-        size = _batch_size(batch)
-        if size is None:
-            raise ValueError(f"Cannot tell how many examples a batch of {_described(batch)} holds. {_use_mixin()}.")
         with torch.no_grad():
             whole = float(forwarded(self.module, self._training_loss, batch))
-            rows = [float(forwarded(self.module, self._training_loss, _row(batch, row, size))) for row in range(size)]
-        mean = sum(rows) / size
+            rows = [float(forwarded(self.module, self._training_loss, row)) for row in self.rows(batch)]
+        mean = sum(rows) / len(rows)
         tolerance = 1e-2 if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-4
         if not abs(whole - mean) <= tolerance * max(abs(whole), abs(mean)) + 1e-7:
             raise ValueError(
-                f"The training_step of {type(self.module).__name__} returned {whole:.6g} for a batch of {size} "
+                f"The training_step of {type(self.module).__name__} returned {whole:.6g} for a batch of {len(rows)} "
                 f"examples, but {mean:.6g} is the mean of what it returned for each of them alone: its loss is not a "
                 f"mean of independent losses. {_use_mixin()}."
             )
@@ -215,14 +214,14 @@ def hugging_face_model(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def _batch_size(batch: Any) -> int | None:
+def batch_size(batch: Any) -> int | None:
     """The length of the first dimension of the batch's first tensor."""
     tensors: list[Tensor] = []
     apply_to_collection(batch, Tensor, tensors.append)
     return next((len(tensor) for tensor in tensors if tensor.dim() > 0), None)
 
 
-def _row(batch: Any, row: int, size: int) -> Any:
+def row_of(batch: Any, row: int, size: int) -> Any:
     """The batch of one example; whatever has one entry for each example is cut, the rest is kept."""
 
     def cut(value: Any) -> Any:
@@ -240,6 +239,13 @@ def _row(batch: Any, row: int, size: int) -> Any:
         return value
 
     return cut(batch)
+
+
+def _size(batch: Any) -> int:
+    size = batch_size(batch)
+    if size is None:
+        raise ValueError(f"Cannot tell how many examples a batch of {_described(batch)} holds. {_use_mixin()}.")
+    return size
 
 
 def _use_mixin() -> str:

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
@@ -29,14 +28,15 @@ from lightning_tracin.methods import (
     method_to_json,
     without_normalizing,
 )
+from lightning_tracin.reader import RawText, Reader
 from lightning_tracin.report.page import Page, counts_of, notes_of, write_page
-from lightning_tracin.report.plots import Kind, plot_result
+from lightning_tracin.report.plots import Kind, check_plot, plot_labels, plot_scores, plot_self_influence, plot_words
 from lightning_tracin.report.tables import explained
 from lightning_tracin.scores import TopK, clipped_k, moments_of, self_influences, strongest
 from lightning_tracin.store import write_tensors
 from lightning_tracin.trace import Checkpoint, Trace
 from lightning_tracin.word_table import WordTable, groups_of, word_table_of
-from lightning_tracin.words import Marks, Word, marks_of, shares_of_words, spans_of, words_in, words_of
+from lightning_tracin.words import shares_of_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,11 +44,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT_VERSION = 1
-#: The raw text of an example, or of its two parts.
-RawText: TypeAlias = str | tuple[str, str]
 _WORD_TENSORS = ("examples", "tokens", "norms", "directions")
 _PRINTED_TESTS = 3
 _PRINTED_K = 3
+_PAGE_WORDS = 200  # of the word table of an HTML page
 _CHUNK = 32  # test examples whose pairs are explained at once
 
 
@@ -252,10 +251,10 @@ class InfluenceResult:
             raise IndexError(f"There are training examples 0 to {self.n_train - 1}, but got {train_index}.")
         self._with_words()
         terms = self._terms({test_index: [train_index]})[test_index][train_index]
-        example, ids = self._train_examples([train_index])[train_index]
+        example = self._train_examples([train_index])[train_index]
         named: dict[str, float] = defaultdict(float)
-        for word, share in zip(example.words, shares_of_words(example.words, ids, terms), strict=True):
-            if any(ids[place] in terms for place in word.places):
+        for word, share in zip(example.words, shares_of_words(example.words, example.ids, terms), strict=True):
+            if any(example.ids[place] in terms for place in word.places):
                 named[word.text] += share
         return sorted(named.items(), key=lambda word: -abs(word[1]))
 
@@ -284,7 +283,7 @@ class InfluenceResult:
         checkpoints = self._checkpoints()
         assert self.trace is not None
         said, confidence = self.predictions.T
-        classes = groups_of(torch.where(torch.isnan(confidence), self.test_texts.labels, said), self._label)
+        classes = groups_of(torch.where(torch.isnan(confidence), self.test_texts.labels, said), self._reader.label)
         return word_table_of(
             self.trace,
             checkpoints,
@@ -292,7 +291,7 @@ class InfluenceResult:
             self.test_gradients,
             classes,
             self.words_of_ids,
-            self._label,
+            self._reader.label,
             n=n,
             min_examples=min_examples,
         )
@@ -325,7 +324,22 @@ class InfluenceResult:
             ValueError: if the arguments do not go together, or the method has no words.
             FileNotFoundError: if the trace that the scores were computed from is gone; scores can still be drawn.
         """
-        return plot_result(self, kind, test_index, train_index, k, ax)
+        check_plot(kind, test_index, train_index, k)
+        if test_index is not None:
+            self._check_test_index(test_index)
+        if kind == "self_influence":
+            return plot_self_influence(self.self_influence(), k, ax)
+        whose = "all test examples" if test_index is None else f"test example {int(self.test_indices[test_index])}"
+        if kind == "scores":
+            which = "" if self.scores is not None else f"the {self._n_kept()} most positive and most negative of "
+            title = f"Scores of {which}{self.n_train} training examples for {whose}"
+            return plot_scores(self._scores_of(test_index), title, ax)
+        k = min(k, self._n_kept())
+        if kind == "labels":
+            whose = f"each of {len(self.test_indices)} test examples" if test_index is None else whose
+            return plot_labels(*self._labels_of(test_index, k), f"Labels of the {k} strongest for {whose}", ax)
+        words, of = self._words_of(test_index, train_index, k)
+        return plot_words(words, f"Words of {of} for {whose}", ax)
 
     def self_influence(self) -> Tensor:
         """Every training example's influence on itself: high for mislabelled and for atypical examples.
@@ -392,7 +406,7 @@ class InfluenceResult:
         k = min(k, self._n_kept())
         tops = {"proponent": self.proponents(k), "opponent": self.opponents(k)}
         wanted = sorted({index for top in tops.values() for index in top.indices.flatten().tolist()})
-        examples = {index: example for index, (example, _) in self._train_examples(wanted).items()}
+        examples = self._train_examples(wanted)
         return [
             {
                 "test_index": row,
@@ -413,8 +427,8 @@ class InfluenceResult:
         """Write one self-contained HTML page for reading: no server, nothing from a network.
 
         It shows every test example with its k strongest proponents and opponents, their words shaded by what they add
-        to the score; to which test examples a training example leads; and training examples of high self-influence,
-        whose labels may be wrong. Raw texts (:meth:`with_texts`) read better than tokens.
+        to the score; which test examples a training example has pushed; training examples of high self-influence, whose
+        labels may be wrong; and the word table. Raw texts (:meth:`with_texts`) read better than tokens.
 
         Args:
             path: the file, usually ``*.html``.
@@ -440,6 +454,7 @@ class InfluenceResult:
             notes=[
                 *self.notes,
                 *notes_of(
+                    has_test_texts=self.raw_test is not None or len(self.test_texts.ids) > 0,
                     has_raw_texts=self.raw_train is not None and self.raw_test is not None,
                     has_predictions=bool(self.predictions[:, 0].isfinite().any()),
                     n_kept=n_kept if n_kept < min(k, self.n_train) else None,
@@ -449,7 +464,7 @@ class InfluenceResult:
             explanations=self.explanations(k=k),
             suspects=self._suspects(suspects, measure) if self._has_trace else None,
             suspects_by=described(measure),
-            word_table=None,
+            word_table=self.word_table(_PAGE_WORDS) if self._has_trace and isinstance(self.method, TracInWE) else None,
         )
         return write_page(page, path)
 
@@ -618,9 +633,41 @@ class InfluenceResult:
         order = values.argsort(descending=True, stable=True)[:n].tolist()
         examples = self._train_examples(sorted(order))
         return [
-            Influential(examples[index][0], float(values[index]), float(values[index]) / total if total else None)
+            Influential(examples[index], float(values[index]), float(values[index]) / total if total else None)
             for index in order
         ]
+
+    def _scores_of(self, row: int | None) -> Tensor:
+        """The scores of one test example, or of all; where only the strongest were kept, those, each once."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        if self.scores is not None:
+            return self.scores[rows].flatten()
+        sides = (self.proponents(self._n_kept()), self.opponents(self._n_kept()))
+        indices, values = (torch.cat([side[number][rows] for side in sides], 1) for number in (1, 0))
+        order = indices.argsort(dim=1, stable=True)
+        indices, values = indices.gather(1, order), values.gather(1, order)
+        return values[torch.cat([torch.ones_like(indices[:, :1], dtype=torch.bool), indices.diff(dim=1) > 0], 1)]
+
+    def _words_of(self, row: int | None, train_index: int | None, k: int) -> tuple[list[tuple[str, float]], str]:
+        """Words and their terms, and whose they are: of a training example, of proponents, or of all examples."""
+        if row is None:
+            table = self.word_table(n=None)
+            return list(zip(table.words, table.values.sum((1, 2)).tolist(), strict=True)), "all training examples"
+        if train_index is not None:
+            return self.words(row, train_index), f"training example {train_index}"
+        named: dict[str, float] = defaultdict(float)
+        for index in self.proponents(k).indices[row].tolist():
+            for word, term in self.words(row, index):
+                named[word] += term
+        return list(named.items()), f"the {k} strongest proponents"
+
+    def _labels_of(self, row: int | None, k: int) -> tuple[list[str], list[str]]:
+        """The labels of the k strongest proponents and opponents of one test example, or of each."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        sides = [top.indices[rows].flatten().tolist() for top in (self.proponents(k), self.opponents(k))]
+        examples = self._train_examples(sorted({index for side in sides for index in side}))
+        labels = [[examples[index].label or "(not known)" for index in side] for side in sides]
+        return labels[0], labels[1]
 
     def _with_words(self) -> TracInWE:
         """The method, if it has word terms."""
@@ -641,7 +688,7 @@ class InfluenceResult:
         self,
         row: int,
         sides: Sequence[TopK],
-        examples: Mapping[int, tuple[Example, list[int]]],
+        examples: Mapping[int, Example],
         terms: Mapping[int, Mapping[int, float]],
     ) -> Explanation:
         """One test example and who pushed it, whose texts and terms are known."""
@@ -650,64 +697,38 @@ class InfluenceResult:
         for number, top in enumerate(sides):
             of_side = []
             for score, index in zip(top.values[row].tolist(), top.indices[row].tolist(), strict=True):
-                example, ids = examples[index]
-                shares = shares_of_words(example.words, ids, terms[index]) if terms else ()
+                example = examples[index]
+                shares = shares_of_words(example.words, example.ids, terms[index]) if terms else ()
                 of_side.append(Influential(example, score, self._share(row, score), tuple(shares)))
                 if number == 0:
                     for token, term in terms.get(index, {}).items():
                         summed[token] += term
             listed.append(tuple(of_side))
-        test, ids = self._test_example(row)
-        own = tuple(shares_of_words(test.words, ids, summed)) if terms else ()
+        test = self._test_example(row)
+        own = tuple(shares_of_words(test.words, test.ids, summed)) if terms else ()
         return Explanation(row, test, own, *listed)
 
-    def _test_example(self, row: int) -> tuple[Example, list[int]]:
-        """What a test example says, and its token ids."""
+    def _test_example(self, row: int) -> Example:
+        """What a test example says."""
+        prediction, confidence = (None if math.isnan(each) else each for each in self.predictions[row].tolist())
+        ids, label = self.test_texts.ids_of(row), self.test_texts.label_of(row)
         index = int(self.test_indices[row])
-        ids = self.test_texts.ids_of(row)
-        words, unread = self._words(ids, self.raw_test, index)
-        value, confidence = self.predictions[row].tolist()
-        label = self._label(self.test_texts.label_of(row))
-        prediction = None if math.isnan(value) else self._label(value)
-        sure = None if math.isnan(confidence) else confidence
-        return Example(index, words, label, prediction, sure, unread, tuple(ids)), ids
+        return self._reader.example(index, ids, label, self.raw_test, prediction=prediction, confidence=confidence)
 
-    def _train_examples(self, indices: Sequence[int]) -> dict[int, tuple[Example, list[int]]]:
-        """What training examples say, and their token ids; nothing where the trace is gone."""
+    def _train_examples(self, indices: Sequence[int]) -> dict[int, Example]:
+        """What training examples say; nothing where the trace is gone."""
         if self.trace is None or not self._has_trace or not indices:
-            return {index: (Example(index, (), None), []) for index in indices}
-        found = {}
+            return {index: Example(index, (), None) for index in indices}
         texts = self.trace.texts(indices)
-        for place, (index, ids) in enumerate(zip(indices, texts.ids_by_example(), strict=True)):
-            words, unread = self._words(ids, self.raw_train, index)
-            label = self._label(texts.label_of(place))
-            found[index] = (Example(index, words, label, unread=unread, ids=tuple(ids)), ids)
-        return found
-
-    def _words(self, ids: list[int], raw: Sequence[RawText] | None, index: int) -> tuple[tuple[Word, ...], str]:
-        """The words of an example, and what its raw text goes on with after them."""
-        words = words_of([self.words_of_ids.get(token, str(token)) for token in ids], self._marks)
-        if raw is None:
-            return tuple(words), ""
-        found = spans_of(self.tokenizer, raw[index], ids)
-        if found is None:
-            rank_zero_warn(
-                f"The text given for example {index} is not what its token ids were made of: tokens are shown."
-            )
-            return tuple(words), ""
-        text, spans = found
-        end = max((span[1] for span in spans if span is not None), default=0)
-        return tuple(words_in(text, spans, words)), text[end:]
+        labels = [texts.label_of(place) for place in range(len(indices))]
+        return {
+            index: self._reader.example(index, ids, label, self.raw_train)
+            for index, ids, label in zip(indices, texts.ids_by_example(), labels, strict=True)
+        }
 
     @cached_property
-    def _marks(self) -> Marks:
-        return marks_of(self.words_of_ids.values())
-
-    def _label(self, value: float | None) -> str | None:
-        """What to print for a label or a prediction."""
-        if value is None:
-            return None
-        return self.label_names.get(int(value), str(int(value))) if value.is_integer() else f"{value:.3g}"
+    def _reader(self) -> Reader:
+        return Reader(self.words_of_ids, self.label_names, self.tokenizer)
 
 
 def _find_trace(header: dict[str, Any], folder: Path) -> Trace | None:

@@ -103,7 +103,7 @@ class WordTable:
         if len(self.words) > _PRINTED_WORDS:
             yield f"{_PRINTED_WORDS} of {len(self.words)} words; to_pandas() has all"
         if self.n_left:
-            yield f"{self.n_left} words of less influence, or in too few training examples, are not in the table"
+            yield f"{self.n_left} words of less influence or in too few examples are left out"
 
     def shortcuts(self, purity: float = 0.9) -> list[Shortcut]:
         """Words that may stand for a class by themselves, those that carry the largest share of it first.

@@ -164,6 +164,7 @@ def main(folder):
     found["gradients seen"], found["gradients seen without"] = seen
     found["broken"] = error_of(fit, folder / "broken", Broken, WRAPPED)
     found["replicas"] = error_of(fit, folder / "replicas", Toy, {"sharding_strategy": "NO_SHARD"})
+    found["logged"] = error_of(fit, folder / "logged", Toy, {}, log_examples=2)
     found["flat"] = error_of(fit, folder / "flat", Toy, {"use_orig_params": False})
     found["different data"] = error_of(fit, folder / "different", Toy, {}, data=loader(texts(seed=trainer.global_rank)))
 

@@ -160,12 +160,11 @@ def test_a_wrong_method_is_a_wrong_command_line(project, capsys, given, message)
     assert message in capsys.readouterr().err
 
 
-def test_a_page_is_written_with_html(project, monkeypatch, capsys):
-    pages = []
-    monkeypatch.setattr(InfluenceResult, "to_html", lambda self, path: pages.append((self.method, path)), raising=False)
-    influence("--html", "page.html", "--method", "tracin-last")
-    assert pages == [(TracInLast(), "page.html")]
+def test_a_page_is_written_with_html(project, tmp_path, capsys):
+    influence("--html", f"{tmp_path}/page.html", "--method", "tracin-last")
     assert "proponents" not in capsys.readouterr().out
+    expected("lightning_logs/version_0/trace", method="tracin-last").to_html(tmp_path / "expected.html")
+    assert (tmp_path / "page.html").read_text() == (tmp_path / "expected.html").read_text()
 
 
 def test_self_influence_writes_every_example_the_highest_first(project, tmp_path):

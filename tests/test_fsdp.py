@@ -199,6 +199,7 @@ def test_a_resumed_fit_continues_its_trace(fits):
         ("different data", "ValueError: Processes 0 and 1 have different training sets"),
         ("flat", "ValueError: With use_orig_params=False, FSDP hides which parameters"),
         ("replicas", "ValueError: FSDP leaves the weights whole here"),
+        ("logged", "ValueError: log_examples needs whole weights, which FSDP spreads"),
     ],
 )
 def test_an_error_is_raised_in_both_processes(fits, what, message):

@@ -181,7 +181,7 @@ def test_the_terms_of_a_pair_are_those_of_words_and_add_up_to_its_score(page, re
     cards = page.locator("#detail .card")
     for card, pair in zip(cards.all(), (*expected.proponents, *expected.opponents), strict=True):
         assert number(card.locator(".score").inner_text()) == pytest.approx(pair.score, rel=1e-2)
-        assert card.locator(".link").inner_text() == f"training example {pair.example.index}"
+        assert card.locator(".link").inner_text() == f"example {pair.example.index}"
         terms = []
         for word in card.locator(".word").all():
             word.scroll_into_view_if_needed()
@@ -260,16 +260,18 @@ def test_tapping_a_word_shows_its_term(browser, path):
 
 
 def test_a_training_example_is_followed_to_all_test_examples_that_it_pushed(page, result):
-    index = int(result.proponents(1).indices[2, 0])
-    listed = [
-        row
-        for row in range(N_TEST)
-        if index in torch.cat([result.proponents(K).indices[row], result.opponents(K).indices[row]])
-    ]
-    expected = sorted(listed, key=lambda row: -abs(float(result.scores[row, index])))
-    page.click("#row-2")
-    page.select_option("#by-label", json.dumps(result._test_example(2)[0].label))
-    page.click(f"text=training example {index} >> nth=0")
+    tops = torch.cat([result.proponents(K).indices, result.opponents(K).indices], dim=1)
+
+    def expected_of(index):
+        rows = [row for row in range(N_TEST) if index in tops[row]]
+        return sorted(rows, key=lambda row: -abs(float(result.scores[row, index])))
+
+    index = next(each for each in range(N_TRAIN) if expected_of(each) != sorted(expected_of(each)))
+    expected = expected_of(index)
+    first = min(expected)
+    page.click(f"#row-{first}")
+    page.select_option("#by-label", json.dumps(result._test_example(first).label))
+    page.click(f".link >> text=/^example {index}$/ >> nth=0")
     assert page.inner_text("#follow h2") == f"Training example {index}"
     found = [int(text.split()[-1]) for text in page.locator(".go .end > span:nth-child(2)").all_inner_texts()]
     assert found == expected
@@ -360,7 +362,7 @@ def test_the_page_holds_each_training_example_and_each_word_once(path, result):
     assert len(data["train"]) == N_TRAIN  # all are suspects
     assert len({json.dumps(word) for word in data["vocabulary"]}) == len(data["vocabulary"])
     for index, (label, words, _) in data["train"].items():
-        mine = result._train_examples([int(index)])[int(index)][0]
+        mine = result._train_examples([int(index)])[int(index)]
         assert (label, [data["vocabulary"][word][0] for word in words]) == (mine.label, [w.text for w in mine.words])
 
 
@@ -406,6 +408,26 @@ def test_a_method_without_words(browser, toy, tmp_path):
     assert result.to_pandas(1).text[0] in texts
     assert shades == 0
     assert "TracIn-Last" in suspects
+    assert "result.with_texts(test=...)" not in notes
+
+
+def test_a_fit_of_the_last_layer_alone_does_not_know_what_was_read(browser, tmp_path):
+    fit = fitted(tmp_path / "trace", methods=("tracin-last",))
+    result = fit.influence(loader(test_texts()), method="tracin-last")
+    notes, texts, _, _ = notes_and_texts(browser, result.to_html(tmp_path / "page.html", k=3))
+    assert "result.with_texts(test=...)" in notes
+    assert "(no text stored)" in texts
+
+
+def test_a_text_whose_words_are_not_known_is_shown_as_it_was_given(browser, tmp_path):
+    test = Example(0, (), "sport", unread="A cup final " * 100)
+    pair = Influential(Example(1, (), "sport", unread="A league"), 1.0, 0.5)
+    with opened(browser, write_page(page_of([explanation(0, test, pair)]), tmp_path / "page.html")) as page:
+        assert page.inner_text(".subject .text").strip() == test.unread.strip()
+        assert page.inner_text(".card .text") == "A league"
+        assert page.inner_text(".row .start").startswith("A cup final")
+        page.fill("#search", "final")
+        assert shown(page) == [0]
 
 
 def test_the_strongest_only(browser, toy, result, tmp_path):
@@ -413,7 +435,7 @@ def test_the_strongest_only(browser, toy, result, tmp_path):
     with opened(browser, kept.to_html(tmp_path / "page.html", k=5)) as page:
         assert page.locator(".card").count() == 6
         assert "Only the 3 strongest were kept" in page.locator(".notes").text_content()
-        assert page.inner_text(".card .link >> nth=0") == f"training example {int(result.proponents(1).indices[0, 0])}"
+        assert page.inner_text(".card .link >> nth=0") == f"example {int(result.proponents(1).indices[0, 0])}"
 
 
 def test_unknown_predictions(browser, result, tmp_path):
@@ -447,6 +469,16 @@ def test_words_over_the_whole_test_set_are_sorted_by_any_column(browser, tmp_pat
         assert page.locator("#words tbody tr >> nth=0 >> td").all_inner_texts() == ["", "+9.00"]
         page.fill("#words input", "IG")
         assert words.all_inner_texts() == ["fig"]
+
+
+def test_the_word_table_of_a_result(page, result):
+    table = result.word_table(200)
+    page.click("#tab-words")
+    assert page.locator("#words tbody th").all_inner_texts() == list(table.words)
+    said = [f"Model says {name}" for name in table.classes]
+    assert page.locator("#words th.group").all_inner_texts() == said
+    cells = [number(text or "0") for text in page.locator("#words tbody td").all_inner_texts()]
+    assert cells == pytest.approx(table.values.flatten().tolist(), rel=1e-2)
 
 
 @pytest.fixture(scope="module")

@@ -240,6 +240,12 @@ def test_the_last_layer_has_no_words(toy):
     with pytest.raises(ValueError, match="no word terms"):
         result.words(0, 0)
     assert "Test example 0" in str(result)
+    texts_of = [
+        [each.test.text for each in toy.influence(loader(test_texts()), method=method).explanations()]
+        for method in (TracInLast(), TracInWE())
+    ]
+    assert texts_of[0] == texts_of[1]
+    assert all(texts_of[0])
 
 
 def test_long_labels_and_texts_do_not_break_the_table():

@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 from test_fit import Plain, same_weights
 from torch import nn
 from torch.nn import functional
@@ -80,12 +81,12 @@ class Stepping(Toy):
         return torch.optim.Adam(self.parameters(), 0.01)
 
 
-def outcome(build, callbacks, data, **options):
+def outcome(build, callbacks, data, validation=None, **options):
     """Everything that a fit leaves: weights, logged values, training flags, the state of the generators."""
     pl.seed_everything(3, verbose=False)
     module = build()
     trainer = quiet(callbacks=callbacks, **options)
-    trainer.fit(module, data())
+    trainer.fit(module, data(), None if validation is None else validation())
     return {
         "weights": copy.deepcopy(module.state_dict()),
         "logged": dict(trainer.logged_metrics),
@@ -107,6 +108,47 @@ def assert_untouched(tmp_path, build, data=lambda: loader(shuffle=True), callbac
 @pytest.mark.parametrize("module", [Normed, Frozen])
 def test_weights_statistics_and_flags(tmp_path, module, callback):
     assert_untouched(tmp_path, module, callback=callback, accumulate_grad_batches=2)
+
+
+def validated(module):
+    """The module with a validation that draws random numbers, measures, and runs in training mode."""
+
+    class Validated(module):
+        def __init__(self):
+            super().__init__()
+            self.mean_loss = MeanMetric()
+
+        def on_validation_start(self):
+            self.train()
+
+        def validation_step(self, batch, batch_idx):
+            loss = functional.cross_entropy(self(batch[0]) + torch.rand(CLASSES), batch[1])
+            self.mean_loss(loss)
+            self.log("val_loss", self.mean_loss)
+
+    return Validated
+
+
+@pytest.mark.filterwarnings("ignore:.*has batch norm")
+@pytest.mark.parametrize("interval", [{}, {"val_check_interval": 2}], ids=["epochs", "every 2 batches"])
+@pytest.mark.parametrize(
+    ("module", "callback"),
+    [
+        (module, CALLBACKS[name])
+        for name in ("checkpoint", "every 3 steps", "training")
+        for module in (Normed, Frozen, Stepping)
+        if (module, name) != (Stepping, "training")
+    ],
+)
+def test_validations_that_are_logged(tmp_path, module, interval, callback):
+    own = {"accumulate_grad_batches": 2} if module is not Stepping else {}
+    options = {**own, **interval, "logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
+    logging = {"log_examples": 2, **callback}
+    logged = assert_untouched(
+        tmp_path, validated(module), callback=logging, validation=lambda: loader(Augmented(), shuffle=True), **options
+    )["logged"]
+    assert "val_loss" in logged
+    assert len(list(tmp_path.rglob("influential.jsonl"))) == 1
 
 
 @pytest.mark.parametrize("callback", [each for name, each in CALLBACKS.items() if name != "training"])

@@ -117,7 +117,7 @@ def test_the_strongest_come_first_and_the_others_are_counted(result):
 
 def test_counts_of_training_examples_are_those_of_the_texts(result):
     counted: Counter[tuple[str, str]] = Counter()
-    for example, _ in result._train_examples(range(N_TRAIN)).values():
+    for example in result._train_examples(range(N_TRAIN)).values():
         counted.update({(word.text, example.label) for word in example.words})
     table = result.word_table(n=None)
     for word, counts in zip(table.words, table.examples.tolist(), strict=True):

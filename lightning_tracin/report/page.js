@@ -35,6 +35,10 @@
     const isNone = label === null || label.trim() === "";
     return make("span", { class: `chip ${kind} ${isNone ? "none" : ""}`, dir: "auto", title: title || named(label) }, named(label));
   }
+  function link(index, text) {
+    const what = `Training example ${index}: which test examples did it push?`;
+    return make("button", { class: "link", title: what, "aria-label": what, click: () => follow(index) }, text);
+  }
   function bar(part) {
     const inner = make("i");
     inner.style.setProperty("--part", Math.min(1, part || 0));
@@ -48,6 +52,7 @@
       .map(([text, , before = " ", special = 0]) => (special ? "" : before + text))
       .join("")
       .trim();
+  const startOf = (test) => (textOf(test.words.slice(0, 40)) || test.unread).slice(0, 160) || "(no text stored)";
   function pairOf([index, score, share, unit, ...packed]) {
     return { index, score, share, terms: termsOf(unit, packed) };
   }
@@ -62,7 +67,7 @@
   /* A text whose words are shaded by their terms. Every word of the test text is an element, for words are marked in it;
      of other texts, those that have a term. */
   function shaded(words, unread, terms, { score = 1, limit = Infinity, every = false, of = "" } = {}) {
-    if (words.length === 0) return make("p", { class: "text unknown" }, "(no text stored)");
+    if (words.length === 0) return unread ? make("p", { class: "text", dir: "auto" }, unread) : make("p", { class: "text unknown" }, "(no text stored)");
     const sum = total(terms);
     const text = make("p", { class: "text", dir: "auto" });
     if (terms.size) {
@@ -190,7 +195,7 @@
   function find() {
     const wanted = byId("search").value.trim().toLowerCase();
     if (wanted && !searched)
-      searched = tests.map((test) => `#${test.index} ${test.label ?? ""} ${test.prediction ?? ""} ${textOf(test.words)}`.toLowerCase());
+      searched = tests.map((test) => `#${test.index} ${test.label ?? ""} ${test.prediction ?? ""} ${textOf(test.words) || test.unread}`.toLowerCase());
     const label = byId("by-label").value && JSON.parse(byId("by-label").value);
     const prediction = byId("by-prediction").value && JSON.parse(byId("by-prediction").value);
     const is = { label: byId("by-label").value !== "", prediction: byId("by-prediction").value !== "" };
@@ -248,7 +253,7 @@
           ? make("span", { class: "says" }, `→ ${test.prediction}`) : null,
         test.confidence === null ? null : make("span", { class: "percent", title: "how sure the model is of what it says" }, percent(test.confidence))
       ),
-      make("div", { class: "start", dir: "auto" }, textOf(test.words.slice(0, 40)).slice(0, 160) || "(no text stored)")
+      make("div", { class: "start", dir: "auto" }, startOf(test))
     );
     element.style.top = `${place * ROW}px`;
     return element;
@@ -311,7 +316,7 @@
         "div",
         { class: "sides" },
         side("Proponents", "Training on them lowered the loss", sides[0], test, row, 1),
-        side("Opponents", "Training on them raised it", sides[1], test, row, -1)
+        side("Opponents", "Training on them raised the loss", sides[1], test, row, -1)
       )
     );
     detail.replaceChildren(inner);
@@ -331,11 +336,11 @@
   function side(name, what, pairs, test, row, sign) {
     const most = strongest[row];
     const shares = pairs.filter((pair) => pair.score * sign > 0 && pair.share !== null).map((pair) => pair.share);
-    const covered = shares.length ? `, with ${percent(shares.reduce((sum, share) => sum + share, 0))} of all ${name.toLowerCase()}' scores` : "";
+    const covered = shares.length ? `; the ${pairs.length} here make ${percent(shares.reduce((sum, share) => sum + share, 0))}` : "";
     return make(
       "section",
       { "aria-label": name },
-      make("div", { class: "side-head" }, make("h3", {}, name), make("p", {}, `${what}. ${pairs.length} listed${covered}.`)),
+      make("div", { class: "side-head" }, make("h3", {}, name), make("p", { title: `of the sum of all ${name.toLowerCase()}' scores` }, `${what}${covered}.`)),
       ...pairs.map((pair, place) => card(pair, place + 1, most, test, sign))
     );
   }
@@ -354,9 +359,9 @@
         make("span", { class: "score" }, signed(score)),
         bar(most ? Math.abs(score) / most : 0),
         make("span", { class: "share", title: `of all ${score < 0 ? "opponents'" : "proponents'"} scores` }, percent(share)),
-        make("button", { class: "link", title: "Which test examples did it push?", click: () => follow(index) }, `training example ${index}`)
+        link(index, `example ${index}`)
       ),
-      shaded(words, unread ? " …" : "", terms, { score, limit: LONG, of: " to this score" })
+      shaded(words, unread && words.length ? " …" : unread, terms, { score, limit: LONG, of: " to this score" })
     );
   }
 
@@ -393,7 +398,7 @@
         make("span", { class: "end" }, make("span", { class: "share" }, percent(share)), make("span", {}, `test example ${test.index}`),
           test.label === null ? null : chip(test.label),
           test.mistaken ? [make("span", { class: "differs" }, "≠"), chip(test.prediction, "said")] : null),
-        make("span", { class: "start", dir: "auto" }, textOf(test.words.slice(0, 40)) || "(no text stored)")
+        make("span", { class: "start", dir: "auto" }, startOf(test))
       );
     });
     const kinds = [pushed.filter(({ score }) => score > 0).length, pushed.filter(({ score }) => score < 0).length];
@@ -446,9 +451,9 @@
             make("span", { class: "score" }, signed(value).replace("+", "")),
             bar(most ? value / most : 0),
             make("span", { class: "share" }, percent(share)),
-            make("button", { class: "link", click: () => follow(index) }, `training example ${index}, pushed ${count(n, "test example")}`)
+            link(index, `example ${index}, pushed ${count(n, "test example")}`)
           ),
-          shaded(words, unread ? " …" : "", new Map(), { limit: LONG })
+          shaded(words, unread && words.length ? " …" : unread, new Map(), { limit: LONG })
         );
       })
     );
@@ -457,11 +462,12 @@
   // Words over the whole test set
   function drawWords() {
     const { words, classes, labels, values } = page.word_table;
+    const group = tests.some((test) => test.prediction !== null) ? "Model says" : "Test label"; // as the table was grouped
     const view = byId("words");
     const field = make("input", { type: "search", placeholder: "Search words", "aria-label": "Search words", input: () => draw() });
     const only = make("select", { "aria-label": "What the model says", change: () => draw() },
-      make("option", { value: "" }, "Whatever the model says"),
-      classes.map((name, number) => make("option", { value: number, dir: "auto" }, `Model says ${named(name)}`)));
+      make("option", { value: "" }, "All classes"),
+      classes.map((name, number) => make("option", { value: number, dir: "auto" }, `${group} ${named(name)}`)));
     const scroll = make("div", { class: "scroll wide", tabindex: "0", role: "region", "aria-label": "Words by class and label" });
     const more = make("button", { class: "more wide", click: () => ((limit += 200), draw()) });
     const sums = values.map((row) => row.reduce((sum, value) => sum + Math.abs(value), 0));
@@ -470,7 +476,7 @@
     let limit = 200;
     view.append(
       make("h2", { class: "wide" }, "Words over the whole test set"),
-      make("p", { class: "intro wide" }, "How much each word, in training examples of a label, pushed test examples for which the model says a class: its terms, summed. Blue, solid: towards a lower loss. Orange, dotted: towards a higher one."),
+      make("p", { class: "intro wide" }, `The ${count(words.length, "strongest word")}: what each added, in training examples of a label (second line), to the scores of all test examples of a class (first line). Blue, solid: it lowered their loss. Orange, dotted: it raised it.`),
       make("div", { class: "table-tools wide" }, field, classes.length > 1 ? only : null), scroll, more
     );
     function sortBy(column) {
@@ -494,7 +500,7 @@
       else order.sort((a, b) => sign * (values[a][column] - values[b][column]));
       const head = make("thead", {},
         make("tr", {}, header("word", "word", { class: "corner", rowspan: 2 }),
-          kept.map((number) => make("th", { class: "group", colspan: labels.length, scope: "colgroup", dir: "auto" }, `says ${named(classes[number])}`))),
+          kept.map((number) => make("th", { class: "group", colspan: labels.length, scope: "colgroup", dir: "auto" }, `${group} ${named(classes[number])}`))),
         make("tr", {}, columns.map((each) => header(named(labels[each % labels.length]), each, { class: each % labels.length ? "" : "first" }))));
       const body = order.slice(0, limit).map((word) =>
         make("tr", {}, make("th", { scope: "row", dir: "auto", title: words[word] }, words[word]),

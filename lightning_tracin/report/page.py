@@ -14,32 +14,19 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from torch import Tensor
 
 from lightning_tracin.explanation import Example, Explanation, Influential
 from lightning_tracin.store import appearing_file
+from lightning_tracin.word_table import WordTable
 
 _FOLDER = Path(__file__).parent
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")  # what ends a script early, and halves of characters
 _TERM_STEPS = 9999  # a pair's largest term, in the steps that its terms are rounded to
-_UNREAD = 160  # characters of what the model was not given
-
-
-class WordTable(Protocol):
-    """Words over the whole test set, by what the model says and by the labels of training examples."""
-
-    @property
-    def words(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def labels(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def values(self) -> Tensor: ...  # noqa: D102
+_UNREAD, _UNKNOWN = 160, 2000  # characters of what the model was not given; of a text whose words are not known
 
 
 @dataclass(frozen=True)
@@ -73,15 +60,21 @@ def counts_of(n_test: int, n_train: int, n_checkpoints: int) -> list[str]:
     return [f"{number:,} {name}{'' if number == 1 else 's'}" for name, number in counts.items()]
 
 
-def notes_of(*, has_raw_texts: bool, has_predictions: bool, n_kept: int | None) -> list[str]:
+def notes_of(*, has_test_texts: bool, has_raw_texts: bool, has_predictions: bool, n_kept: int | None) -> list[str]:
     """What a page could show besides, and what would bring it.
 
     Args:
+        has_test_texts: whether anything is known of the texts of the test examples.
         has_raw_texts: whether the texts were given as they were written.
         has_predictions: whether it is known what the model says of the test examples.
         n_kept: how many proponents and opponents were kept, where more were asked for.
     """
     notes = []
+    if not has_test_texts:
+        notes.append(
+            "The words of the test examples were not kept, for this method does not need them: "
+            "result.with_texts(test=...) brings their texts."
+        )
     if not has_predictions:
         notes.append(
             "What the model says of the test examples is not known: it is seen where the loss comes from one linear "
@@ -177,7 +170,7 @@ class _Collected:
 
     def _add(self, example: Example) -> None:
         if example.index not in self.train:
-            self.train[example.index] = [example.label, self.words(example), _start(example.unread)]
+            self.train[example.index] = [example.label, self.words(example), _unread(example)]
 
 
 def _content(page: Page) -> dict[str, Any]:
@@ -212,15 +205,16 @@ def _test(explanation: Explanation, collected: _Collected) -> dict[str, Any]:
         "confidence": _rounded(test.confidence),
         "mistaken": test.is_mistaken,
         "words": collected.words(test),
-        "unread": _start(test.unread),
+        "unread": _unread(test),
         "terms": _packed(explanation.terms),
         "proponents": [collected.pair(each) for each in explanation.proponents],
         "opponents": [collected.pair(each) for each in explanation.opponents],
     }
 
 
-def _start(text: str) -> str:
-    return text if len(text) <= _UNREAD else text[:_UNREAD] + "…"
+def _unread(example: Example) -> str:
+    limit = _UNREAD if example.words else _UNKNOWN
+    return example.unread if len(example.unread) <= limit else example.unread[:limit] + "…"
 
 
 def _packed(terms: Sequence[float]) -> list[Any]:

@@ -7,19 +7,16 @@ settings is changed. Words and labels are printed as they are, whatever signs th
 from __future__ import annotations
 
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from lightning_tracin.result import InfluenceResult
 
 #: What a chart shows.
 Kind: TypeAlias = Literal["scores", "words", "labels", "self_influence"]
@@ -37,36 +34,22 @@ _FURTHER_FONTS = (  # for signs that matplotlib's own font lacks, where one of t
 )
 
 
-def plot_result(
-    result: InfluenceResult, kind: Kind, test_index: int | None, train_index: int | None, k: int, ax: Axes | None
-) -> tuple[Figure, Axes]:
-    """What :meth:`InfluenceResult.plot` returns."""
+def check_plot(kind: str, test_index: int | None, train_index: int | None, k: int) -> None:
+    """Check the arguments of :meth:`InfluenceResult.plot`, and that there is matplotlib, before anything is computed.
+
+    Raises:
+        ValueError: if they do not go together.
+        ModuleNotFoundError: without matplotlib.
+    """
     if kind not in ("scores", "words", "labels", "self_influence"):
         raise ValueError(f"kind must be 'scores', 'words', 'labels' or 'self_influence', but got {kind!r}.")
     if train_index is not None and (kind != "words" or test_index is None):
         raise ValueError(f"train_index goes with kind='words' and a test_index, but got kind={kind!r}, {test_index=}.")
     if test_index is not None and kind == "self_influence":
         raise ValueError("kind='self_influence' is about training examples alone: leave out test_index.")
-    if test_index is not None and not 0 <= test_index < len(result.test_indices):
-        raise IndexError(f"There are test examples 0 to {len(result.test_indices) - 1}, but got {test_index}.")
     if k < 1:
         raise ValueError(f"k must be at least 1, but got {k}.")
-    _pyplot()  # before anything that takes time
-    if kind == "self_influence":
-        return plot_self_influence(result.self_influence(), k, ax)
-    whose = "all test examples" if test_index is None else f"test example {int(result.test_indices[test_index])}"
-    n_kept = result.n_train if result.strongest_proponents is None else result.strongest_proponents.values.shape[1]
-    k = min(k, n_kept)
-    if kind == "scores":
-        which = f"{result.n_train} training examples"
-        if result.scores is None:
-            which = f"the {n_kept} most positive and most negative of {which}"
-        return plot_scores(_scores(result, test_index, n_kept), f"Scores of {which} for {whose}", ax)
-    if kind == "labels":
-        whose = whose.replace("all test examples", f"each of {len(result.test_indices)} test examples")
-        return plot_labels(*_labels(result, test_index, k), f"Labels of the {k} strongest for {whose}", ax)
-    words, of = _words(result, test_index, train_index, k)
-    return plot_words(words, f"Words of {of} for {whose}", ax)
+    _pyplot()
 
 
 def plot_scores(scores: Tensor, title: str = "Scores", ax: Axes | None = None) -> tuple[Figure, Axes]:
@@ -158,43 +141,6 @@ def plot_self_influence(values: Tensor, k: int = 10, ax: Axes | None = None) -> 
     title = f"Self-influence of {len(values)} training examples"
     _label(ax, title, xlabel="self-influence (high: mislabelled or atypical)", ylabel="training examples (log scale)")
     return fig, ax
-
-
-def _scores(result: InfluenceResult, row: int | None, n_kept: int) -> Tensor:
-    """The scores of one test example, or of all; where only the strongest were kept, those, each once."""
-    rows = slice(None) if row is None else slice(row, row + 1)
-    if result.scores is not None:
-        return result.scores[rows].flatten()
-    sides = (result.proponents(n_kept), result.opponents(n_kept))
-    indices, values = (torch.cat([side[number][rows] for side in sides], 1) for number in (1, 0))
-    order = indices.argsort(dim=1, stable=True)
-    indices, values = indices.gather(1, order), values.gather(1, order)
-    return values[torch.cat([torch.ones_like(indices[:, :1], dtype=torch.bool), indices.diff(dim=1) > 0], 1)]
-
-
-def _words(
-    result: InfluenceResult, row: int | None, train_index: int | None, k: int
-) -> tuple[list[tuple[str, float]], str]:
-    """Words and their terms, and whose they are: of a training example, of proponents, or of all examples."""
-    if row is None:
-        table = result.word_table(n=None)
-        return list(zip(table.words, table.values.sum((1, 2)).tolist(), strict=True)), "all training examples"
-    if train_index is not None:
-        return result.words(row, train_index), f"training example {train_index}"
-    named: dict[str, float] = defaultdict(float)
-    for index in result.proponents(k).indices[row].tolist():
-        for word, term in result.words(row, index):
-            named[word] += term
-    return list(named.items()), f"the {k} strongest proponents"
-
-
-def _labels(result: InfluenceResult, row: int | None, k: int) -> tuple[list[str], list[str]]:
-    """The labels of the k strongest proponents and opponents of one test example, or of each."""
-    sides: tuple[list[str], list[str]] = ([], [])
-    for explanation in result.explanations(None if row is None else [row], k):
-        for side, listed in zip(sides, (explanation.proponents, explanation.opponents), strict=True):
-            side += ["(not known)" if each.example.label is None else each.example.label for each in listed]
-    return sides
 
 
 def _histogram(ax: Axes, values: Tensor) -> None:

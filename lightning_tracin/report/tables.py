@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
@@ -19,7 +18,6 @@ _AGAINST = ("bold black on orange1", "black on light_goldenrod2", "underline")
 _STRONG, _MEDIUM, _WEAK = 0.2, 0.07, 0.02  # shares of the sum of the terms' magnitudes
 _LINES = 4  # of a training example's text
 _UNREAD = 80  # characters of a text that the model was not given
-_NAMED = 5  # words that are named with their shares
 
 
 def explained(explanation: Explanation) -> RenderableType:
@@ -75,7 +73,8 @@ class _Entry:
             facts.append(f"  label {_printable(each.example.label)}")
         facts.truncate(options.max_width - 2, overflow="ellipsis")
         yield Padding(facts, (0, 0, 0, 2))
-        named = ", ".join(_strongest_words(each))
+        shares = [(_printable(word), term / each.score) for word, term in each.strongest_words() if each.score]
+        named = ", ".join(f"{word} {share:.0%}" for word, share in shares)
         if named:
             words = Text(f"words: {named}", style="italic")
             words.truncate(options.max_width - 4, overflow="ellipsis")
@@ -83,16 +82,6 @@ class _Entry:
         text = shaded(each.example, each.terms, each.score, room=_LINES * (options.max_width - 4))
         text.overflow = "fold"
         yield Padding(text, (0, 0, 1, 4))
-
-
-def _strongest_words(influential: Influential) -> Iterator[str]:
-    """The words that add most to a score, or take most from it, with their shares of it; repeated ones added up."""
-    terms: dict[str, float] = defaultdict(float)
-    for word, term in zip(influential.example.words, influential.terms, strict=False):
-        terms[_printable(word.text)] += term
-    for name, term in sorted(terms.items(), key=lambda each: -abs(each[1]))[:_NAMED]:
-        if term and influential.score:
-            yield f"{name} {term / influential.score:.0%}"
 
 
 def _excerpt(example: Example, terms: Sequence[float], room: int | None) -> range:

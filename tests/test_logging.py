@@ -1,0 +1,796 @@
+"""Validations that are logged: read back from the loggers' own files, compared with brute force and with queries."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+import time
+from pathlib import Path
+
+import lightning.pytorch as twin
+import pytest
+import pytorch_lightning as pl
+import torch
+from brute_force import BruteForce, dense_gradients
+from lightning.pytorch.loggers import CSVLogger as TwinCSVLogger
+from logging_processes import validation_texts
+from processes_apart import Normed
+from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_fit import Plain, Reproducible, mean_rate
+from test_lightning import TwinToy
+from test_processes import run
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from toy import EPOCHS, N_TEST, STEPS_PER_EPOCH, Toy, loader, quiet, test_texts, texts
+
+from lightning_tracin import Trace, TracInCallback
+from lightning_tracin.explanation import Example, Explanation, Influential
+from lightning_tracin.report import loggers
+from lightning_tracin.validation import is_suspected, summary
+from lightning_tracin.words import Word
+
+SCALARS = ("tracin/same_label", "tracin/concentration", "tracin/suspected_label_errors")
+
+
+class Validated(Toy):
+    """Reports its validation loss, as people do."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if not dataloader_idx:
+            self.log("val_loss", self.influence_loss(batch).mean(), add_dataloader_idx=False)
+
+
+def fit(folder, module=None, val=None, *, logger=None, trainer=None, kind=pl.Trainer, train=None, **options):
+    """A trainer that has fitted a module, with validations, and a callback that logs two examples of each."""
+    pl.seed_everything(0, verbose=False)
+    module = Validated() if module is None else module
+    callback = TracInCallback(folder / "trace", **{"dtype": "float32", "log_examples": 2, **options})
+    logger = CSVLogger(folder) if logger is None else logger
+    fitting = quiet(kind, **{"callbacks": [callback], "logger": logger, "log_every_n_steps": 1, **(trainer or {})})
+    fitting.fit(module, loader(shuffle=True) if train is None else train, loader(test_texts()) if val is None else val)
+    return fitting
+
+
+def logged(trainer):
+    return read(Path(trainer.loggers[0].log_dir) / "influential.jsonl")
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def metrics(trainer):
+    """What a CSVLogger wrote: for each value its step and epoch."""
+    with (Path(trainer.loggers[0].log_dir) / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    names = {name for line in lines for name in line}
+    return {
+        name: [(int(line["step"]), int(line["epoch"]), float(line[name])) for line in lines if line[name]]
+        for name in names - {"step", "epoch"}
+    }
+
+
+def steps_of(rows):
+    return list(dict.fromkeys(row["step"] for row in rows))
+
+
+def examples_of(rows):
+    """The examples of a table in its order: (loader, index)."""
+    return list(dict.fromkeys((row["dataloader_idx"], row["index"]) for row in rows))
+
+
+def brute_scores(trace, n_checkpoints, data=None, kind=Validated):
+    """(n_test, n_train) by the definition, over the first checkpoints."""
+    sides = [[], []]
+    for checkpoint in trace.checkpoints[:n_checkpoints]:
+        module = kind()
+        module.load_state_dict(checkpoint.weights())
+        for side, examples in zip(sides, (data or test_texts(), texts()), strict=True):
+            losses = module.influence_loss
+            rows = DataLoader(examples, batch_size=1)
+            side.append(dense_gradients(module, module.embedding, rows, lambda row, losses=losses: losses(row).sum()))
+    rates = [mean_rate(STEPS_PER_EPOCH * number, STEPS_PER_EPOCH * (number + 1)) for number in range(n_checkpoints)]
+    return BruteForce(rates, *sides).scores()
+
+
+def at_checkpoint(trace, number, data=None, kind=Validated):
+    """Losses and predictions of all validation examples at the weights of a checkpoint."""
+    module = kind().eval()
+    module.load_state_dict(trace.checkpoints[number].weights())
+    ids, labels = (data or test_texts()).tensors
+    with torch.no_grad():
+        logits = module(ids)
+    return functional.cross_entropy(logits, labels, reduction="none"), logits.softmax(1)
+
+
+def assert_scores(rows, scores, k=3):
+    """The rows are the k strongest of each side that pushed at all, by the scores of all validation examples."""
+    assert rows
+    for _, index in examples_of(rows):
+        for role, largest in (("proponent", True), ("opponent", False)):
+            own = [row for row in rows if row["index"] == index and row["role"] == role]
+            found = torch.tensor([row["score"] for row in own], dtype=torch.float64)
+            expected = scores[index].double().topk(k, largest=largest).values
+            expected = expected[expected > 0] if largest else expected[expected < 0]
+            assert [row["rank"] for row in own] == list(range(1, len(expected) + 1))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-10)
+            by_index = scores[index].double()[[row["train_index"] for row in own]]
+            torch.testing.assert_close(found, by_index, rtol=1e-4, atol=1e-10)
+
+
+def test_every_validation_is_logged_with_what_brute_force_says(tmp_path):
+    """The first one too, which ends before the first checkpoint is taken."""
+    trainer = fit(tmp_path)
+    trace = trainer.callbacks[0].trace
+    rows = logged(trainer)
+    assert steps_of(rows) == [step for step, _, _ in metrics(trainer)["val_loss"]]
+    assert len(steps_of(rows)) == EPOCHS
+    for epoch, step in enumerate(steps_of(rows)):
+        own = [row for row in rows if row["step"] == step]
+        assert {row["epoch"] for row in own} == {epoch}
+        losses, probabilities = at_checkpoint(trace, epoch)
+        highest = losses.topk(2)
+        assert examples_of(own) == [(0, index) for index in highest.indices.tolist()]
+        for row in own:
+            assert row["loss"] == pytest.approx(float(losses[row["index"]]), rel=1e-5)
+            assert row["confidence"] == pytest.approx(float(probabilities[row["index"]].max()), rel=1e-5)
+            assert row["prediction"] == str(int(probabilities[row["index"]].argmax()))
+        assert_scores(own, brute_scores(trace, epoch + 1))
+
+
+def test_the_last_validation_is_logged_as_influence_says_after_the_fit(tmp_path):
+    trainer = fit(tmp_path, log_examples=3, log_k=2)
+    rows = [row for row in logged(trainer) if row["epoch"] == EPOCHS - 1]
+    result = Trace(tmp_path / "trace")
+    result = quiet().influence(loader(test_texts()), trainer.lightning_module, trace=result)
+    assert_scores(rows, result.scores, k=2)
+    for explanation in result.explanations([index for _, index in examples_of(rows)], k=2):
+        own = [row for row in rows if row["index"] == explanation.test.index]
+        assert {row["text"] for row in own} == {explanation.test.text}
+        assert {row["label"] for row in own} == {explanation.test.label}
+        both = [each for each in (*explanation.proponents, *explanation.opponents) if each.score]
+        for row, pushed in zip(own, both, strict=True):
+            assert row["train_index"] == pushed.example.index
+            assert row["train_text"] == pushed.example.text
+            assert row["train_label"] == str(int(texts()[row["train_index"]][1]))
+            assert row["share"] == pytest.approx(pushed.share, rel=1e-5)
+            terms = dict(result.words(explanation.row, row["train_index"]))
+            words = dict(entry.split(" ") for entry in row["words"].split(", ") if entry)
+            assert all(float(term) == pytest.approx(terms[word], rel=0.06) for word, term in words.items())
+            assert len(words) == min(5, sum(term != 0 for term in terms.values()))
+
+
+def test_the_curves_say_what_the_table_says(tmp_path):
+    trainer = fit(tmp_path, log_examples=N_TEST)
+    rows, curves = logged(trainer), metrics(trainer)
+    for number, step in enumerate(steps_of(rows)):
+        proponents = [row for row in rows if row["step"] == step and row["role"] == "proponent" and row["score"] > 0]
+        same = [row["label"] == row["train_label"] for row in proponents]
+        assert curves["tracin/same_label"][number] == (step, number, pytest.approx(sum(same) / len(same)))
+        held = [
+            sum(row["share"] for row in proponents if row["index"] == index) for _, index in examples_of(proponents)
+        ]
+        assert curves["tracin/concentration"][number] == (step, number, pytest.approx(sum(held) / len(held), rel=1e-5))
+    scores = brute_scores(trainer.callbacks[0].trace, EPOCHS).clamp(min=0)
+    expected = [float(scores[index].topk(3).values.sum() / scores[index].sum()) for index in range(N_TEST)]
+    assert curves["tracin/concentration"][-1][2] == pytest.approx(sum(expected) / N_TEST, rel=1e-4)
+
+
+def test_validations_inside_of_an_epoch_count_the_checkpoints_up_to_then(tmp_path):
+    trainer = fit(tmp_path, trainer={"val_check_interval": 2, "max_epochs": 3})
+    trace = trainer.callbacks[0].trace
+    rows = logged(trainer)
+    assert steps_of(rows) == [step for step, _, _ in metrics(trainer)["val_loss"]] == [1, 3, 6, 8, 11, 13]
+    counted = [1, 1, 1, 1, 2, 2]  # those of the first epoch wait for the first checkpoint
+    for step, n_checkpoints in zip(steps_of(rows), counted, strict=True):
+        assert_scores([row for row in rows if row["step"] == step], brute_scores(trace, n_checkpoints))
+
+
+def test_the_loss_and_the_choice_are_those_of_the_validation(tmp_path):
+    """In the middle of an epoch the weights are those of no checkpoint."""
+
+    class Recording(Toy):
+        def __init__(self):
+            super().__init__()
+            self.losses = []
+
+        def validation_step(self, batch, batch_idx):
+            self.losses.append(self.influence_loss(batch))
+
+    trainer = fit(tmp_path, Recording(), trainer={"val_check_interval": 2, "num_sanity_val_steps": 0})
+    rows = logged(trainer)
+    losses = torch.cat(trainer.lightning_module.losses).view(4, N_TEST)
+    for step, of_step in zip(steps_of(rows), losses, strict=True):
+        own = {row["index"]: row["loss"] for row in rows if row["step"] == step}
+        assert list(own) == of_step.topk(2).indices.tolist()
+        assert list(own.values()) == pytest.approx(of_step.topk(2).values.tolist(), rel=1e-5)
+
+
+def test_a_validation_without_a_checkpoint_of_its_epoch_does_not_wait_for_the_next(tmp_path):
+    trainer = fit(tmp_path, every_n_epochs=2, trainer={"max_epochs": 3})
+    trace = trainer.callbacks[0].trace
+    assert [each.epoch for each in trace.checkpoints] == [1]
+    rows = logged(trainer)
+    assert list(dict.fromkeys(row["epoch"] for row in rows)) == [0, 1, 2]
+    last = [row for row in rows if row["epoch"] == 2]
+    result = quiet().influence(loader(test_texts()), Validated(), trace=tmp_path / "trace")
+    assert_scores(last, result.scores)
+    module = trainer.lightning_module.eval()
+    losses = module.influence_loss(test_texts().tensors).detach()
+    assert last[0]["loss"] == pytest.approx(float(losses.max()), rel=1e-5)
+
+
+def test_checkpoints_by_steps(tmp_path):
+    trainer = fit(tmp_path, every_n_train_steps=5)
+    for epoch in range(EPOCHS):  # a checkpoint at the very step of the validation comes before it
+        own = [row for row in logged(trainer) if row["epoch"] == epoch]
+        assert_scores(own, brute_scores(trainer.callbacks[0].trace, epoch + 1))
+
+
+@pytest.mark.parametrize("options", [{"cache": "training"}, {"methods": ["tracin-last"]}], ids=str)
+def test_other_gradients(tmp_path, options):
+    trainer = fit(tmp_path, **options)
+    rows = [row for row in logged(trainer) if row["epoch"] == EPOCHS - 1]
+    method = options.get("methods", ["tracin-we"])[0]
+    result = quiet().influence(loader(test_texts()), Validated(), trace=tmp_path / "trace", method=method)
+    assert_scores(rows, result.scores)
+    assert all(bool(row["words"]) == (method == "tracin-we" and row["score"] != 0) for row in rows)
+
+
+def test_given_examples_of_every_validation(tmp_path):
+    trainer = fit(tmp_path, log_examples=[4, 1])
+    rows = logged(trainer)
+    for epoch in range(EPOCHS):
+        own = [row for row in rows if row["epoch"] == epoch]
+        assert examples_of(own) == [(0, 4), (0, 1)]
+        assert_scores(own, brute_scores(trainer.callbacks[0].trace, epoch + 1))
+        ids = test_texts()[4][0]
+        assert own[0]["text"] == " ".join(str(int(token)) for token in ids if token)
+
+
+def test_given_examples_cost_their_own_batches_only(tmp_path):
+    class Counting(Toy):
+        calls = 0
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def influence_loss(self, batch):
+            self.calls += self.trainer.validating
+            return super().influence_loss(batch)
+
+    module = Counting()
+    fit(tmp_path, module, log_examples=[5], trainer={"max_epochs": 1, "num_sanity_val_steps": 0})
+    assert module.calls == 2  # the second of two batches, and the example alone
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """What the log warns of."""
+    messages = []
+    for module in ("callback", "validation"):
+        monkeypatch.setattr(f"lightning_tracin.{module}.rank_zero_warn", messages.append)
+    return messages
+
+
+def test_examples_that_a_validation_does_not_have(tmp_path, warned):
+    trainer = fit(tmp_path, log_examples=[4, 99, 0], trainer={"limit_val_batches": 1, "max_epochs": 1})
+    assert examples_of(logged(trainer)) == [(0, 0)]
+    assert warned == ["log_examples asks for [4, 99], but the validation came upon no such examples."]
+
+
+def test_fewer_examples_than_asked_for_and_fewer_training_examples_than_k(tmp_path):
+    trainer = fit(tmp_path, log_examples=50, log_k=50, trainer={"limit_val_batches": 1, "max_epochs": 1})
+    rows = logged(trainer)
+    assert sorted(examples_of(rows)) == [(0, index) for index in range(4)]
+    assert len(rows) == int((brute_scores(trainer.callbacks[0].trace, 1)[:4] != 0).sum())
+
+
+def test_several_loaders_are_numbered(tmp_path):
+    other = texts(5, seed=9)
+    trainer = fit(tmp_path, val=[loader(test_texts()), loader(other, batch_size=2)], log_examples=N_TEST + 5)
+    trace = trainer.callbacks[0].trace
+    rows = [row for row in logged(trainer) if row["epoch"] == EPOCHS - 1]
+    assert sorted(examples_of(rows)) == [*((0, index) for index in range(N_TEST)), *((1, index) for index in range(5))]
+    for number, data in enumerate((test_texts(), other)):
+        own = [row for row in rows if row["dataloader_idx"] == number]
+        losses, _ = at_checkpoint(trace, -1, data)
+        assert all(row["loss"] == pytest.approx(float(losses[row["index"]]), rel=1e-5) for row in own)
+        assert_scores(own, brute_scores(trace, EPOCHS, data))
+    assert rows == sorted(rows, key=lambda row: -row["loss"])
+    given = fit(tmp_path / "given", val={"a": loader(test_texts()), "b": loader(other)}, log_examples=[3])
+    assert examples_of(logged(given)) == [(0, 3), (1, 3)]
+
+
+def test_a_module_without_the_mixin(tmp_path):
+    class PlainValidated(Plain):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    trainer = fit(tmp_path, PlainValidated(), trainer={"max_epochs": 1})
+    module = trainer.lightning_module.eval()
+    with torch.no_grad():
+        logits = module.head(module.embedding(test_texts().tensors[0]).mean(1))
+        losses = functional.cross_entropy(logits, test_texts().tensors[1], reduction="none")
+    rows = logged(trainer)
+    assert examples_of(rows) == [(0, index) for index in losses.topk(2).indices.tolist()]
+    result = quiet().influence(loader(test_texts()), PlainValidated(), trace=tmp_path / "trace")
+    assert_scores(rows, result.scores)
+
+
+class Named(Dataset):
+    """Examples by name, one token of which the collate function leaves out."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        ids, label = self.data[index]
+        return {"input_ids": ids, "labels": label}
+
+
+class Popping(Toy):
+    """Takes its validation batches apart."""
+
+    def influence_loss(self, batch):
+        return functional.cross_entropy(self(batch["input_ids"]), batch["labels"], reduction="none")
+
+    def validation_step(self, batch, batch_idx):
+        labels = batch.pop("labels")
+        batch["input_ids"].zero_()
+        assert len(labels)
+
+
+def test_a_validation_step_that_takes_its_batch_apart(tmp_path):
+    options = {"train": loader(Named(texts()), shuffle=True), "val": loader(Named(test_texts()))}
+    trainer = fit(tmp_path, Popping(), **options)
+    rows = [row for row in logged(trainer) if row["epoch"] == EPOCHS - 1]
+    result = quiet().influence(loader(Named(test_texts())), Popping(), trace=tmp_path / "trace")
+    assert_scores(rows, result.scores)
+
+
+def test_batches_that_cannot_be_cut_are_refused(tmp_path):
+    class TimeFirst(Validated):
+        def influence_loss(self, batch):
+            return functional.cross_entropy(self(batch[0].T), batch[1], reduction="none")
+
+    def time_first(examples):
+        ids, labels = zip(*examples, strict=True)
+        return torch.stack(ids).T, torch.stack(labels)
+
+    options = {"train": loader(collate_fn=time_first), "val": loader(test_texts(), collate_fn=time_first)}
+    with pytest.raises(ValueError, match="log_examples must cut examples out of the validation batches"):
+        fit(tmp_path, TimeFirst(), trainer={"num_sanity_val_steps": 0}, **options)
+
+
+def test_losses_that_are_not_finite_are_left_out(tmp_path, warned):
+    class Breaking(Validated):
+        def influence_loss(self, batch):
+            losses = super().influence_loss(batch)
+            if self.trainer.validating and len(losses) == 4:
+                losses[2] = torch.nan
+            return losses
+
+    trainer = fit(tmp_path, Breaking(), log_examples=N_TEST, trainer={"max_epochs": 1})
+    assert warned == ["The loss of 1 validation examples is NaN or infinite: they are not explained."]
+    assert sorted(examples_of(logged(trainer))) == [(0, index) for index in range(N_TEST) if index != 2]
+
+
+@pytest.mark.parametrize("trainer", [{"fast_dev_run": True}, {"limit_val_batches": 0}], ids=str)
+@pytest.mark.filterwarnings("ignore:log_examples has no effect")
+def test_where_nothing_is_logged(tmp_path, trainer):
+    fitted = fit(tmp_path, trainer={**trainer, "default_root_dir": tmp_path})
+    assert not list(tmp_path.rglob("influential.jsonl"))
+    assert not any(name.startswith("tracin") for name in fitted.callback_metrics)
+
+
+def test_a_sanity_check_and_a_validation_outside_of_fit_log_nothing(tmp_path):
+    trainer = fit(tmp_path, trainer={"max_epochs": 1, "num_sanity_val_steps": 2})
+    rows = logged(trainer)
+    assert steps_of(rows) == [STEPS_PER_EPOCH - 1]
+    trainer.validate(trainer.lightning_module, loader(test_texts()), verbose=False)
+    assert logged(trainer) == rows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"logger": False}, "the trainer has no logger"), ({"limit_val_batches": 0}, "the fit has no validation")],
+    ids=str,
+)
+def test_log_examples_without_effect_says_so(tmp_path, options, message, warned):
+    fit(tmp_path, trainer={"max_epochs": 1, **options})
+    assert warned == [f"log_examples has no effect: {message}."]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"log_examples": -1}, "log_examples must be a number of validation examples or a list of their indices"),
+        ({"log_examples": "all"}, "got 'all'"),
+        ({"log_examples": True}, "got True"),
+        ({"log_examples": 2.5}, "got 2.5"),
+        ({"log_examples": [1, -2]}, r"got \[1, -2\]"),
+        ({"log_examples": []}, "must name each validation example once"),
+        ({"log_examples": [3, 3]}, "must name each validation example once"),
+        ({"log_k": 0}, "log_k must be at least 1"),
+        ({"log_examples": 2, "cache": "on_demand"}, 'cache="on_demand" stores none'),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        TracInCallback(**options)
+
+
+def test_a_resumed_fit_goes_on_logging_over_all_checkpoints(tmp_path):
+    class Validating(Reproducible):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    saving = {"max_epochs": 1, "enable_checkpointing": False}
+    first = fit(tmp_path, Validating(), trainer=saving)
+    first.save_checkpoint(tmp_path / "state.ckpt")
+    callback = TracInCallback(tmp_path / "trace", dtype="float32", log_examples=2)
+    second = quiet(callbacks=[callback], logger=CSVLogger(tmp_path))
+    second.fit(Validating(), loader(shuffle=True), loader(test_texts()), ckpt_path=tmp_path / "state.ckpt")
+    rows = logged(second)
+    assert {row["epoch"] for row in rows} == {1}
+    assert_scores(rows, brute_scores(callback.trace, 2, kind=Validating))
+
+
+def test_tensorboard_shows_the_table_as_markdown(tmp_path):
+    trainer = fit(tmp_path, logger=[TensorBoardLogger(tmp_path), CSVLogger(tmp_path / "csv")])
+    rows = read(Path(trainer.loggers[1].log_dir) / "influential.jsonl")
+    events = EventAccumulator(trainer.loggers[0].log_dir, size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    tables = events.Tensors("tracin/influential/text_summary")
+    assert [each.step for each in tables] == steps_of(rows)
+    for table in tables:
+        text = table.tensor_proto.string_val[0].decode()
+        own = [row for row in rows if row["step"] == table.step]
+        lines = [line for line in text.splitlines() if line.startswith(("| proponent", "| opponent"))]
+        for row, line in zip(own, lines, strict=True):
+            kind, score, _, train, label, words, content = [cell.strip() for cell in line.strip("|").split("|")]
+            assert kind == f"{row['role']} {row['rank']}"
+            assert float(score) == pytest.approx(row["score"], rel=0.01)
+            assert (int(train), label, words, content) == (
+                row["train_index"],
+                row["train_label"],
+                row["words"],
+                row["train_text"],
+            )
+        for _, index in examples_of(own):
+            assert f"**Validation example {index}**, label **" in text
+    for name in SCALARS:
+        assert [each.step for each in events.Scalars(name)] == steps_of(rows)
+    assert [each.step for each in events.Scalars("val_loss")] == steps_of(rows)
+
+
+def wandb_records(file):
+    """What a W&B run has written: a file of the LevelDB log format, with a protobuf message in each record."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4) and place <= len(data):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def wandb_history(file):
+    """The rows that a W&B run has logged; its own process may go on writing for a while."""
+    stop = time.monotonic() + 60
+    while not any(each.WhichOneof("record_type") == "exit" for each in wandb_records(file)):
+        assert time.monotonic() < stop, f"{file} does not end"
+        time.sleep(0.1)
+    rows = [each.history.item for each in wandb_records(file) if each.WhichOneof("record_type") == "history"]
+    return [{"/".join(item.nested_key): json.loads(item.value_json) for item in items} for items in rows]
+
+
+def test_wandb_shows_a_table_at_the_step_of_the_validation(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    logger = WandbLogger(project="tracin", save_dir=tmp_path)
+    trainer = fit(tmp_path, logger=[logger, CSVLogger(tmp_path / "csv")])
+    rows = read(Path(trainer.loggers[1].log_dir) / "influential.jsonl")
+    folder = Path(logger.experiment.dir)
+    logger.experiment.finish()
+    history = wandb_history(next(folder.parent.glob("*.wandb")))
+    tables = [row for row in history if "tracin/influential/path" in row]
+    assert [row["trainer/global_step"] for row in tables] == steps_of(rows)
+    for entry in tables:
+        table = json.loads((folder / entry["tracin/influential/path"]).read_text())
+        found = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
+        assert found == [row for row in rows if row["step"] == entry["trainer/global_step"]]
+    for name in (*SCALARS, "val_loss"):
+        assert [row["trainer/global_step"] for row in history if name in row] == steps_of(rows)
+    assert [row["_step"] for row in history] == list(range(len(history)))  # none was refused
+
+
+@pytest.mark.filterwarnings("ignore:.*'str' dtypes are included by select_dtypes:DeprecationWarning")
+def test_mlflow_keeps_a_table_of_all_validations(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny brings no other store
+    logger = MLFlowLogger("tracin", tracking_uri=f"file:{tmp_path}/runs")
+    trainer = fit(tmp_path, logger=[logger, CSVLogger(tmp_path / "csv")])
+    rows = read(Path(trainer.loggers[1].log_dir) / "influential.jsonl")
+    table = json.loads(next((tmp_path / "runs").rglob("tracin/influential.json")).read_text())
+    found = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
+    for line, row in zip(found, rows, strict=True):
+        assert line.keys() == row.keys()
+        for name, value in row.items():  # MLflow rounds, and turns labels that look like numbers into such
+            assert (
+                line[name] == pytest.approx(value, abs=1e-9)
+                if isinstance(value, float)
+                else str(line[name]) == str(value)
+            )
+    for name in SCALARS:
+        history = logger.experiment.get_metric_history(logger.run_id, name)
+        assert [each.step for each in history] == steps_of(rows)
+
+
+class CometLogger(Logger):
+    """A stand-in: it has the name of Comet's logger, and its experiment is a fake that keeps what it is given."""
+
+    name = "comet"
+    version = "1"
+
+    def __init__(self):
+        super().__init__()
+        self.experiment = self
+        self.tables, self.metrics = [], []
+
+    def log_table(self, filename, tabular_data=None, headers=False):
+        self.tables.append((filename, tabular_data, headers))
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *_):
+        pass
+
+
+def test_comet_is_given_tables(tmp_path):
+    comet = CometLogger()
+    trainer = fit(tmp_path, logger=[comet, CSVLogger(tmp_path / "csv")])
+    rows = read(Path(trainer.loggers[1].log_dir) / "influential.jsonl")
+    assert [name for name, *_ in comet.tables] == [f"tracin-influential-step-{step:09d}.csv" for step in steps_of(rows)]
+    found = [dict(zip(headers, line, strict=True)) for _, lines, headers in comet.tables for line in lines]
+    assert found == rows
+    assert [step for step, values in comet.metrics if set(SCALARS) <= values.keys()] == steps_of(rows)
+
+
+class Unheard(Logger):
+    """A logger of another package: nothing is known of it."""
+
+    name = "unheard"
+    version = 7
+
+    def __init__(self, save_dir=None):
+        super().__init__()
+        self.folder = save_dir
+
+    @property
+    def save_dir(self):
+        return self.folder
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_a_logger_of_which_nothing_is_known_gets_lines_of_json(tmp_path, has_folder, monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_tracin.validation.rank_zero_info", said.append)
+    root = {"trainer": {"default_root_dir": tmp_path / "root"}}
+    trainer = fit(tmp_path, logger=Unheard(str(tmp_path / "own") if has_folder else None), **root)
+    file = tmp_path / ("own" if has_folder else "root") / "unheard" / "version_7" / "influential.jsonl"
+    assert_scores([row for row in read(file) if row["epoch"] == 1], brute_scores(trainer.callbacks[0].trace, EPOCHS))
+    assert said == [f"Unheard takes no tables: influential examples are in {file}."]
+
+
+def test_loggers_and_trainers_of_lightning_pytorch(tmp_path):
+    class TwinValidated(TwinToy):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    trainer = fit(tmp_path, TwinValidated(), logger=TwinCSVLogger(tmp_path), kind=twin.Trainer)
+    rows = [row for row in logged(trainer) if row["epoch"] == 1]
+    result = quiet().influence(loader(test_texts()), _as_pytorch_lightning(trainer), trace=tmp_path / "trace")
+    assert_scores(rows, result.scores)
+
+
+def _as_pytorch_lightning(trainer):
+    class Same(TwinToy.__mro__[1], pl.LightningModule):
+        __init__ = pl.LightningModule.__init__
+        influence_loss = TwinToy.influence_loss
+        training_step = TwinToy.training_step
+
+    module = Same()
+    module.embedding, module.head = trainer.lightning_module.embedding, trainer.lightning_module.head
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("examples", [1, [0, 3]], ids=str)
+def test_log_examples_on_the_command_line(tmp_path, monkeypatch, examples):
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return loader(shuffle=True)
+
+        def val_dataloader(self):
+            return loader(test_texts())
+
+    monkeypatch.chdir(tmp_path)
+    arguments = {"dirpath": f"{tmp_path}/trace", "log_examples": examples, "log_k": 2}
+    callback = {"class_path": "lightning_tracin.TracInCallback", "init_args": arguments}
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
+    options = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "enable_checkpointing": False}
+    settings = {"trainer": {**options, "callbacks": [callback], "logger": logger}}
+    (tmp_path / "fit.json").write_text(json.dumps(settings))
+    cli = LightningCLI(Validated, Data, args=["fit", "--config", str(tmp_path / "fit.json")])
+    rows = logged(cli.trainer)
+    assert {row["rank"] for row in rows} == {1, 2}
+    assert len(examples_of(rows)) == 1 if examples == 1 else examples_of(rows) == [(0, 0), (0, 3)]
+
+
+def explanation(label, prediction, proponents, opponents=(), confidence=0.9):
+    """One whose influential examples are given by label and score."""
+    word = Word("a|b", "", (0,))
+
+    def pushed(label, score):
+        return Influential(Example(3, (word,), label), score, abs(score) / 10, (score,))
+
+    test = Example(0, (Word("so_so", "", (0,)), Word("<b>", " ", (1,))), label, prediction, confidence)
+    return Explanation(0, test, (), *(tuple(pushed(*each) for each in side) for side in (proponents, opponents)))
+
+
+@pytest.mark.parametrize(
+    ("found", "suspected"),
+    [
+        (explanation("good", "bad", [("bad", 3.0), ("good", 1.0)]), True),
+        (explanation("good", "bad", [("good", 1.0)], [("bad", -3.0)]), True),
+        (explanation("good", "bad", [("good", 3.0)], [("bad", -1.0)]), False),
+        (explanation("good", "good", [("bad", 3.0)]), False),
+        (explanation("good", "bad", [(None, 3.0)]), False),
+        (explanation("good", None, [("bad", 3.0)], confidence=None), False),
+    ],
+)
+def test_suspected_label_errors(found, suspected):
+    assert is_suspected(found) == suspected
+    assert summary([found]).get("tracin/suspected_label_errors", 0.0) == float(suspected)
+
+
+def test_curves_leave_out_what_is_not_known():
+    positive = [("good", 3.0), ("bad", 1.0), ("bad", -1.0)]
+    metrics = summary([explanation("good", "good", positive), explanation("bad", "good", [("bad", 4.0)])])
+    assert metrics == {
+        "tracin/same_label": pytest.approx(2 / 3),
+        "tracin/concentration": pytest.approx(0.4),
+        "tracin/suspected_label_errors": 0.0,
+    }
+    regression = explanation("0.3", "0.2", [("0.1", 3.0)], confidence=None)
+    assert summary([regression]) == {"tracin/concentration": pytest.approx(0.3)}
+    nothing = explanation(None, None, [(None, 0.0)], [(None, 0.0)], confidence=None)
+    assert summary([nothing]) == {}
+    assert loggers.rows_of([nothing], [(0, 1.0)], step=0, epoch=0) == []
+
+
+def test_markdown_is_not_broken_by_what_texts_hold():
+    rows = loggers.rows_of([explanation("g|d", "b`d", [("x*y", 3.0)])], [(1, 2.5)], step=4, epoch=1)
+    text = loggers.markdown(rows)
+    assert r"of loader 1, label **g\|d**, prediction **b\`d** (90%), loss 2.5" in text
+    assert r"so\_so &lt;b>" in text
+    assert r"| proponent 1 | +3 | 30.0% | 3 | x\*y | a\|b +3 | a\|b |" in text
+
+
+def test_long_texts_are_cut():
+    words = tuple(Word("word", " ", (place,)) for place in range(200))
+    test = Example(0, words, "a")
+    found = Explanation(0, test, (), (Influential(test, 1.0, None),), ())
+    row = loggers.rows_of([found], [(0, 1.0)], step=0, epoch=0)[0]
+    assert row["text"].endswith("word ...")
+    assert len(row["text"]) <= 300
+    assert row["words"] == ""
+
+
+def test_mlflow_without_pandas_is_refused_before_training(tmp_path, monkeypatch):
+    class MLFlowLogger(Unheard):
+        pass
+
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install lightning-tracin\[pandas\]"):
+        fit(tmp_path, logger=MLFlowLogger(str(tmp_path)))
+
+
+def test_a_shuffled_validation_loader_numbers_by_its_order(tmp_path):
+    """The text is that of the example all the same."""
+    data = TensorDataset(*test_texts().tensors)
+    trainer = fit(tmp_path, val=DataLoader(data, 4, shuffle=True), log_examples=N_TEST, trainer={"max_epochs": 1})
+    rows = logged(trainer)
+    losses, _ = at_checkpoint(trainer.callbacks[0].trace, 0)
+    by_text = {
+        " ".join(str(int(token)) for token in ids if token): float(loss)
+        for (ids, _), loss in zip(data, losses, strict=True)
+    }
+    assert {row["index"] for row in rows} == set(range(N_TEST))
+    assert all(row["loss"] == pytest.approx(by_text[row["text"]], rel=1e-5) for row in rows)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What fits of two processes left."""
+    folder = tmp_path_factory.mktemp("two")
+    done = run(folder, script="logging_processes.py", timeout=200)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def rows_of_two(folder, name):
+    """The one table that two processes wrote."""
+    (file,) = (folder / name).rglob("influential.jsonl")
+    return read(file)
+
+
+@pytest.mark.parametrize("name", ["highest", "all"])
+def test_two_processes_log_what_one_finds_in_their_trace(two, name):
+    rows = rows_of_two(two, name)
+    trace = Trace(two / name / "trace")
+    assert [row["epoch"] for row in rows] == sorted(row["epoch"] for row in rows)
+    for epoch in range(EPOCHS):
+        own = [row for row in rows if row["epoch"] == epoch]
+        losses, _ = at_checkpoint(trace, epoch, validation_texts())
+        assert examples_of(own) == [
+            (0, index) for index in losses.argsort(descending=True)[: 3 if name == "highest" else 7]
+        ]
+        for row in own:
+            assert row["loss"] == pytest.approx(float(losses[row["index"]]), rel=1e-5)
+            assert row["text"] == " ".join(str(int(token)) for token in validation_texts()[row["index"]][0] if token)
+    result = quiet().influence(loader(validation_texts()), Toy(), trace=trace)
+    assert_scores(own, result.scores)
+
+
+def test_given_examples_of_two_processes(two):
+    rows = rows_of_two(two, "given")
+    assert examples_of(rows) == [(0, 6), (0, 0), (0, 1)]
+    result = quiet().influence(loader(validation_texts()), Toy(), trace=two / "given" / "trace")
+    assert_scores([row for row in rows if row["epoch"] == 1], result.scores)
+
+
+def test_training_of_two_processes_is_what_it_is_without_a_log(two):
+    first, second = (torch.load(two / f"weights-{rank}.pt", weights_only=True) for rank in (0, 1))
+    for left in (first, second):
+        for name in ("highest", "all", "given", "normed"):
+            without = "normed without" if name == "normed" else "without"
+            for weight in (Normed() if name == "normed" else Toy()).state_dict():
+                assert torch.equal(left[f"{name} {weight}"], left[f"{without} {weight}"]), (name, weight)
+
+
+def test_an_error_in_the_validation_of_one_process_is_raised_in_both(two):
+    for rank in (0, 1):
+        assert "no losses here" in (two / f"error-{rank}.txt").read_text()
+    assert {row["epoch"] for row in rows_of_two(two, "broken")} == {0}
+
+
+def test_mixed_precision(tmp_path):
+    trainer = fit(tmp_path, trainer={"precision": "bf16-mixed"})
+    rows = [row for row in logged(trainer) if row["epoch"] == EPOCHS - 1]
+    asked = quiet(precision="bf16-mixed")
+    result = asked.influence(loader(test_texts(), batch_size=1), Validated(), trace=tmp_path / "trace")
+    assert_scores(rows, result.scores)

@@ -1,0 +1,40 @@
+"""The README's complete script runs as it stands, but for the model and the data."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from test_words import TEXTS, trained
+from transformers import BertConfig, BertForSequenceClassification
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_from_your_own_data_to_a_page(tmp_path):
+    section = README.read_text(encoding="utf-8").split("## From your own data to a page")[1].split("\n## ")[0]
+    script = re.search(r"```python\n(.*?)```", section, re.S)[1]
+    tokenizer = trained("WordPiece")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with (tmp_path / "messages.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([text, ("ham", "spam")[place % 2]] for place, text in enumerate(TEXTS * 6))
+    (tmp_path / "train.py").write_text(script.replace("distilbert-base-uncased", "model"), encoding="utf-8")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(README.parent)}
+    done = subprocess.run(
+        [sys.executable, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "of all proponents  label " in done.stdout
+    assert "Test example 0, label " in done.stdout
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert TEXTS[0].split()[2].removesuffix("'s") in page
