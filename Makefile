@@ -18,8 +18,10 @@ spam: $(VENV)/demo.done  ## find the word that a spam filter has learned by mist
 sentiment: $(VENV)/demo.done  ## explain confident mistakes on movie reviews, and undo them
 	$(BIN)/python -m examples.sentiment
 
-picture: $(VENV)/demo.done  ## the same, and draw the picture of the README
+picture: $(VENV)/demo.done  ## the same, and make the pictures of the README (of the page with Chromium)
 	$(BIN)/python -m examples.topics --picture docs/terminal.svg
+	$(BIN)/pip install --quiet --constraint requirements/pinned.txt playwright pillow
+	$(BIN)/python -m examples.screenshots demo_output/page.html docs
 
 test: $(VENV)/test.done $(VENV)/demo.done lint  ## ruff, mypy, and the tests with coverage
 	$(BIN)/python -m pytest -m "not slow" --cov --cov-fail-under=90
