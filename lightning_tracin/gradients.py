@@ -81,8 +81,8 @@ class WordGradients:
         lengths = None if lengths is None else lengths[order]
         return cls(n_examples, examples[order], tokens[order], norms[order], directions, lengths)
 
-    def select(self, rows: Tensor) -> WordGradients:
-        """Only the given rows: a boolean mask (R,) or row numbers."""
+    def select(self, rows: Tensor | slice) -> WordGradients:
+        """Only the given rows: a boolean mask (R,), row numbers, or a slice, which copies nothing."""
         return replace(
             self,
             examples=self.examples[rows],

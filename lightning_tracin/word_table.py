@@ -360,15 +360,7 @@ def _pieces(train: WordGradients, n_classes: int) -> Iterator[WordGradients]:
     """A block in pieces of so many rows that their products fit into memory, without a copy of the rows."""
     size = max(1, _PIECE // n_classes)
     for start in range(0, len(train.tokens), size):
-        rows = slice(start, start + size)
-        yield replace(
-            train,
-            examples=train.examples[rows],
-            tokens=train.tokens[rows],
-            norms=train.norms[rows],
-            directions=train.directions[rows],
-            lengths=None if train.lengths is None else train.lengths[rows],
-        )
+        yield train.select(slice(start, start + size))
 
 
 def _unit(net: Tensor) -> float:
