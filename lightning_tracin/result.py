@@ -250,12 +250,7 @@ class InfluenceResult:
         if not 0 <= train_index < self.n_train:
             raise IndexError(f"There are training examples 0 to {self.n_train - 1}, but got {train_index}.")
         self._with_words()
-        terms = self._terms({test_index: [train_index]})[test_index][train_index]
-        example = self._train_examples([train_index])[train_index]
-        named: dict[str, float] = defaultdict(float)
-        for word, share in zip(example.words, shares_of_words(example.words, example.ids, terms), strict=True):
-            if any(example.ids[place] in terms for place in word.places):
-                named[word.text] += share
+        (named,) = self._named_terms(test_index, [train_index])
         return sorted(named.items(), key=lambda word: -abs(word[1]))
 
     def word_table(self, n: int | None = 50, *, min_examples: int = 0) -> WordTable:
@@ -612,6 +607,20 @@ class InfluenceResult:
                     terms[row][wanted[place]][token] += rate * term
         return terms
 
+    def _named_terms(self, row: int, train_indices: Sequence[int]) -> list[dict[str, float]]:
+        """What each word adds to the score of a test example with each of some training examples, read at once."""
+        terms, examples = self._terms({row: train_indices})[row], self._train_examples(train_indices)
+        found: list[dict[str, float]] = []
+        for index in train_indices:
+            example, of_tokens = examples[index], terms[index]
+            named: dict[str, float] = defaultdict(float)
+            shares = shares_of_words(example.words, example.ids, of_tokens)
+            for word, share in zip(example.words, shares, strict=True):
+                if any(example.ids[place] in of_tokens for place in word.places):
+                    named[word.text] += share
+            found.append(named)
+        return found
+
     def _checkpoints(self) -> list[Checkpoint]:
         """The checkpoints that the scores were computed from, if they are still there."""
         stored = {} if self.trace is None else {each.id: each for each in self.trace.checkpoints}
@@ -655,9 +664,10 @@ class InfluenceResult:
             return list(zip(table.words, table.values.sum((1, 2)).tolist(), strict=True)), "all training examples"
         if train_index is not None:
             return self.words(row, train_index), f"training example {train_index}"
+        self._with_words()
         named: dict[str, float] = defaultdict(float)
-        for index in self.proponents(k).indices[row].tolist():
-            for word, term in self.words(row, index):
+        for of_pair in self._named_terms(row, self.proponents(k).indices[row].tolist()):
+            for word, term in of_pair.items():
                 named[word] += term
         return list(named.items()), f"the {k} strongest proponents"
 
