@@ -46,7 +46,7 @@ def main() -> None:
                 scores = torch.zeros(options.tests, stop - start)
                 for _ in range(options.checkpoints):
                     scores += method.dot(test, method.prepare(shards.read(shard), None, "train"), None)
-                strongest = [merge_top([*strongest, top_of(scores, start)], options.k)]
+                strongest = [merge_top([*strongest, top_of(scores, start, options.k)], options.k)]
 
         wanted = torch.unique(test.tokens)
         needed, pairs = 0, 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,13 +19,10 @@ Side: TypeAlias = Literal["test", "train"]
 Normalize: TypeAlias = Literal["train", "cosine"] | None
 Precondition: TypeAlias = Literal["adam"] | None
 
-# Rows that are multiplied at once, with how many columns where several words share a product: they fit into a cache.
+# Rows that are multiplied at once: in full precision they fit into a cache.
 _PIECE = 1024
-_COLUMNS = 16
-# From this many training rows on, a word's rows are multiplied as a matrix.
-_LONG = 64
-# From this many test rows on, a word's products are worth adding as whole rows of scores.
-_FEW = 4
+# Words that no more test rows hold are multiplied many at once.
+_FEW = 8
 
 
 class Method(Protocol):
@@ -217,71 +214,71 @@ def method_from_json(content: dict[str, Any]) -> Method:
 def _dot_words(test: WordGradients, train: WordGradients) -> Tensor:
     """Join two blocks, each sorted by token, on the token: (test.n_examples, train.n_examples).
 
-    The rows of one word lie together, so they are read as they are stored, a piece at a time that fits into a cache.
+    The rows of one word lie together. They are read as they are stored, a piece at a time that fits into a cache.
     """
     scores = torch.zeros(train.n_examples, test.n_examples, dtype=torch.float32)
     shared = _shared_words(test.tokens, train.tokens)
-    test_rows = test.directions.float() * test.factors[:, None]
-    factors = train.factors
-    common = (shared.n_test > _FEW) & (shared.n_train >= _LONG)
-    long = ~common & (shared.n_train >= _LONG)
-    _add_common(scores, shared.select(common), test, train, test_rows, factors)
-    for words, multiply in ((shared.select(long), _long_products), (shared.select(~common & ~long), _rare_products)):
-        if not len(words.n_test):
-            continue
-        train_of, test_of = words.pairs()
-        products = multiply(words, train, test_rows).mul_(factors[train_of])
-        places = train.examples[train_of] * test.n_examples + test.examples[test_of]
-        scores.view(-1).index_add_(0, places, products)
+    few = (shared.n_test <= _FEW) & (shared.n_train <= _PIECE)
+    _add_common(scores, shared.select(~few), test, train)
+    _add_rare(scores, shared.select(few), test, train)
     return scores.T
 
 
-def _add_common(
-    scores: Tensor,
-    words: _SharedWords,
-    test: WordGradients,
-    train: WordGradients,
-    test_rows: Tensor,
-    factors: Tensor,
-) -> None:
-    """Add the products of words that many test examples hold: whole rows of scores."""
-    wide = torch.empty(_PIECE, test.n_examples)
-    piece = torch.empty(_PIECE, test_rows.shape[1])
+def _add_common(scores: Tensor, words: _SharedWords, test: WordGradients, train: WordGradients) -> None:
+    """Add the products of words that many examples hold: word by word."""
+    n_test, hidden = test.n_examples, test.directions.shape[1]
+    test_rows, factors = test.directions.float() * test.factors[:, None], train.factors
+    rows, products = torch.empty(_PIECE, hidden), torch.empty(_PIECE * n_test)
     for of_test, of_train in words.slices():
-        right, columns = test_rows[of_test].T, test.examples[of_test]
-        wide.zero_()
+        columns, right = test.examples[of_test], test_rows[of_test]
+        wide = 2 * len(columns) > n_test  # then adding whole rows of scores makes up for multiplying zeros
+        if wide:
+            right = torch.zeros(n_test, hidden).index_copy_(0, columns, right)
         for start in range(of_train.start, of_train.stop, _PIECE):
-            part = slice(start, min(start + _PIECE, of_train.stop))
-            directions = piece[: part.stop - start].copy_(train.directions[part])
-            products = torch.mm(directions, right).mul_(factors[part, None])
-            scores.index_add_(0, train.examples[part], wide[: len(products)].index_copy_(1, columns, products))
+            piece = slice(start, min(start + _PIECE, of_train.stop))
+            examples, n = train.examples[piece], piece.stop - piece.start
+            left, out = _in_full(train.directions[piece], rows), products[: n * len(right)].view(n, -1)
+            torch.mm(left, right.T, out=out).mul_(factors[piece, None])
+            if wide:
+                scores.index_add_(0, examples, out)
+            else:
+                scores.view(-1).index_add_(0, ((examples * n_test)[:, None] + columns).view(-1), out.view(-1))
 
 
-def _long_products(words: _SharedWords, train: WordGradients, test_rows: Tensor) -> Tensor:
-    """The product of each pair of directions, for words with many training rows: several words in one product."""
-    train_of, right = words.train_rows(), test_rows[words.test_rows()].T
-    products: list[Tensor] = []
-    starts: list[int] = []
-    strides: list[int] = []
-    done = 0
-    for piece in words.pieces():
-        directions = train.directions.index_select(0, train_of[piece.rows]).float()
-        products.append((directions @ right[:, piece.columns]).view(-1))
-        starts += [done + place for place in piece.places]
-        strides += [piece.columns.stop - piece.columns.start] * len(piece.places)
-        done += len(products[-1])
-    word, row, column = words.numbered_pairs()
-    places = torch.tensor(starts)[word] + row * torch.tensor(strides)[word] + column
-    return torch.cat(products)[places]
+def _add_rare(scores: Tensor, words: _SharedWords, test: WordGradients, train: WordGradients) -> None:
+    """Add the products of words that few examples hold: many words in one batch of small matrices.
+
+    The words of a batch have equally many test rows. Where one has fewer training rows than the others, its first one
+    stands in for those that it lacks, and counts nothing.
+    """
+    words = words.select(torch.argsort(words.n_test * (_PIECE + 1) + words.n_train))
+    batches = list(words.batches())
+    n_words, _, widest = torch.tensor(batches, dtype=torch.long).view(-1, 3).T
+    widths = torch.repeat_interleave(widest, n_words)
+    word = torch.repeat_interleave(widths)
+    number = torch.arange(len(word)) - (widths.cumsum(0) - widths)[word]
+    lacks = number >= words.n_train[word]
+    train_of = words.train_starts[word] + number.masked_fill_(lacks, 0)
+    factors = train.factors[train_of].masked_fill_(lacks, 0)
+    places = train.examples[train_of] * test.n_examples
+    test_of = _ranges(words.test_starts, words.n_test)
+    left, columns = test.directions[test_of].float() * test.factors[test_of, None], test.examples[test_of]
+    stored, rows = train.directions.new_empty(_PIECE, left.shape[1]), torch.empty(_PIECE, left.shape[1])
+    of_test = of_train = 0
+    for count, n_test, n_train in batches:
+        tests = slice(of_test, of_test := of_test + count * n_test)
+        trains = slice(of_train, of_train := of_train + count * n_train)
+        n = count * n_train
+        torch.index_select(train.directions, 0, train_of[trains], out=stored[:n])
+        right = _in_full(stored[:n], rows).view(count, n_train, -1).transpose(1, 2)
+        products = torch.bmm(left[tests].view(count, n_test, -1), right).mul_(factors[trains].view(count, 1, -1))
+        where = columns[tests].view(count, -1, 1) + places[trains].view(count, 1, -1)
+        scores.view(-1).index_add_(0, where.view(-1), products.view(-1))
 
 
-def _rare_products(words: _SharedWords, train: WordGradients, test_rows: Tensor) -> Tensor:
-    """The product of each pair of directions, for words with few training rows: pair by pair."""
-    products = [
-        train.directions.index_select(0, train_of).float().mul_(test_rows.index_select(0, test_of)).sum(1)
-        for train_of, test_of in zip(*(torch.split(side, _PIECE) for side in words.pairs()), strict=True)
-    ]
-    return torch.cat(products)
+def _in_full(directions: Tensor, rows: Tensor) -> Tensor:
+    """Directions in full precision: themselves, or the first of ``rows``."""
+    return directions if directions.dtype == torch.float32 else rows[: len(directions)].copy_(directions)
 
 
 def _dot_linear(test: LinearGradients, train: LinearGradients) -> Tensor:
@@ -340,48 +337,19 @@ class _SharedWords:
         for test, n_test, train, n_train in numbers:
             yield slice(test, test + n_test), slice(train, train + n_train)
 
-    def numbered_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every pair of rows: its word, and the numbers of its training and of its test row inside the word."""
-        n_pairs = self.n_test * self.n_train
-        word = torch.repeat_interleave(torch.arange(len(n_pairs)), n_pairs)
-        number = torch.arange(len(word)) - (n_pairs.cumsum(0) - n_pairs)[word]
-        return word, number // self.n_test[word], number % self.n_test[word]
+    def batches(self) -> Iterator[tuple[int, int, int]]:
+        """Cut words, sorted by their numbers of rows, into batches of at most ``_PIECE`` training rows.
 
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """The training row and the test row of every pair."""
-        word, train, test = self.numbered_pairs()
-        return self.train_starts[word] + train, self.test_starts[word] + test
-
-    def train_rows(self) -> Tensor:
-        """The training rows of all words, word by word."""
-        return _ranges(self.train_starts, self.n_train)
-
-    def test_rows(self) -> Tensor:
-        """The test rows of all words, word by word."""
-        return _ranges(self.test_starts, self.n_test)
-
-    def pieces(self) -> Iterator[_Piece]:
-        """The words cut into pieces of about ``_PIECE`` training rows and ``_COLUMNS`` test rows."""
-        row = column = 0
-        rows = columns = 0
-        places: list[tuple[int, int]] = []
-        counts = torch.stack([self.n_train, self.n_test], 1).tolist()
-        for n_train, n_test in [*counts, (_PIECE + 1, 0)]:
-            if places and (rows + n_train > _PIECE or columns + n_test > _COLUMNS):
-                yield _Piece(
-                    slice(row, row + rows), slice(column, column + columns), [r * columns + c for r, c in places]
-                )
-                row, column, rows, columns, places = row + rows, column + columns, 0, 0, []
-            places.append((rows, columns))
-            rows, columns = rows + n_train, columns + n_test
-
-
-class _Piece(NamedTuple):
-    """Some words' rows and columns among those of all, and where each word's block begins in their product."""
-
-    rows: slice
-    columns: slice
-    places: list[int]
+        Yields:
+            Number of words, of each one's test rows, and of the training rows of that with the most.
+        """
+        n_test, n_train = self.n_test.tolist(), self.n_train.tolist()
+        start = 0
+        for stop in range(1, len(n_test) + 1):
+            fits = stop < len(n_test) and n_test[stop] == n_test[start] and (stop + 1 - start) * n_train[stop] <= _PIECE
+            if not fits:
+                yield stop - start, n_test[start], n_train[stop - 1]
+                start = stop
 
 
 def _shared_words(test_tokens: Tensor, train_tokens: Tensor) -> _SharedWords:

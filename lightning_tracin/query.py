@@ -129,7 +129,7 @@ def scored(
         if k is None:
             columns.append(scores)
         else:
-            strongest = [merge_top([*strongest, top_of(scores, start)], k)]
+            strongest = [merge_top([*strongest, top_of(scores, start, k)], k)]
     result.totals = torch.stack(processes.gather(totals)).sum(0)
     if k is None:
         result.scores = torch.cat(processes.gather(torch.cat(columns, dim=1)), dim=1)

@@ -25,23 +25,27 @@ class TopK(NamedTuple):
 def strongest(scores: Tensor, k: int, *, largest: bool) -> TopK:
     """The k largest or smallest of each row, and where; of equal ones, those that come first."""
     least = scores.topk(k, dim=1, largest=largest).values[:, -1:]
+    columns = torch.nonzero((scores >= least if largest else scores <= least).any(0))[:, 0]  # few: the rest is quick
+    scores = scores[:, columns]
     beyond = scores > least if largest else scores < least
     equal = scores == least
     chosen = beyond | (equal & (equal.cumsum(1) <= k - beyond.sum(1, keepdim=True)))
-    indices = torch.nonzero(chosen)[:, 1].view(-1, k)  # ascending: topk alone takes any of equal scores
-    order = scores.gather(1, indices).sort(dim=1, descending=largest, stable=True)
-    return TopK(order.values, indices.gather(1, order.indices))
+    places = torch.nonzero(chosen)[:, 1].view(-1, k)  # ascending: topk alone takes any of equal scores
+    order = scores.gather(1, places).sort(dim=1, descending=largest, stable=True)
+    return TopK(order.values, columns[places.gather(1, order.indices)])
 
 
-def top_of(scores: Tensor, start: int) -> tuple[TopK, TopK]:
-    """A block of scores as proponents and opponents that are yet to be sorted: for :func:`merge_top`.
+def top_of(scores: Tensor, start: int, k: int) -> tuple[TopK, TopK]:
+    """The k strongest proponents and opponents of a block of scores, fewer where it has fewer.
 
     Args:
         scores: (n_test, block) scores of the training examples from ``start`` on.
         start: training index of the block's first column.
+        k: how many.
     """
-    block = TopK(scores, torch.arange(start, start + scores.shape[1]).expand_as(scores))
-    return block, block
+    sides = (strongest(scores, min(k, scores.shape[1]), largest=largest) for largest in (True, False))
+    proponents, opponents = (TopK(side.values, side.indices + start) for side in sides)
+    return proponents, opponents
 
 
 def merge_top(parts: Sequence[tuple[TopK, TopK]], k: int) -> tuple[TopK, TopK]:

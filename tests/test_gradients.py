@@ -58,17 +58,19 @@ def test_words_whose_gradient_is_zero_are_left_out():
 
 # Words that few or many test examples hold, with few or many training rows, in more than one piece.
 JOINS = [(6, 11, 30), (40, 50, 3), (1, 1, 200), (3, 4, 1), (3, 500, 4), (40, 300, 20), (40, 900, 150), (5, 2500, 2)]
+JOINS += [(20, 2500, 3), (40, 4000, 20), (2, 5000, 400)]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize(("n_test", "n_train", "vocabulary"), JOINS)
-def test_joining_words_equals_dense_products(n_test, n_train, vocabulary):
+def test_joining_words_equals_dense_products(n_test, n_train, vocabulary, dtype):
     method = TracInWE()
     test, test_table = random_words(n_test, vocabulary)
-    train, train_table = random_words(n_train, vocabulary)
+    train, _ = random_words(n_train, vocabulary)
+    train = train.as_dtype(dtype)
     scores = method.dot(method.prepare(test, None, "test"), method.prepare(train, None, "train"), None)
-    torch.testing.assert_close(
-        scores.double(), torch.einsum("avh,bvh->ab", test_table, train_table), rtol=1e-4, atol=1e-4
-    )
+    expected = torch.einsum("avh,bvh->ab", test_table, dense(train, vocabulary))
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_examples_without_a_common_word_score_zero():
