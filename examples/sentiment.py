@@ -39,18 +39,19 @@ class Network(TracInMixin, pl.LightningModule):
 
     Args:
         vectors: (vocabulary, hidden) of all words; they stay as they are.
-        n_labels: number of labels.
+        names: of the labels.
         tokenizer: to print words with.
     """
 
-    def __init__(self, vectors: Tensor, n_labels: int, tokenizer: Any) -> None:
+    def __init__(self, vectors: Tensor, names: Sequence[str], tokenizer: Any) -> None:
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
             vectors, padding_idx=tokenizer.pad_token_id
         )
         self.features = nn.Linear(2 * vectors.shape[1], 64)
         self.dropout = nn.Dropout(0.3)
-        self.head = nn.Linear(64, n_labels)
+        self.head = nn.Linear(64, len(names))
+        self.names = names
         self.tokenizer = tokenizer
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -59,6 +60,10 @@ class Network(TracInMixin, pl.LightningModule):
         pairs = torch.cat([words[:, :-1], words[:, 1:]], dim=2)
         logits: Tensor = self.head(self.dropout(self.features(pairs).relu().amax(1)))
         return logits
+
+    def influence_label_names(self) -> dict[int, str]:
+        """What to print for each label."""
+        return dict(enumerate(self.names))
 
     def influence_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss of each example."""
@@ -90,7 +95,7 @@ def fitted(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Network(vectors, len(names), tokenizer), batches(data, tokenizer, shuffle=True))
+    trainer.fit(Network(vectors, names, tokenizer), batches(data, tokenizer, shuffle=True))
     return trainer
 
 
@@ -159,7 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     asked = Tokenized([(test[index][0], int(said[index])) for index in mistakes], tokenizer, options.max_length)
     method = TracInWE(normalize="cosine", exclude_tokens=tokenizer.all_special_ids)
     result = trainer.influence(batches(asked, tokenizer), method=method)
-    result.label_names = dict(enumerate(names))  # known by itself where the model is Hugging Face's
     result = result.with_texts([text for text, _ in train], [test[index][0] for index in mistakes])
     wrongly, rightly = (names[label] for label in (int(said[mistakes[0]]), test[mistakes[0]][1]))
     console.print(

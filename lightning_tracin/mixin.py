@@ -78,6 +78,13 @@ class TracInMixin:
         ids = _token_ids(batch)
         return [] if ids is None else [words_of_ids(self, row) for row in ids.tolist()]
 
+    def influence_label_names(self) -> dict[int, str]:
+        """What to print for each label, by its number.
+
+        The default is ``id2label`` of a Hugging Face configuration; without one, the numbers are printed.
+        """
+        return _configured_label_names(self)  # type: ignore[arg-type]
+
 
 def losses_of(module: nn.Module) -> Losses:
     """The module's losses of single examples; without the mixin, a :class:`MeanLoss` that is yet to be checked."""
@@ -138,6 +145,19 @@ def words_of_ids(module: Any, token_ids: list[int]) -> list[str]:
     return [str(token) if word is None else word for token, word in zip(token_ids, tokens, strict=True)]
 
 
+def label_names_of(module: nn.Module) -> dict[int, str]:
+    """What to print for each label that the module, or a Hugging Face configuration in it, names.
+
+    Raises:
+        ValueError: if ``influence_label_names`` does not return names by number.
+    """
+    own = getattr(module, "influence_label_names", None)
+    names = own() if callable(own) else _configured_label_names(module)
+    if not isinstance(names, Mapping) or not all(isinstance(number, int) for number in names):
+        raise ValueError(f"influence_label_names must return a name for each label's number, but returned {names!r}.")
+    return {number: str(name) for number, name in names.items()}
+
+
 def tokenizer_of(module: Any) -> Any:
     """The tokenizer that is an attribute of the module or of its datamodule; None without one."""
     try:
@@ -149,6 +169,15 @@ def tokenizer_of(module: Any) -> Any:
         if hasattr(tokenizer, "convert_ids_to_tokens"):
             return tokenizer
     return None
+
+
+def _configured_label_names(module: nn.Module) -> dict[int, str]:
+    """The names of a Hugging Face classifier's labels."""
+    for part in module.modules():
+        names = getattr(getattr(part, "config", None), "id2label", None)
+        if isinstance(names, dict):
+            return {int(number): str(name) for number, name in names.items()}
+    return {}
 
 
 def _token_ids(batch: Any) -> Tensor | None:

@@ -14,7 +14,7 @@ from lightning_tracin.gradients import Texts, distinct
 from lightning_tracin.layers import named_layer
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE
-from lightning_tracin.mixin import tokenizer_of, words_of_batch
+from lightning_tracin.mixin import label_names_of, tokenizer_of, words_of_batch
 from lightning_tracin.predictions import Outputs
 from lightning_tracin.processes import Processes
 from lightning_tracin.result import InfluenceResult
@@ -36,6 +36,7 @@ class TestExamples:
         self.module = module
         self.method = method
         self.trace = trace
+        self.label_names = label_names_of(module)
         last = trace.layers.get("tracin-last")
         self.outputs = Outputs(module, None if last is None else named_layer(module, last))
         self.predictions = torch.empty(0, 2, dtype=torch.float64)
@@ -148,7 +149,7 @@ def _unscored(test: TestExamples, checkpoints: Sequence[Checkpoint]) -> Influenc
         test_texts=test.texts,
         test_gradients=test.gradients if isinstance(test.method, TracInWE) else [],  # only word terms need them later
         words_of_ids={**test.trace.vocabulary, **test.vocabulary},
-        label_names=_label_names(test.module),
+        label_names=test.label_names,
         predictions=test.predictions,
         trace=test.trace,
         checkpoint_ids=[each.id for each in checkpoints],
@@ -181,12 +182,3 @@ def _places(indices: list[int]) -> tuple[Tensor, Tensor]:
     places = torch.full((len(came),), -1)
     places[first] = torch.arange(len(seen))
     return places, seen
-
-
-def _label_names(module: nn.Module) -> dict[int, str]:
-    """The names of a Hugging Face classifier's labels."""
-    for part in module.modules():
-        names = getattr(getattr(part, "config", None), "id2label", None)
-        if isinstance(names, dict):
-            return {int(number): str(name) for number, name in names.items()}
-    return {}

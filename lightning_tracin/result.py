@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,26 +13,23 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_tracin.explanation import Example, Explanation, Influential
-from lightning_tracin.gradients import Texts, WordGradients
 from lightning_tracin.methods import (
     Method,
     TracInWE,
     described,
-    method_from_json,
-    method_to_json,
     without_normalizing,
 )
 from lightning_tracin.reader import RawText, Reader
 from lightning_tracin.report.page import Page, counts_of, notes_of, write_page
 from lightning_tracin.report.plots import Kind, check_plot, plot_labels, plot_scores, plot_self_influence, plot_words
+from lightning_tracin.report.shown import Shown, data_frame
 from lightning_tracin.report.tables import explained
 from lightning_tracin.scores import TopK, clipped_k, moments_of, self_influences, strongest
-from lightning_tracin.store import write_tensors
-from lightning_tracin.trace import Checkpoint, Trace
+from lightning_tracin.stored_result import StoredResult
+from lightning_tracin.trace import Checkpoint
 from lightning_tracin.word_table import WordTable, groups_of, word_table_of
 from lightning_tracin.words import shares_of_words
 
@@ -43,8 +38,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMAT_VERSION = 1
-_WORD_TENSORS = ("examples", "tokens", "norms", "directions")
 _PRINTED_TESTS = 3
 _PRINTED_K = 3
 _PAGE_WORDS = 200  # of the word table of an HTML page
@@ -52,36 +45,21 @@ _CHUNK = 32  # test examples whose pairs are explained at once
 
 
 @dataclass(repr=False, eq=False)
-class InfluenceResult:
+class InfluenceResult(Shown, StoredResult):
     """How much each training example pushed the model's loss on each test example.
 
     A positive score belongs to a proponent (training on it lowered the test example's loss), a negative one to an
     opponent. Training examples are numbered by their index in the training data set. ``print(result)`` shows a table.
 
     Attributes:
-        method: what the scores are.
-        n_train: number of training examples.
-        test_indices: (n_test,) the index in the test data set of each row, ascending.
-        predictions: (n_test, 2) float64, what the model of the last checkpoint said of each: the class and its
-            probability, or a value and NaN; NaN where it is not known.
         scores: (n_test, n_train) float32, or None if only the k strongest were kept.
-        totals: (n_test, 2) float64, the sums of each test example's positive and of its negative scores.
+        tokenizer: what turns token ids into words again; without one, pieces are shown as they are.
+        raw_test: the texts of the test examples as they were before the tokenizer (:meth:`with_texts`).
+        raw_train: those of the training examples.
+
+    The others are those of :class:`~lightning_tracin.stored_result.StoredResult`.
     """
 
-    method: Method
-    n_train: int
-    test_indices: Tensor
-    test_texts: Texts
-    test_gradients: list[WordGradients]
-    words_of_ids: dict[int, str]
-    label_names: dict[int, str]
-    predictions: Tensor
-    trace: Trace | None
-    checkpoint_ids: list[str]
-    scores: Tensor | None = None
-    strongest_proponents: TopK | None = None
-    strongest_opponents: TopK | None = None
-    totals: Tensor | None = None
     tokenizer: Any = None
     raw_test: Sequence[RawText] | None = None
     raw_train: Sequence[RawText] | None = None
@@ -89,12 +67,6 @@ class InfluenceResult:
     def __repr__(self) -> str:
         kept = "" if self.strongest_proponents is None else f", k={self.strongest_proponents.values.shape[1]}"
         return f"InfluenceResult(n_test={len(self.test_indices)}, n_train={self.n_train}{kept}, method={self.method})"
-
-    def __str__(self) -> str:
-        console = Console()
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         n_test = len(self.test_indices)
@@ -390,11 +362,7 @@ class InfluenceResult:
         Raises:
             ModuleNotFoundError: without pandas: ``pip install lightning-tracin[pandas]``.
         """
-        try:
-            import pandas as pd
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("to_pandas needs pandas: pip install lightning-tracin[pandas]") from error
-        return pd.DataFrame(self.rows(k))
+        return data_frame(self.rows(k))
 
     def rows(self, k: int = 10) -> list[dict[str, Any]]:
         """The k strongest proponents and opponents of each test example: the rows of :meth:`to_pandas`."""
@@ -462,105 +430,6 @@ class InfluenceResult:
             word_table=self.word_table(_PAGE_WORDS) if self._has_trace and isinstance(self.method, TracInWE) else None,
         )
         return write_page(page, path)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file.
-
-        Words of a pair are read from the trace, which stays where it is; the file keeps its place, absolute and
-        relative.
-
-        Args:
-            path: the file, usually ``*.safetensors``.
-
-        Returns:
-            The path.
-        """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            "test_indices": self.test_indices,
-            "texts.examples": self.test_texts.examples,
-            "texts.ids": self.test_texts.ids,
-            "texts.labels": self.test_texts.labels,
-            "predictions": self.predictions,
-        }
-        if self.totals is not None:
-            tensors["totals"] = self.totals
-        if self.scores is not None:
-            tensors["scores"] = self.scores
-        for name, top in (("proponents", self.strongest_proponents), ("opponents", self.strongest_opponents)):
-            if top is not None:
-                tensors |= {f"{name}.values": top.values, f"{name}.indices": top.indices}
-        for number, gradients in enumerate(self.test_gradients):
-            tensors |= {f"gradients.{number}.{name}": getattr(gradients, name) for name in _WORD_TENSORS}
-        used = set(self.test_texts.ids.tolist())
-        header = {
-            "version": FORMAT_VERSION,
-            "method": method_to_json(self.method),
-            "n_train": self.n_train,
-            "n_gradients": len(self.test_gradients),
-            "words_of_ids": {str(token): word for token, word in self.words_of_ids.items() if token in used},
-            "label_names": {str(number): name for number, name in self.label_names.items()},
-            "checkpoint_ids": self.checkpoint_ids,
-            "trace": None if self.trace is None else str(self.trace.path.absolute()),
-            "trace_relative": None if self.trace is None else os.path.relpath(self.trace.path, path.parent),
-        }
-        write_tensors(path, tensors, {"lightning_tracin.result": json.dumps(header)})
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path, trace: str | Path | None = None) -> InfluenceResult:
-        """Read a result that :meth:`save` wrote; its trace is opened if it is where it was.
-
-        Args:
-            path: the file.
-            trace: folder of the trace, where it is at another place now.
-
-        Raises:
-            FileNotFoundError: if there is no such file, or no trace in the folder.
-            ValueError: if the file holds no result, or one of a newer version, or the folder another trace.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                content = (file.metadata() or {}).get("lightning_tracin.result")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error}.") from error
-        if content is None:
-            raise ValueError(f"{path} holds no InfluenceResult.")
-        header = json.loads(content)
-        if header["version"] > FORMAT_VERSION:
-            raise ValueError(
-                f"{path} is of format version {header['version']}, but this lightning_tracin reads up to "
-                f"{FORMAT_VERSION}. Update lightning_tracin."
-            )
-        opened = _find_trace(header, Path(path).parent) if trace is None else _trace_of(header, Path(trace))
-        n_test = len(tensors["test_indices"])
-        tops = [
-            TopK(tensors[f"{name}.values"], tensors[f"{name}.indices"]) if f"{name}.values" in tensors else None
-            for name in ("proponents", "opponents")
-        ]
-        words = {int(token): word for token, word in header["words_of_ids"].items()}
-        method = method_from_json(header["method"])
-        return cls(
-            method=method,
-            n_train=header["n_train"],
-            test_indices=tensors["test_indices"],
-            test_texts=Texts(n_test, tensors["texts.examples"], tensors["texts.ids"], tensors["texts.labels"]),
-            test_gradients=[
-                WordGradients(n_test, *(tensors[f"gradients.{number}.{name}"] for name in _WORD_TENSORS))
-                for number in range(header["n_gradients"])
-            ],
-            words_of_ids=words if opened is None else {**opened.vocabulary, **words},
-            label_names={int(number): name for number, name in header["label_names"].items()},
-            predictions=tensors["predictions"],
-            trace=opened,
-            checkpoint_ids=header["checkpoint_ids"],
-            scores=tensors.get("scores"),
-            strongest_proponents=tops[0],
-            strongest_opponents=tops[1],
-            totals=tensors.get("totals"),
-        )
 
     def _n_kept(self) -> int:
         return self.n_train if self.strongest_proponents is None else self.strongest_proponents.values.shape[1]
@@ -739,25 +608,3 @@ class InfluenceResult:
     @cached_property
     def _reader(self) -> Reader:
         return Reader(self.words_of_ids, self.label_names, self.tokenizer)
-
-
-def _find_trace(header: dict[str, Any], folder: Path) -> Trace | None:
-    """The trace that a result was computed from, if it is where it was, or lies as it did beside the result."""
-    for place in (header["trace"], header["trace_relative"] and folder / header["trace_relative"]):
-        if place is not None and (Path(place) / "trace.json").exists():
-            trace = Trace(place)
-            if _holds(trace, header):
-                return trace
-    return None
-
-
-def _trace_of(header: dict[str, Any], path: Path) -> Trace:
-    """The trace in a folder, which must be the one that a result was computed from."""
-    trace = Trace(path)
-    if not _holds(trace, header):
-        raise ValueError(f"The trace in {path} is of another fit than the one that the scores were computed from.")
-    return trace
-
-
-def _holds(trace: Trace, header: dict[str, Any]) -> bool:
-    return set(header["checkpoint_ids"]) <= {each.id for each in trace.checkpoints}

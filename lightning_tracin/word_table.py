@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_tracin.gradients import Texts, WordGradients
 from lightning_tracin.methods import TracInWE
+from lightning_tracin.report.shown import Shown, data_frame
 from lightning_tracin.scores import moments_of
 from lightning_tracin.trace import Checkpoint, Trace
 from lightning_tracin.words import marks_of, words_of
@@ -56,7 +57,7 @@ class Shortcut(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class WordTable:
+class WordTable(Shown):
     """What each word of the training examples adds to the scores of a whole test set, strongest word first.
 
     Strong is a word by the sum of its magnitudes over classes and labels. ``print(table)`` shows the strongest.
@@ -88,12 +89,6 @@ class WordTable:
 
     def __repr__(self) -> str:
         return f"WordTable(n_words={len(self.words)}, classes={self.classes}, labels={self.labels})"
-
-    def __str__(self) -> str:
-        console = Console()
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         net = self.values[:_PRINTED_WORDS].sum(2)
@@ -149,17 +144,13 @@ class WordTable:
         Raises:
             ModuleNotFoundError: without pandas: ``pip install lightning-tracin[pandas]``.
         """
-        try:
-            import pandas as pd
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("to_pandas needs pandas: pip install lightning-tracin[pandas]") from error
         cells = itertools.product(zip(self.words, self.special, strict=True), self.classes, self.labels)
         values, examples = self.values.flatten().tolist(), self.examples[:, None].expand_as(self.values).flatten()
         rows = [
             (word, special, of_class, label, value, count)
             for ((word, special), of_class, label), value, count in zip(cells, values, examples.tolist(), strict=True)
         ]
-        return pd.DataFrame(rows, columns=["word", "special", "class", "label", "influence", "examples"])
+        return data_frame(rows, columns=["word", "special", "class", "label", "influence", "examples"])
 
 
 @dataclass(frozen=True)

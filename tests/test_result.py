@@ -6,10 +6,9 @@ import shutil
 import pytest
 import torch
 from rich.console import Console
-from toy import N_TEST, N_TRAIN, fitted, loader, test_texts, texts
+from toy import N_TEST, N_TRAIN, Toy, fitted, loader, test_texts, texts
 
-from lightning_tracin import InfluenceResult, TracInLast, TracInWE
-from lightning_tracin import result as result_module
+from lightning_tracin import InfluenceResult, TracInLast, TracInWE, stored_result
 from lightning_tracin.explanation import Example, Explanation, Influential
 from lightning_tracin.report.tables import explained
 from lightning_tracin.words import Word
@@ -83,7 +82,7 @@ def test_a_result_in_memory_whose_trace_is_lost_shows_no_text_and_never_that_of_
 
 
 def test_a_result_of_a_newer_version(result, tmp_path, monkeypatch):
-    monkeypatch.setattr(result_module, "FORMAT_VERSION", 99)
+    monkeypatch.setattr(stored_result, "FORMAT_VERSION", 99)
     path = result.save(tmp_path / "result.safetensors")
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"format version 99.*Update lightning_tracin"):
@@ -167,6 +166,25 @@ def test_printing_shows_texts_labels_scores_and_how_many_are_left(result):
     assert " ".join(str(token) for token in texts()[int(top.indices[0, 0])][0].tolist() if token) in printed
     assert f"{N_TEST - 3} more test examples" in printed
     assert repr(result) == f"InfluenceResult(n_test={N_TEST}, n_train={N_TRAIN}, method={TracInWE()})"
+
+
+def test_a_notebook_shows_what_is_printed(result):
+    bundle = result._repr_mimebundle_([], [])
+    assert "Test example 0" in bundle["text/html"]
+    assert "Test example 0" in bundle["text/plain"]
+
+
+def test_the_module_names_its_labels(tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "influence_label_names", lambda self: {0: "calm", 1: "angry", 2: "odd"})
+    printed = str(fitted(tmp_path / "trace").influence(loader(test_texts())))
+    assert "label calm" in printed or "label angry" in printed or "label odd" in printed
+    assert "label 0" not in printed
+
+
+def test_label_names_that_are_no_names_by_number_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "influence_label_names", lambda self: ["calm", "angry"])
+    with pytest.raises(ValueError, match="influence_label_names must return a name for each label's number, but"):
+        fitted(tmp_path / "trace").influence(loader(test_texts()))
 
 
 def test_showing_one_test_example(result, capsys):
