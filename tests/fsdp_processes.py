@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional
 from torch.utils.data import Subset
-from toy import CLASSES, RATE, Toy, loader, quiet, texts
+from toy import CLASSES, RATE, Toy, leave, loader, quiet, texts
 
 from lightning_tracin import TracInCallback, TracInMixin
 
@@ -181,6 +180,4 @@ if __name__ == "__main__":
     results = main(Path(sys.argv[1]))
     rank = torch.distributed.get_rank()
     (Path(sys.argv[1]) / f"found-{rank}.json").write_text(json.dumps(results))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # threads of gloo may abort a process that takes its time to end
+    leave()

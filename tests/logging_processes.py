@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from processes_apart import Normed, error_of
 from pytorch_lightning.loggers import CSVLogger
-from toy import Toy, loader, quiet, texts
+from toy import Toy, leave, loader, quiet, texts
 
 from lightning_tracin import TracInCallback
 
@@ -68,8 +68,7 @@ def main(folder):
     rank = torch.distributed.get_rank()
     (folder / f"error-{rank}.txt").write_text(error)
     torch.save(left, folder / f"weights-{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import CSVLogger
 from test_fit import Reproducible
 from torch import nn
 from torch.utils.data import Subset
-from toy import Toy, loader, quiet, test_texts, texts
+from toy import Toy, leave, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInCallback, store
 
@@ -141,5 +141,4 @@ if __name__ == "__main__":
     (in_two if n_processes == 2 else in_three)(Path(sys.argv[1]), results)
     rank = torch.distributed.get_rank()
     (Path(sys.argv[1]) / f"found-{rank}.json").write_text(json.dumps(results))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()

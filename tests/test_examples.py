@@ -37,7 +37,7 @@ def test_the_planted_word_is_the_first_of_the_table_and_the_cause(tmp_path):
     figures = spam.main(["--small", "--output", str(tmp_path)])
     assert figures["found"].lower() == spam.OPENING.lower()
     as_they_are, without_it, without_another, trained_without, trained_without_random = figures["taken_for_spam"]
-    assert as_they_are >= 50
+    assert as_they_are > 66 / 2  # of all ham messages that were opened so
     assert without_it < as_they_are / 2 < without_another
     assert trained_without < as_they_are / 2 < trained_without_random
     assert (tmp_path / "page.html").stat().st_size > 10_000

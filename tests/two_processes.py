@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from toy import N_TRAIN, Toy, loader, quiet, test_texts
+from toy import N_TRAIN, Toy, leave, loader, quiet, test_texts
 
 from lightning_tracin import TracInCallback, TracInWE
 
@@ -63,7 +63,7 @@ def main(folder: Path, fault: str = "") -> None:
     results["of one process"] = other.scores
     rank = fit.global_rank
     torch.save(results, folder / f"process-{rank}.pt")
-    torch.distributed.destroy_process_group()  # gloo may abort a process that exits while another still uses it
+    leave()
 
 
 def result_of_words(fit):
