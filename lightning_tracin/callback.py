@@ -73,6 +73,9 @@ class TracInCallback(DualCallback):
         log_k: how many proponents and opponents of each are logged.
         overwrite: whether a trace that is already in ``dirpath`` may be replaced.
 
+    Gradients are of the model as it computes: in the precision of training (16 bits, FSDP's ``mixed_precision``) where
+    the fit stores them, in that of the trainer that is asked for test examples. What is done with them is done in full.
+
     With ``log_examples``, each validation hands a table to all of the trainer's loggers, and the curves
     ``tracin/same_label``, ``tracin/concentration`` and ``tracin/suspected_label_errors`` (see
     :func:`lightning_tracin.validation.summary`). Its examples are chosen while it runs, and scored, by the first of

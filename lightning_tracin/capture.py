@@ -97,10 +97,7 @@ def capture(
         _require_called(() if linear_layer is None else (linear_layer,), linears)
         _require_dependent(per_example)
         calls = [*embeddings, *linears]
-        if dims is None:
-            seen = [*calls, *read]
-            square = any(len(_fitting(per_example, call.output)) == 2 for call in seen)
-            dims = _batch_dims(per_example, seen, _of_first(per_example, seen) if square else [None] * len(seen))
+        dims = dims or _batch_dims(per_example, [*calls, *read])
         gradients = torch.autograd.grad(per_example.sum(), [call.output for call in calls], allow_unused=True)
     for call, gradient in zip(calls, gradients, strict=True):
         call.gradient = gradient
@@ -181,11 +178,11 @@ def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -
 def batch_dims(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> dict[nn.Module, int]:
     """For each layer, the dimension of its calls that counts the examples: 0, or 1 (time first).
 
-    Always by a backward pass: after a forward pass without one, FSDP in mixed precision loses the next gradients of
-    training.
+    By a backward pass, needed or not: after a forward pass without one, FSDP in mixed precision loses the gradients of
+    the training step that follows.
     """
     with _recorded(losses, batch, layers) as (per_example, calls):
-        return _batch_dims(per_example, calls, _of_first(per_example, calls))
+        return _batch_dims(per_example, calls, always=True)
 
 
 @contextmanager
@@ -302,15 +299,15 @@ def _require_dependent(losses: Tensor) -> None:
         )
 
 
-def _of_first(losses: Tensor, calls: _Calls) -> Sequence[Tensor]:
-    """The gradients of the first loss at the calls' outputs, at once: FSDP allows no other pass."""
+def _batch_dims(losses: Tensor, calls: _Calls, *, always: bool = False) -> dict[nn.Module, int]:
+    """For each layer, the dimension of its calls that counts the examples; ``always`` by a backward pass."""
     outputs = [call.output for call in calls]
-    return torch.autograd.grad(losses[0], outputs, retain_graph=True, materialize_grads=True)
-
-
-def _batch_dims(losses: Tensor, calls: _Calls, of_first: Sequence[Tensor | None]) -> dict[nn.Module, int]:
-    """For each layer, the dimension of its calls that counts the examples; see :func:`_batch_dim`."""
-    return {call.layer: _batch_dim(losses, call.output, each) for call, each in zip(calls, of_first, strict=True)}
+    gradients: Sequence[Tensor | None] = [None] * len(calls)
+    if always or any(len(_fitting(losses, output)) == 2 for output in outputs):  # once for all: FSDP allows no other
+        gradients = torch.autograd.grad(losses[0], outputs, retain_graph=True, materialize_grads=True)
+    return {
+        call.layer: _batch_dim(losses, call.output, gradient) for call, gradient in zip(calls, gradients, strict=True)
+    }
 
 
 def _fitting(losses: Tensor, output: Tensor) -> list[int]:

@@ -223,6 +223,7 @@ def _fill(
     """Compute and store the training examples' gradients at the checkpoints that have none."""
     with _attribute(trainer, "limit_predict_batches", 1.0):  # every training example, whatever the trainer's limit
         loader = training_set.sequential_loader(*trace.part(processes))
+        losses = losses_of(module)
         for number, checkpoint in enumerate(missing, start=1):
             with trace.caching(checkpoint, [method.name], processes) as cache:
 
@@ -232,7 +233,6 @@ def _fill(
 
                 description = f"Training gradients {number}/{len(missing)}"
                 first = number == 1
-                losses = losses_of(module)
                 _run(
                     trainer, module, checkpoint, method, loader, datamodule, losses, take, description, first, processes
                 )

@@ -61,7 +61,8 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(own, Tensor) and own.dim() == 0 and bool(counted.any()):
         mean = values.sum() / counted.sum()
-        if not torch.isclose(mean.detach(), own.detach().float(), rtol=2e-2 if is_half(module) else 1e-3, atol=1e-5):
+        rounded = 1e-3 if own.element_size() > 2 else 2e-2
+        if not torch.isclose(mean.detach(), own.detach().float(), rtol=rounded, atol=1e-5):
             raise ValueError(
                 f"The model's own loss is {own.item():.6g}, but the mean of its examples' losses, as far as their "
                 f"logits and labels tell, is {mean.item():.6g}: {type(model).__name__} computes its loss in another "
