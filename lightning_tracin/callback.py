@@ -38,7 +38,7 @@ from lightning_tracin.processes import Processes, await_seen, processes_of, requ
 from lightning_tracin.report.loggers import check_loggers, logger_folder
 from lightning_tracin.report.progress import progress_task
 from lightning_tracin.sampled_indices import SampledIndices
-from lightning_tracin.sharded import clean, in_step, is_sharded, require_spread, whole_state
+from lightning_tracin.sharded import clean, in_step, is_sharded, require_automatic, require_spread, whole_state
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
 from lightning_tracin.trace import Checkpoint, Step, Trace, gradients_of
 from lightning_tracin.training_cache import TrainingCache, check_training, divisor_of
@@ -72,6 +72,9 @@ class TracInCallback(DualCallback):
             the data set; in the loader's order where that shuffles or is a stream). 0 logs none.
         log_k: how many proponents and opponents of each are logged.
         overwrite: whether a trace that is already in ``dirpath`` may be replaced.
+
+    Gradients are of the model as it computes: in the precision of training (16 bits, FSDP's ``mixed_precision``) where
+    the fit stores them, in that of the trainer that is asked for test examples. What is done with them is done in full.
 
     With ``log_examples``, each validation hands a table to all of the trainer's loggers, and the curves
     ``tracin/same_label``, ``tracin/concentration`` and ``tracin/suspected_label_errors`` (see
@@ -196,6 +199,7 @@ class TracInCallback(DualCallback):
         processes = processes_of(trainer)
         with processes.together():
             require_spread(pl_module)
+            require_automatic(pl_module)
             path = self._resolve_path(trainer)
             if processes.size > 1:  # each may be told another version by its logger, or run in another folder
                 path = processes.gather(path.absolute())[0]

@@ -92,15 +92,13 @@ def capture(
         if linear_layer is not None:
             hooks.enter_context(_hooked(linear_layer, linears, cut=False))
         per_example = checked(losses(batch))
-    _require_called(embedding_layers, embeddings)
-    _require_called(() if linear_layer is None else (linear_layer,), linears)
-    if not per_example.requires_grad:
-        raise ValueError(
-            "The losses do not depend on the layers' outputs: influence_loss must not detach them or use torch.no_grad."
-        )
-    calls = [*embeddings, *linears]
-    dims = dims or _batch_dims(per_example, [*calls, *read])
-    gradients = torch.autograd.grad(per_example.sum(), [call.output for call in calls], allow_unused=True)
+        embeddings, linears, read = list(embeddings), list(linears), list(read)  # recomputation adds no more to these
+        _require_called(embedding_layers, embeddings)
+        _require_called(() if linear_layer is None else (linear_layer,), linears)
+        _require_dependent(per_example)
+        calls = [*embeddings, *linears]
+        dims = dims or _batch_dims(per_example, [*calls, *read])
+        gradients = torch.autograd.grad(per_example.sum(), [call.output for call in calls], allow_unused=True)
     for call, gradient in zip(calls, gradients, strict=True):
         call.gradient = gradient
     losses_seen = per_example.detach().float().cpu()
@@ -164,12 +162,8 @@ def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -
     Raises:
         ValueError: if it does: batch norm in training mode, negatives taken from the batch, a loss over the batch.
     """
-    calls: _Calls = []
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(_hooked(layer, calls, cut=False))
-        per_example = checked(losses(batch))
-    gradients = torch.autograd.grad(per_example[0], [call.output for call in calls], materialize_grads=True)
+    with _recorded(losses, batch, layers) as (per_example, calls):
+        gradients = torch.autograd.grad(per_example[0], [call.output for call in calls], materialize_grads=True)
     for call, gradient in zip(calls, gradients, strict=True):
         dim = _batch_dim(per_example, call.output, gradient)
         owner = _owners(len(per_example), call.output.shape[:-1], dim).to(gradient.device)
@@ -182,13 +176,13 @@ def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -
 
 
 def batch_dims(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> dict[nn.Module, int]:
-    """For each layer, the dimension of its calls that counts the examples: 0, or 1 (time first)."""
-    calls: _Calls = []
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(_hooked(layer, calls, cut=False))
-        per_example = checked(losses(batch))
-    return _batch_dims(per_example, calls)
+    """For each layer, the dimension of its calls that counts the examples: 0, or 1 (time first).
+
+    By a backward pass, needed or not: after a forward pass without one, FSDP in mixed precision loses the gradients of
+    the training step that follows.
+    """
+    with _recorded(losses, batch, layers) as (per_example, calls):
+        return _batch_dims(per_example, calls, always=True)
 
 
 @contextmanager
@@ -246,6 +240,23 @@ _Calls: TypeAlias = list[Call]
 
 
 @contextmanager
+def _recorded(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> Iterator[tuple[Tensor, _Calls]]:
+    """The losses of a batch, and the calls of layers that led to them.
+
+    Hooks stay for the backward pass: where that computes a part again (activation checkpointing), it must find the
+    layers as they were.
+    """
+    calls: _Calls = []
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(_hooked(layer, calls, cut=False))
+        per_example = checked(losses(batch))
+        _require_called(layers, calls)
+        _require_dependent(per_example)
+        yield per_example, list(calls)
+
+
+@contextmanager
 def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool) -> Iterator[None]:
     """Record the layer's calls; with ``cut`` nothing before its output is differentiated."""
 
@@ -275,14 +286,24 @@ def _reached(calls: _Calls) -> _Calls:
 
 def _require_called(layers: Sequence[nn.Module], calls: _Calls) -> None:
     if layers and not calls:
-        raise ValueError(f"The layer {layers[0]} was not called when the loss of a batch was computed.")
+        raise ValueError(
+            f"The layer {layers[0]} was not called when the loss of a batch was computed, or where no gradient could "
+            "be taken: inside of torch.no_grad, or of a checkpoint with use_reentrant=True (use False)."
+        )
 
 
-def _batch_dims(losses: Tensor, calls: _Calls) -> dict[nn.Module, int]:
-    """For each layer, the dimension of its calls that counts the examples."""
+def _require_dependent(losses: Tensor) -> None:
+    if not losses.requires_grad:
+        raise ValueError(
+            "The losses do not depend on the layers' outputs: influence_loss must not detach them or use torch.no_grad."
+        )
+
+
+def _batch_dims(losses: Tensor, calls: _Calls, *, always: bool = False) -> dict[nn.Module, int]:
+    """For each layer, the dimension of its calls that counts the examples; ``always`` by a backward pass."""
     outputs = [call.output for call in calls]
     gradients: Sequence[Tensor | None] = [None] * len(calls)
-    if any(len(_fitting(losses, output)) == 2 for output in outputs):  # once for all: FSDP allows no other
+    if always or any(len(_fitting(losses, output)) == 2 for output in outputs):  # once for all: FSDP allows no other
         gradients = torch.autograd.grad(losses[0], outputs, retain_graph=True, materialize_grads=True)
     return {
         call.layer: _batch_dim(losses, call.output, gradient) for call, gradient in zip(calls, gradients, strict=True)

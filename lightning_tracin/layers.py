@@ -73,6 +73,9 @@ def find_layers_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> 
     """The linear layers whose output reaches the loss through no other linear layer, from one forward pass.
 
     This is what "last" means when layers are registered in another order than they run in.
+
+    Raises:
+        ValueError: if a checkpoint with ``use_reentrant=True``, which hides its layers, comes before them.
     """
     layer_of: dict[Any, nn.Linear] = {}
 
@@ -96,6 +99,11 @@ def find_layers_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> 
         node = nodes.pop()
         if node is None or node in seen:
             continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                f"{type(module).__name__} computes a part in torch.utils.checkpoint with use_reentrant=True, where "
+                "gradients of examples cannot be taken. Use use_reentrant=False."
+            )
         seen.add(node)
         if node in layer_of:
             found[id(layer_of[node])] = layer_of[node]

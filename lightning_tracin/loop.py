@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -35,7 +35,6 @@ from lightning_tracin.training_set import TrainingSet, only_test_loader, own_par
 
 #: Takes a batch's gradients, the data set indices of its examples (none for an iterable data set), and the batch.
 _Take: TypeAlias = Callable[[Captured, list[int], Any], None]
-_Watched: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 def influence(
@@ -87,11 +86,11 @@ def influence(
         checkpoints = _ready(trainer, module, opened, chosen, datamodule, train_dataloaders, processes)
         hooks = datamodule or _attached(trainer, module)
         test = TestExamples(module, chosen, opened)
+        losses = test.outputs.watching(losses_of(module))
         for number, checkpoint in enumerate(checkpoints, start=1):
             description = f"Test gradients {number}/{len(checkpoints)}"
             first = number == 1
-            watched = test.outputs.watched
-            _run(trainer, module, checkpoint, chosen, loader, hooks, test.take, description, first, processes, watched)
+            _run(trainer, module, checkpoint, chosen, loader, hooks, losses, test.take, description, first, processes)
             with processes.together():
                 test.finish_checkpoint(checkpoint, processes)
     with processes.together():
@@ -224,6 +223,7 @@ def _fill(
     """Compute and store the training examples' gradients at the checkpoints that have none."""
     with _attribute(trainer, "limit_predict_batches", 1.0):  # every training example, whatever the trainer's limit
         loader = training_set.sequential_loader(*trace.part(processes))
+        losses = losses_of(module)
         for number, checkpoint in enumerate(missing, start=1):
             with trace.caching(checkpoint, [method.name], processes) as cache:
 
@@ -233,7 +233,9 @@ def _fill(
 
                 description = f"Training gradients {number}/{len(missing)}"
                 first = number == 1
-                _run(trainer, module, checkpoint, method, loader, datamodule, take, description, first, processes)
+                _run(
+                    trainer, module, checkpoint, method, loader, datamodule, losses, take, description, first, processes
+                )
 
 
 def _run(
@@ -243,23 +245,22 @@ def _run(
     method: Method,
     loader: Any,
     datamodule: pl.LightningDataModule | None,
+    losses: Losses,
     take: _Take,
     description: str,
     first: bool,
     processes: Processes,
-    watched: _Watched = nullcontext,
 ) -> None:
-    """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand each batch's gradients on.
+    """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand the gradients of its losses on.
 
-    The first of several runs also checks that the losses are those of single examples. Each batch's forward and
-    backward pass is run inside of ``watched()``.
+    The first of several runs also checks that the losses are those of single examples.
     """
     if is_sharded(module):
-        _run_in_step(trainer, module, checkpoint, method, loader, take, processes, watched)
+        _run_in_step(trainer, module, checkpoint, method, loader, losses, take, processes)
         return
     with processes.together():  # past this point they wait for each other inside of Lightning
         module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
-    step = partial(_gradient_step, module, checkpoint.layers, method.name, losses_of(module), first, watched)
+    step = partial(_gradient_step, module, checkpoint.layers, method.name, losses, first)
     bars = [labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
     trainer.predict_loop.current_batch_indices = []  # a loader without indices would be given those of the last one
     writer = _Writer(take)
@@ -291,28 +292,27 @@ def _run_in_step(
     checkpoint: Checkpoint,
     method: Method,
     loader: Any,
+    losses: Losses,
     take: _Take,
     processes: Processes,
-    watched: _Watched,
 ) -> None:
     """What :func:`_run` does, under FSDP: not by ``predict``, which makes no more passes than it has batches."""
     with processes.together():
         weights = checkpoint.weights()
     load_whole(module, weights)
-    losses, layers = losses_of(module), checkpoint.layers
+    layers = checkpoint.layers
     limit = trainer.limit_predict_batches
     n_batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
     indices = iter(loader.batch_sampler or loader.sampler)
     with inside_fit(trainer, module):
         with processes.together():
             spare = batch_to_device(trainer, module, spare_batch(loader, processes))
-        check_losses(module, layers[method.name], losses, spare)
+        check_losses(module, layers[method.name], losses_of(module), spare)
         tables, linear = layers_of_methods(module, layers, [method.name])
         dims = batch_dims(losses, spare, [*tables, *linear])
         for batch, own in in_step(loader, n_batches, lambda: spare, processes):
             batch = batch_to_device(trainer, module, batch)
-            with watched():
-                captured = capture_at(module, layers, [method.name], losses, batch, dims=dims)
+            captured = capture_at(module, layers, [method.name], losses, batch, dims=dims)
             with processes.together():
                 if own:
                     take(captured, [int(index) for index in next(indices)], batch)
@@ -324,7 +324,6 @@ def _gradient_step(
     method: str,
     losses: Losses,
     check: bool,
-    watched: _Watched,
     batch: Any,
     batch_idx: int,
 ) -> Captured:
@@ -332,10 +331,9 @@ def _gradient_step(
     with gradients_enabled(module):
         batch = usable_in_autograd(batch)
         if check and batch_idx == 0:
-            check_losses(module, layers[method], losses, batch)
+            check_losses(module, layers[method], losses_of(module), batch)
         try:
-            with watched():
-                return capture_at(module, layers, [method], losses, batch)
+            return capture_at(module, layers, [method], losses, batch)
         except RuntimeError as error:
             if "Inference tensors cannot be saved for backward" in str(error):
                 raise RuntimeError(

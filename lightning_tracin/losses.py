@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import Metric, MetricCollection
 
-from lightning_tracin.sharded import forwarded
+from lightning_tracin.sharded import cast_to, forwarded
 
 OVERRIDE = "Override influence_loss(batch) to return one unreduced loss for each example, shape (B,)"
 
@@ -61,7 +61,8 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(own, Tensor) and own.dim() == 0 and bool(counted.any()):
         mean = values.sum() / counted.sum()
-        if not torch.isclose(mean.detach(), own.detach().float(), rtol=1e-3, atol=1e-5):
+        rounded = 1e-3 if own.element_size() > 2 else 2e-2
+        if not torch.isclose(mean.detach(), own.detach().float(), rtol=rounded, atol=1e-5):
             raise ValueError(
                 f"The model's own loss is {own.item():.6g}, but the mean of its examples' losses, as far as their "
                 f"logits and labels tell, is {mean.item():.6g}: {type(model).__name__} computes its loss in another "
@@ -129,7 +130,7 @@ class MeanLoss:
             whole = float(forwarded(self.module, self._training_loss, batch))
             rows = [float(forwarded(self.module, self._training_loss, row)) for row in self.rows(batch)]
         mean = sum(rows) / len(rows)
-        tolerance = 1e-2 if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-4
+        tolerance = 2e-2 if is_half(self.module) else 1e-4
         if not abs(whole - mean) <= tolerance * max(abs(whole), abs(mean)) + 1e-7:
             raise ValueError(
                 f"The training_step of {type(self.module).__name__} returned {whole:.6g} for a batch of {len(rows)} "
@@ -152,6 +153,14 @@ class MeanLoss:
                 f"{_use_mixin()}."
             )
         return loss.reshape(())
+
+
+def is_half(module: nn.Module) -> bool:
+    """Whether a module computes in numbers of 16 bits: by autocast, by its weights, or by what FSDP casts them to."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return True
+    kinds = {parameter.dtype for parameter in module.parameters()} | cast_to(module)
+    return not kinds.isdisjoint((torch.bfloat16, torch.float16))
 
 
 def _stand_in(module: nn.Module) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tracin.capture import Losses
 from lightning_tracin.losses import hugging_face_model
 
 
@@ -38,6 +39,15 @@ class Outputs:
                 handle = part.register_forward_hook(lambda part, _, output: self._seen[part].append(output))
                 hooks.callback(handle.remove)
             yield
+
+    def watching(self, losses: Losses) -> Losses:
+        """The losses, in whose forward pass the parts are seen; a backward pass may call some again (checkpointing)."""
+
+        def watched(batch: Any) -> Tensor:
+            with self.watched():
+                return losses(batch)
+
+        return watched
 
     def predictions(self, n_examples: int, labels: Tensor | None) -> Tensor:
         """What was predicted for each example of the batch that was seen.

@@ -52,6 +52,24 @@ def require_spread(module: nn.Module) -> None:
         )
 
 
+def require_automatic(module: nn.Module) -> None:
+    """Check that a module whose weights are spread does not optimize manually.
+
+    Raises:
+        ValueError: if it does: its backward passes inside of FSDP's forward pass leave no state to compute from.
+    """
+    if is_sharded(module) and not getattr(module, "automatic_optimization", True):
+        raise ValueError(
+            f"{type(module).__name__} optimizes manually in training_step, so that FSDP never ends a pass and cannot "
+            'give its weights as a whole. Use automatic optimization, or strategy="ddp".'
+        )
+
+
+def cast_to(module: nn.Module) -> set[torch.dtype]:
+    """The types that FSDP casts weights to for a forward pass (its ``mixed_precision``); none without FSDP."""
+    return {part.mixed_precision.param_dtype for part in _fsdp_parts(module)} - {None}
+
+
 def forwarded(module: nn.Module, function: Callable[..., _Result], *arguments: Any) -> _Result:
     """Call a function that calls the module, as a forward pass of what FSDP has put around it.
 

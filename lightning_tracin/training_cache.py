@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_tracin.capture import Call, Captured, batch_dims, capture, collected
 from lightning_tracin.gradients import Block, distinct
 from lightning_tracin.layers import layers_of_methods
-from lightning_tracin.losses import MeanLoss, label_counts, labels_of
+from lightning_tracin.losses import MeanLoss, is_half, label_counts, labels_of
 from lightning_tracin.mixin import losses_of, words_of_batch
 from lightning_tracin.processes import Processes
 from lightning_tracin.runs import Runs
@@ -249,7 +249,7 @@ def check_training(
     last = linear[0] if linear else None
     of_training = capture(MeanLoss(module), batch, embedding_layers=tables, linear_layer=last, dims=dims)
     expected, found = (torch.stack(_norms(captured)) for captured in (of_losses, of_training))
-    tolerance = 5e-2 if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 1e-3
+    tolerance = 5e-2 if is_half(module) else 1e-3
     for by_labels in (True, False):
         form = TrainingForm(dims, by_labels)
         weighted = expected * form.shares(module, batch, len(of_losses)) * len(of_losses)

@@ -11,9 +11,13 @@ import torch
 from processes_apart import BrokenTest, Normed, Still, error_of
 from pytorch_lightning.strategies import FSDPStrategy
 from test_fit import Reproducible
+from test_training_untouched import Stepping
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Subset
 from toy import CLASSES, RATE, Toy, leave, loader, quiet, texts
 
@@ -27,11 +31,20 @@ LENGTH = 5  # so that Tied is called on as many positions as a batch has example
 class OnCPU(FSDPStrategy):
     """FSDP on the CPU, which Lightning refuses to set up, but PyTorch does not."""
 
+    def setup_environment(self):
+        mesh = self.kwargs.pop("device_mesh", None)
+        super().setup_environment()
+        if mesh is not None:
+            self.kwargs["device_mesh"] = init_device_mesh("cpu", mesh)
+
     def _setup_model(self, model):
         if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
             return model
-        options = {"sharding_strategy": self.sharding_strategy, **self.kwargs}
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+        own = {"sharding_strategy": self.sharding_strategy, "mixed_precision": self.mixed_precision_config}
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **own, **self.kwargs)
+        if self._activation_checkpointing_kwargs:
+            apply_activation_checkpointing(model, **self._activation_checkpointing_kwargs)
+        return model
 
 
 class Plain(pl.LightningModule):
@@ -95,6 +108,21 @@ class Wrapping(Toy):
                 setattr(self, name, FullyShardedDataParallel(getattr(self, name), **options))
 
 
+class Held(Toy):
+    """Keeps its embedding as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding.requires_grad_(False)
+
+
+class Recomputing(Held):
+    """Computes its forward pass again in the backward pass."""
+
+    def forward(self, ids):
+        return checkpoint(super().forward, ids, use_reentrant=False)
+
+
 class Broken(Toy):
     """The last training example, which the second process stores, has no finite loss after the first epoch."""
 
@@ -105,27 +133,44 @@ class Broken(Toy):
 
 
 WRAPPED = {"auto_wrap_policy": {nn.Linear, nn.Embedding}}
+RECOMPUTED = {"activation_checkpointing_policy": {nn.Linear, nn.Embedding}, **WRAPPED}
+BFLOAT16 = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
+HALF = {  # fits that compute in 16 bits
+    "bfloat16": (Toy, {"mixed_precision": BFLOAT16, "sharding_strategy": "SHARD_GRAD_OP", **WRAPPED}, {}),
+    "mixed": (Toy, WRAPPED, {"precision": "bf16-mixed"}),
+    "mixed training": (Toy, WRAPPED, {"precision": "bf16-mixed", "cache": "training"}),
+    "mixed plain": (Plain, WRAPPED, {"precision": "bf16-mixed"}),
+    "mixed plain training": (Plain, WRAPPED, {"precision": "bf16-mixed", "cache": "training"}),
+    "mixed normed": (Normed, {}, {"precision": "bf16-mixed"}),
+    "true": (Toy, WRAPPED, {"precision": "bf16-true", "cache": "on_demand"}),
+    "true training": (Toy, WRAPPED, {"precision": "bf16-true", "cache": "training"}),
+}
 FITS = {
     "whole": (Toy, {}, {}),
     "wrapped": (Toy, WRAPPED, {}),
     "gradients": (Toy, {"sharding_strategy": "SHARD_GRAD_OP", **WRAPPED}, {}),
+    "hybrid": (Toy, {"sharding_strategy": "HYBRID_SHARD", "device_mesh": (1, 2), **WRAPPED}, {}),
+    "recomputed": (Toy, RECOMPUTED, {}),
+    "recomputing": (Recomputing, {}, {}),
     "wrapping": (Wrapping, {}, {}),
     "plain": (Plain, WRAPPED, {}),
     "tied": (Tied, {}, {}),
     "normed": (Normed, {}, {}),
     "on_demand": (Toy, WRAPPED, {"cache": "on_demand"}),
     "training": (Toy, WRAPPED, {"cache": "training"}),
+    "recomputed training": (Toy, RECOMPUTED, {"cache": "training"}),
+    "recomputing training": (Recomputing, WRAPPED, {"cache": "training"}),
     "still checkpoint": (Still, WRAPPED, {"every_n_train_steps": 3}),
     "still training": (Still, WRAPPED, {"every_n_train_steps": 3, "cache": "training"}),
 }
 
 
-def fit(path, kind, sharding, *, epochs=2, ckpt_path=None, data=None, **options):
+def fit(path, kind, sharding, *, epochs=2, ckpt_path=None, data=None, precision="32-true", **options):
     """What a fit of both processes learned, and its trainer; without a path, it has no callback."""
     pl.seed_everything(0, verbose=False)
     callbacks = [] if path is None else [TracInCallback(path, **{"dtype": "float32", **options})]
     strategy = "ddp" if sharding is None else OnCPU(process_group_backend="gloo", **sharding)
-    trainer = quiet(strategy=strategy, devices=2, callbacks=callbacks, max_epochs=epochs)
+    trainer = quiet(strategy=strategy, devices=2, callbacks=callbacks, max_epochs=epochs, precision=precision)
     uneven = loader(texts(UNEVEN, length=LENGTH), shuffle=True, drop_last=True)
     trainer.fit(kind(), uneven if data is None else data, ckpt_path=ckpt_path)
     own = {name: value.detach().clone() for name, value in trainer.lightning_module.named_parameters()}
@@ -141,13 +186,14 @@ def queried(trainer, *arguments, **options):
 def main(folder):
     found = {}
     for cache in ("checkpoint", "training"):
+        fit(folder / f"ddp held {cache}", Held, None, cache=cache)
         _, whole = fit(folder / f"ddp {cache}", Toy, None, cache=cache)
-    for name, (kind, sharding, options) in FITS.items():
+    for name, (kind, sharding, options) in (HALF | FITS).items():
         with_callback, trainer = fit(folder / name, kind, sharding, **options)
         found |= {f"{name} {method}": queried(trainer, method=method) for method in ("tracin-we", "tracin-last")}
         after = dict(trainer.lightning_module.named_parameters())
         found[f"{name} kept"] = all(torch.equal(after[each], value) for each, value in with_callback.items())
-        without, _ = fit(None, kind, sharding)
+        without, _ = fit(None, kind, sharding, **options)
         assert with_callback.keys() == without.keys()
         found[f"{name} untouched"] = all(torch.equal(with_callback[each], value) for each, value in without.items())
     found["spread"] = error_of(queried, whole, trainer.lightning_module, trace=folder / "whole")
@@ -163,6 +209,9 @@ def main(folder):
     found["gradients seen"], found["gradients seen without"] = seen
     found["broken"] = error_of(fit, folder / "broken", Broken, WRAPPED)
     found["replicas"] = error_of(fit, folder / "replicas", Toy, {"sharding_strategy": "NO_SHARD"})
+    alone = {"sharding_strategy": "HYBRID_SHARD", "device_mesh": (2, 1)}
+    found["one to a group"] = error_of(fit, folder / "alone", Toy, alone)
+    found["manual"] = error_of(fit, folder / "manual", Stepping, WRAPPED)
     found["logged"] = error_of(fit, folder / "logged", Toy, {}, log_examples=2)
     found["flat"] = error_of(fit, folder / "flat", Toy, {"use_orig_params": False})
     found["different data"] = error_of(fit, folder / "different", Toy, {}, data=loader(texts(seed=trainer.global_rank)))
