@@ -8,7 +8,7 @@ prediction writer that takes them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,8 @@ from lightning_tracin.scores import clipped_k, moments_of, self_influences
 from lightning_tracin.sharded import in_step, is_sharded, load_whole, require_spread, whole_state
 from lightning_tracin.trace import CachePass, Checkpoint, Trace
 from lightning_tracin.training_set import TrainingSet, only_test_loader, own_part, spare_batch
+
+_HOOKS = [f"on_predict_{when}" for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")]
 
 #: Takes a batch's gradients, the data set indices of its examples (none for an iterable data set), and the batch.
 _Take: TypeAlias = Callable[[Captured, list[int], Any], None]
@@ -259,15 +261,17 @@ def _run(
         _run_in_step(trainer, module, checkpoint, method, loader, losses, take, processes)
         return
     with processes.together():  # past this point they wait for each other inside of Lightning
-        module.load_state_dict(checkpoint.weights(), strict=False)  # its names were compared by Trace.check_model
+        weights = checkpoint.weights()
     step = partial(_gradient_step, module, checkpoint.layers, method.name, losses, first)
     bars = [labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
     trainer.predict_loop.current_batch_indices = []  # a loader without indices would be given those of the last one
-    writer = _Writer(take)
+    writer = _Writer(take, weights)
     failure = None
     with ExitStack() as stack:
         stack.enter_context(_attribute(trainer, "callbacks", [*bars, writer]))
         stack.enter_context(_attribute(module, "predict_step", step))
+        for hook in _HOOKS:  # no prediction of the user's, as for callbacks
+            stack.enter_context(_attribute(module, hook, _nothing))
         if processes.size > 1:  # fewer examples than processes are no mistake
             stack.enter_context(_attribute(module, "allow_zero_length_dataloader_with_multiple_devices", True))
         try:
@@ -318,6 +322,10 @@ def _run_in_step(
                     take(captured, [int(index) for index in next(indices)], batch)
 
 
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stands in for a hook of the user's."""
+
+
 def _gradient_step(
     module: pl.LightningModule,
     layers: dict[str, str],
@@ -344,16 +352,19 @@ def _gradient_step(
 
 
 class _Writer(DualPredictionWriter):
-    """Learns from Lightning which examples a batch held."""
+    """Gives the module a checkpoint's weights, and learns from Lightning which examples a batch held."""
 
-    def __init__(self, take: _Take) -> None:
+    def __init__(self, take: _Take, weights: Mapping[str, Any]) -> None:
         super().__init__("batch")
         self.take = take
+        self.weights = weights
         self.started = False
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here to the end of the run, Lightning's processes do not wait for each other."""
         self.started = True
+        # not before: setup may have built layers anew; names were compared by Trace.check_model
+        pl_module.load_state_dict(self.weights, strict=False)
 
     def write_on_batch_end(
         self,
@@ -377,12 +388,14 @@ def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.Lightni
 
 
 def _usable(trainer: pl.Trainer, module: pl.LightningModule) -> pl.LightningModule:
-    """The module, unless another trainer has spread its weights.
+    """The module with all of its layers, unless another trainer has spread its weights.
 
     Raises:
         ValueError: if one has.
     """
-    if is_sharded(module) and module.trainer is not trainer:
+    if not is_sharded(module):
+        module.configure_model()  # a new module has yet to build its layers; it may be called again
+    elif module.trainer is not trainer:
         raise ValueError(
             f"Another trainer has spread the weights of this {type(module).__name__} over its processes (FSDP). Pass a "
             "new one as model=...; the trace has the weights."

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tracin.capture import Losses
+from lightning_tracin.layers import named_layer
 from lightning_tracin.losses import hugging_face_model
 
 
@@ -21,23 +23,27 @@ class Outputs:
 
     Args:
         module: the module.
-        last_layer: the linear layer that alone feeds the loss, if it is known.
+        last_layer: name of the linear layer that alone feeds the loss, if it is known.
     """
 
-    def __init__(self, module: nn.Module, last_layer: nn.Module | None) -> None:
-        self._last_layer = last_layer
-        self._hugging_face = hugging_face_model(module)
-        self._parts = [part for part in (last_layer, self._hugging_face, module) if part is not None]
+    def __init__(self, module: nn.Module, last_layer: str | None) -> None:
+        self._module = module
+        self._name = last_layer
+        self._last_layer: nn.Module | None = None
+        self._hugging_face: nn.Module | None = None
         self._seen: dict[nn.Module, list[Any]] = {}
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """See what the parts return, as they are called."""
-        self._seen = {part: [] for part in self._parts}
+        # found anew each time: a module's setup may have built them again
+        self._last_layer = None if self._name is None else named_layer(self._module, self._name)
+        self._hugging_face = hugging_face_model(self._module)
+        parts = (self._last_layer, self._hugging_face, self._module)
+        self._seen = {part: [] for part in parts if part is not None}
         with ExitStack() as hooks:
-            for part in self._seen:
-                handle = part.register_forward_hook(lambda part, _, output: self._seen[part].append(output))
-                hooks.callback(handle.remove)
+            for part, seen in self._seen.items():
+                hooks.callback(part.register_forward_hook(partial(_see, seen)).remove)
             yield
 
     def watching(self, losses: Losses) -> Losses:
@@ -60,7 +66,7 @@ class Outputs:
             (n_examples, 2) float64: the class and its probability, or a value and NaN; NaN where there is not one
             prediction for each example (tokens, several labels).
         """
-        logits = next((found for part in self._parts if (found := self._logits(part, n_examples)) is not None), None)
+        logits = next((found for part in self._seen if (found := self._logits(part, n_examples)) is not None), None)
         unknown = torch.full((n_examples, 2), torch.nan, dtype=torch.float64)
         if logits is None or (labels is not None and labels.dim() > 1 and labels.shape[-1] > 1):
             return unknown
@@ -82,6 +88,10 @@ class Outputs:
         if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() not in (1, 2):
             return None
         return output.detach().double().cpu().reshape(n_examples, -1) if len(output) == n_examples else None
+
+
+def _see(seen: list[Any], _: nn.Module, __: Any, output: Any) -> None:
+    seen.append(output)
 
 
 def _probabilities(logits: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_tracin.capture import Captured
 from lightning_tracin.gradients import Texts, distinct
-from lightning_tracin.layers import named_layer
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE
 from lightning_tracin.mixin import label_names_of, tokenizer_of, words_of_batch
@@ -37,8 +36,7 @@ class TestExamples:
         self.method = method
         self.trace = trace
         self.label_names = label_names_of(module)
-        last = trace.layers.get("tracin-last")
-        self.outputs = Outputs(module, None if last is None else named_layer(module, last))
+        self.outputs = Outputs(module, trace.layers.get("tracin-last"))
         self.predictions = torch.empty(0, 2, dtype=torch.float64)
         self.indices = torch.empty(0, dtype=torch.long)
         self.texts = Texts(0, self.indices, self.indices, torch.empty(0, dtype=torch.float64))

@@ -487,6 +487,9 @@ class InfluenceResult(Shown, StoredResult):
             for word, share in zip(example.words, shares, strict=True):
                 if any(example.ids[place] in of_tokens for place in word.places):
                     named[word.text] += share
+            for token, term in of_tokens.items():
+                if token not in example.ids:  # a collate function that draws at random gave another text before
+                    named[self.words_of_ids.get(token, str(token))] += term
             found.append(named)
         return found
 

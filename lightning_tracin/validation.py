@@ -73,7 +73,7 @@ class Choice:
 
     Args:
         module: its losses and predictions count; call :meth:`see` in eval mode, without gradients.
-        last_layer: the linear layer that alone feeds the loss, if it is known.
+        last_layer: name of the linear layer that alone feeds the loss, if it is known.
         wanted: how many of the highest loss; or the indices of those to take from each loader.
         loaders: the validation loaders.
         processes: those that validate together, each a part.
@@ -82,7 +82,7 @@ class Choice:
     def __init__(
         self,
         module: nn.Module,
-        last_layer: nn.Module | None,
+        last_layer: str | None,
         wanted: int | tuple[int, ...],
         loaders: Sequence[Any],
         processes: Processes,
@@ -223,9 +223,8 @@ class ValidationLog:
     def begin(self, trainer: pl.Trainer) -> None:
         """A validation begins."""
         last = self._trace.layers.get("tracin-last")
-        layer = None if last is None else self._module.get_submodule(last)
         loaders = _flat(trainer.val_dataloaders)
-        self._choice = Choice(self._module, layer, self._examples, loaders, processes_of(trainer))
+        self._choice = Choice(self._module, last, self._examples, loaders, processes_of(trainer))
 
     def see(self, batch: Any, loader: int) -> None:
         """Look at the next batch of a loader, in eval mode and without gradients."""

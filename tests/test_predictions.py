@@ -13,7 +13,7 @@ from lightning_tracin.predictions import Outputs
 def predicted(module, batch, last=None):
     """What is seen in the pass that gives the losses."""
     module.eval()
-    outputs = Outputs(module, None if last is None else module.get_submodule(last))
+    outputs = Outputs(module, last)
     with outputs.watched(), torch.no_grad():
         losses = module.influence_loss(batch)
     return outputs.predictions(len(losses), labels_of(batch))

@@ -1,0 +1,125 @@
+"""Modules as they are written: layers built late, a plain ``self(x)``, hooks of predict, texts drawn at random."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import default_collate
+from toy import CLASSES, N_TEST, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts
+
+from lightning_tracin import TracInMixin
+
+METHODS = ["tracin-we", "tracin-last"]
+
+
+class Plain(pl.LightningModule):
+    """Without the mixin; its training_step calls the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8, padding_idx=0)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids).mean(1))
+
+    def training_step(self, batch, batch_idx):
+        return functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Mixed(TracInMixin, Plain):
+    def influence_loss(self, batch):
+        return functional.cross_entropy(self(batch[0]), batch[1], reduction="none")
+
+
+class SetUp(Toy):
+    """Builds a layer in each setup, as Lightning's documentation has it."""
+
+    def __init__(self):
+        super().__init__()
+        del self.head
+
+    def setup(self, stage):
+        self.head = nn.Linear(8, CLASSES)
+
+
+class Configured(Toy):
+    """Builds a layer in configure_model."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = None
+
+    def configure_model(self):
+        if self.head is None:
+            self.head = nn.Linear(8, CLASSES)
+
+
+class Predicting(Toy):
+    """Writes its predictions in hooks of predict."""
+
+    def on_predict_epoch_start(self):
+        self.said = []
+
+    def predict_step(self, batch, batch_idx):
+        self.said.append(self(batch[0]).argmax(1))
+
+    def on_predict_epoch_end(self):
+        raise AssertionError(f"{len(self.said)} predictions would be written over those of before")
+
+
+def masked(rows):
+    """A batch in which words give way to another one at random."""
+    ids, labels = default_collate(rows)
+    return torch.where((torch.rand(ids.shape) < 0.3) & (ids != 0), VOCABULARY - 1, ids), labels
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "training"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plain_module_that_calls_itself_scores_as_one_with_the_mixin(tmp_path, method, cache):
+    results = []
+    for kind in (Plain, Mixed):
+        pl.seed_everything(0, verbose=False)
+        fit = fitted(tmp_path / kind.__name__, kind(), cache=cache)
+        results.append(fit.influence(loader(test_texts()), method=method))
+    torch.testing.assert_close(results[0].scores, results[1].scores, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(results[0].predictions, results[1].predictions)
+    assert results[0].predictions.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_setup_builds_anew_have_the_recorded_weights(tmp_path, method):
+    fit = fitted(tmp_path / "trace", SetUp())
+    first, again = (fit.influence(loader(test_texts()), method=method) for _ in range(2))
+    assert torch.equal(first.scores, again.scores)
+    assert first.predictions.isfinite().all()
+    of_itself = fit.influence(loader(), method=method).scores.diagonal()
+    torch.testing.assert_close(fit.self_influence(method=method), of_itself, rtol=1e-3, atol=1e-9)
+
+
+def test_a_new_module_builds_its_layers_before_it_is_compared(tmp_path):
+    expected = fitted(tmp_path / "trace", Configured()).influence(loader(test_texts())).scores
+    found = quiet().influence(loader(test_texts()), Configured(), trace=tmp_path / "trace").scores
+    torch.testing.assert_close(found, expected)
+
+
+def test_hooks_of_the_users_own_predictions_do_not_run(tmp_path):
+    fit = fitted(tmp_path / "trace", Predicting(), cache="on_demand")
+    assert fit.influence(loader(test_texts())).scores.shape == (N_TEST, N_TRAIN)
+    assert not hasattr(fit.lightning_module, "said")
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "training"])
+def test_words_that_only_some_passes_saw_still_add_up(tmp_path, cache):
+    data = loader(shuffle=True, collate_fn=masked)
+    result = fitted(tmp_path / "trace", Toy(), data, cache=cache).influence(loader(test_texts()))
+    summed = [
+        [sum(term for _, term in result.words(test, train)) for train in range(N_TRAIN)] for test in range(N_TEST)
+    ]
+    torch.testing.assert_close(torch.tensor(summed), result.scores, rtol=1e-3, atol=1e-3 * float(result.scores.std()))
