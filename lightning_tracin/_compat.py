@@ -63,3 +63,8 @@ def on_training_loader(trainer: pl.Trainer, see: Callable[[Any], None] | None) -
         return loader
 
     strategy.__dict__["process_dataloader"] = process_dataloader
+
+
+def learns_nothing(trainer: Any) -> bool:
+    """Whether an epoch of the fit has no backward passes: the one in which SWA renews the statistics of batch norm."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))

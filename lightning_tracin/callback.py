@@ -19,7 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_tracin._compat import DualCallback, batch_to_device, on_training_loader
+from lightning_tracin._compat import DualCallback, batch_to_device, learns_nothing, on_training_loader
 from lightning_tracin.capture import (
     Captured,
     Losses,
@@ -289,6 +289,8 @@ class TracInCallback(DualCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Note the learning rates of this step: the last hook before a scheduler changes them."""
+        if learns_nothing(trainer):
+            return
         number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is _unwrapped(optimizer)), 0)
         self._steps.append((trainer.global_step, number, [float(group["lr"]) for group in optimizer.param_groups]))
 

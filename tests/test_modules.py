@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import StochasticWeightAveraging
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 from toy import CLASSES, N_TEST, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts
 
-from lightning_tracin import TracInMixin
+from lightning_tracin import TracInCallback, TracInMixin
 
 METHODS = ["tracin-we", "tracin-last"]
 
@@ -74,6 +75,17 @@ class Predicting(Toy):
         raise AssertionError(f"{len(self.said)} predictions would be written over those of before")
 
 
+class Normed(Toy):
+    """With batch norm, whose statistics SWA renews in an epoch of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, ids):
+        return self.head(self.norm(torch.tanh(self.hidden(self.embedding(ids).sum(1)))))
+
+
 def masked(rows):
     """A batch in which words give way to another one at random."""
     ids, labels = default_collate(rows)
@@ -123,3 +135,15 @@ def test_words_that_only_some_passes_saw_still_add_up(tmp_path, cache):
         [sum(term for _, term in result.words(test, train)) for train in range(N_TRAIN)] for test in range(N_TEST)
     ]
     torch.testing.assert_close(torch.tensor(summed), result.scores, rtol=1e-3, atol=1e-3 * float(result.scores.std()))
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "training"])
+def test_the_epoch_in_which_swa_learns_nothing_is_no_checkpoint(tmp_path, cache):
+    averaging = StochasticWeightAveraging(1e-2, swa_epoch_start=2)
+    callback = TracInCallback(tmp_path / "trace", cache=cache)
+    fit = quiet(max_epochs=4, callbacks=[callback, averaging])
+    fit.fit(Normed(), loader(shuffle=True))
+    steps = len(loader())
+    assert [(each.step, len(each.steps)) for each in callback.trace.checkpoints] == [
+        (steps * epoch, steps) for epoch in (1, 2, 3, 4)
+    ]
