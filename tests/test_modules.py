@@ -137,6 +137,7 @@ def test_words_that_only_some_passes_saw_still_add_up(tmp_path, cache):
     torch.testing.assert_close(torch.tensor(summed), result.scores, rtol=1e-3, atol=1e-3 * float(result.scores.std()))
 
 
+@pytest.mark.filterwarnings("ignore:Normed has batch norm")
 @pytest.mark.parametrize("cache", ["checkpoint", "training"])
 def test_the_epoch_in_which_swa_learns_nothing_is_no_checkpoint(tmp_path, cache):
     averaging = StochasticWeightAveraging(1e-2, swa_epoch_start=2)
