@@ -455,6 +455,8 @@ def _from_datamodule(
     trainer: pl.Trainer, datamodule: pl.LightningDataModule, kind: Literal["test", "train"], processes: Processes
 ) -> Any:
     """A datamodule's test or training loader, set up as Lightning would."""
+    if datamodule.trainer is None:
+        datamodule.trainer = trainer
     with processes.together():
         if trainer.local_rank == 0:
             datamodule.prepare_data()

@@ -86,6 +86,16 @@ class Normed(Toy):
         return self.head(self.norm(torch.tanh(self.hidden(self.embedding(ids).sum(1)))))
 
 
+class AsksTrainer(pl.LightningDataModule):
+    """Looks at its trainer when it is set up."""
+
+    def setup(self, stage):
+        self.batch_size = 4 * self.trainer.world_size
+
+    def test_dataloader(self):
+        return loader(test_texts(), batch_size=self.batch_size)
+
+
 def masked(rows):
     """A batch in which words give way to another one at random."""
     ids, labels = default_collate(rows)
@@ -118,6 +128,12 @@ def test_layers_that_setup_builds_anew_have_the_recorded_weights(tmp_path, metho
 def test_a_new_module_builds_its_layers_before_it_is_compared(tmp_path):
     expected = fitted(tmp_path / "trace", Configured()).influence(loader(test_texts())).scores
     found = quiet().influence(loader(test_texts()), Configured(), trace=tmp_path / "trace").scores
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_datamodule_knows_the_trainer_that_sets_it_up(tmp_path):
+    expected = fitted(tmp_path / "trace").influence(loader(test_texts())).scores
+    found = quiet().influence(model=Toy(), datamodule=AsksTrainer(), trace=tmp_path / "trace").scores
     torch.testing.assert_close(found, expected)
 
 
