@@ -92,6 +92,9 @@ class AsksTrainer(pl.LightningDataModule):
     def setup(self, stage):
         self.batch_size = 4 * self.trainer.world_size
 
+    def train_dataloader(self):
+        return loader(batch_size=self.batch_size)
+
     def test_dataloader(self):
         return loader(test_texts(), batch_size=self.batch_size)
 
