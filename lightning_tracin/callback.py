@@ -394,6 +394,12 @@ class TracInCallback(DualCallback):
         step = trainer.global_step
         optimizers = [_unwrapped(each) for each in trainer.optimizers]
         processes = processes_of(trainer)
+        if self._training is not None and self._failure is None and not self._training.came():
+            rank_zero_warn(
+                f"No training batch has given finite gradients up to step {step}, so there is no checkpoint of it. "
+                "That is usual while an fp16 loss scale is being found; otherwise look at the learning rate."
+            )
+            return
         with trace.new_checkpoint(
             module, optimizers, step=step, epoch=trainer.current_epoch, steps=self._steps, processes=processes
         ) as checkpoint:

@@ -165,7 +165,8 @@ def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -
     with _recorded(losses, batch, layers) as (per_example, calls):
         gradients = torch.autograd.grad(per_example[0], [call.output for call in calls], materialize_grads=True)
     for call, gradient in zip(calls, gradients, strict=True):
-        dim = _batch_dim(per_example, call.output, gradient)
+        both = len(_fitting(per_example, call.output)) == 2
+        dim = _batch_dim(per_example, call.output, both and bool(_is_time_first(per_example, gradient, 0)))
         owner = _owners(len(per_example), call.output.shape[:-1], dim).to(gradient.device)
         if bool(gradient[owner != 0].nan_to_num(0, 0, 0).any()):  # NaN says nothing; it is named where it is found
             raise ValueError(
@@ -192,6 +193,8 @@ def gradients_enabled(module: nn.Module) -> Iterator[None]:
     Works inside ``torch.no_grad`` and ``torch.inference_mode``; hooks fire in compiled modules too, which run eagerly.
     """
     training = {part: part.training for part in module.modules()}
+    limited = [part.weight for part in training if getattr(part, "max_norm", None) is not None]
+    kept = [(weight, weight.detach().clone()) for weight in limited if isinstance(weight, Tensor)]
     # cuDNN has no backward pass for a recurrent layer in eval mode; PyTorch's own kernels have one.
     recurrent = any(isinstance(part, nn.RNNBase) for part in training)
     with ExitStack() as stack:
@@ -207,6 +210,9 @@ def gradients_enabled(module: nn.Module) -> Iterator[None]:
         finally:
             for part, flag in training.items():
                 part.training = flag
+            with torch.no_grad():
+                for weight, value in kept:  # a forward pass through nn.Embedding(max_norm=...) changes it
+                    weight.copy_(value)
 
 
 def usable_in_autograd(batch: Any) -> Any:
@@ -300,14 +306,20 @@ def _require_dependent(losses: Tensor) -> None:
 
 
 def _batch_dims(losses: Tensor, calls: _Calls, *, always: bool = False) -> dict[nn.Module, int]:
-    """For each layer, the dimension of its calls that counts the examples; ``always`` by a backward pass."""
+    """For each layer, the dimension of its calls that counts the examples; ``always`` by one backward pass."""
     outputs = [call.output for call in calls]
-    gradients: Sequence[Tensor | None] = [None] * len(calls)
-    if always or any(len(_fitting(losses, output)) == 2 for output in outputs):  # once for all: FSDP allows no other
-        gradients = torch.autograd.grad(losses[0], outputs, retain_graph=True, materialize_grads=True)
-    return {
-        call.layer: _batch_dim(losses, call.output, gradient) for call, gradient in zip(calls, gradients, strict=True)
-    }
+    time_first = [False] * len(calls)
+    unclear = {place for place, output in enumerate(outputs) if len(_fitting(losses, output)) == 2}
+    for example in range(1 if always else len(losses)):  # FSDP allows one backward pass, once for all
+        if not unclear and not always:
+            break
+        gradients = torch.autograd.grad(losses[example], outputs, retain_graph=True, materialize_grads=True)
+        for place in list(unclear):
+            told = _is_time_first(losses, gradients[place], example)
+            if told is not None:
+                time_first[place] = told
+                unclear.remove(place)
+    return {call.layer: _batch_dim(losses, call.output, first) for call, first in zip(calls, time_first, strict=True)}
 
 
 def _fitting(losses: Tensor, output: Tensor) -> list[int]:
@@ -315,13 +327,13 @@ def _fitting(losses: Tensor, output: Tensor) -> list[int]:
     return [dim for dim, length in enumerate(output.shape[:-1][:2]) if length == len(losses)]
 
 
-def _batch_dim(losses: Tensor, output: Tensor, of_first: Tensor | None) -> int:
-    """Whether a layer's call counts examples by its first dimension, or by its second (time first).
+def _batch_dim(losses: Tensor, output: Tensor, time_first: bool) -> int:
+    """The dimension of a layer's call that counts the examples: the first, or the second (time first).
 
     Args:
         losses: (B,).
         output: of the layer's call.
-        of_first: the gradient of the first loss at the output; needed where both dimensions have the length B.
+        time_first: which it is where both dimensions have the length B.
     """
     n, shape = len(losses), output.shape[:-1]
     fits = _fitting(losses, output)
@@ -331,7 +343,7 @@ def _batch_dim(losses: Tensor, output: Tensor, of_first: Tensor | None) -> int:
             f"dimension is the number of losses, {n}. Each example needs its own row: rearrange what the layer is "
             "called with, or return one loss for each of its rows."
         )
-    return 1 if len(fits) == 2 and of_first is not None and _is_time_first(losses, of_first) else fits[0]
+    return 1 if len(fits) == 2 and time_first else fits[0]
 
 
 def _owners(n_examples: int, shape: torch.Size, dim: int) -> Tensor:
@@ -341,12 +353,25 @@ def _owners(n_examples: int, shape: torch.Size, dim: int) -> Tensor:
     return torch.arange(n_examples).view(view).expand(shape)
 
 
-def _is_time_first(losses: Tensor, of_first: Tensor) -> bool:
-    """With as many positions as examples: whether the first example's loss moves its own column, not its own row."""
+def _is_time_first(losses: Tensor, of_own: Tensor, example: int) -> bool | None:
+    """With as many positions as examples: whether an example's loss moves its own column, not its own row.
+
+    Args:
+        losses: (B,).
+        of_own: the gradient of the example's loss at the output of a layer's call.
+        example: its number.
+
+    Returns:
+        None if that cannot be told: it has one word, where its column and its row meet.
+    """
     if len(losses) == 1 or losses.stride(0) == 0:  # one mean repeated says nothing of single examples
         return False
-    moved = of_first.flatten(2).abs().amax(-1)
-    return bool(moved[1:].any()) and not bool(moved[:, 1:].any())
+    moved = of_own.flatten(2).abs().amax(-1) > 0
+    moved[example, example] = False
+    in_column = bool(moved[:, example].any())
+    moved[:, example] = False
+    elsewhere = bool(moved.any())
+    return in_column and not elsewhere if in_column or elsewhere else None
 
 
 def _word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: Any) -> tuple[Tensor, Tensor, Tensor]:

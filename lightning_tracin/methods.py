@@ -374,8 +374,8 @@ def _intersection(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _inverse(norms: Tensor) -> Tensor:
-    """1 / norms, and 0 where an example has no gradient at all."""
-    return torch.where(norms > 0, 1 / norms, 0.0)
+    """1 / norms, and 0 where an example has no gradient, or one too small to be divided by."""
+    return torch.where(norms > torch.finfo(torch.float32).tiny, 1 / norms, 0.0)
 
 
 def _normalizes(method: Method, side: Side) -> bool:

@@ -118,16 +118,25 @@ class TrainingCache:
             self._pending.pop(0).result()
         self._pending.append(self._thread.submit(self._take, *job))
 
-    def store(self, checkpoint: Checkpoint) -> None:
-        """Store what came since the last checkpoint in the order of the data set.
+    def came(self) -> bool:
+        """Whether any gradient has come to any of the processes since the last checkpoint; each must ask.
 
         Raises:
             ValueError: see :meth:`end`.
             OSError: if the gradients cannot be written.
         """
-        for job in self._pending:
-            job.result()
+        with self._processes.together():
+            for job in self._pending:
+                job.result()
         self._pending = []
+        return self._runs.count(self._trace.n_train, self._processes) > 0
+
+    def store(self, checkpoint: Checkpoint) -> None:
+        """Store what :meth:`came` since the last checkpoint in the order of the data set.
+
+        Raises:
+            OSError: if the gradients cannot be written.
+        """
         n_train = self._trace.n_train
         missing = n_train - self._runs.count(n_train, self._processes)
         if missing:

@@ -124,3 +124,12 @@ def test_texts_can_be_cut_joined_and_arranged():
 def test_norms_of_tiny_gradients_do_not_vanish():
     words, table = random_words(4, scale=1e-25)
     torch.testing.assert_close(words.example_norms().double(), table.flatten(1).norm(dim=1), rtol=1e-4, atol=0)
+
+
+def test_gradients_too_small_to_be_normalised_count_nothing():
+    method = TracInWE(normalize="cosine")
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * 1e-39
+    words = method.prepare(
+        WordGradients.from_positions(2, torch.tensor([0, 1]), torch.tensor([5, 5]), rows), None, "test"
+    )
+    assert method.dot(words, words, None).tolist() == [[0, 0], [0, 0]]

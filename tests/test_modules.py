@@ -6,12 +6,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import StochasticWeightAveraging
+from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import default_collate
-from toy import CLASSES, N_TEST, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts
+from toy import CLASSES, N_TEST, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInCallback, TracInMixin
+from lightning_tracin.capture import capture
 
 METHODS = ["tracin-we", "tracin-last"]
 
@@ -146,6 +148,31 @@ def test_hooks_of_the_users_own_predictions_do_not_run(tmp_path):
     assert not hasattr(fit.lightning_module, "said")
 
 
+class TimeFirst(Toy):
+    """Calls its embedding with time in the first dimension, and leaves padding out."""
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.hidden((self.embedding(ids.T) * (ids.T != 0)[..., None]).sum(0))))
+
+
+class BatchFirst(Toy):
+    def forward(self, ids):
+        return self.head(torch.tanh(self.hidden((self.embedding(ids) * (ids != 0)[..., None]).sum(1))))
+
+
+def test_time_first_is_told_though_the_first_example_is_one_word():
+    ids, labels = texts(7, length=7).tensors
+    ids[0, 1:] = 0
+    found = []
+    for kind in (BatchFirst, TimeFirst):
+        pl.seed_everything(0, verbose=False)
+        module = kind()
+        found.append(capture(module.influence_loss, [ids, labels], embedding_layers=[module.embedding]).words)
+    assert torch.equal(found[0].examples, found[1].examples)
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    torch.testing.assert_close(found[0].norms, found[1].norms)
+
+
 @pytest.mark.parametrize("cache", ["checkpoint", "training"])
 def test_words_that_only_some_passes_saw_still_add_up(tmp_path, cache):
     data = loader(shuffle=True, collate_fn=masked)
@@ -154,6 +181,35 @@ def test_words_that_only_some_passes_saw_still_add_up(tmp_path, cache):
         [sum(term for _, term in result.words(test, train)) for train in range(N_TRAIN)] for test in range(N_TEST)
     ]
     torch.testing.assert_close(torch.tensor(summed), result.scores, rtol=1e-3, atol=1e-3 * float(result.scores.std()))
+
+
+@pytest.mark.filterwarnings("ignore:No training batch has given finite gradients")
+def test_steps_that_overflow_are_no_checkpoint(tmp_path):
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**24))
+    callback = TracInCallback(tmp_path / "trace", cache="training", every_n_train_steps=1)
+    fit = quiet(callbacks=[callback], plugins=[precision])
+    fit.fit(Toy(), loader(shuffle=True))
+    assert 0 < len(callback.trace.checkpoints) < fit.global_step
+    assert fit.influence(loader(test_texts())).scores.isfinite().all()
+
+
+class Limited(Toy):
+    """With word vectors that each forward pass shortens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8, padding_idx=0, max_norm=1.0)
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "training", "on_demand"])
+def test_training_is_untouched_where_forward_passes_shorten_word_vectors(tmp_path, cache):
+    states = []
+    for callbacks in ([], [TracInCallback(tmp_path / "trace", cache=cache)]):
+        pl.seed_everything(0, verbose=False)
+        module = Limited()
+        quiet(callbacks=callbacks).fit(module, loader(shuffle=True))
+        states.append(module.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @pytest.mark.filterwarnings("ignore:Normed has batch norm")
