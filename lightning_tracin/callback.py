@@ -296,8 +296,10 @@ class TracInCallback(DualCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the batch's gradients, and take a checkpoint if ``every_n_train_steps`` is due."""
-        if self._training is not None:
+        if self._training is not None and self._sampled is not None:
             with self._held(trainer):
+                if batch is None:  # skipped: Lightning has not called on_train_batch_start
+                    self._sampled.next_batch()
                 self._training.end()
         if self.every_n_train_steps is not None and self._steps:
             before = self._steps[0][0] // self.every_n_train_steps

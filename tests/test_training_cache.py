@@ -97,6 +97,34 @@ def test_every_example_is_stored_under_its_index(tmp_path, expected, make):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_that_is_skipped_keeps_its_indices(tmp_path, workers):
+    missing = 9
+    ids = texts()[missing][0]
+
+    def collate(rows):
+        return None if any(torch.equal(row[0], ids) for row in rows) else torch.utils.data.default_collate(rows)
+
+    data = loader(batch_size=1, collate_fn=collate, num_workers=workers)
+    settings = {"max_epochs": 2, "accumulate_grad_batches": 3}
+    fitted(tmp_path / "trace", build(), data, cache="training", trainer=settings)
+    stored = Trace(tmp_path / "trace").texts(list(range(N_TRAIN)))
+    for example in range(N_TRAIN):
+        expected = [] if example == missing else [token for token in texts()[example][0].tolist() if token]
+        assert stored.ids_of(example) == expected
+
+
+def test_an_epoch_that_a_hook_ends_early_leaves_no_indices_behind(tmp_path):
+    class Short(Still):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 2 and self.current_epoch == 0 else None
+
+    fitted(tmp_path / "trace", build(Short), loader(shuffle=True), cache="training", trainer={"max_epochs": 2})
+    stored = Trace(tmp_path / "trace").texts(list(range(N_TRAIN)))
+    for example in range(N_TRAIN):
+        assert stored.ids_of(example) == [token for token in texts()[example][0].tolist() if token]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_thread_that_serves_other_devices_finds_the_same(tmp_path, monkeypatch, expected, workers):
     monkeypatch.setattr(training_cache, "_computed_elsewhere", lambda calls: True)
