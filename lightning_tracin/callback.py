@@ -178,6 +178,12 @@ class TracInCallback(DualCallback):
                 check_loggers(trainer.loggers)
             self._steps, self._resumed, self._failure = [], {}, None
             if self.cache == "training":
+                others = (each for each in trainer.callbacks if isinstance(each, TracInCallback) and each is not self)
+                if any(each.cache == "training" for each in others):
+                    raise ValueError(
+                        'A trainer can have one TracInCallback with cache="training", but got several. Use one with '
+                        'all of the methods, or cache="checkpoint" for the others.'
+                    )
                 on_training_loader(trainer, self._sample)
 
     def state_dict(self) -> dict[str, Any]:

@@ -368,6 +368,13 @@ def test_a_loader_that_does_not_keep_the_order_is_refused(tmp_path):
         fitted(tmp_path / "trace", build(), loader(in_order=False), cache="training")
 
 
+def test_a_second_callback_that_takes_from_training_is_refused(tmp_path):
+    callbacks = [TracInCallback(tmp_path / name, cache="training") for name in "ab"]
+    with pytest.raises(ValueError, match='one TracInCallback with cache="training"'):
+        quiet(callbacks=callbacks).fit(build(), loader())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_gradient_that_is_not_finite_names_the_example(tmp_path):
     class Diverging(Still):
         def influence_loss(self, batch):
