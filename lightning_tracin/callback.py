@@ -513,6 +513,10 @@ class TracInCallback(DualCallback):
             steps = trainer.estimated_stepping_batches
             return max(1, int(steps) // self.every_n_train_steps) if math.isfinite(steps) else 1
         epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+        if trainer.max_steps >= 0:
+            steps_each = max(1, math.ceil(min(trainer.num_training_batches, 2**53) / trainer.accumulate_grad_batches))
+            by_steps = trainer.current_epoch + math.ceil((trainer.max_steps - trainer.global_step) / steps_each)
+            epochs = by_steps if epochs < 0 else min(epochs, by_steps)
         return max(1, (epochs - trainer.current_epoch) // self.every_n_epochs)
 
 

@@ -420,6 +420,18 @@ def test_a_disk_without_enough_space(tmp_path, monkeypatch):
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.parametrize("epochs", [-1, 10**9])
+def test_the_space_needed_is_bounded_by_max_steps(tmp_path, monkeypatch, epochs):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 5000, 5000))
+    limits = {"max_epochs": epochs, "max_steps": 5, "accumulate_grad_batches": 3}  # 2 steps of each epoch's 5 batches
+    with pytest.raises(OSError, match="for 3 checkpoints of 20"):
+        fitted(tmp_path / "trace", trainer=limits)
+    monkeypatch.undo()
+    fitted(tmp_path / "trace", trainer=limits)
+    assert len(Trace(tmp_path / "trace").checkpoints) == 3
+
+
 def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
     calls = []
     save = store.save_file
