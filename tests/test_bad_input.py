@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInMixin, TracInWE, store
-from lightning_tracin.processes import Processes
-from lightning_tracin.training_set import TrainingSet, own_part
+from lightning_tracin.processes import ALONE, Processes
+from lightning_tracin.training_set import TrainingSet, own_part, spare_batch
 
 
 def with_loss(loss):
@@ -408,6 +408,11 @@ def test_more_words_than_are_stored(tmp_path):
     fit = fitted(tmp_path / "trace", top_words=2)
     with pytest.raises(ValueError, match="keeps 2 words"):
         fit.influence(loader(test_texts()), method=TracInWE(top_words=3))
+
+
+def test_a_spare_batch_of_a_loader_with_workers_and_a_timeout():
+    ids, _ = spare_batch(loader(num_workers=1, timeout=60), ALONE)
+    assert torch.equal(ids, texts().tensors[0][:8])
 
 
 def test_a_disk_without_enough_space(tmp_path, monkeypatch):
