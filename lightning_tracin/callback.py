@@ -178,6 +178,12 @@ class TracInCallback(DualCallback):
                 check_loggers(trainer.loggers)
             self._steps, self._resumed, self._failure = [], {}, None
             if self.cache == "training":
+                others = (each for each in trainer.callbacks if isinstance(each, TracInCallback) and each is not self)
+                if any(each.cache == "training" for each in others):
+                    raise ValueError(
+                        'A trainer can have one TracInCallback with cache="training", but got several. Use one with '
+                        'all of the methods, or cache="checkpoint" for the others.'
+                    )
                 on_training_loader(trainer, self._sample)
 
     def state_dict(self) -> dict[str, Any]:
@@ -298,8 +304,10 @@ class TracInCallback(DualCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the batch's gradients, and take a checkpoint if ``every_n_train_steps`` is due."""
-        if self._training is not None:
+        if self._training is not None and self._sampled is not None:
             with self._held(trainer):
+                if batch is None:  # skipped: Lightning has not called on_train_batch_start
+                    self._sampled.next_batch()
                 self._training.end()
         if self.every_n_train_steps is not None and self._steps:
             before = self._steps[0][0] // self.every_n_train_steps
@@ -513,6 +521,10 @@ class TracInCallback(DualCallback):
             steps = trainer.estimated_stepping_batches
             return max(1, int(steps) // self.every_n_train_steps) if math.isfinite(steps) else 1
         epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+        if trainer.max_steps >= 0:
+            steps_each = max(1, math.ceil(min(trainer.num_training_batches, 2**53) / trainer.accumulate_grad_batches))
+            by_steps = trainer.current_epoch + math.ceil((trainer.max_steps - trainer.global_step) / steps_each)
+            epochs = by_steps if epochs < 0 else min(epochs, by_steps)
         return max(1, (epochs - trainer.current_epoch) // self.every_n_epochs)
 
 

@@ -634,12 +634,14 @@ def _second_moment(parameter: Tensor, optimizers: Sequence[torch.optim.Optimizer
         for optimizer in optimizers
         for group in optimizer.param_groups
         if any(each is parameter for each in group["params"])
+        and "betas" in group
+        and isinstance(group.get("eps"), (int, float))  # Adafactor and its like have several
     ]
     for state, group in groups:
-        if "exp_avg_sq" in state:
+        if "exp_avg_sq" in state and "step" in state:  # without the step, the bias cannot be corrected
             corrected = state["exp_avg_sq"].float().cpu() / (1 - group["betas"][1] ** float(state["step"]))
             return corrected, group["eps"]
-    return None, max((float(group.get("eps", 0.0)) for _, group in groups), default=0.0)
+    return None, max((float(group["eps"]) for _, group in groups), default=0.0)
 
 
 def _write_moments(path: Path, moments: SecondMoments) -> str:

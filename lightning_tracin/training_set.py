@@ -157,7 +157,7 @@ def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
         processes: every one of them must call it.
     """
     first = processes.gather(list(loader.sampler)[:_CHECKED])[0]
-    options = _options(loader)
+    options = {**_options(loader), "timeout": 0}  # which only workers may have, and one batch needs none
     if loader.batch_size is None:  # the sampler yields batches
         return next(iter(DataLoader(loader.dataset, batch_size=None, sampler=first[:1], **options)))
     return next(iter(DataLoader(loader.dataset, batch_sampler=[first], **options)))

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInMixin, TracInWE, store
-from lightning_tracin.processes import Processes
-from lightning_tracin.training_set import TrainingSet, own_part
+from lightning_tracin.processes import ALONE, Processes
+from lightning_tracin.training_set import TrainingSet, own_part, spare_batch
 
 
 def with_loss(loss):
@@ -410,6 +410,11 @@ def test_more_words_than_are_stored(tmp_path):
         fit.influence(loader(test_texts()), method=TracInWE(top_words=3))
 
 
+def test_a_spare_batch_of_a_loader_with_workers_and_a_timeout():
+    ids, _ = spare_batch(loader(num_workers=1, timeout=60), ALONE)
+    assert torch.equal(ids, texts().tensors[0][:8])
+
+
 def test_a_disk_without_enough_space(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 5000, 5000))
@@ -418,6 +423,18 @@ def test_a_disk_without_enough_space(tmp_path, monkeypatch):
     ):
         fitted(tmp_path / "trace")
     assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("epochs", [-1, 10**9])
+def test_the_space_needed_is_bounded_by_max_steps(tmp_path, monkeypatch, epochs):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 5000, 5000))
+    limits = {"max_epochs": epochs, "max_steps": 5, "accumulate_grad_batches": 3}  # 2 steps of each epoch's 5 batches
+    with pytest.raises(OSError, match="for 3 checkpoints of 20"):
+        fitted(tmp_path / "trace", trainer=limits)
+    monkeypatch.undo()
+    fitted(tmp_path / "trace", trainer=limits)
+    assert len(Trace(tmp_path / "trace").checkpoints) == 3
 
 
 def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):

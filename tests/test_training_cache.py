@@ -97,6 +97,34 @@ def test_every_example_is_stored_under_its_index(tmp_path, expected, make):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_that_is_skipped_keeps_its_indices(tmp_path, workers):
+    missing = 9
+    ids = texts()[missing][0]
+
+    def collate(rows):
+        return None if any(torch.equal(row[0], ids) for row in rows) else torch.utils.data.default_collate(rows)
+
+    data = loader(batch_size=1, collate_fn=collate, num_workers=workers)
+    settings = {"max_epochs": 2, "accumulate_grad_batches": 3}
+    fitted(tmp_path / "trace", build(), data, cache="training", trainer=settings)
+    stored = Trace(tmp_path / "trace").texts(list(range(N_TRAIN)))
+    for example in range(N_TRAIN):
+        expected = [] if example == missing else [token for token in texts()[example][0].tolist() if token]
+        assert stored.ids_of(example) == expected
+
+
+def test_an_epoch_that_a_hook_ends_early_leaves_no_indices_behind(tmp_path):
+    class Short(Still):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 2 and self.current_epoch == 0 else None
+
+    fitted(tmp_path / "trace", build(Short), loader(shuffle=True), cache="training", trainer={"max_epochs": 2})
+    stored = Trace(tmp_path / "trace").texts(list(range(N_TRAIN)))
+    for example in range(N_TRAIN):
+        assert stored.ids_of(example) == [token for token in texts()[example][0].tolist() if token]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_thread_that_serves_other_devices_finds_the_same(tmp_path, monkeypatch, expected, workers):
     monkeypatch.setattr(training_cache, "_computed_elsewhere", lambda calls: True)
@@ -338,6 +366,13 @@ def test_what_cannot_be_told_is_refused_before_training(tmp_path, module, data, 
 def test_a_loader_that_does_not_keep_the_order_is_refused(tmp_path):
     with pytest.raises(ValueError, match="in_order=True"):
         fitted(tmp_path / "trace", build(), loader(in_order=False), cache="training")
+
+
+def test_a_second_callback_that_takes_from_training_is_refused(tmp_path):
+    callbacks = [TracInCallback(tmp_path / name, cache="training") for name in "ab"]
+    with pytest.raises(ValueError, match='one TracInCallback with cache="training"'):
+        quiet(callbacks=callbacks).fit(build(), loader())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_gradient_that_is_not_finite_names_the_example(tmp_path):
