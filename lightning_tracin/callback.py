@@ -178,7 +178,7 @@ class TracInCallback(DualCallback):
                 check_loggers(trainer.loggers)
             self._steps, self._resumed, self._failure = [], {}, None
             if self.cache == "training":
-                others = (each for each in trainer.callbacks if isinstance(each, TracInCallback) and each is not self)
+                others = (each for each in trainer.callbacks if isinstance(each, TracInCallback) and each is not self)  # type: ignore[attr-defined]
                 if any(each.cache == "training" for each in others):
                     raise ValueError(
                         'A trainer can have one TracInCallback with cache="training", but got several. Use one with '
