@@ -586,10 +586,12 @@ def check_losses(module: torch.nn.Module, layer: str, losses: Losses, batch: Any
     Raises:
         ValueError: if they do, or if a module without losses of single examples returns anything but their mean.
     """
+    tables = layers_of_table(module, named_layer(module, layer))
     if isinstance(losses, MeanLoss):
         losses.check(batch)
+        losses.check_batch_first(batch, tables)
     else:
-        check_independent(losses, batch, layers_of_table(module, named_layer(module, layer)))
+        check_independent(losses, batch, tables)
 
 
 def capture_at(

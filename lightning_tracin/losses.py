@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from copy import copy, deepcopy
 from typing import Any
 
@@ -136,6 +137,23 @@ class MeanLoss:
                 f"The training_step of {type(self.module).__name__} returned {whole:.6g} for a batch of {len(rows)} "
                 f"examples, but {mean:.6g} is the mean of what it returned for each of them alone: its loss is not a "
                 f"mean of independent losses. {_use_mixin()}."
+            )
+
+    def check_batch_first(self, batch: Any, layers: Sequence[nn.Module]) -> None:
+        """Check that layers are called with the examples in the first dimension; with only a mean, nothing tells later.
+
+        Raises:
+            ValueError: if one is called with time first.
+        """
+        shapes: list[torch.Size] = []
+        with ExitStack() as hooks, torch.no_grad():
+            for layer in layers:
+                hooks.callback(layer.register_forward_hook(lambda _, __, output: shapes.append(output.shape)).remove)
+            forwarded(self.module, self._training_loss, row_of(batch, 0, _size(batch)))
+        if any(len(shape) > 2 and shape[0] > 1 == shape[1] for shape in shapes):
+            raise ValueError(
+                f"{type(self.module).__name__} calls a layer with time in the first dimension, where the mean that its "
+                f"training_step returns does not tell examples from positions. {_use_mixin()}."
             )
 
     def _training_loss(self, batch: Any) -> Tensor:

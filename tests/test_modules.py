@@ -173,6 +173,16 @@ def test_time_first_is_told_though_the_first_example_is_one_word():
     torch.testing.assert_close(found[0].norms, found[1].norms)
 
 
+def test_a_plain_module_with_time_first_is_asked_for_the_mixin(tmp_path):
+    class PlainTimeFirst(Plain):
+        def forward(self, ids):
+            return self.head(self.embedding(ids.T).mean(0))
+
+    with pytest.raises(ValueError, match=r"PlainTimeFirst calls a layer with time in the first dimension.*TracInMixin"):
+        fitted(tmp_path / "trace", PlainTimeFirst())
+    assert not (tmp_path / "trace" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("cache", ["checkpoint", "training"])
 def test_words_that_only_some_passes_saw_still_add_up(tmp_path, cache):
     data = loader(shuffle=True, collate_fn=masked)
