@@ -402,7 +402,10 @@ class TracInCallback(DualCallback):
         step = trainer.global_step
         optimizers = [_unwrapped(each) for each in trainer.optimizers]
         processes = processes_of(trainer)
-        if self._training is not None and self._failure is None and not self._training.came():
+        with processes.together():  # before any of them waits for the others
+            if self._failure is not None:
+                raise self._failure
+        if self._training is not None and not self._training.came():
             rank_zero_warn(
                 f"No training batch has given finite gradients up to step {step}, so there is no checkpoint of it. "
                 "That is usual while an fp16 loss scale is being found; otherwise look at the learning rate."
@@ -411,8 +414,6 @@ class TracInCallback(DualCallback):
         with trace.new_checkpoint(
             module, optimizers, step=step, epoch=trainer.current_epoch, steps=self._steps, processes=processes
         ) as checkpoint:
-            if self._failure is not None:
-                raise self._failure
             if self.cache == "checkpoint":
                 self._cache(trainer, module, trace, checkpoint)
             elif self._training is not None:
