@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_tracin.precision import full_precision
+
 #: What directions are kept in.
 Dtype: TypeAlias = Literal["float32", "float16", "int8"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
@@ -106,6 +108,7 @@ class WordGradients:
         directions, lengths = _in_bytes(self.directions)
         return replace(self, directions=directions, lengths=lengths)
 
+    @full_precision()
     def projected(self, projection: Tensor) -> WordGradients:
         """Directions times a (H, p) matrix, scaled back to length 1: norms stay those of the whole gradients."""
         _, directions = unit_rows(self.directions.float() @ projection)
@@ -249,6 +252,7 @@ class LinearGradients:
         """Every example's gradient times its own factor, (n_examples,)."""
         return replace(self, delta_norms=self.delta_norms * factors[self.examples])
 
+    @full_precision()
     def example_norms(self, weights: Tensor | None = None) -> Tensor:
         """(n_examples,) norm of each example's whole gradient G: the root of Σ weights · G², weights (out, in)."""
         counts = torch.bincount(self.examples, minlength=self.n_examples)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.gradients import LinearGradients, SecondMoments, WordGradients, unit_rows
+from lightning_tracin.precision import full_precision
 
 Side: TypeAlias = Literal["test", "train"]
 Normalize: TypeAlias = Literal["train", "cosine"] | None
@@ -211,6 +212,7 @@ def method_from_json(content: dict[str, Any]) -> Method:
     return kind(**{field.name: content[field.name] for field in fields(kind)})
 
 
+@full_precision()
 def _dot_words(test: WordGradients, train: WordGradients) -> Tensor:
     """Join two blocks, each sorted by token, on the token: (test.n_examples, train.n_examples).
 
@@ -281,6 +283,7 @@ def _in_full(directions: Tensor, rows: Tensor) -> Tensor:
     return directions if directions.dtype == torch.float32 else rows[: len(directions)].copy_(directions)
 
 
+@full_precision()
 def _dot_linear(test: LinearGradients, train: LinearGradients) -> Tensor:
     """(test.n_examples, train.n_examples), in chunks of positions."""
     scores = torch.zeros(train.n_examples, test.n_examples, dtype=torch.float32)
@@ -298,6 +301,7 @@ def _dot_linear(test: LinearGradients, train: LinearGradients) -> Tensor:
     return scores.T
 
 
+@full_precision()
 def _dot_weighted(test: LinearGradients, train: LinearGradients, weights: Tensor) -> Tensor:
     """(test.n_examples, train.n_examples) of Σ weights · G · G', weights (out, in); forms one G at a time."""
     scores = torch.zeros(test.n_examples, train.n_examples, dtype=torch.float32)

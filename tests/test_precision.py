@@ -1,4 +1,4 @@
-"""Fits that compute in 16 bits, against brute force in full precision at the weights that they recorded."""
+"""Fits that compute in 16 bits, or multiply in fewer, against brute force in full precision at their weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import pytorch_lightning as pl
 import torch
 from brute_force import BruteForce, dense_gradients, relative_error, untie
 from families import FAMILIES
+from test_gradients import dense, random_linear, random_words
 from test_training_cache import without_dropout
-from toy import Toy, fitted, quiet
+from toy import CLASSES, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
 
-from lightning_tracin import Trace, TracInCallback
+from lightning_tracin import Trace, TracInCallback, TracInLast, TracInWE
+from lightning_tracin.gradients import SecondMoments, projection_matrix
+from lightning_tracin.precision import full_precision, products_are_rounded
 
 LAYERS = {"tracin-we": "embedding", "tracin-last": "last"}
 ROUNDED = 0.05  # relative error of scores whose gradients went through several layers in numbers of 8 bits
@@ -81,3 +84,70 @@ def test_a_loss_that_is_no_mean_is_told_from_one_that_is_rounded(tmp_path, preci
     module.loss = lambda batch: mean(batch) * len(batch[0]) ** 0.1
     with pytest.raises(ValueError, match="not a mean of independent losses"):
         fitted(tmp_path / "trace", module, FAMILIES["without-mixin"].train_loader(), **options)
+
+
+@pytest.fixture
+def rounded_products():
+    """Float32 products from fewer bits, as far as this processor can: with AMX or AVX512-BF16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_scores_and_norms_are_computed_in_full(rounded_products):
+    """Against float64, of matrices that are large enough for the fast instructions."""
+    assert products_are_rounded()
+    test, of_test = random_words(40, vocabulary=60, length=30, hidden=128)
+    train, of_train = random_words(3000, vocabulary=60, length=30, hidden=128)
+    method = TracInWE()
+    scores = method.dot(method.prepare(test, None, "test"), method.prepare(train, None, "train"), None)
+    assert relative_error(scores, of_test.flatten(1) @ of_train.flatten(1).T) < 1e-6
+    matrix = projection_matrix(128, 64)
+    exact = torch.nn.functional.normalize(dense(train, 60)[train.examples, train.tokens] @ matrix.double())
+    assert relative_error(train.projected(matrix).directions, exact) < 1e-6
+
+    of_last, table = random_linear(40, positions=30, inputs=128, outputs=64)
+    moments = SecondMoments(torch.rand(64, 128), None, 1e-8)
+    for each, weights in ((None, torch.ones(64, 128)), (moments, moments.weights())):
+        weighted = (table * weights.double()).flatten(1)
+        expected = weighted @ table.flatten(1).T
+        assert relative_error(TracInLast().dot(of_last, of_last, each), expected) < 1e-6
+        assert relative_error(of_last.example_norms(each and weights), expected.diagonal().sqrt()) < 1e-6
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_products_are_rounded_again_after_an_error(rounded_products):
+    with pytest.raises(KeyError), full_precision():
+        {}["nothing"]
+    assert products_are_rounded()
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+class Wide(pl.LightningModule):
+    """Large enough for products of a batch, and too small for those of one example, to be rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, 256)
+        self.hidden = torch.nn.Linear(256, 256)
+        self.head = torch.nn.Linear(256, CLASSES)
+        torch.nn.init.normal_(self.head.weight)
+
+    def training_step(self, batch, batch_idx):
+        ids, labels = batch
+        hidden = torch.relu(self.hidden(self.embedding(ids).sum(1)))
+        return torch.nn.functional.cross_entropy(self.head(hidden), labels)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_rounded_products_are_taken_for_no_fault_of_a_loss(tmp_path, rounded_products):
+    pl.seed_everything(0, verbose=False)
+    trainer = quiet(callbacks=[TracInCallback(tmp_path, dtype="float32")], max_epochs=1)
+    trainer.fit(Wide(), loader(texts(64), batch_size=32))
+    found = trainer.influence(loader(test_texts())).scores
+    with full_precision():
+        expected = trainer.influence(loader(test_texts())).scores
+    assert relative_error(found, expected) < ROUNDED
