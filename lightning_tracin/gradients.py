@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -378,6 +378,7 @@ class Texts:
 
 
 Gradients: TypeAlias = WordGradients | LinearGradients
+_Gradients = TypeVar("_Gradients", WordGradients, LinearGradients)
 
 #: What can be stored.
 Block: TypeAlias = Gradients | Texts
@@ -417,6 +418,14 @@ def projection_matrix(hidden: int, size: int) -> Tensor:
         raise ValueError(f"projection={size} saves nothing: word gradients have {hidden} numbers for each word.")
     numbers = np.random.RandomState(0).standard_normal((hidden, size))  # a stream that never changes
     return torch.from_numpy(numbers).float()
+
+
+def on_device(gradients: _Gradients, device: torch.device) -> _Gradients:
+    """The same gradients with their tensors on a device."""
+    tensors: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(gradients).items() if isinstance(value, Tensor)
+    }
+    return replace(gradients, **tensors)
 
 
 def distinct(tokens: Tensor) -> list[int]:

@@ -96,7 +96,7 @@ def influence(
             with processes.together():
                 test.finish_checkpoint(checkpoint, processes)
     with processes.together():
-        return scored(test, checkpoints, kept, processes)
+        return scored(test, checkpoints, kept, processes, trainer.strategy.root_device)
 
 
 def self_influence(

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_tracin.gradients import LinearGradients, SecondMoments, WordGradients, unit_rows
+from lightning_tracin.gradients import LinearGradients, SecondMoments, WordGradients, on_device, unit_rows
 from lightning_tracin.precision import full_precision
 
 Side: TypeAlias = Literal["test", "train"]
@@ -45,7 +45,7 @@ class Method(Protocol):
         """The gradients of a block of examples as they are multiplied."""
 
     def dot(self, test: Any, train: Any, moments: SecondMoments | None) -> Tensor:
-        """(n_test, n_train) products of prepared blocks."""
+        """(n_test, n_train) products of prepared blocks, on the device of the test block; the other is on the CPU."""
 
     def norms(self, gradients: Any, moments: SecondMoments | None) -> Tensor:
         """(n_examples,) norms of a prepared block."""
@@ -216,10 +216,11 @@ def method_from_json(content: dict[str, Any]) -> Method:
 def _dot_words(test: WordGradients, train: WordGradients) -> Tensor:
     """Join two blocks, each sorted by token, on the token: (test.n_examples, train.n_examples).
 
-    The rows of one word lie together. They are read as they are stored, a piece at a time that fits into a cache.
+    The rows of one word lie together. They are read as they are stored, a piece at a time that fits into a cache, and
+    only rows that are multiplied reach the device of the test gradients.
     """
-    scores = torch.zeros(train.n_examples, test.n_examples, dtype=torch.float32)
-    shared = _shared_words(test.tokens, train.tokens)
+    scores = test.norms.new_zeros(train.n_examples, test.n_examples)
+    shared = _shared_words(test.tokens.cpu(), train.tokens)
     few = (shared.n_test <= _FEW) & (shared.n_train <= _PIECE)
     _add_common(scores, shared.select(~few), test, train)
     _add_rare(scores, shared.select(few), test, train)
@@ -229,16 +230,17 @@ def _dot_words(test: WordGradients, train: WordGradients) -> Tensor:
 def _add_common(scores: Tensor, words: _SharedWords, test: WordGradients, train: WordGradients) -> None:
     """Add the products of words that many examples hold: word by word."""
     n_test, hidden = test.n_examples, test.directions.shape[1]
-    test_rows, factors = test.directions.float() * test.factors[:, None], train.factors
-    rows, products = torch.empty(_PIECE, hidden), torch.empty(_PIECE * n_test)
+    test_rows = test.directions.float() * test.factors[:, None]
+    train_examples, factors = train.examples.to(scores.device), train.factors.to(scores.device)
+    rows, products = scores.new_empty(_PIECE, hidden), scores.new_empty(_PIECE * n_test)
     for of_test, of_train in words.slices():
         columns, right = test.examples[of_test], test_rows[of_test]
         wide = 2 * len(columns) > n_test  # then adding whole rows of scores makes up for multiplying zeros
         if wide:
-            right = torch.zeros(n_test, hidden).index_copy_(0, columns, right)
+            right = scores.new_zeros(n_test, hidden).index_copy_(0, columns, right)
         for start in range(of_train.start, of_train.stop, _PIECE):
             piece = slice(start, min(start + _PIECE, of_train.stop))
-            examples, n = train.examples[piece], piece.stop - piece.start
+            examples, n = train_examples[piece], piece.stop - piece.start
             left, out = _in_full(train.directions[piece], rows), products[: n * len(right)].view(n, -1)
             torch.mm(left, right.T, out=out).mul_(factors[piece, None])
             if wide:
@@ -262,10 +264,10 @@ def _add_rare(scores: Tensor, words: _SharedWords, test: WordGradients, train: W
     lacks = number >= words.n_train[word]
     train_of = words.train_starts[word] + number.masked_fill_(lacks, 0)
     factors = train.factors[train_of].masked_fill_(lacks, 0)
-    places = train.examples[train_of] * test.n_examples
-    test_of = _ranges(words.test_starts, words.n_test)
+    factors, places = factors.to(scores.device), (train.examples[train_of] * test.n_examples).to(scores.device)
+    test_of = _ranges(words.test_starts, words.n_test).to(scores.device)
     left, columns = test.directions[test_of].float() * test.factors[test_of, None], test.examples[test_of]
-    stored, rows = train.directions.new_empty(_PIECE, left.shape[1]), torch.empty(_PIECE, left.shape[1])
+    stored, rows = train.directions.new_empty(_PIECE, left.shape[1]), scores.new_empty(_PIECE, left.shape[1])
     of_test = of_train = 0
     for count, n_test, n_train in batches:
         tests = slice(of_test, of_test := of_test + count * n_test)
@@ -279,32 +281,33 @@ def _add_rare(scores: Tensor, words: _SharedWords, test: WordGradients, train: W
 
 
 def _in_full(directions: Tensor, rows: Tensor) -> Tensor:
-    """Directions in full precision: themselves, or the first of ``rows``."""
+    """Directions in full precision, on the device of ``rows``: themselves, or the first of ``rows``."""
+    directions = directions.to(rows.device)
     return directions if directions.dtype == torch.float32 else rows[: len(directions)].copy_(directions)
 
 
 @full_precision()
 def _dot_linear(test: LinearGradients, train: LinearGradients) -> Tensor:
     """(test.n_examples, train.n_examples), in chunks of positions."""
-    scores = torch.zeros(train.n_examples, test.n_examples, dtype=torch.float32)
+    scores = test.delta_norms.new_zeros(train.n_examples, test.n_examples)
     test_inputs = test.inputs.float() * test.input_norms[:, None]
     test_deltas = test.deltas.float() * test.delta_norms[:, None]
     chunk = max(1, (1 << 24) // max(len(test.examples), 1))
     for positions in torch.split(torch.arange(len(train.examples)), chunk):
-        inputs = train.inputs[positions].float() * train.input_norms[positions, None]
-        deltas = train.deltas[positions].float() * train.delta_norms[positions, None]
+        part = on_device(train.select(positions), scores.device)
+        inputs = part.inputs.float() * part.input_norms[:, None]
+        deltas = part.deltas.float() * part.delta_norms[:, None]
         products = (inputs @ test_inputs.T) * (deltas @ test_deltas.T)
-        by_test = torch.zeros(len(positions), test.n_examples, dtype=torch.float32).index_add_(
-            1, test.examples, products
-        )
-        scores.index_add_(0, train.examples[positions], by_test)
+        by_test = scores.new_zeros(len(positions), test.n_examples).index_add_(1, test.examples, products)
+        scores.index_add_(0, part.examples, by_test)
     return scores.T
 
 
 @full_precision()
 def _dot_weighted(test: LinearGradients, train: LinearGradients, weights: Tensor) -> Tensor:
     """(test.n_examples, train.n_examples) of Σ weights · G · G', weights (out, in); forms one G at a time."""
-    scores = torch.zeros(test.n_examples, train.n_examples, dtype=torch.float32)
+    scores = test.delta_norms.new_zeros(test.n_examples, train.n_examples)
+    train, weights = on_device(train, scores.device), weights.to(scores.device)
     inputs = train.inputs.float() * train.input_norms[:, None]
     deltas = train.deltas.float() * train.delta_norms[:, None]
     for example in range(test.n_examples):

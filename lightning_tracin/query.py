@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin.capture import Captured
-from lightning_tracin.gradients import Texts, distinct
+from lightning_tracin.gradients import Texts, distinct, on_device
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE
 from lightning_tracin.mixin import label_names_of, tokenizer_of, words_of_batch
@@ -98,7 +98,7 @@ class TestExamples:
 
 
 def scored(
-    test: TestExamples, checkpoints: Sequence[Checkpoint], k: int | None, processes: Processes
+    test: TestExamples, checkpoints: Sequence[Checkpoint], k: int | None, processes: Processes, device: torch.device
 ) -> InfluenceResult:
     """Multiply test gradients with the stored ones, shard by shard: no more than one shard is in memory.
 
@@ -109,24 +109,26 @@ def scored(
         checkpoints: those that have the method's gradients.
         k: keep only the k strongest proponents and opponents of each test example.
         processes: those that each score their share.
+        device: what multiplies.
     """
     result = _unscored(test, checkpoints)
     method = result.method
     stored = [checkpoint.gradients(method.name) for checkpoint in checkpoints]
     moments = [moments_of(checkpoint, method) for checkpoint in checkpoints]
     rates = [checkpoint.learning_rate_of(method.name) for checkpoint in checkpoints]
+    of_test = [on_device(gradients, device) for gradients in test.gradients]
     columns: list[Tensor] = [torch.zeros(len(result.test_indices), 0)]
     strongest: list[tuple[TopK, TopK]] = []
     totals = torch.zeros(len(result.test_indices), 2, dtype=torch.float64)
     for shard in processes.share(len(stored[0])):
         start, stop = stored[0].bounds(shard)
-        scores = torch.zeros(len(result.test_indices), stop - start, dtype=torch.float32)
-        for gradients, shards, moment, rate in zip(test.gradients, stored, moments, rates, strict=True):
+        scores = torch.zeros(len(result.test_indices), stop - start, dtype=torch.float32, device=device)
+        for gradients, shards, moment, rate in zip(of_test, stored, moments, rates, strict=True):
             block = shards.read(shard)
             scores += rate * method.dot(gradients, method.prepare(block, moment, "train"), moment)
-        totals += torch.stack([scores.clamp(min=0).sum(1), scores.clamp(max=0).sum(1)], 1)
+        totals += torch.stack([scores.clamp(min=0).sum(1), scores.clamp(max=0).sum(1)], 1).cpu()
         if k is None:
-            columns.append(scores)
+            columns.append(scores.cpu())
         else:
             strongest = [merge_top([*strongest, top_of(scores, start, k)], k)]
     result.totals = torch.stack(processes.gather(totals)).sum(0)

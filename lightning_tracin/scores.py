@@ -36,7 +36,7 @@ def strongest(scores: Tensor, k: int, *, largest: bool) -> TopK:
 
 
 def top_of(scores: Tensor, start: int, k: int) -> tuple[TopK, TopK]:
-    """The k strongest proponents and opponents of a block of scores, fewer where it has fewer.
+    """The k strongest proponents and opponents of a block of scores, fewer where it has fewer; on the CPU.
 
     Args:
         scores: (n_test, block) scores of the training examples from ``start`` on.
@@ -44,7 +44,7 @@ def top_of(scores: Tensor, start: int, k: int) -> tuple[TopK, TopK]:
         k: how many.
     """
     sides = (strongest(scores, min(k, scores.shape[1]), largest=largest) for largest in (True, False))
-    proponents, opponents = (TopK(side.values, side.indices + start) for side in sides)
+    proponents, opponents = (TopK(side.values.cpu(), side.indices.cpu() + start) for side in sides)
     return proponents, opponents
 
 

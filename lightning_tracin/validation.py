@@ -255,7 +255,8 @@ class ValidationLog:
         processes = processes_of(trainer)
         for validation in pending:
             with processes.together():
-                result = explained(validation, self._trace, self._module, self._k, gradients, processes)
+                device = trainer.strategy.root_device
+                result = explained(validation, self._trace, self._module, self._k, gradients, processes, device)
                 if processes.first:
                     self._write(trainer, validation, list(result.explanations(k=self._k)))
 
@@ -281,6 +282,7 @@ def explained(
     k: int,
     gradients: Callable[[Any], Captured],
     processes: Processes,
+    device: torch.device,
 ) -> InfluenceResult:
     """Score all training examples on a validation's examples, over the checkpoints that there are.
 
@@ -293,6 +295,7 @@ def explained(
         k: how many proponents and opponents of each example are kept.
         gradients: of a batch, at the module's present weights.
         processes: those that each have some of the rows, and score their share of the training examples.
+        device: what multiplies.
 
     Returns:
         One row for each example, in their order, with the predictions of the validation.
@@ -316,7 +319,7 @@ def explained(
                         )
                     test.take(captured, [place], row)
                 test.finish_checkpoint(checkpoint, processes)
-    result = scored(test, checkpoints, min(k, trace.n_train), processes)
+    result = scored(test, checkpoints, min(k, trace.n_train), processes, device)
     result.test_indices = torch.tensor([each.index for each in validation.examples])
     result.predictions = torch.tensor([each.prediction for each in validation.examples], dtype=torch.float64)
     return result
