@@ -2,11 +2,13 @@
 
 Test gradients are multiplied with stored ones of synthetic examples (MiniLM's shapes, words as frequent as in BBC),
 shard by shard, as ``trainer.influence`` does. It is compared with copying the rows of the words that the test examples
-hold, once into memory that is warm and once into fresh memory, and with a matrix product of as many multiplications.
+hold, by libc's ``memcpy``, which is one thread, and by all of torch's, into warm and into fresh memory; and with a
+matrix product of as many multiplications.
 """
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import tempfile
 from pathlib import Path
@@ -65,6 +67,7 @@ def main() -> None:
 
         turns = {
             "query": query,
+            "memcpy": lambda: ctypes.memmove(warm.data_ptr(), rows.data_ptr(), rows.nbytes),
             "copy": lambda: warm.copy_(rows),
             "fresh copy": lambda: rows.clone(),
             "product": product,
@@ -72,15 +75,20 @@ def main() -> None:
         seconds = in_turns(turns, options.repeats)
     times = {name: statistics.median(each) for name, each in seconds.items()}
     per_checkpoint = [each / options.checkpoints for each in seconds["query"]]
+
+    def over(what: str, name: str, limit: str = "") -> Row:
+        return Row(f"query / {what}", median_ratio(per_checkpoint, seconds[name]), limit=limit)
+
     size = rows.nbytes / 1e6
     report(
         f"query-{options.examples}x{options.checkpoints}-{options.dtype}",
         f"{options.tests} test examples over {options.examples:,} cached ones, {options.checkpoints} checkpoint(s), "
         f"{options.dtype}: {size:,.0f} MB of rows are needed at each",
         [
-            Row("query / memory copy into warm memory", median_ratio(per_checkpoint, seconds["copy"]), limit="<= 3"),
-            Row("query / memory copy into fresh memory", median_ratio(per_checkpoint, seconds["fresh copy"])),
-            Row("query / matrix product of the same size", median_ratio(per_checkpoint, seconds["product"])),
+            over("memcpy, into warm memory", "memcpy", limit="<= 3"),
+            over("memory copy by all threads, into warm memory", "copy", limit="<= 3"),
+            over("memory copy by all threads, into fresh memory", "fresh copy"),
+            over("matrix product of the same size", "product"),
             Row("query, all checkpoints", times["query"], "s", details=times),
             Row("peak memory", peak_megabytes(), "MB"),
         ],
