@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
 from examples.classifier import Classifier, Tokenized
-from examples.data import bbc_news, packaged_minilm
+from examples.data import bbc_news, packaged_minilm, sms_spam
 from lightning_tracin import TracInMixin, Trainer
 from lightning_tracin.gradients import WordGradients
 
@@ -24,20 +24,24 @@ TOKENS, HIDDEN, BATCH = 64, 384, 32
 
 
 class Texts:
-    """BBC News for MiniLM: a training and a test set, padded to 64 tokens as in the published protocols."""
+    """Texts for MiniLM: a training and a test set.
 
-    def __init__(self, n_train: int, n_test: int) -> None:
-        articles, self.topics = bbc_news()
-        random.Random(0).shuffle(articles)
+    BBC News is padded to 64 tokens as in the published protocols; short messages are padded to the longest of a batch.
+    """
+
+    def __init__(self, n_train: int, n_test: int, *, short: bool = False) -> None:
+        texts, self.topics = sms_spam() if short else bbc_news()
+        random.Random(0).shuffle(texts)
         self.tokenizer = AutoTokenizer.from_pretrained(packaged_minilm())
-        rows = Tokenized(articles[: n_train + n_test], self.tokenizer, TOKENS).rows
+        self._padding = "longest" if short else "max_length"
+        rows = Tokenized(texts[: n_train + n_test], self.tokenizer, 2 * TOKENS if short else TOKENS).rows
         if len(rows) < n_train + n_test:
-            raise SystemExit(f"BBC News has {len(rows)} articles, fewer than {n_train} and {n_test} for testing.")
+            raise SystemExit(f"There are {len(rows)} texts, fewer than {n_train} and {n_test} for testing.")
         self._rows = {"train": rows[:n_train], "test": rows[n_train:]}
 
     def loader(self, part: str, batch_size: int = BATCH, *, shuffle: bool = False) -> DataLoader[Any]:
         """Batches of a part."""
-        pad = partial(self.tokenizer.pad, padding="max_length", max_length=TOKENS, return_tensors="pt")
+        pad = partial(self.tokenizer.pad, padding=self._padding, max_length=TOKENS, return_tensors="pt")
         return DataLoader(self._rows[part], batch_size=batch_size, shuffle=shuffle, collate_fn=pad)  # type: ignore[arg-type]
 
     def module(self) -> Classifier:

@@ -426,10 +426,11 @@ class TracInCallback(DualCallback):
         assert self.training_set is not None
         processes = processes_of(trainer)
         training_set, dims = self.training_set, self._dims
-        loader = training_set.sequential_loader(*trace.part(processes))
+        order = trace.part(processes) if training_set.iterable else trace.by_length(processes)
+        loader = training_set.loader_over(order)
         sharded = is_sharded(module)
         with (
-            trace.caching(checkpoint, self.methods, processes) as cache,
+            trace.caching(checkpoint, self.methods, order, processes) as cache,
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
             _buffers_of(checkpoint, module, processes),
             inside_fit(trainer, module),

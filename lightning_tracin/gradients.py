@@ -202,15 +202,16 @@ class LinearGradients:
     @classmethod
     def cat(cls, blocks: Sequence[LinearGradients]) -> LinearGradients:
         """Join blocks one after the other; examples are renumbered, and positions are sorted by example."""
-        joined = cls(
+        examples = _renumbered(blocks)
+        order = slice(None) if _ascending(examples) else torch.argsort(examples, stable=True)
+        return cls(
             sum(block.n_examples for block in blocks),
-            _renumbered(blocks),
-            torch.cat([block.input_norms for block in blocks]),
-            torch.cat([block.inputs for block in blocks]),
-            torch.cat([block.delta_norms for block in blocks]),
-            torch.cat([block.deltas for block in blocks]),
+            examples[order],
+            torch.cat([block.input_norms for block in blocks])[order],
+            torch.cat([block.inputs for block in blocks])[order],
+            torch.cat([block.delta_norms for block in blocks])[order],
+            torch.cat([block.deltas for block in blocks])[order],
         )
-        return joined if _ascending(joined.examples) else joined.select(torch.argsort(joined.examples, stable=True))
 
     def select(self, positions: Tensor) -> LinearGradients:
         """Only the given positions: a boolean mask (P,) or position numbers."""

@@ -224,10 +224,11 @@ def _fill(
 ) -> None:
     """Compute and store the training examples' gradients at the checkpoints that have none."""
     with _attribute(trainer, "limit_predict_batches", 1.0):  # every training example, whatever the trainer's limit
-        loader = training_set.sequential_loader(*trace.part(processes))
         losses = losses_of(module)
         for number, checkpoint in enumerate(missing, start=1):
-            with trace.caching(checkpoint, [method.name], processes) as cache:
+            order = trace.part(processes) if training_set.iterable else trace.by_length(processes)
+            loader = training_set.loader_over(order)
+            with trace.caching(checkpoint, [method.name], order, processes) as cache:
 
                 def take(captured: Captured, _: list[int], batch: Any, cache: CachePass = cache) -> None:
                     words = words_of_batch(module, batch, cache.unknown_tokens(captured))

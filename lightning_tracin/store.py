@@ -35,7 +35,7 @@ _SHARD_EXAMPLES = 8192
 
 
 class ShardWriter:
-    """Writes the blocks of a training set, handed over in the order of the data set, into shards.
+    """Writes the blocks of a training set, handed over shard after shard, into shards.
 
     A thread writes and flushes a full shard while the next one is filled. Leave the context to wait for it.
 
@@ -45,13 +45,24 @@ class ShardWriter:
             "int8" to about 1 %.
         shard_examples: examples in each shard.
         first_shard: number of the first shard, where others are written by other processes.
+        order: the numbers of the examples in the order in which they come, if that is not the data set's. Those of one
+            shard come together.
     """
 
-    def __init__(self, folder: Path, *, dtype: Dtype, shard_examples: int, first_shard: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: Dtype,
+        shard_examples: int,
+        first_shard: int = 0,
+        order: Sequence[int] | None = None,
+    ) -> None:
         self.folder = folder
         self.dtype: Dtype = dtype
         self.shard_examples = shard_examples
         self.first_shard = first_shard
+        self.order = order
         self.n_examples = 0
         self._kind: str | None = None
         self._waiting = Waiting()
@@ -105,7 +116,10 @@ class ShardWriter:
     def _flush(self) -> None:
         """Hand what waits to the thread, as a shard."""
         self._wait()
-        waiting = self._waiting.block()
+        waiting, before = self._waiting.block(), len(self._checksums) * self.shard_examples
+        if self.order is not None:
+            numbers = torch.tensor(self.order[before : before + waiting.n_examples])
+            waiting = waiting.moved(numbers - self.first_shard * self.shard_examples - before, waiting.n_examples)
         shard = type(waiting).cat([waiting])  # a copy: the next examples come into the same memory
         self._waiting.clear()
         self._written = self._thread.submit(self._write, shard)

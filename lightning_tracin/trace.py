@@ -394,19 +394,41 @@ class Trace:
                 checksums[name] = _write_moments(folder / name, of_layer)
         return checksums
 
-    def part(self, processes: Processes) -> tuple[int, int]:
-        """The training examples that a process stores, from the first to one past the last: whole shards."""
+    def part(self, processes: Processes) -> range:
+        """The training examples that a process stores: whole shards."""
         shards = processes.share(-(-self.n_train // self.shard_examples))
-        start, stop = (min(shard * self.shard_examples, self.n_train) for shard in (shards.start, shards.stop))
-        return start, stop
+        return range(*(min(shard * self.shard_examples, self.n_train) for shard in (shards.start, shards.stop)))
+
+    def by_length(self, processes: Processes = ALONE) -> Sequence[int]:
+        """A process's :meth:`part`, each shard's examples from the longest to the shortest, if texts are stored.
+
+        Batches of examples that are about as long hold little padding.
+        """
+        part = self.part(processes)
+        if not part or not (self.path / "texts" / "index.json").exists():
+            return part
+        texts, order = Shards.open(self.path / "texts"), []
+        for shard in range(part.start // self.shard_examples, -(-part.stop // self.shard_examples)):
+            block: Texts = texts.read(shard)
+            lengths = torch.bincount(block.examples, minlength=block.n_examples)
+            order += (torch.argsort(lengths, descending=True, stable=True) + shard * self.shard_examples).tolist()
+        return order
 
     @contextmanager
     def caching(
-        self, checkpoint: Checkpoint, methods: Sequence[str], processes: Processes = ALONE
+        self,
+        checkpoint: Checkpoint,
+        methods: Sequence[str],
+        order: Sequence[int],
+        processes: Processes = ALONE,
     ) -> Iterator[CachePass]:
         """Store the training examples' gradients at a checkpoint; all appear when every example was added.
 
-        Each of the processes adds the examples of its :meth:`part`.
+        Args:
+            checkpoint: of this trace.
+            methods: those whose gradients are stored.
+            order: in which this process adds the examples of its :meth:`part`. Those of a shard come together.
+            processes: those that each add their part.
 
         Raises:
             ValueError: if another number of examples was added than the training set has.
@@ -414,10 +436,10 @@ class Trace:
         with ExitStack() as folders:
             writers = {}
             for method in methods:
-                writers[method] = self.writer(folders, checkpoint.path / method, processes)
+                writers[method] = self.writer(folders, checkpoint.path / method, processes, order)
             has_texts = processes.gather(self.has_texts)[0]
-            texts = None if has_texts else self.writer(folders, self.path / "texts", processes)
-            cache = CachePass(self, writers, texts, processes)
+            texts = None if has_texts else self.writer(folders, self.path / "texts", processes, order)
+            cache = CachePass(self, writers, texts, processes, order)
             yield cache
             cache.close()
 
@@ -427,26 +449,38 @@ class Trace:
             if checkpoint.step > step:
                 shutil.rmtree(checkpoint.path)
 
-    def writer(self, contexts: ExitStack, folder: Path, processes: Processes = ALONE) -> ShardWriter:
+    def writer(
+        self, contexts: ExitStack, folder: Path, processes: Processes = ALONE, order: Sequence[int] | None = None
+    ) -> ShardWriter:
         """A writer of a process's shards into a folder that appears when it is complete.
 
         Shards hold the same examples at every checkpoint, so that scores can be added up shard by shard.
         """
         appearing = contexts.enter_context(_appearing(folder, processes))
-        first = self.part(processes)[0] // self.shard_examples
         return contexts.enter_context(
-            ShardWriter(appearing, dtype=self.kept.dtype, shard_examples=self.shard_examples, first_shard=first)
+            ShardWriter(
+                appearing,
+                dtype=self.kept.dtype,
+                shard_examples=self.shard_examples,
+                first_shard=self.part(processes).start // self.shard_examples,
+                order=order,
+            )
         )
 
 
 class CachePass:
-    """Takes the captured batches of one pass over the training set, or a process's part of it, in its order."""
+    """Takes the captured batches of one pass over the training set, or a process's part of it, in a known order."""
 
     def __init__(
-        self, trace: Trace, writers: Mapping[str, ShardWriter], texts: ShardWriter | None, processes: Processes
+        self,
+        trace: Trace,
+        writers: Mapping[str, ShardWriter],
+        texts: ShardWriter | None,
+        processes: Processes,
+        order: Sequence[int],
     ) -> None:
-        self.start, self.stop = trace.part(processes)
         self.n_examples = 0
+        self._order = order
         self._processes = processes
         self._trace = trace
         self._writers = writers
@@ -472,7 +506,8 @@ class CachePass:
         """
         bad = captured.first_not_finite()
         if bad is not None:
-            example = self.start + self.n_examples + bad
+            place = self.n_examples + bad
+            example = self._order[place] if place < len(self._order) else place
             raise ValueError(
                 f"The loss or gradient of training example {example} is NaN or infinite. Look at that example, or at "
                 "the learning rate; what was stored before is complete."
@@ -486,7 +521,7 @@ class CachePass:
 
     def close(self) -> None:
         """Finish the files; every training example must have been added."""
-        expected = self.stop - self.start
+        expected = len(self._order)
         if self.n_examples != expected:
             them = "it" if expected == self._trace.n_train else f"{expected} of them"
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The training set as numbered examples: read in the order of the data set, and recognised when it comes again."""
+"""The training set as numbered examples: read in the order that is asked for, and recognised when it comes again."""
 
 from __future__ import annotations
 
@@ -67,20 +67,16 @@ class TrainingSet:
                 "divide among themselves. Use devices=1, or a map-style dataset."
             )
 
-    def sequential_loader(self, start: int = 0, stop: int | None = None) -> DataLoader[Any]:
-        """A loader over the examples from ``start`` to ``stop``, each once, in the order of the data set.
-
-        Of a stream, it is a loader over all.
-        """
+    def loader_over(self, indices: Sequence[int]) -> DataLoader[Any]:
+        """A loader over some examples, in their order; of a stream, over all in its own."""
         loader = self.loader
         if self.iterable:  # several workers would each yield all of it, or in an order of their own
             return DataLoader(loader.dataset, batch_size=loader.batch_size, **{**_options(loader), "timeout": 0})
-        return _loader_over(loader, range(start, len(self) if stop is None else stop))
+        return _loader_over(loader, indices)
 
     def first_batch(self) -> Any:
         """A batch of the first few examples, to check what a fit can do; a stream's own first batch."""
-        loader = self.sequential_loader() if self.iterable else self.sequential_loader(0, min(_CHECKED, len(self)))
-        return next(iter(loader))
+        return next(iter(self.loader_over(range(min(_CHECKED, len(self))))))
 
     def fingerprint(self) -> str:
         """A hash of the number of examples and of 64 of them, spread evenly; an iterable's number only."""
@@ -153,7 +149,7 @@ def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
     """A batch of the first few examples that the first process's loader, as :func:`own_part` gives it, begins with.
 
     Args:
-        loader: this process's; one of :meth:`TrainingSet.sequential_loader` serves too.
+        loader: this process's; one of :meth:`TrainingSet.loader_over` serves too.
         processes: every one of them must call it.
     """
     first = processes.gather(list(loader.sampler)[:_CHECKED])[0]

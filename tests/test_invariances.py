@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
-from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
+from toy import N_TEST, N_TRAIN, STEPS_PER_EPOCH, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInLast, TracInWE, store
 from lightning_tracin.training_set import TrainingSet
@@ -124,6 +124,65 @@ def test_padding_to_another_length_does_not_matter(uncached, expected, tmp_path,
     scores = fit.influence(loader(padded(test_texts())), method=method).scores
     # Sums over more positions are rounded otherwise, in training too.
     assert (scores - expected[method]).norm() <= 1e-4 * expected[method].norm()
+
+
+class OfLengths(Toy):
+    """Sees how long the batches are that its gradients are taken of, and spoils one example's loss late in training."""
+
+    def __init__(self, spoiled: int = -1) -> None:
+        super().__init__()
+        self.spoiled = texts()[spoiled][0] if spoiled >= 0 else None
+        self.widths: list[int] = []
+
+    def influence_loss(self, batch):
+        losses = super().influence_loss(batch)
+        if not self.training and self.trainer.global_step > 0:  # not in the checks before training
+            self.widths.append(batch[0].shape[1])
+        if self.spoiled is not None and self.trainer.global_step > STEPS_PER_EPOCH:
+            width = batch[0].shape[1]
+            same = (batch[0] == self.spoiled[:width]).all(1) & (self.spoiled[width:] == 0).all()
+            losses = torch.where(same, torch.nan, losses) if not self.training else losses
+        return losses
+
+
+def to_the_longest(items):
+    ids, labels = torch.utils.data.default_collate(items)
+    return ids[:, : int((ids != 0).sum(1).max())], labels
+
+
+@pytest.mark.parametrize("shard_examples", [8, 100])
+@pytest.mark.parametrize("cache", ["checkpoint", "on_demand"])
+def test_texts_of_about_one_length_come_together_once_lengths_are_known(tmp_path, monkeypatch, cache, shard_examples):
+    """From the second checkpoint on; the scores stay those of the brute force."""
+    monkeypatch.setattr(store, "_SHARD_EXAMPLES", shard_examples)
+    module = OfLengths()
+    fit = fitted(tmp_path / "trace", module, loader(collate_fn=to_the_longest), cache=cache)
+    if cache == "on_demand":
+        module.widths.clear()
+        fit.influence(loader(test_texts()), train_dataloaders=loader(collate_fn=to_the_longest))
+    lengths = (texts().tensors[0] != 0).sum(1)
+    grouped = torch.cat([part.sort(descending=True).values for part in lengths.split(shard_examples)])
+    in_order, by_length = ([int(part.max()) for part in each.split(4)] for each in (lengths, grouped))
+    assert sum(by_length) < sum(in_order)
+    widths = module.widths[cache == "on_demand" :]  # a query looks at its first batch twice
+    assert widths[: 2 * len(in_order)] == in_order + by_length
+    alone = loader(batch_size=1)
+    (tmp_path / "alone").mkdir()
+    path = shutil.copytree(tmp_path / "trace", tmp_path / "alone" / "trace")
+    for folder in (*path.glob("checkpoints/*/tracin-we"), path / "texts"):
+        shutil.rmtree(folder)
+    expected = quiet().influence(loader(test_texts()), Toy(), train_dataloaders=alone, trace=path).scores
+    found = quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace").scores
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_an_example_whose_gradient_is_not_finite_is_named_by_its_index_in_whatever_order_it_came(tmp_path):
+    lengths = (texts().tensors[0] != 0).sum(1)
+    spoiled = int(lengths[10:].argmin()) + 10
+    place = int((lengths > lengths[spoiled]).sum() + (lengths[:spoiled] == lengths[spoiled]).sum())
+    assert place != spoiled
+    with pytest.raises(ValueError, match=f"training example {spoiled} is NaN"):
+        fitted(tmp_path, OfLengths(spoiled), loader(collate_fn=to_the_longest))
 
 
 def test_an_iterable_data_set_is_numbered_by_its_order(expected, tmp_path):

@@ -57,6 +57,29 @@ def test_texts_come_back(tmp_path):
     assert [shards.read_examples([i]).label_of(0) for i in range(3)] == [1.0, None, 0.0]
 
 
+@pytest.mark.parametrize("batch", [1, 4, 17])
+@pytest.mark.parametrize("shard_examples", [3, 5, 17, 100])
+def test_the_order_in_which_the_examples_of_a_shard_come_does_not_matter(tmp_path, batch, shard_examples):
+    """Shards are the same, byte for byte; they may begin with a later one, where other processes write the others."""
+    first = 2
+    start = first * shard_examples
+    shards = torch.arange(start, start + 17).split(shard_examples)
+    order = torch.cat([shard[torch.randperm(len(shard))] for shard in shards]).tolist()
+    texts = Texts(17, torch.arange(17).repeat_interleave(3), torch.randint(9, (51,)), torch.rand(17).double())
+    for name, block in {"words": random_words(17)[0], "linear": random_linear(17, 3)[0], "texts": texts}.items():
+        came = type(block).cat([block.slice(number - start, number - start + 1) for number in order])
+        (tmp_path / name / "other").mkdir(parents=True)
+        expected = written(tmp_path / name, block, dtype="float16", shard_examples=shard_examples)
+        with ShardWriter(
+            tmp_path / name / "other", dtype="float16", shard_examples=shard_examples, first_shard=first, order=order
+        ) as writer:
+            for begin in range(0, 17, batch):
+                writer.add(came.slice(begin, min(begin + batch, 17)))
+            writer.close()
+        files = sorted((tmp_path / name / "other").glob("*.safetensors"))
+        assert [file.read_bytes() for file in files] == [file.read_bytes() for file, _ in expected.files]
+
+
 def test_stored_rows_stay_on_disk_until_they_are_used(tmp_path):
     words, _ = random_words(12)
     read = written(tmp_path, words).read(0)
