@@ -518,16 +518,17 @@ class TracInCallback(DualCallback):
         return sum(stored) / len(example)
 
     def _expected_checkpoints(self, trainer: pl.Trainer) -> int:
-        """How many checkpoints the fit has yet to take; 1 if it has no end."""
+        """How many checkpoints the fit has yet to take, at most; 1 if it has no end."""
+        steps_each = max(1, math.ceil(min(trainer.num_training_batches, 2**53) / trainer.accumulate_grad_batches))
+        last = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+        epochs = last - trainer.current_epoch
+        steps = math.inf if trainer.max_steps < 0 else trainer.max_steps - trainer.global_step
         if self.every_n_train_steps is not None:
-            steps = trainer.estimated_stepping_batches
-            return max(1, int(steps) // self.every_n_train_steps) if math.isfinite(steps) else 1
-        epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
-        if trainer.max_steps >= 0:
-            steps_each = max(1, math.ceil(min(trainer.num_training_batches, 2**53) / trainer.accumulate_grad_batches))
-            by_steps = trainer.current_epoch + math.ceil((trainer.max_steps - trainer.global_step) / steps_each)
-            epochs = by_steps if epochs < 0 else min(epochs, by_steps)
-        return max(1, (epochs - trainer.current_epoch) // self.every_n_epochs)
+            checkpoints = min(steps, epochs * steps_each) / self.every_n_train_steps
+        else:
+            begun = math.ceil(steps / steps_each) if steps < math.inf else math.inf
+            checkpoints = min(epochs, begun) / self.every_n_epochs
+        return max(1, int(checkpoints)) if math.isfinite(checkpoints) else 1
 
 
 def _examples_to_log(value: Any) -> int | tuple[int, ...]:

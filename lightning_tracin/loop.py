@@ -160,7 +160,7 @@ def _ready(
         training_set = None
         if train_dataloaders is not None:
             training_set = TrainingSet(train_dataloaders)
-        elif datamodule is not None and datamodule is not trainer.datamodule:  # type: ignore[attr-defined]
+        elif datamodule is not None and datamodule is not trainer.datamodule and _has_training_set(datamodule):  # type: ignore[attr-defined]
             training_set = TrainingSet(_from_datamodule(trainer, datamodule, "train", processes))
         elif missing:
             training_set = next((of for written, of in _last_fits(trainer) if written.id == trace.id), None)
@@ -463,6 +463,11 @@ def _from_datamodule(
             datamodule.prepare_data()
     datamodule.setup("test" if kind == "test" else "fit")
     return datamodule.test_dataloader() if kind == "test" else datamodule.train_dataloader()
+
+
+def _has_training_set(datamodule: pl.LightningDataModule) -> bool:
+    """Whether a datamodule has a training loader of its own, not that of either Lightning, which raises."""
+    return getattr(datamodule.train_dataloader, "__qualname__", "") != "DataHooks.train_dataloader"
 
 
 def _attached(trainer: pl.Trainer, module: nn.Module) -> pl.LightningDataModule | None:

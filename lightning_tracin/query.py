@@ -110,6 +110,9 @@ def scored(
         k: keep only the k strongest proponents and opponents of each test example.
         processes: those that each score their share.
         device: what multiplies.
+
+    Raises:
+        ValueError: if scores are not finite.
     """
     result = _unscored(test, checkpoints)
     method = result.method
@@ -127,6 +130,12 @@ def scored(
             block = shards.read(shard)
             scores += rate * method.dot(gradients, method.prepare(block, moment, "train"), moment)
         totals += torch.stack([scores.clamp(min=0).sum(1), scores.clamp(max=0).sum(1)], 1).cpu()
+        if not torch.isfinite(totals).all():
+            example = int(result.test_indices[~torch.isfinite(totals).all(1)][0])
+            raise ValueError(
+                f"Scores of test example {example} are too large for float32: the products of its gradients with those "
+                'of training examples overflow. Use a method with normalize="cosine", or look at the learning rate.'
+            )
         if k is None:
             columns.append(scores.cpu())
         else:

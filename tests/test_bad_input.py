@@ -8,6 +8,7 @@ from collections import namedtuple
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 from torch.nn import functional
@@ -410,6 +411,38 @@ def test_more_words_than_are_stored(tmp_path):
         fit.influence(loader(test_texts()), method=TracInWE(top_words=3))
 
 
+class OnlyTests(pl.LightningDataModule):
+    def test_dataloader(self):
+        return loader(test_texts())
+
+
+def test_a_datamodule_without_a_training_set(tmp_path):
+    fit = fitted(tmp_path / "stored")
+    expected = fit.influence(loader(test_texts())).scores
+    torch.testing.assert_close(fit.influence(datamodule=OnlyTests()).scores, expected)
+    fitted(tmp_path / "bare", cache="on_demand")
+    with pytest.raises(ValueError, match=r"no stored gradients.*pass the training set"):
+        quiet().influence(model=Toy(), datamodule=OnlyTests(), trace=tmp_path / "bare")
+
+
+class Steep(Toy):
+    """The gradients of its examples are finite; their products are not."""
+
+    def influence_loss(self, batch):
+        return super().influence_loss(batch) * 1e25
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * 1e-25
+
+
+def test_products_that_overflow(tmp_path):
+    fit = fitted(tmp_path, Steep())
+    for k in (None, 2):
+        with pytest.raises(ValueError, match=r"test example 0 are too large for float32.*cosine"):
+            fit.influence(loader(test_texts()), k=k)
+    assert torch.isfinite(fit.influence(loader(test_texts()), method=TracInWE(normalize="cosine")).scores).all()
+
+
 def test_a_spare_batch_of_a_loader_with_workers_and_a_timeout():
     ids, _ = spare_batch(loader(num_workers=1, timeout=60), ALONE)
     assert torch.equal(ids, texts().tensors[0][:8])
@@ -435,6 +468,35 @@ def test_the_space_needed_is_bounded_by_max_steps(tmp_path, monkeypatch, epochs)
     monkeypatch.undo()
     fitted(tmp_path / "trace", trainer=limits)
     assert len(Trace(tmp_path / "trace").checkpoints) == 3
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 5),  # 10 steps in 2 epochs
+        ({"accumulate_grad_batches": 2}, 3),  # 3 steps of each epoch's 5 batches
+        ({"max_epochs": 4}, 10),
+        ({"max_epochs": 4, "max_steps": 6}, 3),
+        ({"max_epochs": -1, "max_steps": 7}, 3),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, 5),  # it has yet to begin
+    ],
+)
+def test_the_space_needed_by_checkpoints_of_every_second_step(tmp_path, monkeypatch, limits, expected):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 5000, 5000))
+    callbacks = [*limits.get("callbacks", ()), TracInCallback(tmp_path, every_n_train_steps=2)]
+    with pytest.raises(OSError, match=f"for {expected} checkpoints of 20"):
+        quiet(**{**limits, "callbacks": callbacks}).fit(Toy(), loader())
+
+
+def test_the_space_needed_by_a_resumed_fit_is_that_of_the_steps_to_come(tmp_path, monkeypatch):
+    fit = fitted(tmp_path / "trace", every_n_train_steps=2)
+    fit.save_checkpoint(tmp_path / "fit.ckpt")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 5000, 5000))
+    resumed = quiet(callbacks=[TracInCallback(tmp_path / "trace", every_n_train_steps=2)], max_epochs=3)
+    with pytest.raises(OSError, match="for 2 checkpoints of 20"):  # after steps 12 and 14
+        resumed.fit(Toy(), loader(), ckpt_path=tmp_path / "fit.ckpt")
 
 
 def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
