@@ -25,7 +25,6 @@ from lightning_tracin.capture import (
     Losses,
     batch_dims,
     capture,
-    check_independent,
     checked,
     gradients_enabled,
 )
@@ -155,7 +154,7 @@ class TracInCallback(DualCallback):
         self._training: TrainingCache | None = None
         self._validations: ValidationLog | None = None
         self._failure: Exception | None = None
-        self._dims: dict[torch.nn.Module, int] | None = None
+        self._dims: dict[torch.nn.Module, int] = {}
 
     @property
     def state_key(self) -> str:
@@ -348,7 +347,7 @@ class TracInCallback(DualCallback):
 
         def gradients(batch: Any) -> Captured:
             with inside_fit(trainer, module):
-                return capture_at(module, layers, [method], losses_of(module), batch)
+                return capture_at(module, layers, [method], losses_of(module), batch, self._dims)
 
         self._validations.log(trainer, gradients)
 
@@ -440,7 +439,7 @@ class TracInCallback(DualCallback):
                 batches = in_step(loader, len(loader), training_set.first_batch, processes)
             for batch, own in batches:
                 batch = batch_to_device(trainer, module, batch)
-                captured = capture_at(module, trace.layers, self.methods, losses_of(module), batch, dims=dims)
+                captured = capture_at(module, trace.layers, self.methods, losses_of(module), batch, dims)
                 with processes.together() if sharded else nullcontext():  # none leaves the others to wait for a weight
                     if own:
                         words = words_of_batch(module, batch, cache.unknown_tokens(captured))
@@ -552,13 +551,13 @@ def _examples_to_log(value: Any) -> int | tuple[int, ...]:
 
 def first_batch(
     trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet, methods: Sequence[str]
-) -> tuple[dict[str, str], Any, Captured, dict[torch.nn.Module, int] | None]:
+) -> tuple[dict[str, str], Any, Captured, dict[torch.nn.Module, int]]:
     """Find the layers, and check on the training set's first batch that influence can be computed.
 
     Returns:
-        The layers' names by method; the batch on the module's device; its gradients; and, under FSDP, for each layer
-        the dimension of its calls that counts the examples: there a single backward pass cannot tell it beside the
-        gradients.
+        The layers' names by method; the batch on the module's device; its gradients; and what it tells of the
+        layers' dimensions, as :func:`~lightning_tracin.capture.capture` takes it (under FSDP one backward pass of its
+        own tells, for all batches).
 
     Raises:
         ValueError: if it cannot; the message says why, and what to do.
@@ -572,29 +571,28 @@ def first_batch(
         if "tracin-last" in methods:
             layers["tracin-last"] = layer_name(module, last_layer_of(module, lambda: checked(losses(batch))))
         tables, linear = layers_of_methods(module, layers, methods)
-        dims = batch_dims(losses, batch, [*tables, *linear]) if is_sharded(module) else None
-        captured = capture_at(module, layers, methods, losses, batch, dims=dims)
+        dims = {}
+        if is_sharded(module):
+            dims = batch_dims(losses, batch, [*tables, *linear], independent=not isinstance(losses, MeanLoss))
+        captured = capture_at(module, layers, methods, losses, batch, dims)
         bad = captured.first_not_finite()
         if bad is not None:
             raise ValueError(
                 f"The loss or gradient of training example {bad} is NaN or infinite before training began."
             )
-        check_losses(module, next(iter(layers.values())), losses, batch)
+        check_mean(module, next(iter(layers.values())), losses, batch)
     return layers, batch, captured, dims
 
 
-def check_losses(module: torch.nn.Module, layer: str, losses: Losses, batch: Any) -> None:
-    """Check on a batch that its examples' losses do not depend on each other.
+def check_mean(module: torch.nn.Module, layer: str, losses: Losses, batch: Any) -> None:
+    """Check on a batch that a module without losses of single examples returns their mean.
 
     Raises:
-        ValueError: if they do, or if a module without losses of single examples returns anything but their mean.
+        ValueError: if it returns anything else.
     """
-    tables = layers_of_table(module, named_layer(module, layer))
     if isinstance(losses, MeanLoss):
         losses.check(batch)
-        losses.check_batch_first(batch, tables)
-    else:
-        check_independent(losses, batch, tables)
+        losses.check_batch_first(batch, layers_of_table(module, named_layer(module, layer)))
 
 
 def capture_at(
@@ -603,16 +601,23 @@ def capture_at(
     methods: Sequence[str],
     losses: Losses,
     batch: Any,
-    *,
-    dims: Mapping[torch.nn.Module, int] | None = None,
+    dims: dict[torch.nn.Module, int],
 ) -> Captured:
     """The gradients of a batch that some methods need, at the layers of those names."""
     tables, linear = layers_of_methods(module, layers, methods)
     reading: list[torch.nn.Module] = []
-    if not tables and "tracin-we" in layers and dims is None:  # the last layer alone does not tell what was read
+    if not tables and "tracin-we" in layers and not is_sharded(module):  # the last layer does not tell what was read
         reading, _ = layers_of_methods(module, layers, ["tracin-we"])
-    last = linear[0] if linear else None
-    return capture(losses, batch, embedding_layers=tables, linear_layer=last, reading_layers=reading, dims=dims)
+    return capture(
+        losses,
+        batch,
+        embedding_layers=tables,
+        linear_layer=linear[0] if linear else None,
+        reading_layers=reading,
+        dims=dims,
+        module=None if is_sharded(module) else module,
+        independent=not isinstance(losses_of(module), MeanLoss),
+    )
 
 
 @contextmanager

@@ -64,7 +64,9 @@ def capture(
     embedding_layers: Sequence[nn.Module] = (),
     linear_layer: nn.Module | None = None,
     reading_layers: Sequence[nn.Module] = (),
-    dims: Mapping[nn.Module, int] | None = None,
+    dims: dict[nn.Module, int] | None = None,
+    module: nn.Module | None = None,
+    independent: bool = True,
 ) -> Captured:
     """The gradients of a batch's examples, by one forward and one backward pass.
 
@@ -76,33 +78,44 @@ def capture(
         embedding_layers: modules called with token ids that share one table; all calls in a forward pass add up.
         linear_layer: ``nn.Linear``; its calls in one forward pass, and its positions, add up.
         reading_layers: embedding layers of which only the token ids are wanted.
-        dims: what :func:`batch_dims` found, where the losses themselves do not tell.
+        dims: for each layer, the dimension of its calls that counts the examples, as far as earlier batches told; what
+            this one tells is added. The first batch, for which it is empty, is checked by one more backward pass.
+        module: whose parameters need no gradients once ``dims`` knows all layers: the graph then holds less.
+        independent: whether to check the first batch: that the first loss depends on its own example alone.
 
     Raises:
-        ValueError: if the losses are not of shape (B,), or a layer was not called as expected.
+        ValueError: if the losses are not of shape (B,), if the first example's depends on others, or if a layer was not
+            called as expected.
     """
     embeddings: _Calls = []
     linears: _Calls = []
     read: _Calls = []
+    known = {} if dims is None else dims
+    hooked = [*embedding_layers, *reading_layers, *([] if linear_layer is None else [linear_layer])]
+    frozen = module is not None and all(layer in known for layer in hooked)
     with ExitStack() as hooks:
+        if module is not None and frozen:
+            hooks.enter_context(_frozen(module))
         for layer in embedding_layers:
             hooks.enter_context(_hooked(layer, embeddings, cut=True))
         for layer in reading_layers:
-            hooks.enter_context(_hooked(layer, read, cut=False))
+            hooks.enter_context(_hooked(layer, read, cut=False, differentiate=not frozen))
         if linear_layer is not None:
             hooks.enter_context(_hooked(linear_layer, linears, cut=False))
         per_example = checked(losses(batch))
         embeddings, linears, read = list(embeddings), list(linears), list(read)  # recomputation adds no more to these
         _require_called(embedding_layers, embeddings)
         _require_called(() if linear_layer is None else (linear_layer,), linears)
-        _require_dependent(per_example)
+        if not frozen:  # else the first batch did
+            _require_dependent(per_example)
         calls = [*embeddings, *linears]
-        dims = dims or _batch_dims(per_example, [*calls, *read])
-        gradients = torch.autograd.grad(per_example.sum(), [call.output for call in calls], allow_unused=True)
-    for call, gradient in zip(calls, gradients, strict=True):
-        call.gradient = gradient
+        dims_here = _batch_dims(per_example, [*calls, *read], known, check=independent and not known)
+        if per_example.requires_grad:
+            gradients = torch.autograd.grad(per_example.sum(), [call.output for call in calls], allow_unused=True)
+            for call, gradient in zip(calls, gradients, strict=True):
+                call.gradient = gradient
     losses_seen = per_example.detach().float().cpu()
-    return collected(losses_seen, batch, _reached(embeddings), _reached(linears), dims, read=read)
+    return collected(losses_seen, batch, _reached(embeddings), _reached(linears), dims_here, read=read)
 
 
 def collected(
@@ -156,34 +169,14 @@ def checked(losses: object) -> Tensor:
     return losses
 
 
-def check_independent(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> None:
-    """Check that the loss of a batch's first example does not depend on the other examples.
-
-    Raises:
-        ValueError: if it does: batch norm in training mode, negatives taken from the batch, a loss over the batch.
-    """
-    with _recorded(losses, batch, layers) as (per_example, calls):
-        gradients = torch.autograd.grad(per_example[0], [call.output for call in calls], materialize_grads=True)
-    for call, gradient in zip(calls, gradients, strict=True):
-        both = len(_fitting(per_example, call.output)) == 2
-        dim = _batch_dim(per_example, call.output, both and bool(_is_time_first(per_example, gradient, 0)))
-        owner = _owners(len(per_example), call.output.shape[:-1], dim).to(gradient.device)
-        if bool(gradient[owner != 0].nan_to_num(0, 0, 0).any()):  # NaN says nothing; it is named where it is found
-            raise ValueError(
-                "The loss of the first example depends on the other examples of its batch, so it has no gradient of "
-                "its own. Compute each example's loss from that example alone (no statistics over the batch, no "
-                "negatives from the batch) in influence_loss."
-            )
-
-
-def batch_dims(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> dict[nn.Module, int]:
+def batch_dims(losses: Losses, batch: Any, layers: Sequence[nn.Module], *, independent: bool) -> dict[nn.Module, int]:
     """For each layer, the dimension of its calls that counts the examples: 0, or 1 (time first).
 
     By a backward pass, needed or not: after a forward pass without one, FSDP in mixed precision loses the gradients of
-    the training step that follows.
+    the training step that follows. With ``independent``, it also checks what :func:`capture` checks of a first batch.
     """
     with _recorded(losses, batch, layers) as (per_example, calls):
-        return _batch_dims(per_example, calls, always=True)
+        return _batch_dims(per_example, calls, {}, check=independent, always=True)
 
 
 @contextmanager
@@ -197,6 +190,7 @@ def gradients_enabled(module: nn.Module) -> Iterator[None]:
     kept = [(weight, weight.detach().clone()) for weight in limited if isinstance(weight, Tensor)]
     # cuDNN has no backward pass for a recurrent layer in eval mode; PyTorch's own kernels have one.
     recurrent = any(isinstance(part, nn.RNNBase) for part in training)
+    fused = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -206,10 +200,12 @@ def gradients_enabled(module: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             module.eval()
+            torch.backends.mha.set_fastpath_enabled(False)  # it leaves out padding, and with it what training computes
             yield
         finally:
             for part, flag in training.items():
                 part.training = flag
+            torch.backends.mha.set_fastpath_enabled(fused)
             with torch.no_grad():
                 for weight, value in kept:  # a forward pass through nn.Embedding(max_norm=...) changes it
                     weight.copy_(value)
@@ -263,13 +259,29 @@ def _recorded(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> Iterat
 
 
 @contextmanager
-def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool) -> Iterator[None]:
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Give no parameter a gradient: what only that would need is not kept, nor a graph before the hooked layers."""
+    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learned:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_()
+
+
+@contextmanager
+def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool, differentiate: bool = True) -> Iterator[None]:
     """Record the layer's calls; with ``cut`` nothing before its output is differentiated."""
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():  # the losses cannot depend on it
             return output
         call = Call.of(layer, args, kwargs, output)
+        if not differentiate:
+            calls.append(call)
+            return output
         if cut or not output.requires_grad:
             output = output.detach().requires_grad_()
         call.output = output
@@ -305,45 +317,77 @@ def _require_dependent(losses: Tensor) -> None:
         )
 
 
-def _batch_dims(losses: Tensor, calls: _Calls, *, always: bool = False) -> dict[nn.Module, int]:
-    """For each layer, the dimension of its calls that counts the examples; ``always`` by one backward pass."""
-    outputs = [call.output for call in calls]
-    time_first = [False] * len(calls)
-    unclear = {place for place, output in enumerate(outputs) if len(_fitting(losses, output)) == 2}
-    for example in range(1 if always else len(losses)):  # FSDP allows one backward pass, once for all
-        if not unclear and not always:
-            break
-        gradients = torch.autograd.grad(losses[example], outputs, retain_graph=True, materialize_grads=True)
-        for place in list(unclear):
-            told = _is_time_first(losses, gradients[place], example)
-            if told is not None:
-                time_first[place] = told
-                unclear.remove(place)
-    return {call.layer: _batch_dim(losses, call.output, first) for call, first in zip(calls, time_first, strict=True)}
-
-
-def _fitting(losses: Tensor, output: Tensor) -> list[int]:
-    """The dimensions of a layer's call that have the length of the losses."""
-    return [dim for dim, length in enumerate(output.shape[:-1][:2]) if length == len(losses)]
-
-
-def _batch_dim(losses: Tensor, output: Tensor, time_first: bool) -> int:
-    """The dimension of a layer's call that counts the examples: the first, or the second (time first).
+def _batch_dims(
+    losses: Tensor, calls: _Calls, known: dict[nn.Module, int], *, check: bool, always: bool = False
+) -> dict[nn.Module, int]:
+    """For each layer, the dimension of its calls in a batch that counts the examples.
 
     Args:
         losses: (B,).
-        output: of the layer's call.
-        time_first: which it is where both dimensions have the length B.
+        calls: of the layers.
+        known: what earlier batches told; what this one tells is added.
+        check: whether to check that the first example's loss does not depend on the others.
+        always: by one backward pass, needed or not.
+
+    Raises:
+        ValueError: if the loss depends on other examples, or no dimension counts examples.
     """
-    n, shape = len(losses), output.shape[:-1]
-    fits = _fitting(losses, output)
+    fitting = [_fitting(losses, call.output) for call in calls]
+    known.update({call.layer: fits[0] for call, fits in zip(calls, fitting, strict=True) if len(fits) == 1})
+    outputs = [call.output for call in calls]
+    for example in range(1 if always else len(losses)):  # FSDP allows one backward pass, once for all
+        if not (always or check) and all(call.layer in known for call in calls):
+            break
+        gradients = torch.autograd.grad(losses[example], outputs, retain_graph=True, materialize_grads=True)
+        for call, gradient in zip(calls, gradients, strict=True):
+            told = _told(losses, call.output, gradient, example)
+            if told is not None:
+                known.setdefault(call.layer, told)
+            if check:
+                _require_independent(_owners(len(losses), call.output.shape[:-1], told or 0), gradient)
+        check = False
+    both = {call.layer: known.get(call.layer, 0) for call in calls}
+    return both | {call.layer: fits[0] for call, fits in zip(calls, fitting, strict=True) if len(fits) == 1}
+
+
+def _require_independent(owners: Tensor, of_first: Tensor) -> None:
+    """Check where the gradient of the first example's loss, at a call's output, is not zero.
+
+    Raises:
+        ValueError: if at other examples: batch norm in training mode, negatives from the batch, a loss over the batch.
+    """
+    if bool(of_first[owners.to(of_first.device) != 0].nan_to_num(0, 0, 0).any()):  # NaN is named where it is found
+        raise ValueError(
+            "The loss of the first example depends on the other examples of its batch, so it has no gradient of "
+            "its own. Compute each example's loss from that example alone (no statistics over the batch, no "
+            "negatives from the batch) in influence_loss."
+        )
+
+
+def _fitting(losses: Tensor, output: Tensor) -> list[int]:
+    """The dimensions of a layer's call that have the length of the losses: the first, the second (time first), or both.
+
+    Raises:
+        ValueError: if neither has.
+    """
+    shape = tuple(output.shape[:-1])
+    fits = [dim for dim, length in enumerate(shape[:2]) if length == len(losses)]
     if not fits:
         raise ValueError(
-            f"A layer was called on positions of shape {tuple(shape)}, of which neither the first nor the second "
-            f"dimension is the number of losses, {n}. Each example needs its own row: rearrange what the layer is "
-            "called with, or return one loss for each of its rows."
+            f"A layer was called on positions of shape {shape}, of which neither the first nor the second dimension is "
+            f"the number of losses, {len(losses)}. Each example needs its own row: rearrange what the layer is called "
+            "with, or return one loss for each of its rows."
         )
-    return 1 if len(fits) == 2 and time_first else fits[0]
+    return fits
+
+
+def _told(losses: Tensor, output: Tensor, of_own: Tensor, example: int) -> int | None:
+    """The dimension of a layer's call that counts the examples; None if an example's gradient at it does not tell."""
+    fits = _fitting(losses, output)
+    if len(fits) == 1:
+        return fits[0]
+    time_first = _is_time_first(losses, of_own, example)
+    return None if time_first is None else int(time_first)
 
 
 def _owners(n_examples: int, shape: torch.Size, dim: int) -> Tensor:

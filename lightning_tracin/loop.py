@@ -18,10 +18,10 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter, batch_to_device
-from lightning_tracin.callback import TracInCallback, capture_at, check_losses, inside_fit
+from lightning_tracin.callback import TracInCallback, capture_at, check_mean, inside_fit
 from lightning_tracin.capture import Captured, Losses, batch_dims, gradients_enabled, usable_in_autograd
 from lightning_tracin.layers import layers_of_methods
-from lightning_tracin.losses import labels_of
+from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
 from lightning_tracin.mixin import losses_of, words_of_batch
 from lightning_tracin.processes import Processes, await_seen, launched, leave, require_results, spreads
@@ -37,6 +37,9 @@ _HOOKS = [f"on_predict_{when}" for when in ("start", "epoch_start", "batch_start
 
 #: Takes a batch's gradients, the data set indices of its examples (none for an iterable data set), and the batch.
 _Take: TypeAlias = Callable[[Captured, list[int], Any], None]
+
+#: For each layer, the dimension of its calls that counts the examples, as far as batches told.
+_Dims: TypeAlias = dict[nn.Module, int]
 
 
 def influence(
@@ -89,10 +92,10 @@ def influence(
         hooks = datamodule or _attached(trainer, module)
         test = TestExamples(module, chosen, opened)
         losses = test.outputs.watching(losses_of(module))
+        dims: _Dims = {}
         for number, checkpoint in enumerate(checkpoints, start=1):
             description = f"Test gradients {number}/{len(checkpoints)}"
-            first = number == 1
-            _run(trainer, module, checkpoint, chosen, loader, hooks, losses, test.take, description, first, processes)
+            _run(trainer, module, checkpoint, chosen, loader, hooks, losses, test.take, description, dims, processes)
             with processes.together():
                 test.finish_checkpoint(checkpoint, processes)
     with processes.together():
@@ -225,6 +228,7 @@ def _fill(
     """Compute and store the training examples' gradients at the checkpoints that have none."""
     with _attribute(trainer, "limit_predict_batches", 1.0):  # every training example, whatever the trainer's limit
         losses = losses_of(module)
+        dims: _Dims = {}
         for number, checkpoint in enumerate(missing, start=1):
             order = trace.part(processes) if training_set.iterable else trace.by_length(processes)
             loader = training_set.loader_over(order)
@@ -235,9 +239,8 @@ def _fill(
                     cache.add(captured, labels_of(batch), words)
 
                 description = f"Training gradients {number}/{len(missing)}"
-                first = number == 1
                 _run(
-                    trainer, module, checkpoint, method, loader, datamodule, losses, take, description, first, processes
+                    trainer, module, checkpoint, method, loader, datamodule, losses, take, description, dims, processes
                 )
 
 
@@ -251,19 +254,19 @@ def _run(
     losses: Losses,
     take: _Take,
     description: str,
-    first: bool,
+    dims: _Dims,
     processes: Processes,
 ) -> None:
     """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand the gradients of its losses on.
 
-    The first of several runs also checks that the losses are those of single examples.
+    The first of several runs, which finds ``dims`` empty, also checks that the losses are those of single examples.
     """
     if is_sharded(module):
-        _run_in_step(trainer, module, checkpoint, method, loader, losses, take, processes)
+        _run_in_step(trainer, module, checkpoint, method, loader, losses, take, dims, processes)
         return
     with processes.together():  # past this point they wait for each other inside of Lightning
         weights = checkpoint.weights()
-    step = partial(_gradient_step, module, checkpoint.layers, method.name, losses, first)
+    step = partial(_gradient_step, module, checkpoint.layers, method.name, losses, dims)
     bars = [labelled(bar, description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
     trainer.predict_loop.current_batch_indices = []  # a loader without indices would be given those of the last one
     writer = _Writer(take, weights)
@@ -299,6 +302,7 @@ def _run_in_step(
     loader: Any,
     losses: Losses,
     take: _Take,
+    dims: _Dims,
     processes: Processes,
 ) -> None:
     """What :func:`_run` does, under FSDP: not by ``predict``, which makes no more passes than it has batches."""
@@ -312,12 +316,14 @@ def _run_in_step(
     with inside_fit(trainer, module):
         with processes.together():
             spare = batch_to_device(trainer, module, spare_batch(loader, processes))
-        check_losses(module, layers[method.name], losses_of(module), spare)
-        tables, linear = layers_of_methods(module, layers, [method.name])
-        dims = batch_dims(losses, spare, [*tables, *linear])
+        if not dims:
+            check_mean(module, layers[method.name], losses_of(module), spare)
+            tables, linear = layers_of_methods(module, layers, [method.name])
+            independent = not isinstance(losses_of(module), MeanLoss)
+            dims |= batch_dims(losses, spare, [*tables, *linear], independent=independent)
         for batch, own in in_step(loader, n_batches, lambda: spare, processes):
             batch = batch_to_device(trainer, module, batch)
-            captured = capture_at(module, layers, [method.name], losses, batch, dims=dims)
+            captured = capture_at(module, layers, [method.name], losses, batch, dims)
             with processes.together():
                 if own:
                     take(captured, [int(index) for index in next(indices)], batch)
@@ -332,17 +338,17 @@ def _gradient_step(
     layers: dict[str, str],
     method: str,
     losses: Losses,
-    check: bool,
+    dims: _Dims,
     batch: Any,
     batch_idx: int,
 ) -> Captured:
     """Stands in for ``predict_step``: the gradients of a batch, in spite of predict's inference mode."""
     with gradients_enabled(module):
         batch = usable_in_autograd(batch)
-        if check and batch_idx == 0:
-            check_losses(module, layers[method], losses_of(module), batch)
+        if not dims:
+            check_mean(module, layers[method], losses_of(module), batch)
         try:
-            return capture_at(module, layers, [method], losses, batch)
+            return capture_at(module, layers, [method], losses, batch, dims)
         except RuntimeError as error:
             if "Inference tensors cannot be saved for backward" in str(error):
                 raise RuntimeError(

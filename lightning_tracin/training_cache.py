@@ -252,7 +252,7 @@ def check_training(
         )
     tables, linear = layers_of_methods(module, layers, methods)
     losses = losses_of(module)
-    dims = batch_dims(losses, batch, [*tables, *linear])
+    dims = batch_dims(losses, batch, [*tables, *linear], independent=False)
     if isinstance(losses, MeanLoss):
         return TrainingForm(dims, by_labels=False)  # the mean is what it checks on its own
     last = linear[0] if linear else None
