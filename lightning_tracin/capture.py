@@ -273,7 +273,10 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _hooked(layer: nn.Module, calls: _Calls, *, cut: bool, differentiate: bool = True) -> Iterator[None]:
-    """Record the layer's calls; with ``cut`` nothing before its output is differentiated."""
+    """Record the layer's calls; with ``cut`` nothing before its output is differentiated.
+
+    Without ``differentiate`` its output stays as it is, and has no gradient.
+    """
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():  # the losses cannot depend on it
