@@ -33,6 +33,7 @@ from lightning_tracin.layers import layer_name, layers_of_methods, layers_of_tab
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
+from lightning_tracin.precision import full_precision
 from lightning_tracin.processes import Processes, await_seen, processes_of, require_strategy, spreads
 from lightning_tracin.report.loggers import check_loggers, logger_folder
 from lightning_tracin.report.progress import progress_task
@@ -549,6 +550,7 @@ def _examples_to_log(value: Any) -> int | tuple[int, ...]:
     return tuple(int(each) for each in indices)
 
 
+@full_precision()  # so that what is compared differs by no rounding
 def first_batch(
     trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet, methods: Sequence[str]
 ) -> tuple[dict[str, str], Any, Captured, dict[torch.nn.Module, int]]:

@@ -108,10 +108,10 @@ class WordGradients:
         directions, lengths = _in_bytes(self.directions)
         return replace(self, directions=directions, lengths=lengths)
 
-    @full_precision()
     def projected(self, projection: Tensor) -> WordGradients:
-        """Directions times a (H, p) matrix, scaled back to length 1: norms stay those of the whole gradients."""
-        _, directions = unit_rows(self.directions.float() @ projection)
+        """Directions times a (H, p) matrix, (R, p), scaled to length 1; norms stay those of the whole gradients."""
+        # in float64, which neither autocast nor a setting of torch rounds: this runs in a thread beside training
+        _, directions = unit_rows((self.directions.double() @ projection.double()).float())
         return replace(self, directions=directions)
 
     def without(self, tokens: Sequence[int]) -> WordGradients:
@@ -203,14 +203,20 @@ class LinearGradients:
     def cat(cls, blocks: Sequence[LinearGradients]) -> LinearGradients:
         """Join blocks one after the other; examples are renumbered, and positions are sorted by example."""
         examples = _renumbered(blocks)
-        order = slice(None) if _ascending(examples) else torch.argsort(examples, stable=True)
+        order = None if _ascending(examples) else torch.argsort(examples, stable=True)
+
+        def column(*parts: Tensor) -> Tensor:
+            if order is None:
+                return torch.cat(parts)
+            return (parts[0] if len(parts) == 1 else torch.cat(parts))[order]  # one copy: a block may be a whole shard
+
         return cls(
             sum(block.n_examples for block in blocks),
-            examples[order],
-            torch.cat([block.input_norms for block in blocks])[order],
-            torch.cat([block.inputs for block in blocks])[order],
-            torch.cat([block.delta_norms for block in blocks])[order],
-            torch.cat([block.deltas for block in blocks])[order],
+            column(examples),
+            column(*(block.input_norms for block in blocks)),
+            column(*(block.inputs for block in blocks)),
+            column(*(block.delta_norms for block in blocks)),
+            column(*(block.deltas for block in blocks)),
         )
 
     def select(self, positions: Tensor) -> LinearGradients:

@@ -230,7 +230,8 @@ def _fill(
         losses = losses_of(module)
         dims: _Dims = {}
         for number, checkpoint in enumerate(missing, start=1):
-            order = trace.part(processes) if training_set.iterable else trace.by_length(processes)
+            with processes.together():
+                order = trace.part(processes) if training_set.iterable else trace.by_length(processes)
             loader = training_set.loader_over(order)
             with trace.caching(checkpoint, [method.name], order, processes) as cache:
 

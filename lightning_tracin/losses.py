@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import Metric, MetricCollection
 
-from lightning_tracin.precision import products_are_rounded
+from lightning_tracin.precision import full_precision
 from lightning_tracin.sharded import cast_to, forwarded
 
 OVERRIDE = "Override influence_loss(batch) to return one unreduced loss for each example, shape (B,)"
@@ -122,6 +122,7 @@ class MeanLoss:
         size = _size(batch)
         return [row_of(batch, row, size) for row in range(size)]
 
+    @full_precision()
     def check(self, batch: Any) -> None:
         """Check that the loss of the batch is the mean of the losses of its rows.
 
@@ -175,8 +176,8 @@ class MeanLoss:
 
 
 def is_half(module: nn.Module) -> bool:
-    """Whether a module computes in 16 bits: by autocast, its weights, what FSDP casts them to, or rounded products."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or products_are_rounded():
+    """Whether a module computes in numbers of 16 bits: by autocast, by its weights, or by what FSDP casts them to."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return True
     kinds = {parameter.dtype for parameter in module.parameters()} | cast_to(module)
     return not kinds.isdisjoint((torch.bfloat16, torch.float16))

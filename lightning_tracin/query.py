@@ -119,16 +119,15 @@ def scored(
     stored = [checkpoint.gradients(method.name) for checkpoint in checkpoints]
     moments = [moments_of(checkpoint, method) for checkpoint in checkpoints]
     rates = [checkpoint.learning_rate_of(method.name) for checkpoint in checkpoints]
-    of_test = [on_device(gradients, device) for gradients in test.gradients]
     columns: list[Tensor] = [torch.zeros(len(result.test_indices), 0)]
     strongest: list[tuple[TopK, TopK]] = []
     totals = torch.zeros(len(result.test_indices), 2, dtype=torch.float64)
     for shard in processes.share(len(stored[0])):
         start, stop = stored[0].bounds(shard)
         scores = torch.zeros(len(result.test_indices), stop - start, dtype=torch.float32, device=device)
-        for gradients, shards, moment, rate in zip(of_test, stored, moments, rates, strict=True):
+        for gradients, shards, moment, rate in zip(test.gradients, stored, moments, rates, strict=True):
             block = shards.read(shard)
-            scores += rate * method.dot(gradients, method.prepare(block, moment, "train"), moment)
+            scores += rate * method.dot(on_device(gradients, device), method.prepare(block, moment, "train"), moment)
         totals += torch.stack([scores.clamp(min=0).sum(1), scores.clamp(max=0).sum(1)], 1).cpu()
         if not torch.isfinite(totals).all():
             example = int(result.test_indices[~torch.isfinite(totals).all(1)][0])

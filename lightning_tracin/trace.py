@@ -399,15 +399,25 @@ class Trace:
         shards = processes.share(-(-self.n_train // self.shard_examples))
         return range(*(min(shard * self.shard_examples, self.n_train) for shard in (shards.start, shards.stop)))
 
-    def by_length(self, processes: Processes = ALONE) -> Sequence[int]:
-        """A process's :meth:`part`, each shard's examples from the longest to the shortest, if texts are stored.
+    def by_length(self, processes: Processes) -> Sequence[int]:
+        """A process's :meth:`part`, each shard's examples from the longest to the shortest.
 
-        Batches of examples that are about as long hold little padding.
+        Batches of examples that are about as long hold little padding. Where no texts are stored yet, the examples keep
+        the order of the data set.
+
+        Raises:
+            ValueError: if the stored texts are damaged.
         """
-        part = self.part(processes)
-        if not part or not (self.path / "texts" / "index.json").exists():
+        part, path = self.part(processes), self.path / "texts"
+        if not part or not (path / "index.json").exists():
             return part
-        texts, order = Shards.open(self.path / "texts"), []
+        texts, order = Shards.open(path), []
+        if (texts.n_examples, texts.shard_examples) != (self.n_train, self.shard_examples):
+            raise ValueError(
+                f"{path / 'index.json'} is damaged: it counts {texts.n_examples} examples in shards of "
+                f"{texts.shard_examples}, but the trace has {self.n_train} in shards of {self.shard_examples}. Restore "
+                "the file from a copy, or fit again."
+            )
         for shard in range(part.start // self.shard_examples, -(-part.stop // self.shard_examples)):
             block: Texts = texts.read(shard)
             lengths = torch.bincount(block.examples, minlength=block.n_examples)
@@ -504,10 +514,11 @@ class CachePass:
         Raises:
             ValueError: if a loss or gradient is not finite; the message names the training example.
         """
+        if self.n_examples + len(captured) > len(self._order):
+            raise ValueError(self._other_number(f"more than {len(self._order)}"))
         bad = captured.first_not_finite()
         if bad is not None:
-            place = self.n_examples + bad
-            example = self._order[place] if place < len(self._order) else place
+            example = self._order[self.n_examples + bad]
             raise ValueError(
                 f"The loss or gradient of training example {example} is NaN or infinite. Look at that example, or at "
                 "the learning rate; what was stored before is complete."
@@ -521,18 +532,21 @@ class CachePass:
 
     def close(self) -> None:
         """Finish the files; every training example must have been added."""
-        expected = len(self._order)
-        if self.n_examples != expected:
-            them = "it" if expected == self._trace.n_train else f"{expected} of them"
-            raise ValueError(
-                f"The training set has {self._trace.n_train} examples, but a pass over {them} gave {self.n_examples}: "
-                "the collate function drops or adds examples, so that they cannot be numbered."
-            )
+        if self.n_examples != len(self._order):
+            raise ValueError(self._other_number(str(self.n_examples)))
         for writer in self._writers.values():
             writer.close(self._processes)
         if self._texts is not None:
             self._texts.close(self._processes)
             self._trace.add_words(self._vocabulary, self._processes)
+
+    def _other_number(self, found: str) -> str:
+        """That a pass gave another number of examples than there are."""
+        them = "it" if len(self._order) == self._trace.n_train else f"{len(self._order)} of them"
+        return (
+            f"The training set has {self._trace.n_train} examples, but a pass over {them} gave {found}: the collate "
+            "function drops or adds examples, so that they cannot be numbered."
+        )
 
 
 def gradients_of(captured: Captured, method: str) -> Gradients:

@@ -26,6 +26,7 @@ from lightning_tracin.gradients import Block, distinct
 from lightning_tracin.layers import layers_of_methods
 from lightning_tracin.losses import MeanLoss, is_half, label_counts, labels_of
 from lightning_tracin.mixin import losses_of, words_of_batch
+from lightning_tracin.precision import full_precision
 from lightning_tracin.processes import Processes
 from lightning_tracin.runs import Runs
 from lightning_tracin.trace import Checkpoint, Trace, gradients_of, texts_of
@@ -218,10 +219,11 @@ class TrainingForm:
         """What each example's loss counts in the loss of its batch, (n_examples,)."""
         counts = label_counts(module, batch) if self.by_labels else None
         if counts is None:
-            return torch.full((n_examples,), 1 / n_examples)
-        return counts.cpu().clamp(min=1) / max(1, int(counts.sum()))
+            return torch.full((n_examples,), 1 / n_examples, dtype=torch.float32)
+        return counts.cpu().float().clamp(min=1) / max(1, int(counts.sum()))
 
 
+@full_precision()
 def check_training(
     module: nn.Module, layers: Mapping[str, str], methods: Sequence[str], batch: Any, of_losses: Captured
 ) -> TrainingForm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -96,6 +97,16 @@ def in_two(folder, found):
     found["a single one"] = result.proponents(2).values.tolist()
     found["broken test"] = error_of(fitting.influence, loader(test_texts()), BrokenTest())
     found["different test"] = error_of(fitting.influence, loader(texts(7, seed=rank)))
+
+    if rank == 0:
+        shutil.copytree(folder / "trace", folder / "damaged")
+        for gradients in (folder / "damaged").glob("checkpoints/*/tracin-we"):
+            shutil.rmtree(gradients)
+        *_, last = sorted((folder / "damaged" / "texts").glob("*.safetensors"))
+        last.write_bytes(last.read_bytes()[:-1] + b"\xff")
+    torch.distributed.barrier()
+    again = {"trace": folder / "damaged", "train_dataloaders": loader()}
+    found["damaged"] = error_of(fitting.influence, loader(test_texts()), Toy(), **again)
 
     found["broken"] = error_of(fit, folder / "broken", Broken)
     found["broken in training"] = error_of(fit, folder / "broken in training", BrokenInTraining, cache="training")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 
@@ -230,7 +231,8 @@ def test_a_stream_that_tells_a_wrong_number_of_examples(tmp_path, told):
         def __iter__(self):
             return iter(texts())
 
-    with pytest.raises(ValueError, match=rf"has {told} examples, but a pass over it gave {N_TRAIN}"):
+    found = f"more than {told}" if told < N_TRAIN else str(N_TRAIN)
+    with pytest.raises(ValueError, match=f"has {told} examples, but a pass over it gave {found}: "):
         fitted(tmp_path / "trace", data=DataLoader(Wrong(), batch_size=N_TRAIN + 1))
 
 
@@ -409,6 +411,35 @@ def test_more_words_than_are_stored(tmp_path):
     fit = fitted(tmp_path / "trace", top_words=2)
     with pytest.raises(ValueError, match="keeps 2 words"):
         fit.influence(loader(test_texts()), method=TracInWE(top_words=3))
+
+
+def doubled(items):
+    return torch.utils.data.default_collate([*items, *items])
+
+
+def without_the_last(items):
+    return torch.utils.data.default_collate(items[:-1])
+
+
+@pytest.mark.parametrize("shard_examples", [8, 100])
+@pytest.mark.parametrize(("collate", "found"), [(doubled, "more than 20"), (without_the_last, "15")])
+def test_a_collate_function_that_adds_or_drops_examples(tmp_path, monkeypatch, collate, found, shard_examples):
+    monkeypatch.setattr(store, "_SHARD_EXAMPLES", shard_examples)
+    with pytest.raises(ValueError, match=f"has 20 examples, but a pass over it gave {found}: the collate function"):
+        fitted(tmp_path, data=loader(collate_fn=collate))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("shard_examples", 7), ("n_examples", 12), ("n_examples", 30)])
+def test_texts_of_another_number_of_examples(tmp_path, name, value):
+    fitted(tmp_path)
+    for gradients in tmp_path.glob("checkpoints/*/tracin-we"):
+        shutil.rmtree(gradients)
+    path = tmp_path / "texts" / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ValueError, match=r"texts/index.json is damaged: it counts .* but the trace has 20"):
+        quiet().influence(loader(test_texts()), Toy(), trace=tmp_path, train_dataloaders=loader())
+    assert not list(tmp_path.glob("checkpoints/*/tracin-we"))
 
 
 class OnlyTests(pl.LightningDataModule):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -13,7 +16,7 @@ from toy import CLASSES, VOCABULARY, Toy, fitted, loader, quiet, test_texts, tex
 
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInWE
 from lightning_tracin.gradients import SecondMoments, projection_matrix
-from lightning_tracin.precision import full_precision, products_are_rounded
+from lightning_tracin.precision import full_precision
 
 LAYERS = {"tracin-we": "embedding", "tracin-last": "last"}
 ROUNDED = 0.05  # relative error of scores whose gradients went through several layers in numbers of 8 bits
@@ -97,7 +100,6 @@ def rounded_products():
 
 def test_scores_and_norms_are_computed_in_full(rounded_products):
     """Against float64, of matrices that are large enough for the fast instructions."""
-    assert products_are_rounded()
     test, of_test = random_words(40, vocabulary=60, length=30, hidden=128)
     train, of_train = random_words(3000, vocabulary=60, length=30, hidden=128)
     method = TracInWE()
@@ -117,10 +119,18 @@ def test_scores_and_norms_are_computed_in_full(rounded_products):
     assert torch.get_float32_matmul_precision() == "medium"
 
 
+def settings():
+    """Of every operation; None before torch 2.9."""
+    owners = (torch.backends.mkldnn, torch.backends.cudnn, torch.backends.cuda)
+    parts = [getattr(owner, name, None) for owner in owners for name in ("matmul", "conv", "rnn")]
+    return [getattr(part, "fp32_precision", None) for part in parts]
+
+
 def test_products_are_rounded_again_after_an_error(rounded_products):
+    before = settings()
     with pytest.raises(KeyError), full_precision():
         {}["nothing"]
-    assert products_are_rounded()
+    assert settings() == before
     assert torch.get_float32_matmul_precision() == "medium"
 
 
@@ -141,6 +151,56 @@ class Wide(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has one setting for all")
+def test_a_setting_for_all_operations_is_inherited_again(tmp_path):
+    """In a process of its own: what one operation was told cannot be taken back."""
+    code = """
+import torch
+from lightning_tracin.precision import full_precision
+torch.backends.fp32_precision = "bf16"
+x = torch.rand(256, 256)
+with full_precision():
+    inside = x @ x
+assert (inside - x.double() @ x.double()).abs().max() < 1e-3
+torch.backends.fp32_precision = "ieee"
+assert torch.backends.mkldnn.matmul.fp32_precision == "ieee", torch.backends.mkldnn.matmul.fp32_precision
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Grown(Wide):
+    """Its loss grows a little with the batch."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + 0.002 * len(batch[0]))
+
+
+def test_a_loss_that_is_no_mean_is_told_beside_rounded_products(tmp_path, rounded_products):
+    with pytest.raises(ValueError, match="not a mean of independent losses"):
+        fitted(tmp_path, Grown(), loader(texts(64), batch_size=32))
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "training"])
+def test_autocast_does_not_round_projections(tmp_path, monkeypatch, cache):
+    """Those of the training side are those of the test side, to the precision of float32."""
+    monkeypatch.setattr("toy.RATE", 0.0)
+    trainer = fitted(tmp_path, without_dropout(Toy()), cache=cache, projection=4, trainer={"precision": "bf16-mixed"})
+    shards = trainer.callbacks[0].trace.checkpoints[0].gradients("tracin-we")
+    lengths = shards.read(0).directions.norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=1e-6, atol=0)
+    diagonal = trainer.influence(loader(), method=TracInWE(normalize="cosine")).scores.diagonal()
+    rate = sum(each.learning_rate for each in trainer.callbacks[0].trace.checkpoints)
+    torch.testing.assert_close(diagonal, torch.full_like(diagonal, rate), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "training"])
+def test_a_fit_in_double_precision(tmp_path, cache):
+    family = FAMILIES["bert-binary"]
+    trainer = quiet(callbacks=[TracInCallback(tmp_path, cache=cache)], max_epochs=1, precision="64-true")
+    trainer.fit(family.build(), family.train_loader())
+    assert torch.isfinite(trainer.influence(family.test_loader()).scores).all()
 
 
 def test_rounded_products_are_taken_for_no_fault_of_a_loss(tmp_path, rounded_products):

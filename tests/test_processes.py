@@ -157,6 +157,7 @@ def test_a_single_test_example_for_two_processes(apart):
         ("broken", r"ValueError: The loss or gradient of training example 1\d is NaN or infinite"),
         ("broken in training", "ValueError: The gradient of training example .* became NaN or infinite"),
         ("broken test", "ValueError: The loss or gradient of test example .* is NaN or infinite"),
+        ("damaged", "ValueError: .*texts.*safetensors is damaged"),
         ("full", "OSError: .*00001.safetensors could not be written"),
         ("refused", "FileExistsError: .* holds the trace of another fit"),
         ("different data", "ValueError: Processes 0 and 1 have different training sets"),
