@@ -164,8 +164,7 @@ def test_texts_of_about_one_length_come_together_once_lengths_are_known(tmp_path
     grouped = torch.cat([part.sort(descending=True).values for part in lengths.split(shard_examples)])
     in_order, by_length = ([int(part.max()) for part in each.split(4)] for each in (lengths, grouped))
     assert sum(by_length) < sum(in_order)
-    widths = module.widths[cache == "on_demand" :]  # a query looks at its first batch twice
-    assert widths[: 2 * len(in_order)] == in_order + by_length
+    assert module.widths[: 2 * len(in_order)] == in_order + by_length
     alone = loader(batch_size=1)
     (tmp_path / "alone").mkdir()
     path = shutil.copytree(tmp_path / "trace", tmp_path / "alone" / "trace")
