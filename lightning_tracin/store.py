@@ -31,7 +31,7 @@ KINDS: dict[type, str] = {WordGradients: "words", LinearGradients: "linear", Tex
 
 # The rows of one word lie together, so queries are faster the larger shards are; a few must fit beside a model.
 _SHARD_BYTES = 256 * 2**20
-_SHARD_EXAMPLES = 8192
+_SHARD_EXAMPLES = 4096
 
 
 class ShardWriter:
