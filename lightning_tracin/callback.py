@@ -405,7 +405,8 @@ class TracInCallback(DualCallback):
         with processes.together():  # before any of them waits for the others
             if self._failure is not None:
                 raise self._failure
-        if self._training is not None and not self._training.came():
+        n_came = 0 if self._training is None else self._training.came()
+        if self._training is not None and not n_came:
             rank_zero_warn(
                 f"No training batch has given finite gradients up to step {step}, so there is no checkpoint of it. "
                 "That is usual while an fp16 loss scale is being found; otherwise look at the learning rate."
@@ -417,7 +418,7 @@ class TracInCallback(DualCallback):
             if self.cache == "checkpoint":
                 self._cache(trainer, module, trace, checkpoint)
             elif self._training is not None:
-                self._training.store(checkpoint)
+                self._training.store(checkpoint, n_came)
         self._steps = []
         self._log_validations(trainer, module)
 
@@ -572,10 +573,7 @@ def first_batch(
             layers["tracin-we"] = layer_name(module, embedding_layer_of(module))
         if "tracin-last" in methods:
             layers["tracin-last"] = layer_name(module, last_layer_of(module, lambda: checked(losses(batch))))
-        tables, linear = layers_of_methods(module, layers, methods)
-        dims = {}
-        if is_sharded(module):
-            dims = batch_dims(losses, batch, [*tables, *linear], independent=not isinstance(losses, MeanLoss))
+        dims = dims_at(module, layers, methods, losses, batch) if is_sharded(module) else {}
         captured = capture_at(module, layers, methods, losses, batch, dims)
         bad = captured.first_not_finite()
         if bad is not None:
@@ -595,6 +593,14 @@ def check_mean(module: torch.nn.Module, layer: str, losses: Losses, batch: Any) 
     if isinstance(losses, MeanLoss):
         losses.check(batch)
         losses.check_batch_first(batch, layers_of_table(module, named_layer(module, layer)))
+
+
+def dims_at(
+    module: torch.nn.Module, layers: Mapping[str, str], methods: Sequence[str], losses: Losses, batch: Any
+) -> dict[torch.nn.Module, int]:
+    """What a batch tells of the layers of some methods, as :func:`capture_at` takes it, by a pass of its own."""
+    tables, linear = layers_of_methods(module, layers, methods)
+    return batch_dims(losses, batch, [*tables, *linear], independent=not isinstance(losses_of(module), MeanLoss))
 
 
 def capture_at(

@@ -335,22 +335,25 @@ def _batch_dims(
     Raises:
         ValueError: if the loss depends on other examples, or no dimension counts examples.
     """
-    fitting = [_fitting(losses, call.output) for call in calls]
-    known.update({call.layer: fits[0] for call, fits in zip(calls, fitting, strict=True) if len(fits) == 1})
+    for call in calls:
+        fits = _fitting(losses, call.output)
+        if len(fits) == 1:
+            known[call.layer] = fits[0]
     outputs = [call.output for call in calls]
     for example in range(1 if always else len(losses)):  # FSDP allows one backward pass, once for all
         if not (always or check) and all(call.layer in known for call in calls):
             break
         gradients = torch.autograd.grad(losses[example], outputs, retain_graph=True, materialize_grads=True)
         for call, gradient in zip(calls, gradients, strict=True):
-            told = _told(losses, call.output, gradient, example)
-            if told is not None:
-                known.setdefault(call.layer, told)
+            if call.layer not in known:
+                time_first = _is_time_first(losses, gradient, example)
+                if time_first is not None:
+                    known[call.layer] = int(time_first)
             if check:
-                _require_independent(_owners(len(losses), call.output.shape[:-1], told or 0), gradient)
+                owners = _owners(len(losses), call.output.shape[:-1], known.get(call.layer, 0))
+                _require_independent(owners, gradient)
         check = False
-    both = {call.layer: known.get(call.layer, 0) for call in calls}
-    return both | {call.layer: fits[0] for call, fits in zip(calls, fitting, strict=True) if len(fits) == 1}
+    return {call.layer: known.get(call.layer, 0) for call in calls}
 
 
 def _require_independent(owners: Tensor, of_first: Tensor) -> None:
@@ -382,15 +385,6 @@ def _fitting(losses: Tensor, output: Tensor) -> list[int]:
             "with, or return one loss for each of its rows."
         )
     return fits
-
-
-def _told(losses: Tensor, output: Tensor, of_own: Tensor, example: int) -> int | None:
-    """The dimension of a layer's call that counts the examples; None if an example's gradient at it does not tell."""
-    fits = _fitting(losses, output)
-    if len(fits) == 1:
-        return fits[0]
-    time_first = _is_time_first(losses, of_own, example)
-    return None if time_first is None else int(time_first)
 
 
 def _owners(n_examples: int, shape: torch.Size, dim: int) -> Tensor:

@@ -18,10 +18,9 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter, batch_to_device
-from lightning_tracin.callback import TracInCallback, capture_at, check_mean, inside_fit
-from lightning_tracin.capture import Captured, Losses, batch_dims, gradients_enabled, usable_in_autograd
-from lightning_tracin.layers import layers_of_methods
-from lightning_tracin.losses import MeanLoss, labels_of
+from lightning_tracin.callback import TracInCallback, capture_at, check_mean, dims_at, inside_fit
+from lightning_tracin.capture import Captured, Losses, gradients_enabled, usable_in_autograd
+from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
 from lightning_tracin.mixin import losses_of, words_of_batch
 from lightning_tracin.processes import Processes, await_seen, launched, leave, require_results, spreads
@@ -319,9 +318,7 @@ def _run_in_step(
             spare = batch_to_device(trainer, module, spare_batch(loader, processes))
         if not dims:
             check_mean(module, layers[method.name], losses_of(module), spare)
-            tables, linear = layers_of_methods(module, layers, [method.name])
-            independent = not isinstance(losses_of(module), MeanLoss)
-            dims |= batch_dims(losses, spare, [*tables, *linear], independent=independent)
+            dims |= dims_at(module, layers, [method.name], losses, spare)
         for batch, own in in_step(loader, n_batches, lambda: spare, processes):
             batch = batch_to_device(trainer, module, batch)
             captured = capture_at(module, layers, [method.name], losses, batch, dims)

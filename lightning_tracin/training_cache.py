@@ -119,8 +119,8 @@ class TrainingCache:
             self._pending.pop(0).result()
         self._pending.append(self._thread.submit(self._take, *job))
 
-    def came(self) -> bool:
-        """Whether any gradient has come to any of the processes since the last checkpoint; each must ask.
+    def came(self) -> int:
+        """Of how many examples gradients have come to any of the processes since the last checkpoint; each must ask.
 
         Raises:
             ValueError: see :meth:`end`.
@@ -130,16 +130,20 @@ class TrainingCache:
             for job in self._pending:
                 job.result()
         self._pending = []
-        return self._runs.count(self._trace.n_train, self._processes) > 0
+        return self._runs.count(self._trace.n_train, self._processes)
 
-    def store(self, checkpoint: Checkpoint) -> None:
-        """Store what :meth:`came` since the last checkpoint in the order of the data set.
+    def store(self, checkpoint: Checkpoint, n_came: int) -> None:
+        """Store what has come since the last checkpoint in the order of the data set.
+
+        Args:
+            checkpoint: of the trace.
+            n_came: what :meth:`came` said.
 
         Raises:
             OSError: if the gradients cannot be written.
         """
         n_train = self._trace.n_train
-        missing = n_train - self._runs.count(n_train, self._processes)
+        missing = n_train - n_came
         if missing:
             rank_zero_info(
                 f"{missing} of {n_train} training examples were in no batch since the last checkpoint (step "

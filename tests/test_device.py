@@ -30,6 +30,15 @@ def device(request):
     return (DEVICE, Accelerator()) if pretended else (torch.device("cuda"), nullcontext())
 
 
+def assert_same_elsewhere(device, method, test, train, moments):
+    expected = method.dot(test, train, moments)
+    place, entered = device
+    with entered:
+        scores = method.dot(on_device(test, place), train, moments)
+        assert scores.device.type == place.type
+        torch.testing.assert_close(scores.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_on_the_pretended_device_does_not_meet_what_is_not():
     with Accelerator() as accelerator:
         there = torch.ones(3, 2).to(DEVICE)
@@ -49,12 +58,7 @@ def test_words_are_joined_elsewhere(device, n_test, n_train, vocabulary, dtype):
     method = TracInWE()
     test = method.prepare(random_words(n_test, vocabulary)[0], None, "test")
     train = method.prepare(random_words(n_train, vocabulary)[0].as_dtype(dtype), None, "train")
-    expected = method.dot(test, train, None)
-    place, entered = device
-    with entered:
-        scores = method.dot(on_device(test, place), train, None)
-        assert scores.device.type == place.type
-        torch.testing.assert_close(scores.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert_same_elsewhere(device, method, test, train, None)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -62,12 +66,7 @@ def test_words_are_joined_elsewhere(device, n_test, n_train, vocabulary, dtype):
 def test_last_layers_are_multiplied_elsewhere(device, positions, weighted):
     method, moments = TracInLast(), SecondMoments(torch.rand(4, 5), None, 1e-8) if weighted else None
     test, train = random_linear(7, positions)[0], random_linear(50, positions)[0].as_dtype("float16")
-    expected = method.dot(test, train, moments)
-    place, entered = device
-    with entered:
-        scores = method.dot(on_device(test, place), train, moments)
-        assert scores.device.type == place.type
-        torch.testing.assert_close(scores.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert_same_elsewhere(device, method, test, train, moments)
 
 
 @pytest.mark.parametrize("method", METHODS)
