@@ -180,8 +180,8 @@ def test_the_terms_of_a_pair_are_those_of_words_and_add_up_to_its_score(page, re
     expected = next(result.explanations([row], K))
     cards = page.locator("#detail .card")
     for card, pair in zip(cards.all(), (*expected.proponents, *expected.opponents), strict=True):
-        assert number(card.locator(".score").inner_text()) == pytest.approx(pair.score, rel=1e-2)
-        assert card.locator(".link").inner_text() == f"example {pair.example.index}"
+        assert number(card.locator(".score").text_content()) == pytest.approx(pair.score, rel=1e-2)
+        assert card.locator(".link").text_content() == f"example {pair.example.index}"
         terms = []
         for word in card.locator(".word").all():
             word.scroll_into_view_if_needed()
@@ -205,7 +205,7 @@ def test_a_word_is_marked_in_the_test_text_by_its_tokens(browser, tmp_path):
         assert page.locator(".lit").count() == 0
         assert page.locator("#tip").is_hidden()
         page.locator(".subject .word", has_text="tariffs").hover()
-        assert page.locator(".card .lit").all_inner_texts() == ["tariff"]
+        assert page.locator(".card .lit").all_text_contents() == ["tariff"]
 
 
 def test_what_the_tokenizer_added_is_dim_and_not_exported(browser, tmp_path):
@@ -213,7 +213,7 @@ def test_what_the_tokenizer_added_is_dim_and_not_exported(browser, tmp_path):
     test = Example(0, words, "sport", ids=(101, 7, 8))
     pair = Influential(Example(1, words, "sport", ids=(101, 7, 8)), 3.0, None, (1.0, 2.0, 0.0))
     with opened(browser, write_page(page_of([explanation(0, test, pair)]), tmp_path / "page.html")) as page:
-        assert page.inner_text(".card .text") == "[CLS] goal!"
+        assert page.text_content(".card .text") == "[CLS] goal!"
         opacities = [word.evaluate("e => getComputedStyle(e).opacity") for word in page.locator(".card .word").all()]
         assert [float(opacity) < 0.9 for opacity in opacities] == [True, False]
         assert downloaded(page, "#csv-one")[0]["text"] == "goal!"
@@ -285,9 +285,9 @@ def test_a_training_example_is_followed_to_all_test_examples_that_it_pushed(page
 def test_suspects_are_those_of_highest_self_influence(page, result):
     values = result.self_influence()
     page.click("#tab-suspects")
-    found = [int(text.split(",")[0].split()[-1]) for text in page.locator("#suspects .link").all_inner_texts()]
+    found = [int(text.split(",")[0].split()[-1]) for text in page.locator("#suspects .link").all_text_contents()]
     assert found == values.argsort(descending=True).tolist()
-    scores = [number(text) for text in page.locator("#suspects .score").all_inner_texts()]
+    scores = [number(text) for text in page.locator("#suspects .score").all_text_contents()]
     assert scores == pytest.approx(values.sort(descending=True).values.tolist(), rel=1e-2)
 
 
@@ -325,7 +325,7 @@ def test_hostile_texts_are_only_texts(browser, tmp_path):
         for tab in ("suspects", "words", "tests"):
             page.click(f"#tab-{tab}")
             assert page.locator("img, body script:not(#data)").count() == 1
-            assert "<script>alert(1)</script>" in page.inner_text(f"#{tab}")
+            assert "<script>alert(1)</script>" in page.text_content(f"#{tab}")
         assert page.title() == "</title><script>alert(3)</script>"
         page.click(".card .link >> nth=0")
         assert "<img src=x onerror=alert(1)>" in page.inner_text("#follow")
@@ -372,20 +372,20 @@ def test_numbers_that_are_none(browser, tmp_path):
     other = Influential(example(2, ("a",)), 1.0, None, (1.0,))
     path = write_page(page_of([explanation(0, test, other, pair)], suspects=[pair]), tmp_path / "page.html")
     with opened(browser, path) as page:
-        assert page.locator(".card .score").all_inner_texts() == ["+1.00", "unknown"]
+        assert page.locator(".card .score").all_text_contents() == ["+1.00", "unknown"]
         page.click("#tab-suspects")
-        assert page.inner_text("#suspects .score") == "unknown"
+        assert page.text_content("#suspects .score") == "unknown"
 
 
 def notes_and_texts(browser, path):
     with opened(browser, path) as page:
         page.locator(".card .link").first.click()
         page.keyboard.press("Escape")
-        texts = " ".join(page.locator(".card .text").all_inner_texts())
+        texts = " ".join(page.locator(".card .text").all_text_contents())
         notes = page.locator(".notes").text_content() if page.locator(".notes").count() else ""
         shades = page.locator("#detail .card .word").count()
         page.click("#tab-suspects")
-        return notes, texts, shades, page.inner_text("#suspects")
+        return notes, texts, shades, page.text_content("#suspects")
 
 
 def test_without_its_trace_the_page_says_what_is_missing(browser, tmp_path):
@@ -424,7 +424,7 @@ def test_a_text_whose_words_are_not_known_is_shown_as_it_was_given(browser, tmp_
     pair = Influential(Example(1, (), "sport", unread="A league"), 1.0, 0.5)
     with opened(browser, write_page(page_of([explanation(0, test, pair)]), tmp_path / "page.html")) as page:
         assert page.inner_text(".subject .text").strip() == test.unread.strip()
-        assert page.inner_text(".card .text") == "A league"
+        assert page.text_content(".card .text") == "A league"
         assert page.inner_text(".row .start").startswith("A cup final")
         page.fill("#search", "final")
         assert shown(page) == [0]
@@ -435,7 +435,7 @@ def test_the_strongest_only(browser, toy, result, tmp_path):
     with opened(browser, kept.to_html(tmp_path / "page.html", k=5)) as page:
         assert page.locator(".card").count() == 6
         assert "Only the 3 strongest were kept" in page.locator(".notes").text_content()
-        assert page.inner_text(".card .link >> nth=0") == f"example {int(result.proponents(1).indices[0, 0])}"
+        assert page.text_content(".card .link >> nth=0") == f"example {int(result.proponents(1).indices[0, 0])}"
 
 
 def test_unknown_predictions(browser, result, tmp_path):
