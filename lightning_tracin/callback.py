@@ -427,7 +427,7 @@ class TracInCallback(DualCallback):
         assert self.training_set is not None
         processes = processes_of(trainer)
         training_set, dims = self.training_set, self._dims
-        order = trace.part(processes) if training_set.iterable else trace.by_length(processes)
+        order = trace.by_length(training_set, processes)
         loader = training_set.loader_over(order)
         sharded = is_sharded(module)
         with (

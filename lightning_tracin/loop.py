@@ -230,7 +230,7 @@ def _fill(
         dims: _Dims = {}
         for number, checkpoint in enumerate(missing, start=1):
             with processes.together():
-                order = trace.part(processes) if training_set.iterable else trace.by_length(processes)
+                order = trace.by_length(training_set, processes)
             loader = training_set.loader_over(order)
             with trace.caching(checkpoint, [method.name], order, processes) as cache:
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from lightning_tracin.layers import named_layer
 from lightning_tracin.processes import ALONE, Processes, await_seen
 from lightning_tracin.sharded import is_sharded, joined, parameter_names, whole_state
 from lightning_tracin.store import Shards, ShardWriter, check_file, read_json, read_tensors, write_json, write_tensors
+
+if TYPE_CHECKING:
+    from lightning_tracin.training_set import TrainingSet  # which needs Lightning
 
 FORMAT_VERSION = 1
 _PARTIAL = ".partial"
@@ -399,30 +402,47 @@ class Trace:
         shards = processes.share(-(-self.n_train // self.shard_examples))
         return range(*(min(shard * self.shard_examples, self.n_train) for shard in (shards.start, shards.stop)))
 
-    def by_length(self, processes: Processes) -> Sequence[int]:
+    def by_length(self, training_set: TrainingSet, processes: Processes) -> Sequence[int]:
         """A process's :meth:`part`, each shard's examples from the longest to the shortest.
 
-        Batches of examples that are about as long hold little padding. Where no texts are stored yet, the examples keep
-        the order of the data set.
+        Batches of examples that are about as long hold little padding. The stored texts tell how long they are, or else
+        the data set; where neither does, the examples keep the order of the data set, as those of a stream must.
 
         Raises:
             ValueError: if the stored texts are damaged.
         """
-        part, path = self.part(processes), self.path / "texts"
-        if not part or not (path / "index.json").exists():
+        part = self.part(processes)
+        if training_set.iterable:
             return part
-        texts, order = Shards.open(path), []
+        lengths = self._lengths(part)
+        if lengths is None or not lengths.any():  # of a fit that looked at the last layer alone
+            lengths = training_set.lengths(part)
+        if lengths is None:
+            return part
+        order: list[int] = []
+        for of_shard in torch.split(lengths, self.shard_examples):
+            order += (torch.argsort(of_shard, descending=True, stable=True) + part.start + len(order)).tolist()
+        return order
+
+    def _lengths(self, part: range) -> Tensor | None:
+        """(len(part),) how many words the stored texts of some whole shards hold, if there are any.
+
+        Raises:
+            ValueError: if the texts are damaged.
+        """
+        path = self.path / "texts"
+        if not part or not (path / "index.json").exists():
+            return None
+        texts = Shards.open(path)
         if (texts.n_examples, texts.shard_examples) != (self.n_train, self.shard_examples):
             raise ValueError(
                 f"{path / 'index.json'} is damaged: it counts {texts.n_examples} examples in shards of "
                 f"{texts.shard_examples}, but the trace has {self.n_train} in shards of {self.shard_examples}. Restore "
                 "the file from a copy, or fit again."
             )
-        for shard in range(part.start // self.shard_examples, -(-part.stop // self.shard_examples)):
-            block: Texts = texts.read(shard)
-            lengths = torch.bincount(block.examples, minlength=block.n_examples)
-            order += (torch.argsort(lengths, descending=True, stable=True) + shard * self.shard_examples).tolist()
-        return order
+        shards = range(part.start // self.shard_examples, -(-part.stop // self.shard_examples))
+        blocks: Iterator[Texts] = (texts.read(shard) for shard in shards)
+        return torch.cat([torch.bincount(block.examples, minlength=block.n_examples) for block in blocks])
 
     @contextmanager
     def caching(

@@ -51,6 +51,7 @@ class TrainingSet:
             )
         if len(self) == 0:
             raise ValueError("The training set is empty.")
+        self._lengths: tuple[Sequence[int], Tensor | None] | None = None
 
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
@@ -73,6 +74,28 @@ class TrainingSet:
         if self.iterable:  # several workers would each yield all of it, or in an order of their own
             return DataLoader(loader.dataset, batch_size=loader.batch_size, **{**_options(loader), "timeout": 0})
         return _loader_over(loader, indices)
+
+    def lengths(self, indices: Sequence[int]) -> Tensor | None:
+        """How much text each of some examples holds, as far as the data set tells.
+
+        It does not where a few of them are all of one length, as texts that are padded already, nor where it is a
+        stream or hands out whole batches. Otherwise they are read once, by the loader's workers.
+
+        Args:
+            indices: of the examples.
+
+        Returns:
+            (len(indices),) int64, to compare with each other: numbers, and characters of strings; or None.
+        """
+        if self.iterable or (self.loader.batch_size is None and self.loader.batch_sampler is None):
+            return None
+        if self._lengths is None or self._lengths[0] != indices:
+            with isolate_rng():  # a data set may draw at random
+                few = {_length(self.loader.dataset[index]) for index in indices[:: max(1, len(indices) // _SAMPLED)]}
+                read = _loader_over(self.loader, indices, collate_fn=_lengths_of) if len(few) > 1 else ()
+                found = [each for batch in read for each in batch]
+            self._lengths = indices, torch.tensor(found) if found else None
+        return self._lengths[1]
 
     def first_batch(self) -> Any:
         """A batch of the first few examples, to check what a fit can do; a stream's own first batch."""
@@ -159,9 +182,9 @@ def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
     return next(iter(DataLoader(loader.dataset, batch_sampler=[first], **options)))
 
 
-def _loader_over(loader: DataLoader[Any], indices: Sequence[int]) -> DataLoader[Any]:
-    """A loader like another, over some examples in their order."""
-    options = _options(loader)
+def _loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any) -> DataLoader[Any]:
+    """A loader like another, but for some options, over some examples in their order."""
+    options = {**_options(loader), **others}
     if loader.num_workers:
         options |= {
             "num_workers": loader.num_workers,
@@ -188,6 +211,25 @@ def _options(loader: DataLoader[Any]) -> dict[str, Any]:
         "timeout": loader.timeout,
         "worker_init_fn": loader.worker_init_fn,
     }
+
+
+def _lengths_of(items: Sequence[Any]) -> list[int]:
+    return [_length(item) for item in items]
+
+
+def _length(item: Any) -> int:
+    """How many numbers and characters an example is made of."""
+    if isinstance(item, (Tensor, np.ndarray)):
+        return int(np.prod(item.shape))
+    if isinstance(item, (str, bytes)):
+        return len(item)
+    if isinstance(item, Mapping):
+        return sum(_length(each) for each in item.values())
+    if isinstance(item, (list, tuple)):
+        return sum(_length(each) for each in item)
+    if is_dataclass(item):
+        return sum(_length(getattr(item, each.name)) for each in fields(item))
+    return 1
 
 
 def _fingerprint(dataset: Any, n_examples: int, *, read: bool) -> str:

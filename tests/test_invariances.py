@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from toy import N_TEST, N_TRAIN, STEPS_PER_EPOCH, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInLast, TracInWE, store
@@ -26,6 +37,13 @@ class Streamed(IterableDataset):
 
     def __iter__(self):
         return iter(self.data)
+
+
+@dataclass
+class Text:
+    """An example of a class of the user's own."""
+
+    tokens: list[int]
 
 
 class ByLength(BatchSampler):
@@ -145,34 +163,112 @@ class OfLengths(Toy):
         return losses
 
 
+class Ragged(Dataset):
+    """The same texts without padding, as tokenizers give them; remembers which were read."""
+
+    def __init__(self) -> None:
+        self.padded = texts()
+        self.read: list[int] = []
+
+    def __len__(self):
+        return len(self.padded)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        ids, label = self.padded[index]
+        return {"input_ids": ids[ids != 0].tolist(), "label": label}
+
+
 def to_the_longest(items):
+    if isinstance(items[0], dict):
+        items = [
+            (torch.nn.functional.pad(torch.tensor(ids), (0, 7 - len(ids))), y) for ids, y in map(dict.values, items)
+        ]
     ids, labels = torch.utils.data.default_collate(items)
     return ids[:, : int((ids != 0).sum(1).max())], labels
 
 
 @pytest.mark.parametrize("shard_examples", [8, 100])
 @pytest.mark.parametrize("cache", ["checkpoint", "on_demand"])
-def test_texts_of_about_one_length_come_together_once_lengths_are_known(tmp_path, monkeypatch, cache, shard_examples):
-    """From the second checkpoint on; the scores stay those of the brute force."""
+@pytest.mark.parametrize(
+    ("build", "methods"), [(texts, METHODS), (Ragged, METHODS), (Ragged, ("tracin-last",))], ids=str
+)
+def test_texts_of_about_one_length_come_together_once_lengths_are_known(
+    tmp_path, monkeypatch, cache, shard_examples, build, methods
+):
+    """From the first checkpoint on where the data set tells them, else from the second; the scores stay the same."""
     monkeypatch.setattr(store, "_SHARD_EXAMPLES", shard_examples)
     module = OfLengths()
-    fit = fitted(tmp_path / "trace", module, loader(collate_fn=to_the_longest), cache=cache)
+    options = {"cache": cache, "methods": methods}
+    fit = fitted(tmp_path / "trace", module, loader(build(), collate_fn=to_the_longest), **options)
     if cache == "on_demand":
         module.widths.clear()
-        fit.influence(loader(test_texts()), train_dataloaders=loader(collate_fn=to_the_longest))
+        fit.influence(
+            loader(test_texts()),
+            train_dataloaders=loader(build(), collate_fn=to_the_longest),
+            method=methods[0],
+        )
     lengths = (texts().tensors[0] != 0).sum(1)
     grouped = torch.cat([part.sort(descending=True).values for part in lengths.split(shard_examples)])
     in_order, by_length = ([int(part.max()) for part in each.split(4)] for each in (lengths, grouped))
     assert sum(by_length) < sum(in_order)
-    assert module.widths[: 2 * len(in_order)] == in_order + by_length
-    alone = loader(batch_size=1)
+    first = by_length if build is Ragged else in_order
+    assert module.widths[: 2 * len(first)] == first + by_length
+    alone = loader(build(), batch_size=1, collate_fn=to_the_longest)
     (tmp_path / "alone").mkdir()
     path = shutil.copytree(tmp_path / "trace", tmp_path / "alone" / "trace")
-    for folder in (*path.glob("checkpoints/*/tracin-we"), path / "texts"):
+    for folder in (*path.glob("checkpoints/*/tracin-*/"), path / "texts"):
         shutil.rmtree(folder)
-    expected = quiet().influence(loader(test_texts()), Toy(), train_dataloaders=alone, trace=path).scores
-    found = quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace").scores
+    expected, found = (
+        quiet().influence(loader(test_texts()), Toy(), train_dataloaders=alone, trace=each, method=methods[0]).scores
+        for each in (path, tmp_path / "trace")
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_lengths_are_read_once_and_draw_no_random_number(num_workers):
+    data = Ragged()
+    training_set = TrainingSet(loader(data, num_workers=num_workers, collate_fn=to_the_longest))
+    state = torch.get_rng_state()
+    lengths = training_set.lengths(range(3, N_TRAIN))
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = (texts().tensors[0][3:] != 0).sum(1)
+    assert torch.equal(lengths - lengths[0], expected - expected[0])
+    data.read.clear()
+    assert training_set.lengths(range(3, N_TRAIN)) is lengths
+    assert not data.read
+
+
+def test_a_data_set_of_one_length_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr("lightning_tracin.training_set._SAMPLED", 4)
+    data = Ragged()
+    data.padded = TensorDataset(torch.ones(N_TRAIN, 7, dtype=torch.long), torch.zeros(N_TRAIN))
+    assert TrainingSet(loader(data)).lengths(range(N_TRAIN)) is None
+    assert data.read == [0, 5, 10, 15]
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("goal", "a goal"),
+        (["a"], ["a", "b"]),
+        (torch.zeros(2), torch.zeros(3)),
+        (np.zeros(2), np.zeros(3)),
+        ({"input_ids": [1, 2], "label": 0}, {"input_ids": [1, 2, 3], "label": 0}),
+        (("goal", None), ("a goal", None)),
+        (Text([1]), Text([1, 2])),
+    ],
+)
+def test_lengths_of_examples_of_any_make(short, long):
+    lengths = TrainingSet(DataLoader([long, short, long])).lengths(range(3))
+    assert lengths[0] == lengths[2] > lengths[1]
+
+
+def test_streams_and_data_sets_that_hand_out_batches_do_not_tell_lengths():
+    assert TrainingSet(loader(Streamed(Ragged()))).lengths(range(N_TRAIN)) is None
+    sampler = BatchSampler(range(N_TRAIN), 4, drop_last=False)
+    assert TrainingSet(DataLoader(Ragged(), batch_size=None, sampler=sampler)).lengths(range(N_TRAIN)) is None
 
 
 def test_an_example_whose_gradient_is_not_finite_is_named_by_its_index_in_whatever_order_it_came(tmp_path):
