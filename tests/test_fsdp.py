@@ -135,13 +135,19 @@ def test_gradients_taken_in_training_are_those_of_ddp(fits, name, method):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
 
 
+def assert_rounded(name, found, expected):
+    error = relative_error(found, expected)
+    assert error < ROUNDED
+    assert error > 0 or "mixed" in name  # which Lightning, on a CPU, takes for sums over processes and buffers alone
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["bfloat16", "mixed", "mixed training", "true", "true training"])
 def test_a_fit_in_16_bits_finds_about_what_ddp_finds_in_32(fits, name, method):
     folder, *_ = fits
     whole = "ddp training" if "training" in name else "ddp checkpoint"
     found, expected = (scores_in(folder / each, method=method) for each in (name, whole))
-    assert 0 < relative_error(found, expected) < ROUNDED
+    assert_rounded(name, found, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -150,7 +156,7 @@ def test_processes_that_compute_in_16_bits_find_about_what_one_finds_in_32(fits,
     folder, *found = fits
     alone = scores_in(folder / name, HALF[name][0], method=method)
     for each in found:
-        assert 0 < relative_error(torch.tensor(each[f"{name} {method}"]), alone) < ROUNDED
+        assert_rounded(name, torch.tensor(each[f"{name} {method}"]), alone)
         assert each[f"{name} kept"]
 
 

@@ -53,6 +53,8 @@ def test_gradients_are_about_those_of_full_precision(tmp_path, monkeypatch, name
     """With every cache: the weights hardly move."""
     monkeypatch.setattr("families.EMBEDDING_RATE", 1e-12)
     monkeypatch.setattr("families.OTHER_RATE", 1e-12)
+    if (name, precision) == ("bert-regression", "bf16-true") and torch.__version__ < (2, 5):
+        pytest.skip("torch 2.4 has no mse_loss in bfloat16 on a CPU")
     family = FAMILIES[name]
     mixes = name == "without-mixin"  # batch norm mixes the examples of a batch in training
     caches = ["checkpoint", "on_demand"] if mixes else ["checkpoint", "on_demand", "training"]
