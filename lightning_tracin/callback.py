@@ -27,6 +27,7 @@ from lightning_tracin.capture import (
     capture,
     checked,
     gradients_enabled,
+    weights_filled,
 )
 from lightning_tracin.gradients import DTYPES, Dtype, Kept
 from lightning_tracin.layers import layer_name, layers_of_methods, layers_of_table, named_layer
@@ -218,7 +219,8 @@ class TracInCallback(DualCallback):
             layers, batch, example, self._dims = first_batch(trainer, pl_module, training_set, self.methods)
             form = None
             if self.cache == "training":
-                with inside_fit(trainer, pl_module):
+                _require_whole_epoch(trainer)
+                with inside_fit(trainer, pl_module), weights_filled(pl_module):
                     form = check_training(pl_module, layers, self.methods, batch, example)
             state = whole_state(pl_module)
             if processes.first:
@@ -566,7 +568,7 @@ def first_batch(
         ValueError: if it cannot; the message says why, and what to do.
     """
     losses = losses_of(module)
-    with inside_fit(trainer, module):
+    with inside_fit(trainer, module), weights_filled(module):
         batch = batch_to_device(trainer, module, training_set.first_batch())
         layers = {}
         if "tracin-we" in methods:
@@ -578,7 +580,8 @@ def first_batch(
         bad = captured.first_not_finite()
         if bad is not None:
             raise ValueError(
-                f"The loss or gradient of training example {bad} is NaN or infinite before training began."
+                f"The loss or gradient of training example {training_set.first_indices[bad]} is NaN or infinite before "
+                "training began."
             )
         check_mean(module, next(iter(layers.values())), losses, batch)
     return layers, batch, captured, dims
@@ -650,6 +653,21 @@ def _buffers_of(checkpoint: Checkpoint, module: torch.nn.Module, processes: Proc
     finally:
         for buffer, value in own:
             buffer.copy_(value)
+
+
+def _require_whole_epoch(trainer: pl.Trainer) -> None:
+    """Check that a fit does not go on inside an epoch by a loader that leaves out what the epoch has seen.
+
+    Raises:
+        ValueError: if it does.
+    """
+    loader = trainer.train_dataloader
+    if trainer.fit_loop.restarting and hasattr(loader, "load_state_dict"):
+        raise ValueError(
+            f"This fit is resumed inside an epoch, and its {type(loader).__name__} goes on where it was: "
+            'cache="training" cannot tell which examples its batches hold. Resume from the checkpoint of an epoch\'s '
+            'end, or use cache="checkpoint".'
+        )
 
 
 def _opened(path: Path, processes: Processes) -> Trace:

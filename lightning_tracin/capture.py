@@ -211,6 +211,25 @@ def gradients_enabled(module: nn.Module) -> Iterator[None]:
                     weight.copy_(value)
 
 
+@contextmanager
+def weights_filled(module: nn.Module) -> Iterator[None]:
+    """Fill weights that are zero as a whole (a new head) with small numbers, the same ones each time.
+
+    Where they are zero, so are gradients behind them, or all losses are alike: a check would tell nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    filled = [each for each in module.parameters() if each.dim() > 1 and each.is_floating_point() and not each.any()]
+    with torch.no_grad():
+        for parameter in filled:
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in filled:
+                parameter.zero_()
+
+
 def usable_in_autograd(batch: Any) -> Any:
     """The batch with inference tensors, which autograd refuses, replaced by copies."""
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)

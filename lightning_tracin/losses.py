@@ -165,6 +165,7 @@ class MeanLoss:
         for name in ("log", "log_dict"):  # there is nothing to log outside of training
             module.__dict__[name] = lambda *_, **__: None
         step = module.training_step
+        batch = shallow(batch)
         output = step(batch, 0) if len(inspect.signature(step).parameters) > 1 else step(batch)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -241,6 +242,11 @@ def hugging_face_model(module: nn.Module) -> nn.Module | None:
         if any(base.__name__ == "PreTrainedModel" for base in type(part).__mro__):
             return part
     return None
+
+
+def shallow(batch: Any) -> Any:
+    """A batch of the same entries, to be kept, or to be handed to who may take entries out of it."""
+    return copy(batch) if isinstance(batch, (Mapping, list)) else batch
 
 
 def batch_size(batch: Any) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tracin.capture import Losses
 from lightning_tracin.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
-from lightning_tracin.losses import MeanLoss, hugging_face_losses
+from lightning_tracin.losses import MeanLoss, hugging_face_losses, shallow
 from lightning_tracin.sharded import forwarded, unwrapped
 
 
@@ -89,7 +88,9 @@ class TracInMixin:
 def losses_of(module: nn.Module) -> Losses:
     """The module's losses of single examples; without the mixin, a :class:`MeanLoss` that is yet to be checked."""
     own = getattr(module, "influence_loss", None)
-    return partial(forwarded, module, own) if callable(own) else MeanLoss(module)
+    if not callable(own):
+        return MeanLoss(module)
+    return lambda batch: forwarded(module, own, shallow(batch))
 
 
 def embedding_layer_of(module: nn.Module) -> nn.Module:

@@ -33,17 +33,20 @@ class SampledIndices(BatchSampler):
             )
         if not getattr(loader, "in_order", True):
             raise ValueError(f'cache="training" needs a DataLoader with in_order=True. {_USE}')
-        self.loader = loader
-        self._place = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        self.own: Any = getattr(loader, self._place)
-        if self._place == "sampler" and not isinstance(self.own, BatchSampler):
+        place = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        own: Any = getattr(loader, place)
+        own = own.own if isinstance(own, SampledIndices) else own  # a loader that a fit is given at each epoch
+        if place == "sampler" and not isinstance(own, BatchSampler):
             raise ValueError(f"The training DataLoader does not batch (batch_size=None). {_USE}")
-        self._yielded: deque[list[int]] = deque()
-        object.__setattr__(loader, self._place, self)  # the loader itself refuses a new sampler
+        n_examples = len(loader.dataset)  # type: ignore[arg-type]
+        ours = {"loader": loader, "own": own, "_place": place, "_n_examples": n_examples, "_yielded": deque()}
+        self.__dict__.update(ours)  # what others set is their sampler's
+        object.__setattr__(loader, place, self)  # the loader itself refuses a new sampler
 
     def __iter__(self) -> Iterator[list[int]]:
-        self._yielded = deque()  # what an epoch that was cut short has left
-        return self._remembered(iter(self.own), self._yielded)
+        yielded: deque[list[int]] = deque()  # without what an epoch that was cut short has left
+        self.__dict__["_yielded"] = yielded
+        return self._remembered(iter(self.own), yielded)
 
     def __len__(self) -> int:
         return len(self.own)
@@ -53,14 +56,18 @@ class SampledIndices(BatchSampler):
             raise AttributeError(name)
         return getattr(self.own, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.own, name, value)
+
     def next_batch(self) -> list[int]:
         """The data set indices of the batch that comes next.
 
         Raises:
             ValueError: if the loader has delivered a batch that its sampler did not ask for.
         """
+        yielded: deque[list[int]] = self._yielded
         with suppress(IndexError):
-            return self._yielded.popleft()
+            return yielded.popleft()
         raise ValueError(f"The training loader gave a batch that its sampler had not asked for. {_USE}")
 
     def restore(self) -> None:
@@ -68,8 +75,7 @@ class SampledIndices(BatchSampler):
         if getattr(self.loader, self._place) is self:
             object.__setattr__(self.loader, self._place, self.own)
 
-    @staticmethod
-    def _remembered(batches: Iterator[Any], yielded: deque[list[int]]) -> Iterator[Any]:
+    def _remembered(self, batches: Iterator[Any], yielded: deque[list[int]]) -> Iterator[Any]:
         for batch in batches:
-            yielded.append([int(index) for index in batch])
+            yielded.append([int(index) % self._n_examples for index in batch])  # -1 is the last one
             yield batch

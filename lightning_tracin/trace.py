@@ -360,7 +360,7 @@ class Trace:
         """Record a checkpoint. It joins the trace, whole, when all processes leave the context without an exception."""
         names = parameter_names(module)
         groups = [
-            [[name for parameter in group["params"] for name in names[id(parameter)]] for group in each.param_groups]
+            [[name for weight in group["params"] for name in names.get(id(weight), [])] for group in each.param_groups]
             for each in optimizers
         ]
         content: dict[str, Any] = {

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_tracin.capture import Call, Captured, batch_dims, capture, collected
 from lightning_tracin.gradients import Block, distinct
 from lightning_tracin.layers import layers_of_methods
-from lightning_tracin.losses import MeanLoss, is_half, label_counts, labels_of
+from lightning_tracin.losses import MeanLoss, is_half, label_counts, labels_of, shallow
 from lightning_tracin.mixin import losses_of, words_of_batch
 from lightning_tracin.precision import full_precision
 from lightning_tracin.processes import Processes
@@ -76,6 +76,7 @@ class TrainingCache:
             indices: the data set indices of its examples.
             batch: what the module is called with.
         """
+        batch = shallow(batch)  # training_step may take it apart
         self._indices, self._batch, self._calls, self._taken = indices, batch, [], None
         self._n_batches += 1
 
@@ -146,8 +147,8 @@ class TrainingCache:
         missing = n_train - n_came
         if missing:
             rank_zero_info(
-                f"{missing} of {n_train} training examples were in no batch since the last checkpoint (step "
-                f"{checkpoint.step}): they count with a gradient of zero there."
+                f"{missing} of {n_train} training examples count with a gradient of zero at the checkpoint of step "
+                f"{checkpoint.step}: they were in no batch since the one before, or since the fit was resumed."
             )
         with ExitStack() as contexts:
             for name in (*self._methods, "texts"):
@@ -172,12 +173,12 @@ class TrainingCache:
         if self._indices is None or not torch.is_grad_enabled():
             return output
         call = Call.of(layer, args, kwargs, output)
-        if not output.requires_grad:  # a frozen layer
-            output = output.detach().requires_grad_()
+        frozen = not output.requires_grad
+        output = output.detach().requires_grad_() if frozen else output
         output.register_hook(lambda gradient: setattr(call, "gradient", gradient.detach()))
         call.output = output.detach()
         self._calls.append(call)
-        return output
+        return output.clone() if frozen else output  # the module may change it in place, but no leaf
 
     def _take(
         self,
@@ -190,6 +191,12 @@ class TrainingCache:
         when: int,
     ) -> None:
         """Turn a batch's gradients into rows."""
+        sizes = {call.output.shape[self._form.dims[call.layer]] for call in (*embeddings, *linears)}
+        if sizes != {len(indices)}:
+            raise ValueError(
+                f"In a training batch of {len(indices)} examples the layers were called on {sorted(sizes)} of them: "
+                "the collate function drops or adds examples, so that they cannot be numbered."
+            )
         captured = collected(torch.zeros(len(indices)), batch, embeddings, linears, self._form.dims)
         bad = captured.first_not_finite()
         if bad is not None:

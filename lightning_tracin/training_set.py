@@ -94,12 +94,24 @@ class TrainingSet:
                 few = {_length(self.loader.dataset[index]) for index in indices[:: max(1, len(indices) // _SAMPLED)]}
                 read = _loader_over(self.loader, indices, collate_fn=_lengths_of) if len(few) > 1 else ()
                 found = [each for batch in read for each in batch]
-            self._lengths = indices, torch.tensor(found) if found else None
+            told = len(found) == len(indices)  # a data set's __getitems__ may hand out a batch
+            self._lengths = indices, torch.tensor(found) if found and told else None
         return self._lengths[1]
 
+    @property
+    def first_indices(self) -> list[int]:
+        """The data set indices of :meth:`first_batch`, as far as it holds so many."""
+        n_examples = len(self)
+        few = n_examples if self.iterable else min(_CHECKED, n_examples, _batch_size(self.loader))
+        return [number * n_examples // few for number in range(few)]
+
     def first_batch(self) -> Any:
-        """A batch of the first few examples, to check what a fit can do; a stream's own first batch."""
-        return next(iter(self.loader_over(range(min(_CHECKED, len(self))))))
+        """A batch of a few examples, to check what a fit can do; a stream's own first batch.
+
+        They are spread evenly: where a data set is sorted by label, or by length, its first ones do not tell a weighted
+        loss from another.
+        """
+        return next(iter(self.loader_over(self.first_indices)))
 
     def fingerprint(self) -> str:
         """A hash of the number of examples and of 64 of them, spread evenly; an iterable's number only."""
@@ -197,10 +209,15 @@ def _loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any)
                 "The training DataLoader does not batch (batch_size=None), so its examples cannot be numbered. "
                 "Give it a batch_size, or a BatchSampler as its sampler."
             )
-        batches = list(BatchSampler(indices, loader.sampler.batch_size, drop_last=False))
+        batches = list(BatchSampler(indices, _batch_size(loader), drop_last=False))
         return DataLoader(loader.dataset, batch_size=None, sampler=_InOrder(loader.dataset, batches), **options)
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or _BATCH_SIZE
-    return DataLoader(loader.dataset, batch_size=size, sampler=_InOrder(loader.dataset, indices), **options)
+    sampler = _InOrder(loader.dataset, indices)
+    return DataLoader(loader.dataset, batch_size=_batch_size(loader), sampler=sampler, **options)
+
+
+def _batch_size(loader: DataLoader[Any]) -> int:
+    own = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    return loader.batch_size or getattr(own, "batch_size", None) or _BATCH_SIZE
 
 
 def _options(loader: DataLoader[Any]) -> dict[str, Any]:

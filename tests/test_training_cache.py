@@ -10,10 +10,18 @@ import pytorch_lightning as pl
 import torch
 from families import FAMILIES
 from families import N_TRAIN as N_FAMILY
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
 from test_training_untouched import Stepping
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 from toy import CLASSES, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import Trace, TracInCallback, runs, training_cache
@@ -226,7 +234,7 @@ def test_examples_that_no_batch_held_count_zero(tmp_path, expected, monkeypatch)
         torch.testing.assert_close(scores[:, came], expected[method][:, came], rtol=1e-5, atol=1e-7)
         assert not scores[:, ~came].any()
     [note] = said
-    assert note.startswith(f"{int((~came).sum())} of {N_TRAIN} training examples were in no batch")
+    assert note.startswith(f"{int((~came).sum())} of {N_TRAIN} training examples count with a gradient of zero at")
 
 
 @pytest.mark.parametrize("options", [{"every_n_train_steps": 2}, {"every_n_train_steps": 7}, {"every_n_epochs": 2}])
@@ -366,6 +374,192 @@ def test_what_cannot_be_told_is_refused_before_training(tmp_path, module, data, 
 def test_a_loader_that_does_not_keep_the_order_is_refused(tmp_path):
     with pytest.raises(ValueError, match="in_order=True"):
         fitted(tmp_path / "trace", build(), loader(in_order=False), cache="training")
+
+
+def test_a_loader_that_goes_on_inside_an_epoch_is_refused(tmp_path):
+    class Stateful(DataLoader):
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    options = {"cache": "training", "dtype": "float32"}
+    first = quiet(callbacks=[TracInCallback(tmp_path / "trace", **options), saving], enable_checkpointing=True)
+    first.fit(build(), Stateful(texts(), batch_size=4))
+    again = quiet(callbacks=[TracInCallback(tmp_path / "trace", **options)], max_epochs=3)
+    with pytest.raises(ValueError, match="resumed inside an epoch, and its Stateful goes on where it was"):
+        again.fit(build(), Stateful(texts(), batch_size=4), ckpt_path=tmp_path / "step=8.ckpt")
+    assert [each.step for each in Trace(tmp_path / "trace").checkpoints] == [5, 10]
+
+
+class Counting(BatchSampler):
+    """Counts the last example as -1, and can be told its batch size."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield [index - N_TRAIN for index in batch]
+
+
+def test_what_others_set_on_the_loaders_sampler_reaches_it(tmp_path, expected):
+    class Growing(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.train_dataloader.batch_sampler.batch_size = 10
+
+    data = DataLoader(texts(), batch_sampler=Counting(range(N_TRAIN), 4, drop_last=False))
+    sizes = []
+
+    class Seeing(Still):
+        def training_step(self, batch, batch_idx):
+            sizes.append(len(batch[1]))
+            return super().training_step(batch, batch_idx)
+
+    callbacks = [TracInCallback(tmp_path / "trace", cache="training", dtype="float32"), Growing()]
+    fit = quiet(callbacks=callbacks)
+    fit.fit(build(Seeing), data)
+    assert sizes[-7:] == [4, 4, 4, 4, 4, 10, 10]
+    assert_expected(fit, expected, epochs=2)
+
+
+def test_a_loader_that_is_handed_out_at_each_epoch(tmp_path, expected):
+    data = loader(shuffle=True)
+    sampler = data.batch_sampler
+
+    class Handing(Still):
+        def train_dataloader(self):
+            return data
+
+    fit = quiet(
+        callbacks=[TracInCallback(tmp_path / "trace", cache="training", dtype="float32")],
+        max_epochs=3,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    fit.fit(build(Handing))
+    assert data.batch_sampler is sampler
+    assert_expected(fit, expected, epochs=3)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_training_step_that_takes_its_batch_apart(tmp_path, expected, plain):
+    class Popping(Still):
+        def influence_loss(self, batch):
+            return super().influence_loss((batch.pop("ids"), batch.pop("labels")))
+
+    class Plain(Popping):
+        influence_loss = None
+
+        def training_step(self, batch, batch_idx):
+            return Popping.influence_loss(self, batch).mean()
+
+    def named(items):
+        return dict(zip(("ids", "labels"), default_collate(items), strict=True))
+
+    data = loader(collate_fn=named)
+    fit = fitted(
+        tmp_path / "trace", build(Plain if plain else Popping), data, cache="training", trainer={"max_epochs": 1}
+    )
+    labels = [float(texts()[example][1]) for example in range(N_TRAIN)]
+    assert fit.callbacks[0].trace.texts(range(N_TRAIN)).labels.tolist() == labels
+    scores = fit.influence(loader(test_texts(), collate_fn=named)).scores * 1e12
+    torch.testing.assert_close(scores, expected["tracin-we"], rtol=1e-5, atol=1e-7)
+
+
+def test_a_frozen_embedding_whose_output_is_changed_in_place(tmp_path):
+    class InPlace(Still):
+        def __init__(self):
+            super().__init__()
+            self.embedding.requires_grad_(False)
+
+        def forward(self, ids):
+            rows = self.embedding(ids)
+            rows *= (ids != 0)[..., None]
+            return self.head(torch.tanh(self.hidden(rows.sum(1))))
+
+    scores = [
+        scores_of(fitted(tmp_path / cache, build(InPlace), cache=cache, trainer={"max_epochs": 1}), "tracin-we")
+        for cache in ("training", "checkpoint")
+    ]
+    assert scores[0].any()
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-7)
+
+
+def test_a_collate_function_that_drops_an_example(tmp_path):
+    def dropping(items):
+        return default_collate(items[:3] if torch.equal(items[0][0], texts()[4][0]) else items)
+
+    with pytest.raises(ValueError, match=r"batch of 4 examples the layers were called on \[3\] of them: the collate"):
+        fitted(tmp_path / "trace", build(), loader(collate_fn=dropping), cache="training")
+
+
+class Sorted(torch.utils.data.Dataset):
+    """The texts, those of one class after those of another, so that the first eight have one label."""
+
+    def __init__(self):
+        self.order = texts().tensors[1].argsort()
+
+    def __len__(self):
+        return N_TRAIN
+
+    def __getitem__(self, index):
+        return texts()[self.order[index]]
+
+
+class ByClass(Still):
+    """Weighs its classes."""
+
+    def training_step(self, batch, batch_idx):
+        weight = torch.tensor([1.0, 5.0, 20.0])
+        return nn.functional.cross_entropy(self(batch[0]), batch[1], weight=weight)
+
+
+class PlainByClass(ByClass):
+    influence_loss = None
+
+
+class NewHead(Summed):
+    """A sum, with a head that is zero, so that all gradients behind it are."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+
+class PlainNewHead(NewHead):
+    influence_loss = None
+    training_step = ByClass.training_step
+
+
+@pytest.mark.parametrize("kind", [ByClass, PlainByClass, NewHead, PlainNewHead])
+def test_a_weighted_loss_is_found_where_the_first_examples_or_a_new_head_do_not_show_it(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"does not return the mean of influence_loss|is not a mean of independent"):
+        fitted(tmp_path, build(kind), loader(Sorted(), batch_size=8), cache="training", methods=("tracin-we",))
+
+
+def test_a_new_head_is_still_zero_when_training_begins(tmp_path):
+    class Fresh(Still):
+        def __init__(self):
+            super().__init__()
+            nn.init.zeros_(self.head.weight)
+
+        def training_step(self, batch, batch_idx):
+            if self.training:
+                assert not self.head.weight.any() or self.global_step
+            return super().training_step(batch, batch_idx)
+
+    fit = fitted(tmp_path / "trace", build(Fresh), cache="training")
+    assert len(fit.callbacks[0].trace.checkpoints) == 2
+
+
+def test_an_optimizer_that_also_trains_what_is_not_in_the_module(tmp_path, expected):
+    class Outside(Still):
+        def configure_optimizers(self):
+            self.centres = [nn.Parameter(torch.ones(3))]  # in a list, where torch does not see it
+            return torch.optim.SGD([*self.parameters(), *self.centres], lr=1e-12)
+
+    fit = fitted(tmp_path / "trace", build(Outside), cache="training", trainer={"max_epochs": 1})
+    assert_expected(fit, expected)
 
 
 def test_a_second_callback_that_takes_from_training_is_refused(tmp_path):
