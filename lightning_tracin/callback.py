@@ -31,7 +31,7 @@ from lightning_tracin.capture import (
 )
 from lightning_tracin.gradients import DTYPES, Dtype, Kept
 from lightning_tracin.layers import layer_name, layers_of_methods, layers_of_table, named_layer
-from lightning_tracin.losses import MeanLoss, labels_of
+from lightning_tracin.losses import MeanLoss, check_batching, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
 from lightning_tracin.precision import full_precision
@@ -584,6 +584,12 @@ def first_batch(
                 "training began."
             )
         check_mean(module, next(iter(layers.values())), losses, batch)
+        if not training_set.iterable and not is_sharded(module):  # a pass without gradients is too many for FSDP
+
+            def batch_of(indices: Sequence[int]) -> Any:
+                return batch_to_device(trainer, module, next(iter(training_set.loader_over(indices))))
+
+            check_batching(module, losses, batch_of, training_set.first_indices)
     return layers, batch, captured, dims
 
 

@@ -88,6 +88,56 @@ def test_a_training_step_that_is_not_a_mean_of_independent_losses(tmp_path, loss
         fitted(tmp_path / "trace", Plain(loss))
 
 
+def to_the_longest(items):
+    ids, labels = torch.utils.data.default_collate(items)
+    return ids[:, : int((ids != 0).sum(1).max())], labels
+
+
+class ReadsPadding(Toy):
+    """Takes the mean over padding too."""
+
+    def forward(self, ids):
+        return 5 * self.head(torch.tanh(self.hidden(self.embedding(ids).mean(1))))
+
+
+class PlainReadsPadding(ReadsPadding):
+    influence_loss = None
+
+    def training_step(self, batch, batch_idx):
+        return functional.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, b: cross_entropy(m, b, reduction="none") / len(b[1]),
+        lambda m, b: cross_entropy(m, b, reduction="none") * len(b[1]) / (b[0] != 0).sum(),
+    ],
+    ids=["by the batch's examples", "by the batch's tokens"],
+)
+def test_a_loss_that_is_divided_by_what_the_batch_holds(tmp_path, loss):
+    with pytest.raises(
+        ValueError, match=r"the loss of training example \d+ is .* in a batch of 4, but .* in one of half"
+    ):
+        fitted(tmp_path / "trace", with_loss(loss))
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("kind", [ReadsPadding, PlainReadsPadding])
+def test_a_model_that_reads_padding_is_warned_of(tmp_path, kind):
+    with pytest.warns(UserWarning, match="seems to read padding: (the loss of training example|losses are)"):
+        fitted(tmp_path / "trace", kind(), loader(collate_fn=to_the_longest))
+
+
+def test_losses_that_are_drawn_at_random_say_nothing_of_their_batch(tmp_path):
+    def masking(items):
+        ids, labels = torch.utils.data.default_collate(items)
+        return torch.where(torch.rand(ids.shape) < 0.3, 1, ids), labels
+
+    fitted(tmp_path / "masked", data=loader(collate_fn=masking))
+    fitted(tmp_path / "noisy", with_loss(lambda m, b: cross_entropy(m, b, reduction="none") * torch.rand(len(b[1]))))
+
+
 def test_a_training_step_that_optimizes_by_hand(tmp_path):
     module = Plain(functional.cross_entropy)
     module.automatic_optimization = False
