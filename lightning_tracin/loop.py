@@ -128,7 +128,7 @@ def self_influence(
     """
     chosen = method_of(method)
     processes = launched(trainer)
-    module = getattr(model, "_orig_mod", model) or trainer.lightning_module
+    module = _given(model) or trainer.lightning_module
     with processes.together():
         opened = _trace(trainer, trace)
         module = None if module is None else _usable(trainer, module)
@@ -386,10 +386,25 @@ class _Writer(DualPredictionWriter):
 
 
 def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.LightningModule:
-    module = getattr(model, "_orig_mod", model) or trainer.lightning_module
+    module = _given(model) or trainer.lightning_module
     if module is None:
         raise ValueError("This trainer has not fitted a model in this process: pass model=..., and trace=...")
     return _usable(trainer, module)
+
+
+def _given(model: Any) -> pl.LightningModule | None:
+    """The model that was passed, uncompiled.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    module = getattr(model, "_orig_mod", model)
+    if not isinstance(module, (nn.Module, type(None))):
+        raise TypeError(
+            f"model must be a LightningModule, but got {type(module).__name__}. The order is trainer.influence("
+            "test_loader, model) and trainer.self_influence(model, train_dataloaders=train_loader)."
+        )
+    return module  # type: ignore[return-value]
 
 
 def _usable(trainer: pl.Trainer, module: pl.LightningModule) -> pl.LightningModule:

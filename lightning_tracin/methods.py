@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from operator import index
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
@@ -79,7 +80,12 @@ class TracInWE:
     def __post_init__(self) -> None:
         _check_options(self)
         _require(self.top_words is None or self.top_words >= 1, "top_words", "None or at least 1", self.top_words)
-        object.__setattr__(self, "exclude_tokens", tuple(int(token) for token in self.exclude_tokens))
+        try:
+            tokens = tuple(index(token) for token in self.exclude_tokens)
+        except TypeError as error:
+            ids = "token ids, such as tokenizer.all_special_ids"
+            raise ValueError(f"exclude_tokens must be {ids}, but got {self.exclude_tokens!r}.") from error
+        object.__setattr__(self, "exclude_tokens", tokens)
 
     def prepare(self, words: WordGradients, moments: SecondMoments | None, side: Side) -> WordGradients:
         """The rows of a block of examples as they are multiplied, sorted by token."""

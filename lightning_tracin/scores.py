@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -59,17 +60,17 @@ def merge_top(parts: Sequence[tuple[TopK, TopK]], k: int) -> tuple[TopK, TopK]:
     return merged[0], merged[1]
 
 
-def clipped_k(k: int, n_train: int) -> int:
+def clipped_k(k: Any, n_train: int) -> int:
     """``k``, or the number of training examples where there are fewer, with a warning.
 
     Raises:
         ValueError: if ``k`` is under 1.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, but got {k}.")
+    if not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"k must be a whole number of at least 1, but got {k!r}.")
     if k > n_train:
         rank_zero_warn(f"k={k} is larger than the training set: all {n_train} training examples are kept.")
-    return min(k, n_train)
+    return min(int(k), n_train)
 
 
 def self_influences(checkpoints: Sequence[Checkpoint], method: Method, processes: Processes = ALONE) -> Tensor:

@@ -78,20 +78,25 @@ class Checkpoint:
         return self.learning_rate_of(next(iter(self.layers)))
 
     def learning_rate_of(self, method: str) -> float:
-        """Mean rate, over the optimizer steps since the previous checkpoint, of the group that holds a layer.
+        """Mean rate, over the optimizer steps since the previous checkpoint, of the group that holds a layer's weight.
 
-        A layer that no optimizer trains (a frozen embedding) gets the mean over all groups.
+        Its bias counts with the same rate, whatever its own group's. A layer that no optimizer trains (a frozen
+        embedding) gets the mean over all groups.
 
         Args:
             method: "tracin-we" or "tracin-last".
         """
         prefix = f"{self.layers[method]}."
-        held = {
-            (optimizer, group)
-            for optimizer, groups in enumerate(self.groups)
-            for group, names in enumerate(groups)
-            if any(name.startswith(prefix) for name in names)
-        }
+
+        def holding(part: str) -> set[tuple[int, int]]:
+            return {
+                (optimizer, group)
+                for optimizer, groups in enumerate(self.groups)
+                for group, names in enumerate(groups)
+                if any(name.startswith(part) for name in names)
+            }
+
+        held = holding(f"{prefix}weight") or holding(prefix)  # under adapters the weight is frozen, its parts are not
         rates = [
             rate
             for _, optimizer, of_groups in self.steps

@@ -281,7 +281,7 @@ def check_training(
     raise ValueError(
         f"training_step of {name} does not return the mean of influence_loss over the batch: the gradient of the first "
         f"batch's example {worst} has the norm {float(found[0, worst]):.4g} by the one and "
-        f"{float(expected[0, worst]):.4g} by the other. Is its loss weighted, or a sum? "
+        f"{float(expected[0, worst]):.4g} by the other. Is its loss weighted, a sum, or random? "
         f'cache="training" cannot tell the examples\' gradients from it. {_USE}'
     )
 

@@ -114,7 +114,10 @@ class TrainingSet:
         return next(iter(self.loader_over(self.first_indices)))
 
     def fingerprint(self) -> str:
-        """A hash of the number of examples and of 64 of them, spread evenly; an iterable's number only."""
+        """A hash of the number of examples and of 64 of them, spread evenly.
+
+        Of the number only, where the data set is a stream or gives other examples each time that they are read.
+        """
         return _fingerprint(self.loader.dataset, len(self), read=not self.iterable)
 
 
@@ -250,15 +253,21 @@ def _length(item: Any) -> int:
 
 
 def _fingerprint(dataset: Any, n_examples: int, *, read: bool) -> str:
+    found = [_sample_hash(dataset, n_examples) for _ in range(2)] if read else []
+    if len(set(found)) == 1:
+        return found[0]
+    return hashlib.sha256(f"{n_examples}".encode()).hexdigest()  # the data set has a random generator of its own
+
+
+def _sample_hash(dataset: Any, n_examples: int) -> str:
+    """A hash of the number of examples and of 64 to 127 of them, spread evenly."""
     digest = hashlib.sha256(f"{n_examples}".encode())
-    if read:
-        step = max(1, n_examples // _SAMPLED)
-        with isolate_rng():
-            random.seed(0)  # so that an example which is augmented at random looks the same each time
-            np.random.seed(0)  # noqa: NPY002 (the global state is what data sets use)
-            torch.manual_seed(0)
-            for index in range(0, n_examples, step):
-                _digest(digest, dataset[index])
+    with isolate_rng():
+        random.seed(0)  # so that an example which is augmented at random looks the same each time
+        np.random.seed(0)  # noqa: NPY002 (the global state is what data sets use)
+        torch.manual_seed(0)
+        for index in range(0, n_examples, max(1, n_examples // _SAMPLED)):
+            _digest(digest, dataset[index])
     return digest.hexdigest()
 
 

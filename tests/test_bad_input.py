@@ -376,9 +376,10 @@ def test_k_beyond_the_training_set_is_clipped_and_says_so(toy, k):
         assert result.opponents(k).indices.shape == (N_TEST, N_TRAIN)
 
 
-def test_k_below_one(toy):
-    with pytest.raises(ValueError, match="k must be at least 1, but got 0"):
-        toy.influence(loader(test_texts()), k=0)
+@pytest.mark.parametrize("k", [0, 2.5])
+def test_k_below_one(toy, k):
+    with pytest.raises(ValueError, match=f"k must be a whole number of at least 1, but got {k}"):
+        toy.influence(loader(test_texts()), k=k)
 
 
 def test_more_than_was_kept(toy):
@@ -436,6 +437,13 @@ def test_no_trace():
 def test_a_folder_without_a_trace(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no trace\.json"):
         quiet().influence(loader(test_texts()), Toy(), trace=tmp_path)
+
+
+def test_a_loader_in_the_place_of_the_model(toy):
+    with pytest.raises(TypeError, match=r"got DataLoader. The order is trainer.influence\(test_loader, model\)"):
+        toy.influence(Toy(), loader(test_texts()))
+    with pytest.raises(TypeError, match=r"and trainer.self_influence\(model, train_dataloaders=train_loader\)"):
+        toy.self_influence(loader())
 
 
 def test_no_model(trace):
@@ -612,6 +620,10 @@ def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
         (lambda: TracInCallback(top_words=0), "top_words must be None or at least 1, but got 0"),
         (lambda: TracInCallback(every_n_epochs=0), "every_n_epochs must be at least 1, but got 0"),
         (lambda: TracInCallback(every_n_train_steps=0), "every_n_train_steps must be None or at least 1, but got 0"),
+        (lambda: TracInWE(exclude_tokens=["[CLS]"]), "exclude_tokens must be token ids.*all_special_ids, but got"),
+        (lambda: TracInWE(exclude_tokens=3), "exclude_tokens must be token ids"),
+        (lambda: TracInWE(exclude_tokens=["[CLS]"]), r"exclude_tokens must be token ids.*but got \['\[CLS\]'\]"),
+        (lambda: TracInWE(exclude_tokens=3), "exclude_tokens must be token ids, such as tokenizer.all_special_ids"),
         (lambda: TracInWE(top_words=0), "top_words must be None or at least 1, but got 0"),
         (lambda: TracInWE(normalize="test"), "normalize must be None, 'train' or 'cosine', but got 'test'"),
         (lambda: TracInLast(precondition="sgd"), "precondition must be None or 'adam', but got 'sgd'"),

@@ -337,8 +337,8 @@ class Failing(Dataset):
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_a_cache_pass_that_is_cut_off_leaves_the_checkpoints_before_it(tmp_path, error):
-    # A first batch of 4 and its checks, the fingerprint, lengths, an epoch, a pass, an epoch: then in the second pass.
-    data = Failing(4 + 12 + 5 * N_TRAIN + 9, error)
+    # The fingerprint twice, a first batch and its checks, lengths, an epoch, a pass, an epoch: then in the second pass.
+    data = Failing(4 + 12 + 6 * N_TRAIN + 9, error)
     with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
         fitted(tmp_path / "trace", data=loader(data))
     trace = Trace(tmp_path / "trace")

@@ -71,6 +71,48 @@ class TwoOptimizers(Toy):
         return [scheduled(torch.optim.SGD(self.embedding.parameters(), 0.3), 0.9), scheduled(head, 0.5)]
 
 
+class Biases(Toy):
+    """A group for biases, as weight decay has it; they learn faster."""
+
+    def configure_optimizers(self):
+        named = list(self.named_parameters())
+        groups = [
+            [weight for name, weight in named if name.endswith("bias") == of_biases] for of_biases in (True, False)
+        ]
+        return torch.optim.SGD([{"params": groups[0], "lr": 0.5}, {"params": groups[1]}], lr=0.1)
+
+
+def test_the_rate_of_a_layer_is_that_of_its_weight(tmp_path):
+    for checkpoint in fitted(tmp_path / "trace", Biases()).callbacks[0].trace.checkpoints:
+        assert [checkpoint.learning_rate_of(method) for method in METHODS] == pytest.approx([0.1, 0.1])
+
+
+class Generating(torch.utils.data.Dataset):
+    """Drops words at random, by a generator of its own."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __len__(self):
+        return N_TRAIN
+
+    def __getitem__(self, index):
+        ids, label = texts()[index]
+        return torch.where(torch.rand(len(ids), generator=self.generator) < 0.2, 1, ids), label
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "on_demand"])
+def test_a_data_set_with_a_generator_of_its_own_is_known_by_its_length(tmp_path, cache):
+    first = fitted(tmp_path / "trace", data=loader(Generating()), cache=cache)
+    assert first.influence(loader(test_texts()), train_dataloaders=loader(Generating())).n_train == N_TRAIN
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    second = quiet(callbacks=[TracInCallback(tmp_path / "trace", cache=cache, dtype="float32")], max_epochs=3)
+    second.fit(Toy(), loader(Generating()), ckpt_path=tmp_path / "last.ckpt")
+    assert len(Trace(tmp_path / "trace").checkpoints) == 3
+    with pytest.raises(ValueError, match=f"it had {N_TRAIN} examples, this one has {N_TEST}"):
+        first.influence(loader(test_texts()), train_dataloaders=loader(test_texts()))
+
+
 @pytest.mark.parametrize("options", [{}, {"every_n_train_steps": 2}, {"every_n_epochs": 3}], ids=str)
 @pytest.mark.parametrize(
     ("module", "accumulate"), [(Toy, 1), (Toy, 2), (TwoGroups, 2), (TwoOptimizers, 1)], ids=lambda x: str(x)
@@ -208,8 +250,8 @@ def test_a_fast_dev_run_leaves_the_trace_of_an_earlier_fit_alone(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_filling_on_demand_that_is_cut_off_is_taken_up_again(tmp_path, error):
     fit = fitted(tmp_path / "trace", cache="on_demand")
-    # The fingerprint, the lengths of a few, the first checkpoint's pass, and a part of the second's.
-    data = Failing(3 * N_TRAIN + 9, error)
+    # The fingerprint, twice; the lengths of a few, the first checkpoint's pass, and a part of the second's.
+    data = Failing(4 * N_TRAIN + 9, error)
     with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
         fit.influence(loader(test_texts()), train_dataloaders=loader(data))
     trace = Trace(tmp_path / "trace")
