@@ -194,7 +194,7 @@ def _await_checkpoints(trace: Trace, method: Method, processes: Processes) -> No
 
 
 def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoint]) -> None:
-    """Check that the fit recorded what a method needs."""
+    """Check that the fit recorded what a method needs, as far as it is stored."""
     if not checkpoints:
         raise ValueError(f"The trace in {trace.path} has no checkpoint yet: there is nothing to score from.")
     if method.name not in trace.layers:
@@ -212,6 +212,8 @@ def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoi
         )
     for checkpoint in checkpoints:
         moments_of(checkpoint, method)  # raises where the method needs some and there are none
+        if checkpoint.has_gradients(method.name):
+            trace.check_counts(checkpoint.gradients(method.name))
 
 
 def _fill(

@@ -167,7 +167,13 @@ class MeanLoss:
             module.__dict__[name] = lambda *_, **__: None
         step = module.training_step
         batch = shallow(batch)
-        output = step(batch, 0) if len(inspect.signature(step).parameters) > 1 else step(batch)
+        try:
+            output = step(batch, 0) if len(inspect.signature(step).parameters) > 1 else step(batch)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:  # it looks for what only training has
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"The training_step of {type(self.module).__name__} cannot be called by itself: {why}. {_use_mixin()}."
+            ) from error
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(
@@ -342,7 +348,8 @@ def _size(batch: Any) -> int:
 
 
 def _use_mixin() -> str:
-    return "Put TracInMixin before LightningModule in the bases, and override influence_loss(batch)"
+    mixin = "Put TracInMixin before LightningModule in the bases, and override influence_loss(batch)"
+    return f"{mixin} (for a Hugging Face model, its default serves)"
 
 
 def _described(value: Any) -> str:

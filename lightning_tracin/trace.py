@@ -286,20 +286,27 @@ class Trace:
         for folder in stored:
             yield from self._verify_shards(folder)
 
+    def check_counts(self, shards: Shards) -> None:
+        """Check that shards hold as many examples as the trace has, in as many files.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        found, expected = (shards.n_examples, shards.shard_examples), (self.n_train, self.shard_examples)
+        if found != expected or len(shards.checksums) != len(shards):
+            raise ValueError(
+                f"{shards.folder / 'index.json'} is damaged: it counts {found[0]} examples in {len(shards.checksums)} "
+                f"shards of {found[1]}, but the trace has {expected[0]} in shards of {expected[1]}. Restore the file "
+                "from a copy, or fit again; of gradients it is enough to remove the folder."
+            )
+
     def _verify_shards(self, folder: Path) -> Iterator[tuple[Path, str | None]]:
         """The part of :meth:`verify` for a folder of shards."""
         path = folder / "index.json"
-        problem = _problem(path, partial(Shards.open, folder))
-        if problem is None:
-            shards = Shards.open(folder)
-            if shards.n_examples != self.n_train or len(shards.checksums) != len(shards):
-                problem = (
-                    f"{path} is damaged: it counts {shards.n_examples} examples in {len(shards.checksums)} shards of "
-                    f"{shards.shard_examples}, but the trace has {self.n_train} examples."
-                )
+        problem = _problem(path, lambda: self.check_counts(Shards.open(folder)))
         yield path, problem
         if problem is None:
-            for file, checksum in shards.files:
+            for file, checksum in Shards.open(folder).files:
                 yield file, _problem(file, partial(check_file, file, checksum))
 
     def _checkpoint(self, file: Path) -> Checkpoint:
@@ -439,12 +446,7 @@ class Trace:
         if not part or not (path / "index.json").exists():
             return None
         texts = Shards.open(path)
-        if (texts.n_examples, texts.shard_examples) != (self.n_train, self.shard_examples):
-            raise ValueError(
-                f"{path / 'index.json'} is damaged: it counts {texts.n_examples} examples in shards of "
-                f"{texts.shard_examples}, but the trace has {self.n_train} in shards of {self.shard_examples}. Restore "
-                "the file from a copy, or fit again."
-            )
+        self.check_counts(texts)
         shards = range(part.start // self.shard_examples, -(-part.stop // self.shard_examples))
         blocks: Iterator[Texts] = (texts.read(shard) for shard in shards)
         return torch.cat([torch.bincount(block.examples, minlength=block.n_examples) for block in blocks])

@@ -439,6 +439,30 @@ def test_a_folder_without_a_trace(tmp_path):
         quiet().influence(loader(test_texts()), Toy(), trace=tmp_path)
 
 
+def test_a_plain_training_step_that_needs_a_fit_around_it(tmp_path):
+    class Reading(Toy):
+        influence_loss = None
+
+        def training_step(self, batch, batch_idx):
+            assert self.trainer.optimizers[0]
+            return functional.cross_entropy(self(batch[0]), batch[1])
+
+    fitted(tmp_path / "trace", Reading())
+    with pytest.raises(ValueError, match=r"Reading cannot be called by itself: IndexError: list index.*TracInMixin"):
+        quiet().influence(loader(test_texts()), Reading(), trace=tmp_path / "trace")
+
+
+@pytest.mark.parametrize("number", [N_TRAIN - 1, N_TRAIN + 1])
+def test_gradients_of_another_number_of_examples(tmp_path, number):
+    fit = fitted(tmp_path / "trace")
+    path = fit.callbacks[0].trace.checkpoints[1].path / "tracin-we" / "index.json"
+    store.write_json(path, {**json.loads(path.read_text()), "n_examples": number})
+    with pytest.raises(
+        ValueError, match=f"tracin-we/index.json is damaged: it counts {number} .* the trace has {N_TRAIN}"
+    ):
+        fit.influence(loader(test_texts()))
+
+
 def test_a_loader_in_the_place_of_the_model(toy):
     with pytest.raises(TypeError, match=r"got DataLoader. The order is trainer.influence\(test_loader, model\)"):
         toy.influence(Toy(), loader(test_texts()))
