@@ -6,7 +6,7 @@ import errno
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import repeat
 from numbers import Integral
@@ -30,6 +30,7 @@ from lightning_tracin.capture import (
 )
 from lightning_tracin.gradients import DTYPES, Dtype, Kept
 from lightning_tracin.layers import layer_name, layers_of_methods, layers_of_table, named_layer
+from lightning_tracin.lock import locked
 from lightning_tracin.losses import MeanLoss, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
@@ -90,6 +91,7 @@ class TracInCallback(DualCallback):
         ValueError: on a wrong argument, and before training on a module, a loss or a training set that influence
             cannot be computed for. The message says what to change.
         FileExistsError: if ``dirpath`` holds the trace of another fit and ``overwrite`` is False.
+        BlockingIOError: if another fit or query is writing into ``dirpath``.
         OSError: if the disk has not enough space for the gradients, before anything is written.
 
     Example::
@@ -149,6 +151,7 @@ class TracInCallback(DualCallback):
         self.training_set: TrainingSet | None = None
         self._fitting = False
         self._recording = False
+        self._writing = ExitStack()  # holds the folder's lock
         self._steps: list[Step] = []
         self._resumed: dict[str, Any] = {}
         self._sampled: SampledIndices | None = None
@@ -206,9 +209,7 @@ class TracInCallback(DualCallback):
         with processes.together():
             require_spread(pl_module)
             require_automatic(pl_module)
-            path = self._resolve_path(trainer)
-            if processes.size > 1:  # each may be told another version by its logger, or run in another folder
-                path = processes.gather(path.absolute())[0]
+            path = self._locked_path(trainer, processes)
             resumed = processes.gather(self._resumable(path) if processes.first else None)[0]
             training_set = TrainingSet(trainer.train_dataloader)
             if self.cache != "on_demand":
@@ -362,21 +363,22 @@ class TracInCallback(DualCallback):
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the loader and the module as they were."""
+        """Leave the loader and the module as they were, and the folder to others."""
         self._leave(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the loader and the module as they were; Lightning calls no ``teardown`` after an error."""
+        """What :meth:`teardown` does, which Lightning does not call after an error."""
         self._leave(trainer)
 
     def _leave(self, trainer: pl.Trainer) -> None:
-        if self._training is not None:
-            self._training.close()
-        if self._sampled is not None:
-            self._sampled.restore()
-        if self.cache == "training":
-            on_training_loader(trainer, None)
-        self._training = self._sampled = self._validations = None
+        with self._writing:  # let go last
+            if self._training is not None:
+                self._training.close()
+            if self._sampled is not None:
+                self._sampled.restore()
+            if self.cache == "training":
+                on_training_loader(trainer, None)
+            self._training = self._sampled = self._validations = None
 
     @contextmanager
     def _held(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -447,6 +449,16 @@ class TracInCallback(DualCallback):
                         words = words_of_batch(module, batch, cache.unknown_tokens(captured))
                         cache.add(captured, labels_of(batch), words)
                         advance()
+
+    def _locked_path(self, trainer: pl.Trainer, processes: Processes) -> Path:
+        """The folder of the trace, the same for all processes, which the first one locks until the fit is left."""
+        path = self._resolve_path(trainer)
+        if processes.size > 1:  # each may be told another version by its logger, or run in another folder
+            path = processes.gather(path.absolute())[0]
+        self._writing.close()  # of a fit that another callback kept from telling that it ended
+        if processes.first:
+            self._writing.enter_context(locked(path))
+        return path
 
     def _resolve_path(self, trainer: pl.Trainer) -> Path:
         """The folder of the trace: as given, as resumed, or where ModelCheckpoint would put its own."""
