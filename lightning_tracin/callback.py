@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import repeat
@@ -38,6 +38,7 @@ from lightning_tracin.precision import full_precision
 from lightning_tracin.processes import Processes, await_seen, processes_of, require_strategy, spreads
 from lightning_tracin.report.loggers import check_loggers, logger_folder
 from lightning_tracin.report.progress import progress_task
+from lightning_tracin.runs import bytes_at_most
 from lightning_tracin.sampled_indices import SampledIndices
 from lightning_tracin.sharded import clean, in_step, is_sharded, require_automatic, require_spread, whole_state
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
@@ -223,7 +224,7 @@ class TracInCallback(DualCallback):
                     form = check_training(pl_module, layers, self.methods, batch, example)
             state = whole_state(pl_module)
             if processes.first:
-                self._require_space(trainer, state, path, example, len(training_set))
+                self._require_space(trainer, state, path, example, training_set)
         with processes.together():
             if resumed is not None:
                 trace = Trace(path)
@@ -492,7 +493,7 @@ class TracInCallback(DualCallback):
         return None
 
     def _require_space(
-        self, trainer: pl.Trainer, state: Mapping[str, Any], path: Path, example: Captured, n_train: int
+        self, trainer: pl.Trainer, state: Mapping[str, Any], path: Path, example: Captured, training_set: TrainingSet
     ) -> None:
         """Compare what the fit will write with what the disk holds.
 
@@ -503,9 +504,11 @@ class TracInCallback(DualCallback):
         weights = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
 
         def needed(kept: Kept, cached: bool = True) -> float:
-            per_example = self._bytes_per_example(example, kept)
-            passes = checkpoints + (self.cache == "training")  # what came since the last checkpoint lies beside it
-            return checkpoints * weights + cached * passes * per_example * n_train
+            one_pass = cached * self._bytes_per_example(example, kept) * len(training_set)
+            beside = 0.0  # what came since the last checkpoint
+            if self.cache == "training":
+                beside = bytes_at_most(one_pass, self._passes_between(trainer, training_set), trainer.world_size)
+            return checkpoints * (weights + one_pass) + beside
 
         existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
         free = shutil.disk_usage(existing).free
@@ -520,9 +523,9 @@ class TracInCallback(DualCallback):
         ]
         raise OSError(
             errno.ENOSPC,
-            f"The trace in {path} needs about {_gigabytes(need)} for {checkpoints} checkpoints of {n_train} training "
-            f"examples, but only {_gigabytes(free)} are free; nothing was written. {'; '.join(savers)}; a larger "
-            "every_n_epochs, or fewer methods, less.",
+            f"The trace in {path} needs about {_gigabytes(need)} for {checkpoints} checkpoints of {len(training_set)} "
+            f"training examples, but only {_gigabytes(free)} are free; nothing was written. {'; '.join(savers)}; a "
+            "larger every_n_epochs, or fewer methods, less.",
         )
 
     def _bytes_per_example(self, example: Captured, kept: Kept) -> float:
@@ -530,9 +533,18 @@ class TracInCallback(DualCallback):
         stored = (encoded_bytes(kept.of(gradients_of(example, method)), kept.dtype) for method in self.methods)
         return sum(stored) / len(example)
 
+    def _passes_between(self, trainer: pl.Trainer, training_set: TrainingSet) -> float:
+        """How many examples come between two checkpoints, to all processes, over the number of those that there are."""
+        epochs = self.every_n_epochs
+        if self.every_n_train_steps is not None:
+            epochs = math.ceil(self.every_n_train_steps / _steps_each(trainer))
+        sampler = training_set.loader.sampler
+        drawn = len(sampler) if isinstance(sampler, Sized) else 0  # in each process; some samplers draw several times
+        return epochs * max(1.0, drawn * trainer.world_size / len(training_set))
+
     def _expected_checkpoints(self, trainer: pl.Trainer) -> int:
         """How many checkpoints the fit has yet to take, at most; 1 if it has no end."""
-        steps_each = max(1, math.ceil(min(trainer.num_training_batches, 2**53) / trainer.accumulate_grad_batches))
+        steps_each = _steps_each(trainer)
         last = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
         epochs = last - trainer.current_epoch
         steps = math.inf if trainer.max_steps < 0 else trainer.max_steps - trainer.global_step
@@ -678,6 +690,11 @@ def _opened(path: Path, processes: Processes) -> Trace:
 
         await_seen(seen, f"The first process has begun a trace in {path.absolute()}")
         return Trace(path)
+
+
+def _steps_each(trainer: pl.Trainer) -> int:
+    """How many optimizer steps an epoch has, as gradients are accumulated now."""
+    return max(1, math.ceil(min(trainer.num_training_batches, 2**53) / trainer.accumulate_grad_batches))
 
 
 def _unwrapped(optimizer: Any) -> Any:
