@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import repeat
 from numbers import Integral
@@ -31,6 +31,7 @@ from lightning_tracin.capture import (
 )
 from lightning_tracin.gradients import DTYPES, Dtype, Kept
 from lightning_tracin.layers import layer_name, layers_of_methods, layers_of_table, named_layer
+from lightning_tracin.lock import locked
 from lightning_tracin.losses import MeanLoss, check_batching, labels_of
 from lightning_tracin.methods import METHODS
 from lightning_tracin.mixin import embedding_layer_of, last_layer_of, losses_of, words_of_batch
@@ -38,6 +39,7 @@ from lightning_tracin.precision import full_precision
 from lightning_tracin.processes import Processes, await_seen, processes_of, require_strategy, spreads
 from lightning_tracin.report.loggers import check_loggers, logger_folder
 from lightning_tracin.report.progress import progress_task
+from lightning_tracin.runs import bytes_at_most
 from lightning_tracin.sampled_indices import SampledIndices
 from lightning_tracin.sharded import clean, in_step, is_sharded, require_automatic, require_spread, whole_state
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
@@ -91,6 +93,7 @@ class TracInCallback(DualCallback):
         ValueError: on a wrong argument, and before training on a module, a loss or a training set that influence
             cannot be computed for. The message says what to change.
         FileExistsError: if ``dirpath`` holds the trace of another fit and ``overwrite`` is False.
+        BlockingIOError: if another fit or query is writing into ``dirpath``.
         OSError: if the disk has not enough space for the gradients, before anything is written.
 
     Example::
@@ -150,6 +153,7 @@ class TracInCallback(DualCallback):
         self.training_set: TrainingSet | None = None
         self._fitting = False
         self._recording = False
+        self._writing = ExitStack()  # holds the folder's lock
         self._steps: list[Step] = []
         self._resumed: dict[str, Any] = {}
         self._sampled: SampledIndices | None = None
@@ -207,9 +211,7 @@ class TracInCallback(DualCallback):
         with processes.together():
             require_spread(pl_module)
             require_automatic(pl_module)
-            path = self._resolve_path(trainer)
-            if processes.size > 1:  # each may be told another version by its logger, or run in another folder
-                path = processes.gather(path.absolute())[0]
+            path = self._locked_path(trainer, processes)
             resumed = processes.gather(self._resumable(path) if processes.first else None)[0]
             training_set = TrainingSet(trainer.train_dataloader)
             if self.cache != "on_demand":
@@ -224,7 +226,7 @@ class TracInCallback(DualCallback):
                     form = check_training(pl_module, layers, self.methods, batch, example)
             state = whole_state(pl_module)
             if processes.first:
-                self._require_space(trainer, state, path, example, len(training_set))
+                self._require_space(trainer, state, path, example, training_set)
         with processes.together():
             if resumed is not None:
                 trace = Trace(path)
@@ -364,21 +366,22 @@ class TracInCallback(DualCallback):
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the loader and the module as they were."""
+        """Leave the loader and the module as they were, and the folder to others."""
         self._leave(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the loader and the module as they were; Lightning calls no ``teardown`` after an error."""
+        """What :meth:`teardown` does, which Lightning does not call after an error."""
         self._leave(trainer)
 
     def _leave(self, trainer: pl.Trainer) -> None:
-        if self._training is not None:
-            self._training.close()
-        if self._sampled is not None:
-            self._sampled.restore()
-        if self.cache == "training":
-            on_training_loader(trainer, None)
-        self._training = self._sampled = self._validations = None
+        with self._writing:  # let go last
+            if self._training is not None:
+                self._training.close()
+            if self._sampled is not None:
+                self._sampled.restore()
+            if self.cache == "training":
+                on_training_loader(trainer, None)
+            self._training = self._sampled = self._validations = None
 
     @contextmanager
     def _held(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -450,6 +453,16 @@ class TracInCallback(DualCallback):
                         cache.add(captured, labels_of(batch), words)
                         advance()
 
+    def _locked_path(self, trainer: pl.Trainer, processes: Processes) -> Path:
+        """The folder of the trace, the same for all processes, which the first one locks until the fit is left."""
+        path = self._resolve_path(trainer)
+        if processes.size > 1:  # each may be told another version by its logger, or run in another folder
+            path = processes.gather(path.absolute())[0]
+        self._writing.close()  # of a fit that another callback kept from telling that it ended
+        if processes.first:
+            self._writing.enter_context(locked(path))
+        return path
+
     def _resolve_path(self, trainer: pl.Trainer) -> Path:
         """The folder of the trace: as given, as resumed, or where ModelCheckpoint would put its own."""
         if self.dirpath is not None:
@@ -482,7 +495,7 @@ class TracInCallback(DualCallback):
         return None
 
     def _require_space(
-        self, trainer: pl.Trainer, state: Mapping[str, Any], path: Path, example: Captured, n_train: int
+        self, trainer: pl.Trainer, state: Mapping[str, Any], path: Path, example: Captured, training_set: TrainingSet
     ) -> None:
         """Compare what the fit will write with what the disk holds.
 
@@ -493,9 +506,11 @@ class TracInCallback(DualCallback):
         weights = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
 
         def needed(kept: Kept, cached: bool = True) -> float:
-            per_example = self._bytes_per_example(example, kept)
-            passes = checkpoints + (self.cache == "training")  # what came since the last checkpoint lies beside it
-            return checkpoints * weights + cached * passes * per_example * n_train
+            one_pass = cached * self._bytes_per_example(example, kept) * len(training_set)
+            beside = 0.0  # what came since the last checkpoint
+            if self.cache == "training":
+                beside = bytes_at_most(one_pass, self._passes_between(trainer, training_set), trainer.world_size)
+            return checkpoints * (weights + one_pass) + beside
 
         existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
         free = shutil.disk_usage(existing).free
@@ -510,9 +525,9 @@ class TracInCallback(DualCallback):
         ]
         raise OSError(
             errno.ENOSPC,
-            f"The trace in {path} needs about {_gigabytes(need)} for {checkpoints} checkpoints of {n_train} training "
-            f"examples, but only {_gigabytes(free)} are free; nothing was written. {'; '.join(savers)}; a larger "
-            "every_n_epochs, or fewer methods, less.",
+            f"The trace in {path} needs about {_gigabytes(need)} for {checkpoints} checkpoints of {len(training_set)} "
+            f"training examples, but only {_gigabytes(free)} are free; nothing was written. {'; '.join(savers)}; a "
+            "larger every_n_epochs, or fewer methods, less.",
         )
 
     def _bytes_per_example(self, example: Captured, kept: Kept) -> float:
@@ -520,9 +535,18 @@ class TracInCallback(DualCallback):
         stored = (encoded_bytes(kept.of(gradients_of(example, method)), kept.dtype) for method in self.methods)
         return sum(stored) / len(example)
 
+    def _passes_between(self, trainer: pl.Trainer, training_set: TrainingSet) -> float:
+        """How many examples come between two checkpoints, to all processes, over the number of those that there are."""
+        epochs = self.every_n_epochs
+        if self.every_n_train_steps is not None:
+            epochs = math.ceil(self.every_n_train_steps / _steps_each(trainer))
+        sampler = training_set.loader.sampler
+        drawn = len(sampler) if isinstance(sampler, Sized) else 0  # in each process; some samplers draw several times
+        return epochs * max(1.0, drawn * trainer.world_size / len(training_set))
+
     def _expected_checkpoints(self, trainer: pl.Trainer) -> int:
         """How many checkpoints the fit has yet to take, at most; 1 if it has no end."""
-        steps_each = max(1, math.ceil(min(trainer.num_training_batches, 2**53) / trainer.accumulate_grad_batches))
+        steps_each = _steps_each(trainer)
         last = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
         epochs = last - trainer.current_epoch
         steps = math.inf if trainer.max_steps < 0 else trainer.max_steps - trainer.global_step
@@ -690,6 +714,11 @@ def _opened(path: Path, processes: Processes) -> Trace:
 
         await_seen(seen, f"The first process has begun a trace in {path.absolute()}")
         return Trace(path)
+
+
+def _steps_each(trainer: pl.Trainer) -> int:
+    """How many optimizer steps an epoch has, as gradients are accumulated now."""
+    return max(1, math.ceil(min(trainer.num_training_batches, 2**53) / trainer.accumulate_grad_batches))
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter, batch_to_device
 from lightning_tracin.callback import TracInCallback, capture_at, check_mean, dims_at, inside_fit
 from lightning_tracin.capture import Captured, Losses, gradients_enabled, usable_in_autograd
+from lightning_tracin.lock import locked
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
 from lightning_tracin.mixin import losses_of, words_of_batch
@@ -74,6 +75,7 @@ def influence(
     Raises:
         ValueError: if the model or the training set is not that of the trace, if a loader is empty or there are
             several, if gradients are not finite, or if there is nothing to score from. The message says what to do.
+        BlockingIOError: if gradients are missing, and a fit or another query is writing into the trace.
     """
     chosen = method_of(method)
     require_results(trainer)
@@ -125,6 +127,7 @@ def self_influence(
 
     Raises:
         ValueError: see :func:`influence`.
+        BlockingIOError: see :func:`influence`.
     """
     chosen = method_of(method)
     processes = launched(trainer)
@@ -227,7 +230,14 @@ def _fill(
     processes: Processes,
 ) -> None:
     """Compute and store the training examples' gradients at the checkpoints that have none."""
-    with _attribute(trainer, "limit_predict_batches", 1.0):  # every training example, whatever the trainer's limit
+    with ExitStack() as contexts:
+        with processes.together():
+            if processes.first:
+                contexts.enter_context(locked(trace.path, within_fit=True))
+                trace.check_in_place()
+            _await_checkpoints(trace, method, processes)
+            missing = [each for each in missing if not each.has_gradients(method.name)]  # others may have stored some
+        contexts.enter_context(_attribute(trainer, "limit_predict_batches", 1.0))  # every training example
         losses = losses_of(module)
         dims: _Dims = {}
         for number, checkpoint in enumerate(missing, start=1):
@@ -462,8 +472,7 @@ def _trace(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:
         )
     if not isinstance(trace, Trace):
         return Trace(trace)
-    if Trace(trace.path).id != trace.id:
-        raise ValueError(f"Another fit has replaced the trace in {trace.path}; pass that folder to use its trace.")
+    trace.check_in_place()
     return trace
 
 

@@ -24,7 +24,10 @@ _WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
 _SHARDING = "FSDPStrategy"
 
 # What an error is raised as where it comes from another process; any other is a RuntimeError.
-_ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, OSError, FileExistsError, FileNotFoundError)}
+_ERRORS = {
+    kind.__name__: kind
+    for kind in (ValueError, TypeError, OSError, BlockingIOError, FileExistsError, FileNotFoundError)
+}
 
 _SECONDS = 60.0  # that a shared file system may take to show one node what another has written
 

@@ -2,6 +2,9 @@
 
 What comes is written in *runs* of some 32 MB, each ordered by example. When a checkpoint is due, each shard takes its
 examples out of every run, so that memory does not grow with the training set.
+
+Of an example that comes again the last record counts, so that runs become outdated: they are removed when nothing in
+them counts, and rewritten when most of what lies there does not.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +32,17 @@ class Runs:
 
     Args:
         folder: a folder of their own, which appears with the first run.
+        n_examples: number of examples in the data set.
         dtype: what directions are stored in.
     """
 
-    def __init__(self, folder: Path, *, dtype: Dtype) -> None:
+    def __init__(self, folder: Path, n_examples: int, *, dtype: Dtype) -> None:
         self.folder = folder
+        self.n_examples = n_examples
         self.dtype: Dtype = dtype
-        self._runs: list[_Run] = []
+        self._runs: dict[int, _Run] = {}  # by number, in the order in which they came
+        self._run_of = torch.full((n_examples,), -1)  # the number of the run with an example's last record
+        self._numbers = count()
         self._waiting: dict[str, Waiting] = {}
         self._indices, self._when = Column(), Column()  # of the examples that wait
 
@@ -48,6 +56,7 @@ class Runs:
 
         Raises:
             OSError: if a run cannot be written.
+            ValueError: if one that is rewritten is not as it was written.
         """
         for name, block in blocks.items():
             block = block if isinstance(block, Texts) else block.as_dtype(self.dtype)
@@ -57,7 +66,7 @@ class Runs:
         if sum(waiting.nbytes for waiting in self._waiting.values()) >= _RUN_BYTES:
             self._write()
 
-    def arranged(self, name: str, n_examples: int, shard_examples: int, processes: Processes = ALONE) -> Iterator[Any]:
+    def arranged(self, name: str, shard_examples: int, processes: Processes = ALONE) -> Iterator[Any]:
         """The blocks of one name of this process's shards, one after the other, out of the runs of all processes.
 
         Rows are in no order, and lie where those of the next block will.
@@ -65,7 +74,6 @@ class Runs:
 
         Args:
             name: see :meth:`add`.
-            n_examples: number of examples in the data set.
             shard_examples: examples in each shard.
             processes: those that have runs.
 
@@ -73,13 +81,13 @@ class Runs:
             ValueError: if no example came to any of them.
         """
         self._write()
-        runs = [run for of_process in processes.gather(self._runs) for run in of_process]
+        runs = [run for of_process in processes.gather([*self._runs.values()]) for run in of_process]
         if not runs:
             raise ValueError("Since the last checkpoint, no training batch has given gradients that are finite.")
         rows: dict[str, Column] = {}
-        for shard in processes.share(-(-n_examples // shard_examples)):
+        for shard in processes.share(-(-self.n_examples // shard_examples)):
             start = shard * shard_examples
-            size = min(shard_examples, n_examples - start)
+            size = min(shard_examples, self.n_examples - start)
             run_of, latest = torch.full((size,), -1), torch.full((size,), -1)
             found = [run.part(start, start + size) for run in runs]
             for number, (places, when) in enumerate(found):
@@ -92,19 +100,17 @@ class Runs:
             )
             yield _united(parts, rows)
 
-    def count(self, n_examples: int, processes: Processes = ALONE) -> int:
+    def count(self, processes: Processes = ALONE) -> int:
         """How many examples of the data set came at least once, to any of the processes."""
         self._write()
         self._waiting = {}  # their memory serves to arrange what came
-        came = torch.zeros(n_examples, dtype=torch.bool)
-        for run in self._runs:
-            came[run.indices] = True
-        return int(torch.stack(processes.gather(came)).any(0).sum())
+        return int(torch.stack(processes.gather(self._run_of >= 0)).any(0).sum())
 
     def clear(self) -> None:
         """Forget what came."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._runs = []
+        self._runs = {}
+        self._run_of.fill_(-1)
         self._forget_waiting()
 
     def _forget_waiting(self) -> None:
@@ -118,8 +124,7 @@ class Runs:
         came, when = self._indices.rows, self._when.rows
         if len(came) == 0:
             return
-        folder = self.folder / f"{len(self._runs):05d}"
-        folder.mkdir(parents=True)
+        number, folder = self._new()
         indices, place = torch.unique(came, return_inverse=True)
         last = torch.full((len(indices),), -1).scatter_reduce(0, place, torch.arange(len(came)), "amax")
         places = torch.full((len(came),), -1)
@@ -129,8 +134,38 @@ class Runs:
             block = waiting.block()
             kinds[name] = type(block)
             checksums[name] = write_tensors(folder / f"{name}.safetensors", _by_example(block, places, last))
-        self._runs.append(_Run(folder, kinds, indices, when[last], checksums))
+        self._runs[number] = _Run(folder, kinds, indices, when[last], checksums)
+        self._run_of[indices] = number
         self._forget_waiting()
+        self._forget_outdated()
+
+    def _new(self) -> tuple[int, Path]:
+        """A number for a run, and its folder."""
+        number = next(self._numbers)
+        folder = self.folder / f"{number:05d}"
+        folder.mkdir(parents=True)
+        return number, folder
+
+    def _forget_outdated(self) -> None:
+        """Remove runs in which nothing counts; where too much of what is left is outdated, make others smaller.
+
+        Where every example comes once an epoch, no run outlives the second epoch after its own, and none is rewritten.
+        A weighted sampler, or one that deals the examples out to several processes anew at each epoch, brings some back
+        after many epochs only. So that each of their runs is not kept for the sake of these, those in which less than
+        half counts are then rewritten: each time to less than half, so that all of it costs no more than the runs did.
+        """
+        counting = torch.bincount(self._run_of[self._run_of >= 0]).tolist()
+        for number, run in list(self._runs.items()):
+            if not counting[number]:
+                shutil.rmtree(run.folder)
+                del self._runs[number]
+        *_, newest = self._runs.values()
+        if sum(len(run.indices) for run in self._runs.values()) <= 2 * (sum(counting) + len(newest.indices)):
+            return
+        for number, run in list(self._runs.items()):
+            if 2 * counting[number] < len(run.indices):
+                self._runs[number] = run.only(self._run_of[run.indices] == number, self._new()[1])
+                shutil.rmtree(run.folder)
 
 
 @dataclass(frozen=True)
@@ -167,8 +202,40 @@ class _Run:
         columns["examples"] = columns["examples"] - examples.start
         return self.kinds[name](n_examples=examples.stop - examples.start, **columns)
 
+    def only(self, kept: Tensor, folder: Path) -> _Run:
+        """Some of its examples, as a run in another folder.
+
+        Args:
+            kept: (n_examples,) which of them.
+            folder: an empty one.
+        """
+        places = kept.cumsum(0) - 1
+        checksums = {}
+        for name, checksum in self.checksums.items():
+            stored, _ = read_tensors(self.folder / f"{name}.safetensors", checksum)
+            rows = kept[stored["examples"].long()]
+            columns = {key: column[kept if key in _PER_EXAMPLE else rows] for key, column in stored.items()}
+            columns["examples"] = places[columns["examples"].long()].int()
+            checksums[name] = write_tensors(folder / f"{name}.safetensors", columns)
+        return _Run(folder, self.kinds, self.indices[kept], self.when[kept], checksums)
+
     def _rows(self, start: int, stop: int) -> slice:
         return slice(*torch.searchsorted(self.indices, torch.tensor([start, stop])).tolist())
+
+
+def bytes_at_most(bytes_of_pass: float, passes: float, n_processes: int) -> float:
+    """What the runs of all processes may take together before a checkpoint clears them.
+
+    There is no more than came. Nor is there more in each process than two records for each example that came to it, and
+    three runs: the newest counts twice, and one may be there twice while it is rewritten. Where samplers deal the
+    examples out anew at each epoch, the whole data set comes to each process in time.
+
+    Args:
+        bytes_of_pass: what the records of the whole data set take.
+        passes: how many records come, to all processes together, over the number of examples in the data set.
+        n_processes: how many processes have runs.
+    """
+    return min(passes * bytes_of_pass, n_processes * (2 * bytes_of_pass + 3 * _RUN_BYTES))
 
 
 _NUMBERS = {"examples", "tokens", "ids"}  # kept in 32 bits

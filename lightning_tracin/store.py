@@ -33,6 +33,11 @@ KINDS: dict[type, str] = {WordGradients: "words", LinearGradients: "linear", Tex
 _SHARD_BYTES = 256 * 2**20
 _SHARD_EXAMPLES = 4096
 
+_REPAIR = (
+    "Restore the file from a copy, or fit again; if it holds gradients, it is enough to remove its folder: the next "
+    "influence with the training set at hand computes them again."
+)
+
 
 class ShardWriter:
     """Writes the blocks of a training set, handed over shard after shard, into shards.
@@ -298,7 +303,10 @@ def check_file(path: Path, checksum: str) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not as it was written.
     """
-    status = path.stat()
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing. {_REPAIR}") from error
     _check(path, status.st_size, status.st_mtime_ns, checksum)
 
 
@@ -334,9 +342,7 @@ def _check(path: Path, size: int, modified: int, checksum: str) -> None:
     found = _hash_of_file(path)
     if found != checksum:
         raise ValueError(
-            f"{path} is damaged: its {size} bytes have the checksum {found}, but {checksum} was written. Restore the "
-            "file from a copy, or fit again; if it holds gradients, it is enough to remove its folder: the next "
-            "influence with the training set at hand computes them again."
+            f"{path} is damaged: its {size} bytes have the checksum {found}, but {checksum} was written. {_REPAIR}"
         )
 
 

@@ -340,6 +340,16 @@ class Trace:
             + "."
         )
 
+    def check_in_place(self) -> None:
+        """Check that the folder still holds this trace.
+
+        Raises:
+            FileNotFoundError: if it holds none.
+            ValueError: if it holds another.
+        """
+        if Trace(self.path).id != self.id:
+            raise ValueError(f"Another fit has replaced the trace in {self.path}; pass that folder to use its trace.")
+
     def check_data(self, n_train: int, fingerprint: str) -> None:
         """Check that a training set is the one that was trained on.
 
@@ -369,7 +379,15 @@ class Trace:
         steps: list[Step],
         processes: Processes = ALONE,
     ) -> Iterator[Checkpoint]:
-        """Record a checkpoint. It joins the trace, whole, when all processes leave the context without an exception."""
+        """Record a checkpoint. It joins the trace, whole, when all processes leave the context without an exception.
+
+        Raises:
+            FileNotFoundError: if the trace is no longer in its folder.
+            ValueError: if another is in its place.
+        """
+        with processes.together():
+            if processes.first:
+                self.check_in_place()  # the lock is nothing to a person who moves folders
         names = parameter_names(module)
         groups = [
             [[name for weight in group["params"] for name in names.get(id(weight), [])] for group in each.param_groups]

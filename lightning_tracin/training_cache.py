@@ -56,7 +56,7 @@ class TrainingCache:
         self._form = form
         self._folder = trace.path / "running.partial" / f"process-{processes.rank}"
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._runs = Runs(self._folder, dtype=trace.kept.dtype)
+        self._runs = Runs(self._folder, trace.n_train, dtype=trace.kept.dtype)
         self._vocabulary: dict[int, str] = {}
         self._n_batches = 0
         self._indices: list[int] | None = None
@@ -131,7 +131,7 @@ class TrainingCache:
             for job in self._pending:
                 job.result()
         self._pending = []
-        return self._runs.count(self._trace.n_train, self._processes)
+        return self._runs.count(self._processes)
 
     def store(self, checkpoint: Checkpoint, n_came: int) -> None:
         """Store what has come since the last checkpoint in the order of the data set.
@@ -153,7 +153,7 @@ class TrainingCache:
         with ExitStack() as contexts:
             for name in (*self._methods, "texts"):
                 writer = self._trace.writer(contexts, checkpoint.path / name, self._processes)
-                for block in self._runs.arranged(name, n_train, self._trace.shard_examples, self._processes):
+                for block in self._runs.arranged(name, self._trace.shard_examples, self._processes):
                     writer.add(block)
                 writer.close(self._processes)
         self._trace.add_words(self._vocabulary, self._processes)

@@ -38,6 +38,15 @@ def test_a_damaged_file_is_named(tmp_path, trace, name, damage):
         quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace", method=method)
 
 
+@pytest.mark.parametrize("name", ["tracin-we/00000.safetensors", "weights.safetensors"])
+def test_a_missing_file_is_named(tmp_path, trace, name):
+    shutil.copytree(trace, tmp_path / "trace")
+    path = Trace(tmp_path / "trace").checkpoints[1].path / name
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{path} is missing.*remove its folder: the next influence"):
+        quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace")
+
+
 def test_damaged_gradients_can_be_removed_and_computed_again(tmp_path):
     fit = fitted(tmp_path / "trace")
     expected = fit.influence(loader(test_texts())).scores

@@ -235,7 +235,7 @@ def test_of_an_example_that_came_to_two_processes_the_later_record_counts(tmp_pa
     blocks = [
         WordGradients(1, *torch.tensor([[0], [5]]), torch.tensor([norm]), torch.ones(1, 1)) for norm in (2.0, 1.0)
     ]
-    runs = [Runs(tmp_path / str(rank), dtype="float32") for rank in range(2)]
+    runs = [Runs(tmp_path / str(rank), 1, dtype="float32") for rank in range(2)]
     for when, each, block in zip((7, 3), runs, blocks, strict=True):
         each.add(torch.tensor([0]), {"tracin-we": block}, when)
     gathered = []
@@ -246,7 +246,7 @@ def test_of_an_example_that_came_to_two_processes_the_later_record_counts(tmp_pa
                 gathered.append(value)
                 return gathered
 
-        arranged = list(each.arranged("tracin-we", 1, 1, Both(0, 2)))
+        arranged = list(each.arranged("tracin-we", 1, Both(0, 2)))
     assert arranged[0].norms.tolist() == [2.0]
 
 

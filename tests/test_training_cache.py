@@ -5,6 +5,9 @@ Where training moves the weights by nothing and drops nothing out, they are thos
 
 from __future__ import annotations
 
+import shutil
+from collections import namedtuple
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -12,6 +15,7 @@ from families import FAMILIES
 from families import N_TRAIN as N_FAMILY
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
+from test_runs import bytes_of_tensors
 from test_training_untouched import Stepping
 from torch import nn
 from torch.utils.data import (
@@ -24,7 +28,7 @@ from torch.utils.data import (
 )
 from toy import CLASSES, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
 
-from lightning_tracin import Trace, TracInCallback, runs, training_cache
+from lightning_tracin import Trace, TracInCallback, callback, runs, training_cache
 
 METHODS = ("tracin-we", "tracin-last")
 
@@ -590,3 +594,34 @@ def test_a_forward_pass_without_gradients_in_a_step_does_not_count(tmp_path, exp
             return super().training_step(batch, batch_idx)
 
     assert_expected(fitted(tmp_path / "trace", build(Measuring), cache="training"), expected, epochs=2)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 10])
+def test_many_epochs_between_checkpoints_take_no_more_space_than_was_asked_for(tmp_path, monkeypatch, epochs):
+    """Scores are those of one epoch before the checkpoint."""
+    monkeypatch.setattr(runs, "_RUN_BYTES", 3000)
+    data, lay, needed = texts(80), [], []
+
+    class Watching(pl.Callback):
+        def on_train_batch_end(self, *_):
+            lay.append(bytes_of_tensors(tmp_path / "trace" / "running.partial", "tracin-*"))
+
+    def asked(*given):
+        needed.append(runs.bytes_at_most(*given))
+        return needed[-1]
+
+    monkeypatch.setattr(callback, "bytes_at_most", asked)
+    options = {"cache": "training", "every_n_epochs": epochs, "dtype": "float32"}
+    recorded = TracInCallback(tmp_path / "trace", **options)
+    fit = quiet(callbacks=[recorded, Watching()], max_epochs=epochs)
+    fit.fit(build(), loader(data, shuffle=True))
+    expected = fitted(tmp_path / "once", build(), loader(data), trainer={"max_epochs": 1})
+    for method in METHODS:
+        torch.testing.assert_close(scores_of(fit, method), scores_of(expected, method), rtol=1e-5, atol=1e-7)
+    assert 0 < max(lay) < needed[0]
+    assert needed[0] < 3 * min(epochs, 2) * bytes_of_tensors(recorded.trace.checkpoints[0].path, "0*.safetensors")
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 0, int(needed[0])))  # none for the checkpoint
+    with pytest.raises(OSError, match="for 1 checkpoints of 80"):
+        fitted(tmp_path / "full", build(), loader(data), trainer={"max_epochs": epochs}, **options)
