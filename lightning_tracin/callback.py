@@ -42,7 +42,7 @@ from lightning_tracin.sharded import clean, in_step, is_sharded, require_automat
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
 from lightning_tracin.trace import Checkpoint, Step, Trace, gradients_of
 from lightning_tracin.training_cache import TrainingCache, check_training, divisor_of
-from lightning_tracin.training_set import TrainingSet
+from lightning_tracin.training_set import TrainingSet, check_order
 from lightning_tracin.validation import ValidationLog
 
 
@@ -213,6 +213,7 @@ class TracInCallback(DualCallback):
             training_set = TrainingSet(trainer.train_dataloader)
             if self.cache != "on_demand":
                 training_set.check_divisible(processes)
+                check_order(training_set.loader, "training")
             fingerprint = training_set.fingerprint()
             processes.require_same("training sets", fingerprint)
             layers, batch, example, self._dims = first_batch(trainer, pl_module, training_set, self.methods)

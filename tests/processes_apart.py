@@ -75,6 +75,10 @@ def fit(path, kind, *, data=None, logger=False, epochs=2, ckpt_path=None, traine
     return fitting
 
 
+def by_first_word(rows):
+    return torch.utils.data.default_collate(sorted(rows, key=lambda row: int(row[0][0])))
+
+
 def error_of(call, *arguments, **options):
     try:
         call(*arguments, **options)
@@ -96,6 +100,9 @@ def in_two(folder, found):
     result = fitting.influence(loader(Subset(texts(7, seed=1), [3])), k=2)
     found["a single one"] = result.proponents(2).values.tolist()
     found["broken test"] = error_of(fitting.influence, loader(test_texts()), BrokenTest())
+    found["reordered test"] = error_of(
+        fitting.influence, loader(test_texts(), collate_fn=by_first_word if rank else None)
+    )
     found["different test"] = error_of(fitting.influence, loader(texts(7, seed=rank)))
 
     if rank == 0:
