@@ -32,7 +32,8 @@ class TrainingSet:
 
     Raises:
         TypeError: if it is not a ``DataLoader``.
-        ValueError: if there are several loaders, none, no examples, or no way to tell how many examples there are.
+        ValueError: if there are several loaders, none, one in a list or dict, no examples, or no way to tell how many
+            examples there are.
     """
 
     def __init__(self, loaders: Any) -> None:
@@ -335,7 +336,9 @@ def _hash(item: Any) -> bytes:
 
 
 def _only_loader(loaders: Any, kind: str) -> Any:
+    """The one loader in what Lightning takes for loaders; that of training must stand there by itself."""
     loaders = getattr(loaders, "iterables", loaders)  # Lightning's CombinedLoader
+    container = type(loaders).__name__
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     if isinstance(loaders, (list, tuple)):
@@ -343,6 +346,11 @@ def _only_loader(loaders: Any, kind: str) -> Any:
             raise ValueError(
                 f"Influence needs one {kind} loader, but got {len(loaders)} of them. Join the data sets "
                 "(torch.utils.data.ConcatDataset), so that each example has one number."
+            )
+        if kind == "training":
+            raise ValueError(
+                f"The training loader comes in a {container}, so that training_step is given each batch in one too; "
+                "influence gives it the batch alone. Pass the loader itself, and let training_step take its batch."
             )
         return loaders[0]
     if loaders is None:

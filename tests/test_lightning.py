@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI as TwinCLI
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.tuner import Tuner
+from pytorch_lightning.utilities import CombinedLoader
 from tokenizers import Tokenizer, models
 from torch import nn
 from torch.nn import functional
@@ -187,6 +188,14 @@ def test_validation_beside_it_changes_nothing(tmp_path, toy):
     trainer = quiet(callbacks=[TracInCallback(tmp_path / "trace", dtype="float32")], num_sanity_val_steps=2)
     trainer.fit(Validated(), loader(), loader(test_texts()))
     assert len(Trace(tmp_path / "trace").checkpoints) == 2
+
+
+def test_loaders_whose_batches_come_as_they_are(tmp_path, toy):
+    """The training loader in a CombinedLoader of its own, and test loaders in any container, as for predict."""
+    fit = fitted(tmp_path / "trace", data=CombinedLoader(loader(shuffle=True)))
+    expected = toy.influence(loader(test_texts())).scores
+    for tests in ([loader(test_texts())], {"a": loader(test_texts())}, CombinedLoader({"a": loader(test_texts())})):
+        torch.testing.assert_close(fit.influence(tests, train_dataloaders=CombinedLoader(loader())).scores, expected)
 
 
 def test_a_loader_that_is_made_anew_each_epoch(tmp_path):
