@@ -147,6 +147,7 @@ class TracInCallback(DualCallback):
         self.overwrite = overwrite
         self.trace: Trace | None = None
         self.training_set: TrainingSet | None = None
+        self._loader: Any = None
         self._fitting = False
         self._recording = False
         self._steps: list[Step] = []
@@ -245,6 +246,7 @@ class TracInCallback(DualCallback):
                 )
         self.trace = _opened(path, processes)
         self.training_set = training_set
+        self._loader = trainer.train_dataloader
         if form is not None:
             self._training = TrainingCache(pl_module, self.trace, self.methods, form, processes)
         self._recording = True
@@ -275,6 +277,14 @@ class TracInCallback(DualCallback):
             trace.drop_checkpoints_after(step)
         last = processes.gather(max((each.step for each in trace.checkpoints), default=0))[0]
         self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that a loader made anew (``reload_dataloaders_every_n_epochs``) is of the same training set."""
+        if not self._recording or self.trace is None or trainer.train_dataloader is self._loader:
+            return
+        with processes_of(trainer).together():
+            self._loader = trainer.train_dataloader
+            _check_reloaded(TrainingSet(self._loader), self.trace, trainer.current_epoch)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -377,7 +387,7 @@ class TracInCallback(DualCallback):
             self._sampled.restore()
         if self.cache == "training":
             on_training_loader(trainer, None)
-        self._training = self._sampled = self._validations = None
+        self._training = self._sampled = self._validations = self._loader = None
 
     @contextmanager
     def _held(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -667,6 +677,29 @@ def _opened(path: Path, processes: Processes) -> Trace:
 
         await_seen(seen, f"The first process has begun a trace in {path.absolute()}")
         return Trace(path)
+
+
+def _check_reloaded(training_set: TrainingSet, trace: Trace, epoch: int) -> None:
+    """Check that the training set of a later epoch is that which a trace was begun with.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    fingerprint = training_set.fingerprint()
+    if (len(training_set), fingerprint) == (trace.n_train, trace.data_fingerprint):
+        return
+    if len(training_set) == trace.n_train and training_set.fingerprint() != fingerprint:
+        return  # texts that are drawn anew at each reading cannot be compared
+    difference = (
+        f"{len(training_set)} examples instead of {trace.n_train}"
+        if len(training_set) != trace.n_train
+        else "other examples, or the same in another order"
+    )
+    raise ValueError(
+        f"The training loader was made anew for epoch {epoch}, and its data set has {difference}: gradients would be "
+        "stored under the numbers of other examples. Let train_dataloader give the same data set each time, with all "
+        "of the examples, and its sampler choose those of the epoch; or fit without reload_dataloaders_every_n_epochs."
+    )
 
 
 def _unwrapped(optimizer: Any) -> Any:
