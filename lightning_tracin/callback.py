@@ -404,6 +404,10 @@ class TracInCallback(DualCallback):
 
     def _sample(self, loader: Any) -> None:
         """Remember what the sampler of the loader that the fit is about to read yields."""
+        if self._sampled is not None:
+            if self._sampled.loader is loader:
+                return  # a reload may give the same one again
+            self._sampled.restore()
         self._sampled = SampledIndices(loader)
 
     def _take_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
