@@ -45,7 +45,7 @@ from lightning_tracin.sharded import clean, in_step, is_sharded, require_automat
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
 from lightning_tracin.trace import Checkpoint, Step, Trace, gradients_of
 from lightning_tracin.training_cache import TrainingCache, check_training, divisor_of
-from lightning_tracin.training_set import TrainingSet
+from lightning_tracin.training_set import TrainingSet, check_order
 from lightning_tracin.validation import ValidationLog
 
 
@@ -151,6 +151,7 @@ class TracInCallback(DualCallback):
         self.overwrite = overwrite
         self.trace: Trace | None = None
         self.training_set: TrainingSet | None = None
+        self._loader: Any = None
         self._fitting = False
         self._recording = False
         self._writing = ExitStack()  # holds the folder's lock
@@ -216,6 +217,7 @@ class TracInCallback(DualCallback):
             training_set = TrainingSet(trainer.train_dataloader)
             if self.cache != "on_demand":
                 training_set.check_divisible(processes)
+                check_order(training_set.loader, "training")
             fingerprint = training_set.fingerprint()
             processes.require_same("training sets", fingerprint)
             layers, batch, example, self._dims = first_batch(trainer, pl_module, training_set, self.methods)
@@ -248,6 +250,7 @@ class TracInCallback(DualCallback):
                 )
         self.trace = _opened(path, processes)
         self.training_set = training_set
+        self._loader = trainer.train_dataloader
         if form is not None:
             self._training = TrainingCache(pl_module, self.trace, self.methods, form, processes)
         self._recording = True
@@ -278,6 +281,14 @@ class TracInCallback(DualCallback):
             trace.drop_checkpoints_after(step)
         last = processes.gather(max((each.step for each in trace.checkpoints), default=0))[0]
         self._steps = [tuple(step) for step in self._resumed["steps"] if step[0] >= last]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that a loader made anew (``reload_dataloaders_every_n_epochs``) is of the same training set."""
+        if not self._recording or self.trace is None or trainer.train_dataloader is self._loader:
+            return
+        with processes_of(trainer).together():
+            self._loader = trainer.train_dataloader
+            _check_reloaded(TrainingSet(self._loader), self.trace, trainer.current_epoch)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -381,7 +392,7 @@ class TracInCallback(DualCallback):
                 self._sampled.restore()
             if self.cache == "training":
                 on_training_loader(trainer, None)
-            self._training = self._sampled = self._validations = None
+            self._training = self._sampled = self._validations = self._loader = None
 
     @contextmanager
     def _held(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -398,6 +409,10 @@ class TracInCallback(DualCallback):
 
     def _sample(self, loader: Any) -> None:
         """Remember what the sampler of the loader that the fit is about to read yields."""
+        if self._sampled is not None:
+            if self._sampled.loader is loader:
+                return  # a reload may give the same one again
+            self._sampled.restore()
         self._sampled = SampledIndices(loader)
 
     def _take_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -719,6 +734,26 @@ def _opened(path: Path, processes: Processes) -> Trace:
 def _steps_each(trainer: pl.Trainer) -> int:
     """How many optimizer steps an epoch has, as gradients are accumulated now."""
     return max(1, math.ceil(min(trainer.num_training_batches, 2**53) / trainer.accumulate_grad_batches))
+
+
+def _check_reloaded(training_set: TrainingSet, trace: Trace, epoch: int) -> None:
+    """Check that the training set of a later epoch is that which a trace was begun with.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if (len(training_set), training_set.fingerprint()) == (trace.n_train, trace.data_fingerprint):
+        return
+    difference = (
+        f"{len(training_set)} examples instead of {trace.n_train}"
+        if len(training_set) != trace.n_train
+        else "other examples, or the same in another order"
+    )
+    raise ValueError(
+        f"The training loader was made anew for epoch {epoch}, and its data set has {difference}: gradients would be "
+        "stored under the numbers of other examples. Let train_dataloader give the same data set each time, with all "
+        "of the examples, and its sampler choose those of the epoch; or fit without reload_dataloaders_every_n_epochs."
+    )
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -31,7 +31,7 @@ from lightning_tracin.result import InfluenceResult
 from lightning_tracin.scores import clipped_k, moments_of, self_influences
 from lightning_tracin.sharded import in_step, is_sharded, load_whole, require_spread, whole_state
 from lightning_tracin.trace import CachePass, Checkpoint, Trace
-from lightning_tracin.training_set import TrainingSet, only_test_loader, own_part, spare_batch
+from lightning_tracin.training_set import TrainingSet, check_order, only_test_loader, own_part, spare_batch
 
 _HOOKS = [f"on_predict_{when}" for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")]
 
@@ -85,7 +85,9 @@ def influence(
         opened = _trace(trainer, trace)
         if dataloaders is None and datamodule is not None:
             dataloaders = _from_datamodule(trainer, datamodule, "test", processes)
-        loader = own_part(only_test_loader(dataloaders), processes)
+        loader = only_test_loader(dataloaders)
+        check_order(loader, "test")
+        loader = own_part(loader, processes)
         kept = None if k is None else clipped_k(k, opened.n_train)
     _spread(trainer, module, loader, datamodule)
     with weights_kept(module):
@@ -179,6 +181,7 @@ def _ready(
             )
         if missing and training_set is not None:
             training_set.check_divisible(processes)
+            check_order(training_set.loader, "training")
     if missing and module is not None and training_set is not None:
         require_results(trainer)
         hooks = datamodule or _attached(trainer, module)

@@ -35,7 +35,6 @@ class SampledIndices(BatchSampler):
             raise ValueError(f'cache="training" needs a DataLoader with in_order=True. {_USE}')
         place = "sampler" if loader.batch_sampler is None else "batch_sampler"
         own: Any = getattr(loader, place)
-        own = own.own if isinstance(own, SampledIndices) else own  # a loader that a fit is given at each epoch
         if place == "sampler" and not isinstance(own, BatchSampler):
             raise ValueError(f"The training DataLoader does not batch (batch_size=None). {_USE}")
         n_examples = len(loader.dataset)  # type: ignore[arg-type]

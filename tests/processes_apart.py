@@ -75,6 +75,21 @@ def fit(path, kind, *, data=None, logger=False, epochs=2, ckpt_path=None, traine
     return fitting
 
 
+class Reloaded(pl.LightningDataModule):
+    """After the first epoch the data set is another, in one of the processes."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.seed = seed
+
+    def train_dataloader(self):
+        return loader(texts(seed=self.seed if self.trainer.current_epoch else 0))
+
+
+def by_first_word(rows):
+    return torch.utils.data.default_collate(sorted(rows, key=lambda row: int(row[0][0])))
+
+
 def error_of(call, *arguments, **options):
     try:
         call(*arguments, **options)
@@ -96,6 +111,9 @@ def in_two(folder, found):
     result = fitting.influence(loader(Subset(texts(7, seed=1), [3])), k=2)
     found["a single one"] = result.proponents(2).values.tolist()
     found["broken test"] = error_of(fitting.influence, loader(test_texts()), BrokenTest())
+    found["reordered test"] = error_of(
+        fitting.influence, loader(test_texts(), collate_fn=by_first_word if rank else None)
+    )
     found["different test"] = error_of(fitting.influence, loader(texts(7, seed=rank)))
 
     if rank == 0:
@@ -110,6 +128,8 @@ def in_two(folder, found):
 
     found["broken"] = error_of(fit, folder / "broken", Broken)
     found["broken in training"] = error_of(fit, folder / "broken in training", BrokenInTraining, cache="training")
+    reloading = {"reload_dataloaders_every_n_epochs": 1}
+    found["reloaded"] = error_of(fit, folder / "reloaded", Toy, data=Reloaded(seed=rank), trainer=reloading)
     found["different data"] = error_of(fit, folder / "different", Toy, data=loader(texts(seed=rank)))
     write = store.write_tensors
 

@@ -302,10 +302,23 @@ def empty():
         (lambda: [loader(), loader()], "one training loader, but got 2"),
         (lambda: {"a": loader(), "b": loader()}, "one training loader, but got 2"),
         (lambda: CombinedLoader([loader(), loader()], "max_size"), "one training loader, but got 2"),
+        (lambda: [loader()], "comes in a list.*Pass the loader itself"),
+        (lambda: {"a": loader()}, "comes in a dict.*Pass the loader itself"),
+        (lambda: CombinedLoader({"a": loader()}), "comes in a dict.*Pass the loader itself"),
         (lambda: DataLoader(texts(), batch_size=None), "does not batch"),
         (lambda: [[torch.ones(2, 3)], [torch.ones(2, 3)]], "one training loader|must come in a"),
     ],
-    ids=["unknown length", "list", "dict", "combined", "unbatched", "list of batches"],
+    ids=[
+        "unknown length",
+        "list",
+        "dict",
+        "combined",
+        "list of one",
+        "dict of one",
+        "combined dict of one",
+        "unbatched",
+        "list of batches",
+    ],
 )
 def test_training_data_that_cannot_be_numbered(tmp_path, data, message):
     class Any(Toy):

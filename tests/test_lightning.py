@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI as TwinCLI
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.tuner import Tuner
+from pytorch_lightning.utilities import CombinedLoader
 from tokenizers import Tokenizer, models
 from torch import nn
 from torch.nn import functional
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_tracin import Trace, TracInCallback, TracInMixin, influence
 from lightning_tracin.trainer import InfluenceTrainerMixin
+from lightning_tracin.training_set import TrainingSet
 
 
 class TwinToy(TracInMixin, twin.LightningModule):
@@ -189,11 +191,57 @@ def test_validation_beside_it_changes_nothing(tmp_path, toy):
     assert len(Trace(tmp_path / "trace").checkpoints) == 2
 
 
+def test_loaders_whose_batches_come_as_they_are(tmp_path, toy):
+    """The training loader in a CombinedLoader of its own, and test loaders in any container, as for predict."""
+    fit = fitted(tmp_path / "trace", data=CombinedLoader(loader(shuffle=True)))
+    expected = toy.influence(loader(test_texts())).scores
+    for tests in ([loader(test_texts())], {"a": loader(test_texts())}, CombinedLoader({"a": loader(test_texts())})):
+        torch.testing.assert_close(fit.influence(tests, train_dataloaders=CombinedLoader(loader())).scores, expected)
+
+
 def test_a_loader_that_is_made_anew_each_epoch(tmp_path):
     trainer = fitted(tmp_path / "trace", data=Shifting(), trainer={"reload_dataloaders_every_n_epochs": 1})
     once = fitted(tmp_path / "once", data=Shifting())
     scores = [each.influence(loader(test_texts())).scores for each in (trainer, once)]
     torch.testing.assert_close(*scores)
+
+
+class Reloaded(pl.LightningDataModule):
+    """Gives the data sets of the epochs; loaders shuffle."""
+
+    def __init__(self, *sets):
+        super().__init__()
+        self.sets = sets
+
+    def train_dataloader(self):
+        return loader(self.sets[self.trainer.current_epoch], shuffle=True)
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "training", "on_demand"])
+@pytest.mark.parametrize(
+    ("other", "difference"), [(texts(seed=5), "other examples"), (texts(21), "21 examples instead of 20")]
+)
+def test_a_loader_that_is_made_anew_of_another_data_set(tmp_path, cache, other, difference):
+    data = Reloaded(texts(), texts(), other)
+    trainer = {"reload_dataloaders_every_n_epochs": 1, "max_epochs": 3}
+    with pytest.raises(ValueError, match=f"anew for epoch 2, and its data set has {difference}"):
+        fitted(tmp_path / "trace", data=data, cache=cache, trainer=trainer)
+    trace = Trace(tmp_path / "trace")
+    assert [each.step for each in trace.checkpoints] == [5, 10]
+    assert trace.data_fingerprint == TrainingSet(loader()).fingerprint()
+
+
+def test_a_loader_that_is_made_anew_of_examples_that_are_drawn_anew(tmp_path):
+    class Drawn(torch.utils.data.TensorDataset):
+        generator = torch.Generator()
+
+        def __getitem__(self, index):
+            ids, label = super().__getitem__(index)
+            return torch.where(torch.rand(7, generator=self.generator) < 0.5, ids, 1), label
+
+    data = Reloaded(Drawn(*texts().tensors), Drawn(*texts().tensors))
+    fitted(tmp_path / "trace", data=data, trainer={"reload_dataloaders_every_n_epochs": 1})
+    assert len(Trace(tmp_path / "trace").checkpoints) == 2
 
 
 def test_the_search_for_a_learning_rate_leaves_no_trace(tmp_path, monkeypatch):

@@ -160,7 +160,9 @@ def test_a_single_test_example_for_two_processes(apart):
         ("damaged", "ValueError: .*texts.*safetensors is damaged"),
         ("full", "OSError: .*00001.safetensors could not be written"),
         ("refused", "FileExistsError: .* holds the trace of another fit"),
+        ("reloaded", "ValueError: The training loader was made anew for epoch 1, and its data set has other examples"),
         ("different data", "ValueError: Processes 0 and 1 have different training sets"),
+        ("reordered test", "ValueError: The collate function of the test loader, by_first_word, puts"),
         ("different test", "ValueError: Processes 0 and 1 have different test examples"),
     ],
 )

@@ -334,6 +334,21 @@ def test_the_loader_and_the_module_are_left_as_they_were(tmp_path):
         assert [each.step for each in Trace(tmp_path / str(error)).checkpoints] == [5, 10][: 1 if error else 2]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loaders_that_are_given_again_at_a_reload(tmp_path, expected, workers):
+    loaders = [loader(shuffle=True, num_workers=workers, persistent_workers=workers > 0) for _ in range(2)]
+    samplers = [each.batch_sampler for each in loaders]
+
+    class Kept(pl.LightningDataModule):
+        def train_dataloader(self):
+            return loaders[self.trainer.current_epoch // 2]
+
+    trainer = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}
+    fit = fitted(tmp_path / "trace", build(), Kept(), cache="training", trainer=trainer)
+    assert_expected(fit, expected, epochs=4)
+    assert [each.batch_sampler for each in loaders] == samplers
+
+
 class Stream(IterableDataset):
     def __len__(self):
         return N_TRAIN
