@@ -320,16 +320,16 @@ def test_overwriting_replaces_the_trace_and_nothing_else(tmp_path):
 
 
 class Failing(Dataset):
-    """Raises at the n-th access."""
+    """Raises at the n-th access after a folder is there."""
 
-    def __init__(self, after, error):
-        self.left, self.error = after, error
+    def __init__(self, folder, after, error):
+        self.folder, self.left, self.error = folder, after, error
 
     def __len__(self):
         return N_TRAIN
 
     def __getitem__(self, index):
-        self.left -= 1
+        self.left -= self.folder.exists()
         if self.left == 0:
             raise self.error
         return texts()[index]
@@ -337,8 +337,9 @@ class Failing(Dataset):
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_a_cache_pass_that_is_cut_off_leaves_the_checkpoints_before_it(tmp_path, error):
-    # The fingerprint twice, a first batch and its checks, lengths, an epoch, a pass, an epoch: then in the second pass.
-    data = Failing(4 + 12 + 6 * N_TRAIN + 9, error)
+    # An epoch after the first checkpoint, in the middle of the second's pass.
+    first = tmp_path / "trace" / "checkpoints" / f"step-{STEPS_PER_EPOCH:09d}"
+    data = Failing(first, N_TRAIN + 9, error)
     with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
         fitted(tmp_path / "trace", data=loader(data))
     trace = Trace(tmp_path / "trace")

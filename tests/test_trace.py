@@ -250,8 +250,8 @@ def test_a_fast_dev_run_leaves_the_trace_of_an_earlier_fit_alone(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_filling_on_demand_that_is_cut_off_is_taken_up_again(tmp_path, error):
     fit = fitted(tmp_path / "trace", cache="on_demand")
-    # The fingerprint, twice; the lengths of a few, the first checkpoint's pass, and a part of the second's.
-    data = Failing(4 * N_TRAIN + 9, error)
+    # In the middle of the second checkpoint's pass.
+    data = Failing(fit.callbacks[0].trace.checkpoints[0].path / "tracin-we", 9, error)
     with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
         fit.influence(loader(test_texts()), train_dataloaders=loader(data))
     trace = Trace(tmp_path / "trace")
