@@ -160,6 +160,7 @@ def test_a_single_test_example_for_two_processes(apart):
         ("damaged", "ValueError: .*texts.*safetensors is damaged"),
         ("full", "OSError: .*00001.safetensors could not be written"),
         ("refused", "FileExistsError: .* holds the trace of another fit"),
+        ("locked", "BlockingIOError: Another fit or query writes into the trace"),
         ("different data", "ValueError: Processes 0 and 1 have different training sets"),
         ("different test", "ValueError: Processes 0 and 1 have different test examples"),
     ],
