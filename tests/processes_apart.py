@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -17,6 +18,7 @@ from torch.utils.data import Subset
 from toy import Toy, leave, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInCallback, store
+from lightning_tracin.lock import locked
 
 
 class Normed(Toy):
@@ -156,6 +158,8 @@ def in_two(folder, found):
     logged = fit(None, Toy, logger=CSVLogger(folder / "logs"))
     found["logged"] = str(logged.callbacks[0].trace.path)
     found["refused"] = error_of(fit, folder / "trace", Toy)
+    with locked(folder / "trace") if rank == 0 else nullcontext():
+        found["locked"] = error_of(fit, folder / "trace", Toy, overwrite=True)
 
 
 def in_three(folder, found):

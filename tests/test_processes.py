@@ -161,6 +161,7 @@ def test_a_single_test_example_for_two_processes(apart):
         ("full", "OSError: .*00001.safetensors could not be written"),
         ("refused", "FileExistsError: .* holds the trace of another fit"),
         ("reloaded", "ValueError: The training loader was made anew for epoch 1, and its data set has other examples"),
+        ("locked", "BlockingIOError: Another fit or query writes into the trace"),
         ("different data", "ValueError: Processes 0 and 1 have different training sets"),
         ("reordered test", "ValueError: The collate function of the test loader, by_first_word, puts"),
         ("different test", "ValueError: Processes 0 and 1 have different test examples"),
