@@ -58,7 +58,8 @@ class Network(TracInMixin, pl.LightningModule):
         """Logits, (B, n_labels), of token ids (B, T)."""
         words = self.embedding(ids)
         pairs = torch.cat([words[:, :-1], words[:, 1:]], dim=2)
-        logits: Tensor = self.head(self.dropout(self.features(pairs).relu().amax(1)))
+        features = self.features(pairs).relu() * (ids[:, 1:, None] != self.tokenizer.pad_token_id)
+        logits: Tensor = self.head(self.dropout(features.amax(1)))
         return logits
 
     def influence_label_names(self) -> dict[int, str]:

@@ -29,6 +29,7 @@ from lightning_tracin.capture import (
     gradients_enabled,
     weights_filled,
 )
+from lightning_tracin.collated_order import check_order
 from lightning_tracin.gradients import DTYPES, Dtype, Kept
 from lightning_tracin.layers import layer_name, layers_of_methods, layers_of_table, named_layer
 from lightning_tracin.lock import locked
@@ -45,7 +46,7 @@ from lightning_tracin.sharded import clean, in_step, is_sharded, require_automat
 from lightning_tracin.store import encoded_bytes, fitting_shard_examples
 from lightning_tracin.trace import Checkpoint, Step, Trace, gradients_of
 from lightning_tracin.training_cache import TrainingCache, check_training, divisor_of
-from lightning_tracin.training_set import TrainingSet, check_order
+from lightning_tracin.training_set import TrainingSet
 from lightning_tracin.validation import ValidationLog
 
 
@@ -215,9 +216,9 @@ class TracInCallback(DualCallback):
             path = self._locked_path(trainer, processes)
             resumed = processes.gather(self._resumable(path) if processes.first else None)[0]
             training_set = TrainingSet(trainer.train_dataloader)
+            check_order(training_set.loader, "training")
             if self.cache != "on_demand":
                 training_set.check_divisible(processes)
-                check_order(training_set.loader, "training")
             fingerprint = training_set.fingerprint()
             processes.require_same("training sets", fingerprint)
             layers, batch, example, self._dims = first_batch(trainer, pl_module, training_set, self.methods)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_tracin._compat import PROGRESS_BARS, DualPredictionWriter, batch_to_device
 from lightning_tracin.callback import TracInCallback, capture_at, check_mean, dims_at, inside_fit
 from lightning_tracin.capture import Captured, Losses, gradients_enabled, usable_in_autograd
+from lightning_tracin.collated_order import check_order
 from lightning_tracin.lock import locked
 from lightning_tracin.losses import labels_of
 from lightning_tracin.methods import Method, TracInWE, method_of
@@ -31,7 +32,7 @@ from lightning_tracin.result import InfluenceResult
 from lightning_tracin.scores import clipped_k, moments_of, self_influences
 from lightning_tracin.sharded import in_step, is_sharded, load_whole, require_spread, whole_state
 from lightning_tracin.trace import CachePass, Checkpoint, Trace
-from lightning_tracin.training_set import TrainingSet, check_order, only_test_loader, own_part, spare_batch
+from lightning_tracin.training_set import TrainingSet, only_test_loader, own_part, spare_batch
 
 _HOOKS = [f"on_predict_{when}" for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")]
 

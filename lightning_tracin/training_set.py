@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from lightning_tracin.processes import Processes
 
 _CHECKED = 8  # examples that are looked at before training: each check costs a few passes over them
 _SAMPLED = 64  # examples that the fingerprint looks at
 _BATCH_SIZE = 32  # for a batch sampler that does not tell its own
-_TIMES = 10  # that a collate function is seen to reorder before it is refused: random numbers may look so once
 
 
 class TrainingSet:
@@ -93,7 +92,7 @@ class TrainingSet:
             return None
         if self._lengths is None or self._lengths[0] != indices:
             with isolate_rng():  # a data set may draw at random
-                few = {_length(self.loader.dataset[index]) for index in indices[:: max(1, len(indices) // _SAMPLED)]}
+                few = {length_of(self.loader.dataset[index]) for index in indices[:: max(1, len(indices) // _SAMPLED)]}
                 read = _loader_over(self.loader, indices, collate_fn=_lengths_of) if len(few) > 1 else ()
                 found = [each for batch in read for each in batch]
             told = len(found) == len(indices)  # a data set's __getitems__ may hand out a batch
@@ -161,44 +160,6 @@ def only_test_loader(loaders: Any) -> Any:
     if hasattr(loader, "__len__") and not iterable and len(loader) == 0:
         raise ValueError("The test loader is empty: there is nothing to explain.")
     return loader
-
-
-def check_order(loader: Any, kind: str) -> None:
-    """Check on a few examples that a loader's collate function leaves them in the order in which they come.
-
-    They are collated in their order, and once more with the first one last. The largest thing in the batches that holds
-    the same rows both times tells, so that neither what is drawn at random counts, nor lengths that are sorted beside
-    texts that are not.
-
-    Args:
-        loader: of the training or the test examples; a stream, or one that does not batch, is not looked at.
-        kind: "training" or "test", for the message.
-
-    Raises:
-        ValueError: if it does not, as one that sorts a batch by length.
-    """
-    if not isinstance(loader, DataLoader) or getattr(loader.batch_sampler, "batch_size", None) == 1:
-        return
-    dataset, sampler = loader.dataset, loader.sampler
-    if isinstance(dataset, IterableDataset) or loader.batch_sampler is None or not hasattr(dataset, "__len__"):
-        return
-    indices = sampler.indices if isinstance(sampler, SubsetRandomSampler) else range(len(dataset))
-    n_examples = min(_CHECKED, len(indices))
-    if n_examples < 2:
-        return
-    few = [int(indices[place * len(indices) // n_examples]) for place in range(n_examples)]
-    fewer = few[:-1] if n_examples > 3 else few  # what by chance is as long as there are few is not as long as these
-    asked = [order for pick in [few, fewer] * (_TIMES // 2) for order in (pick, pick[1:] + pick[:1])]
-    with isolate_rng():  # the data set and the collate function may draw at random
-        batches = iter(DataLoader(dataset, batch_sampler=asked, collate_fn=loader.collate_fn))
-        if not all(_reordered(next(batches), next(batches), len(pick)) for pick in asked[::2]):
-            return
-    name = getattr(loader.collate_fn, "__qualname__", type(loader.collate_fn).__name__)
-    raise ValueError(
-        f"The collate function of the {kind} loader, {name}, puts the examples of a batch in another order than they "
-        "come in, so that they cannot be numbered. Let it leave them in their order: pack_padded_sequence takes them "
-        "so with enforce_sorted=False. Or sort them inside the model, and undo it there."
-    )
 
 
 def own_part(loader: Any, processes: Processes) -> Any:
@@ -274,21 +235,21 @@ def _options(loader: DataLoader[Any]) -> dict[str, Any]:
 
 
 def _lengths_of(items: Sequence[Any]) -> list[int]:
-    return [_length(item) for item in items]
+    return [length_of(item) for item in items]
 
 
-def _length(item: Any) -> int:
+def length_of(item: Any) -> int:
     """How many numbers and characters an example is made of."""
     if isinstance(item, (Tensor, np.ndarray)):
         return int(np.prod(item.shape))
     if isinstance(item, (str, bytes)):
         return len(item)
     if isinstance(item, Mapping):
-        return sum(_length(each) for each in item.values())
+        return sum(length_of(each) for each in item.values())
     if isinstance(item, (list, tuple)):
-        return sum(_length(each) for each in item)
+        return sum(length_of(each) for each in item)
     if is_dataclass(item):
-        return sum(_length(getattr(item, each.name)) for each in fields(item))
+        return sum(length_of(getattr(item, each.name)) for each in fields(item))
     return 1
 
 
@@ -307,58 +268,8 @@ def _sample_hash(dataset: Any, n_examples: int) -> str:
         np.random.seed(0)  # noqa: NPY002 (the global state is what data sets use)
         torch.manual_seed(0)
         for index in range(0, n_examples, max(1, n_examples // _SAMPLED)):
-            _digest(digest, dataset[index])
+            add_to_hash(digest, dataset[index])
     return digest.hexdigest()
-
-
-def _reordered(batch: Any, shifted_batch: Any, n_examples: int) -> bool:
-    """Whether a batch, and that of the same examples with the first one last, have the same rows in another order."""
-    found: list[tuple[int, bool]] = []  # how much each of their parts holds, and whether it is in order
-    for (size, ways), (_, others) in zip(_rows(batch, n_examples), _rows(shifted_batch, n_examples), strict=False):
-        pairs = list(zip(ways, others, strict=False))
-        in_order = [rows != shifted for rows, shifted in pairs if rows[1:] + rows[:1] == shifted]
-        if in_order:
-            if any(in_order):  # else all rows are equal, which tells nothing
-                found.append((size, True))
-        elif any(sorted(rows) == sorted(shifted) for rows, shifted in pairs):
-            found.append((size, False))
-    return bool(found) and not max(found)[1]
-
-
-def _rows(item: Any, n_examples: int) -> Iterator[tuple[int, list[list[bytes]]]]:
-    """How much each part of a batch holds that can be examples' rows, and these rows in each way to read them."""
-    if isinstance(item, (Tensor, np.ndarray)):
-        ways = _slices(item, n_examples)
-        if ways:
-            yield _length(item), ways
-    elif isinstance(item, Mapping):
-        for each in item.values():
-            yield from _rows(each, n_examples)
-    elif isinstance(item, (list, tuple)):
-        whole = [[_hash(each) for each in item]] if len(item) == n_examples else []
-        parts = [part for each in item for part in _rows(each, n_examples)]
-        if whole and not parts:
-            yield _length(item), whole
-        for size, ways in parts:
-            yield size, whole + ways
-    elif is_dataclass(item):
-        for each in fields(item):
-            yield from _rows(getattr(item, each.name), n_examples)
-
-
-def _slices(item: Tensor | np.ndarray, n_examples: int) -> list[list[bytes]]:
-    """An array's rows, where its first dimension can be that of the examples, and its columns, where the second can."""
-    plain = item.layout == torch.strided and not item.is_nested if isinstance(item, Tensor) else item.dtype != object
-    if not plain or (item.shape == (n_examples,) and set(item.tolist()) == set(range(n_examples))):
-        return []  # the latter are places in the batch
-    dims = [dim for dim, size in enumerate(item.shape[:2]) if size == n_examples]
-    return [[_hash(item[i] if dim == 0 else item[:, i]) for i in range(n_examples)] for dim in dims]
-
-
-def _hash(item: Any) -> bytes:
-    digest = hashlib.sha256()
-    _digest(digest, item)
-    return digest.digest()
 
 
 def _only_loader(loaders: Any, kind: str) -> Any:
@@ -384,7 +295,7 @@ def _only_loader(loaders: Any, kind: str) -> Any:
     return loaders
 
 
-def _digest(digest: Any, item: Any) -> None:
+def add_to_hash(digest: Any, item: Any) -> None:
     """Add an example to the hash, whatever it is made of; objects that have no bytes count by their type."""
     digest.update(type(item).__name__.encode())
     if isinstance(item, Tensor):
@@ -397,10 +308,10 @@ def _digest(digest: Any, item: Any) -> None:
     elif isinstance(item, Mapping):
         for name in sorted(item, key=str):
             digest.update(str(name).encode())
-            _digest(digest, item[name])
+            add_to_hash(digest, item[name])
     elif isinstance(item, (list, tuple)):
         for each in item:
-            _digest(digest, each)
+            add_to_hash(digest, each)
     elif is_dataclass(item):
         for each in fields(item):
-            _digest(digest, getattr(item, each.name))
+            add_to_hash(digest, getattr(item, each.name))
