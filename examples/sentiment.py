@@ -109,7 +109,7 @@ def word_vectors(name: str) -> Tensor:
 def sureness(texts: Sequence[str], sure: Tensor, changed: Sequence[int], n_removed: int) -> Table:
     """How sure the network is of each mistake, before and after it is trained again."""
     table = Table(title=f"How sure of its mistakes, trained on all and without {n_removed} sentences")
-    table.add_column("mistake", no_wrap=True, ratio=1)
+    table.add_column("mistake", no_wrap=True, max_width=34)
     for column in ("all", "no proponents", "no random ones"):
         table.add_column(column, justify="right", no_wrap=True)
     for text, row in zip(texts, sure.tolist(), strict=True):
