@@ -6,7 +6,6 @@ Reading needs no lock: what is complete does not change.
 from __future__ import annotations
 
 import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,9 +23,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 def locked(folder: Path, *, within_fit: bool = False) -> Iterator[None]:
     """Be the only one that writes into a trace's folder; the first of several processes does this for all.
 
-    The lock is on the file ``.lock``, which stays. The operating system frees that of a process that is killed. Where
-    files cannot be locked there is a warning, and no lock: a mark in its place would outlive a killed process, and
-    stand in the way when its fit is resumed on another node.
+    The lock is on the file ``.lock``, which is there meanwhile. A process that is killed leaves the file, but the
+    operating system frees the lock. Where files cannot be locked there is a warning, and no lock: a mark in its place
+    would outlive a killed process, and stand in the way when its fit is resumed on another node.
 
     Args:
         folder: of the trace; it is made if there is none, and removed if nothing is written to it.
@@ -59,6 +58,8 @@ def locked(folder: Path, *, within_fit: bool = False) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            if made and all(each.name == _NAME for each in folder.iterdir()):  # a refused fit leaves nothing
-                shutil.rmtree(folder)
+            if lock.lock_counter <= 1:  # filelock asks again where the file that it waited for is gone
+                (folder / _NAME).unlink()
+            if made and not any(folder.iterdir()):  # a refused fit leaves nothing
+                folder.rmdir()
         lock.release()  # nothing, if it is not held

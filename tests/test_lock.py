@@ -106,6 +106,7 @@ def test_a_fit_lets_go_of_the_folder_however_it_ends(tmp_path, end):
     fitted(tmp_path / "trace", overwrite=True)
     assert first is not None
     assert whole(tmp_path / "trace")
+    assert not (tmp_path / "trace" / ".lock").exists()
 
 
 def test_one_callback_serves_several_fits(tmp_path):
