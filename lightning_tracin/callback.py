@@ -629,7 +629,7 @@ def first_batch(
             def batch_of(indices: Sequence[int]) -> Any:
                 return batch_to_device(trainer, module, next(iter(training_set.loader_over(indices))))
 
-            check_batching(module, losses, batch_of, training_set.first_indices)
+            check_batching(module, losses, batch_of, training_set.first_indices, batch, captured.losses)
     return layers, batch, captured, dims
 
 

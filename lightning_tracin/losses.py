@@ -185,18 +185,25 @@ class MeanLoss:
 
 @full_precision()
 def check_batching(
-    module: nn.Module, losses: Callable[[Any], Tensor], batch_of: Callable[[Sequence[int]], Any], indices: Sequence[int]
+    module: nn.Module,
+    losses: Callable[[Any], Tensor],
+    batch_of: Callable[[Sequence[int]], Any],
+    indices: Sequence[int],
+    whole: Any,
+    of_whole: Tensor,
 ) -> None:
     """Check that the losses of a few examples do not depend on which others are in their batch.
 
-    The examples are batched as a whole and in two halves, one of which may be padded less. Where two passes over the
-    whole differ (the collate function masks words at random, say), nothing can be told.
+    They are batched once more as a whole, and in two halves, one of which may be padded less. Where the whole differs
+    from what it was (the collate function masks words at random, say), nothing can be told.
 
     Args:
         module: the module, in eval mode.
         losses: from a batch to its examples' losses.
         batch_of: from indices of examples to their batch, on the module's device.
         indices: of the examples.
+        whole: their batch.
+        of_whole: (len(indices),) the losses in it, on the CPU.
 
     Raises:
         ValueError: if a loss depends on how many others there are.
@@ -204,24 +211,23 @@ def check_batching(
     if len(indices) < 2:
         return
     with torch.no_grad():
-        whole, *halves = batches = [batch_of(each) for each in (indices, indices[::2], indices[1::2])]
-        of_whole, *of_halves = [losses(batch) for batch in batches]
-        again = losses(batch_of(indices))
+        batches = [batch_of(each) for each in (indices, indices[::2], indices[1::2])]
+        again, *of_halves = [losses(batch).float().cpu() for batch in batches]
     if not len(of_whole) == len(again) == sum(map(len, of_halves)) == len(indices):
         return  # the collate function drops or adds examples, which is told later
     joined = of_whole.new_empty(len(indices))
     joined[::2], joined[1::2] = of_halves
-    which = f"the loss of training example {indices[int((joined - of_whole).abs().argmax())]} is"
-    if isinstance(losses, MeanLoss):
-        which, of_whole, again, joined = "losses are", *(each.mean()[None] for each in (of_whole, again, joined))
+    if isinstance(losses, MeanLoss):  # which gives the mean alone
+        of_whole, again, joined = (each.mean()[None] for each in (of_whole, again, joined))
     worst = int((joined - of_whole).abs().argmax())
     tolerance = 5e-2 if is_half(module) else 1e-3
     repeats, same = (torch.allclose(each, of_whole, rtol=tolerance, atol=1e-6) for each in (again, joined))
     if same or not repeats:
         return
     name, size = type(module).__name__, len(indices)
+    which = "losses are" if isinstance(losses, MeanLoss) else f"the loss of training example {indices[worst]} is"
     found = f"{which} {float(of_whole[worst]):.4g} in a batch of {size}, but {float(joined[worst]):.4g} in one of half"
-    if isinstance(losses, MeanLoss) or _widths(halves[worst % 2]) != _widths(whole):
+    if isinstance(losses, MeanLoss) or _widths(batches[1 + worst % 2]) != _widths(whole):
         rank_zero_warn(
             f"{name} seems to read padding: {found} of them, which is padded less. Scores then depend on how examples "
             "are batched. Mask the padding, or pack it (torch.nn.utils.rnn.pack_padded_sequence)."
@@ -235,9 +241,7 @@ def check_batching(
 
 def _widths(batch: Any) -> list[torch.Size]:
     """The shapes of a batch's tensors without their first dimension."""
-    tensors: list[Tensor] = []
-    apply_to_collection(batch, Tensor, tensors.append)
-    return [tensor.shape[1:] for tensor in tensors]
+    return [tensor.shape[1:] for tensor in tensors_of(batch)]
 
 
 def is_half(module: nn.Module) -> bool:
@@ -315,9 +319,14 @@ def shallow(batch: Any) -> Any:
 
 def batch_size(batch: Any) -> int | None:
     """The length of the first dimension of the batch's first tensor."""
+    return next((len(tensor) for tensor in tensors_of(batch) if tensor.dim() > 0), None)
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The batch's tensors, in their order."""
     tensors: list[Tensor] = []
     apply_to_collection(batch, Tensor, tensors.append)
-    return next((len(tensor) for tensor in tensors if tensor.dim() > 0), None)
+    return tensors
 
 
 def row_of(batch: Any, row: int, size: int) -> Any:

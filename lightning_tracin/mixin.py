@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_tracin.capture import Losses
 from lightning_tracin.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
-from lightning_tracin.losses import MeanLoss, hugging_face_losses, shallow
+from lightning_tracin.losses import MeanLoss, hugging_face_losses, shallow, tensors_of
 from lightning_tracin.sharded import forwarded, unwrapped
 
 
@@ -185,9 +184,7 @@ def _token_ids(batch: Any) -> Tensor | None:
     """The batch's token ids (B, T): by name in a mapping, else its first tensor of whole numbers in two dimensions."""
     if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
         return batch["input_ids"]  # type: ignore[no-any-return]
-    tensors: list[Tensor] = []
-    apply_to_collection(batch, Tensor, tensors.append)
-    return next((t for t in tensors if t.dim() == 2 and not t.is_floating_point()), None)
+    return next((t for t in tensors_of(batch) if t.dim() == 2 and not t.is_floating_point()), None)
 
 
 def _checked(layer: Any, kind: type[nn.Module], method: str) -> nn.Module:
