@@ -16,9 +16,8 @@ from typing import Any
 
 from benchmarks.measure import Row, parser, peak_megabytes, report
 from examples.screenshots import chromium
-from lightning_tracin.explanation import Example, Explanation, Influential
+from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
 from lightning_tracin.report.page import Page, page_html, write_page
-from lightning_tracin.words import Word
 
 _LABELS = ("business", "entertainment", "politics", "sport", "tech")
 _VOCABULARY = 20_000

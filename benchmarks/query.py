@@ -19,9 +19,9 @@ import torch
 from benchmarks.measure import Row, in_turns, median_ratio, parser, peak_megabytes, report
 from benchmarks.workload import HIDDEN, word_gradients
 from lightning_tracin import TracInWE
-from lightning_tracin.gradients import DTYPES
-from lightning_tracin.scores import merge_top, top_of
-from lightning_tracin.store import Shards, ShardWriter, encoded_bytes, fitting_shard_examples
+from lightning_tracin.gradients.ragged import DTYPES
+from lightning_tracin.scoring.strongest import merge_top, top_of
+from lightning_tracin.storage.shards import Shards, ShardWriter, encoded_bytes, fitting_shard_examples
 
 _BLOCK = 500
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from examples.classifier import Classifier, Tokenized
 from examples.data import bbc_news, packaged_minilm, sms_spam
 from lightning_tracin import TracInMixin, Trainer
-from lightning_tracin.gradients import WordGradients
+from lightning_tracin.gradients.word_gradients import WordGradients
 
 TOKENS, HIDDEN, BATCH = 64, 384, 32
 

@@ -4,38 +4,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_tracin.callback import TracInCallback
-    from lightning_tracin.loop import influence
-    from lightning_tracin.methods import TracInLast, TracInWE
-    from lightning_tracin.mixin import TracInMixin
-    from lightning_tracin.result import InfluenceResult
-    from lightning_tracin.trace import Trace
-    from lightning_tracin.trainer import Trainer
+    from lightning_tracin.bridge.mixin import TracInMixin
+    from lightning_tracin.querying.influence import influence, self_influence
+    from lightning_tracin.querying.trainer import InfluenceTrainerMixin, Trainer
+    from lightning_tracin.recording.callback import TracInCallback
+    from lightning_tracin.results.result import InfluenceResult
+    from lightning_tracin.scoring.methods import TracInLast, TracInLayer, TracInSum, TracInWE
+    from lightning_tracin.storage.trace import Trace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "InfluenceResult",
+    "InfluenceTrainerMixin",
     "TracInCallback",
     "TracInLast",
+    "TracInLayer",
     "TracInMixin",
+    "TracInSum",
     "TracInWE",
     "Trace",
     "Trainer",
     "influence",
+    "self_influence",
 ]
 
 # Each name's module is imported when the name is asked for: Lightning alone takes seconds, which the command line
 # would spend on every `--help`.
 _MODULES = {
-    "InfluenceResult": "result",
-    "TracInCallback": "callback",
-    "TracInLast": "methods",
-    "TracInMixin": "mixin",
-    "TracInWE": "methods",
-    "Trace": "trace",
-    "Trainer": "trainer",
-    "influence": "loop",
+    "InfluenceResult": "results.result",
+    "InfluenceTrainerMixin": "querying.trainer",
+    "TracInCallback": "recording.callback",
+    "TracInLast": "scoring.methods",
+    "TracInLayer": "scoring.methods",
+    "TracInMixin": "bridge.mixin",
+    "TracInSum": "scoring.methods",
+    "TracInWE": "scoring.methods",
+    "Trace": "storage.trace",
+    "Trainer": "querying.trainer",
+    "influence": "querying.influence",
+    "self_influence": "querying.influence",
 }
 
 
@@ -45,8 +53,6 @@ if not TYPE_CHECKING:  # a type checker would believe that every name exists
         if name in _MODULES:
             globals()[name] = getattr(import_module(f"lightning_tracin.{_MODULES[name]}"), name)
             return globals()[name]
-        if name in _MODULES.values():
-            return import_module(f"lightning_tracin.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,5 +1,5 @@
 """``python -m lightning_tracin`` is the command ``lightning-tracin``."""
 
-from lightning_tracin.commands import main
+from lightning_tracin.cli.command import main
 
 raise SystemExit(main())

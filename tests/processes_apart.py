@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.data import Subset
 from toy import Toy, leave, loader, quiet, test_texts, texts
 
-from lightning_tracin import TracInCallback, store
-from lightning_tracin.lock import locked
+from lightning_tracin import TracInCallback
+from lightning_tracin.storage import files
+from lightning_tracin.storage.lock import locked
 
 
 class Normed(Toy):
@@ -133,16 +134,16 @@ def in_two(folder, found):
     reloading = {"reload_dataloaders_every_n_epochs": 1}
     found["reloaded"] = error_of(fit, folder / "reloaded", Toy, data=Reloaded(seed=rank), trainer=reloading)
     found["different data"] = error_of(fit, folder / "different", Toy, data=loader(texts(seed=rank)))
-    write = store.write_tensors
+    write = files.write_tensors
 
     def full(path, *arguments):
         if rank == 1:
             raise OSError(28, f"{path} could not be written")
         return write(path, *arguments)
 
-    store.write_tensors = full
+    files.write_tensors = full
     found["full"] = error_of(fit, folder / "full", Toy)
-    store.write_tensors = write
+    files.write_tensors = write
 
     fit(folder / "normed", Normed)
     for cache in ("checkpoint", "training"):

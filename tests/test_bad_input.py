@@ -16,9 +16,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
-from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInMixin, TracInWE, store
-from lightning_tracin.processes import ALONE, Processes
-from lightning_tracin.training_set import TrainingSet, own_part, spare_batch
+from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInMixin, TracInWE
+from lightning_tracin.bridge.test_loader import own_part, spare_batch
+from lightning_tracin.bridge.training_set import TrainingSet
+from lightning_tracin.parallel.processes import ALONE, Processes
+from lightning_tracin.storage import files, shards
 
 
 def with_loss(loss):
@@ -428,8 +430,8 @@ def test_a_trace_of_another_data_set(tmp_path, other, message, cache):
 
 def test_a_trace_of_a_newer_version(tmp_path, trace):
     copied = shutil.copytree(trace, tmp_path / "trace")
-    header = store.read_json(copied / "trace.json")
-    store.write_json(copied / "trace.json", {**header, "version": 99})
+    header = files.read_json(copied / "trace.json")
+    files.write_json(copied / "trace.json", {**header, "version": 99})
     with pytest.raises(ValueError, match=r"format version 99.*Update lightning_tracin"):
         Trace(copied)
 
@@ -469,7 +471,7 @@ def test_a_plain_training_step_that_needs_a_fit_around_it(tmp_path):
 def test_gradients_of_another_number_of_examples(tmp_path, number):
     fit = fitted(tmp_path / "trace")
     path = fit.callbacks[0].trace.checkpoints[1].path / "tracin-we" / "index.json"
-    store.write_json(path, {**json.loads(path.read_text()), "n_examples": number})
+    files.write_json(path, {**json.loads(path.read_text()), "n_examples": number})
     with pytest.raises(
         ValueError, match=f"tracin-we/index.json is damaged: it counts {number} .* the trace has {N_TRAIN}"
     ):
@@ -519,7 +521,7 @@ def without_the_last(items):
 @pytest.mark.parametrize("shard_examples", [8, 100])
 @pytest.mark.parametrize(("collate", "found"), [(doubled, "more than 20"), (without_the_last, "15")])
 def test_a_collate_function_that_adds_or_drops_examples(tmp_path, monkeypatch, collate, found, shard_examples):
-    monkeypatch.setattr(store, "_SHARD_EXAMPLES", shard_examples)
+    monkeypatch.setattr(shards, "_SHARD_EXAMPLES", shard_examples)
     with pytest.raises(ValueError, match=f"has 20 examples, but a pass over it gave {found}: the collate function"):
         fitted(tmp_path, data=loader(collate_fn=collate))
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -627,7 +629,7 @@ def test_the_space_needed_by_a_resumed_fit_is_that_of_the_steps_to_come(tmp_path
 
 def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
     calls = []
-    save = store.save_file
+    save = files.save_file
 
     def fill(tensors, path, **options):
         calls.append(path)
@@ -635,7 +637,7 @@ def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         save(tensors, path, **options)
 
-    monkeypatch.setattr(store, "save_file", fill)
+    monkeypatch.setattr(files, "save_file", fill)
     with pytest.raises(OSError, match="No space left"):
         fitted(tmp_path / "trace")
     assert [each.step for each in Trace(tmp_path / "trace").checkpoints] == [5]
@@ -709,7 +711,7 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(toy, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", full)
+        patch.setattr(files.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             toy.influence(loader(test_texts()), k=2).save(path)
     assert torch.equal(InfluenceResult.load(path).scores, result.scores)

@@ -11,8 +11,8 @@ from torch.nn import functional
 from toy import CLASSES, VOCABULARY, Toy, fitted, loader, test_texts, texts
 
 from lightning_tracin import TracInMixin
-from lightning_tracin.callback import capture_at
-from lightning_tracin.capture import gradients_enabled
+from lightning_tracin.bridge.module_gradients import capture_at
+from lightning_tracin.gradients.eval_mode import gradients_enabled
 
 LAYERS = {"tracin-we": "embedding", "tracin-last": "head"}
 

@@ -15,8 +15,8 @@ from test_lightning import TwinToy
 from toy import N_TEST, N_TRAIN, Data, Toy, loader, quiet, test_texts
 
 from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInWE
-from lightning_tracin.cli import InfluenceCLIMixin, TracInCLI
-from lightning_tracin.trainer import InfluenceTrainerMixin
+from lightning_tracin.cli.subcommands import InfluenceCLIMixin, TracInCLI
+from lightning_tracin.querying.trainer import InfluenceTrainerMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

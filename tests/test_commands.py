@@ -17,8 +17,8 @@ from toy import CLASSES, N_TEST, N_TRAIN, fitted, loader, test_texts
 
 import lightning_tracin
 from lightning_tracin import Trace
-from lightning_tracin.commands import main
-from lightning_tracin.store import read_json, write_json
+from lightning_tracin.cli.command import main
+from lightning_tracin.storage.files import read_json, write_json
 
 COMMAND = [sys.executable, "-m", "lightning_tracin"]
 
@@ -415,6 +415,6 @@ def test_names_are_imported_when_they_are_asked_for():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("TracInWE(")
     assert set(lightning_tracin.__all__) <= set(dir(lightning_tracin))
-    assert lightning_tracin.trainer.Trainer is lightning_tracin.Trainer  # modules are there as well
+    assert lightning_tracin.querying.trainer.Trainer is lightning_tracin.Trainer  # modules are there as well
     with pytest.raises(AttributeError, match="no attribute 'Tracer'"):
         lightning_tracin.Tracer  # noqa: B018

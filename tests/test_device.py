@@ -7,12 +7,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 from elsewhere import DEVICE, Accelerator, Elsewhere
+from lightning_tracin.gradients.storage_options import on_device
 from test_gradients import JOINS, random_linear, random_words
 from toy import Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import TracInLast, TracInWE
-from lightning_tracin.gradients import SecondMoments, on_device
-from lightning_tracin.query import scored
+from lightning_tracin.bridge.queries import scored
+from lightning_tracin.gradients.second_moments import SecondMoments
 
 METHODS = [
     TracInWE(),

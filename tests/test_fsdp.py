@@ -15,8 +15,8 @@ from test_processes import run
 from toy import RATE, Toy, loader, quiet, texts
 
 from lightning_tracin import Trace, TracInWE
-from lightning_tracin.processes import require_strategy
-from lightning_tracin.sharded import joined
+from lightning_tracin.bridge.strategy import require_strategy
+from lightning_tracin.parallel.fsdp import joined
 
 METHODS = ("tracin-we", "tracin-last")
 LAYERS = {"tracin-we": "embedding", "tracin-last": "head"}

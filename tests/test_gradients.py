@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning_tracin.gradients.linear_gradients import LinearGradients
 
-from lightning_tracin.gradients import LinearGradients, Texts, WordGradients, unit_rows
-from lightning_tracin.methods import TracInLast, TracInWE
+from lightning_tracin.gradients.ragged import unit_rows
+from lightning_tracin.gradients.texts import Texts
+from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.scoring.methods import TracInLast, TracInWE
 
 
 def dense(words: WordGradients, vocabulary: int) -> torch.Tensor:

@@ -20,8 +20,9 @@ from torch.utils.data import (
 )
 from toy import N_TEST, N_TRAIN, STEPS_PER_EPOCH, Toy, fitted, loader, quiet, test_texts, texts
 
-from lightning_tracin import TracInLast, TracInWE, store
-from lightning_tracin.training_set import TrainingSet
+from lightning_tracin import TracInLast, TracInWE
+from lightning_tracin.bridge.training_set import TrainingSet
+from lightning_tracin.storage import files, shards
 
 METHODS = ["tracin-we", "tracin-last"]
 
@@ -197,7 +198,7 @@ def test_texts_of_about_one_length_come_together_once_lengths_are_known(
     tmp_path, monkeypatch, cache, shard_examples, build, methods
 ):
     """From the first checkpoint on where the data set tells them, else from the second; the scores stay the same."""
-    monkeypatch.setattr(store, "_SHARD_EXAMPLES", shard_examples)
+    monkeypatch.setattr(shards, "_SHARD_EXAMPLES", shard_examples)
     module = OfLengths()
     options = {"cache": cache, "methods": methods}
     fit = fitted(tmp_path / "trace", module, loader(build(), collate_fn=to_the_longest), **options)
@@ -241,7 +242,7 @@ def test_lengths_are_read_once_and_draw_no_random_number(num_workers):
 
 
 def test_a_data_set_of_one_length_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr("lightning_tracin.training_set._SAMPLED", 4)
+    monkeypatch.setattr("lightning_tracin.bridge.fingerprint._SAMPLED", 4)
     data = Ragged()
     data.padded = TensorDataset(torch.ones(N_TRAIN, 7, dtype=torch.long), torch.zeros(N_TRAIN))
     assert TrainingSet(loader(data)).lengths(range(N_TRAIN)) is None
@@ -306,7 +307,7 @@ def test_scores_are_symmetric_under_swapping_the_sides(tmp_path, method):
 @pytest.mark.parametrize("shard_examples", [1, 3, 7, 4096])
 @pytest.mark.parametrize("k", [1, 4, N_TRAIN])
 def test_the_strongest_are_those_of_the_whole_matrix(tmp_path, monkeypatch, shard_examples, k):
-    monkeypatch.setattr(store, "_SHARD_EXAMPLES", shard_examples)
+    monkeypatch.setattr(shards, "_SHARD_EXAMPLES", shard_examples)
     fit = fitted(tmp_path / "trace")
     whole, strongest = fit.influence(loader(test_texts())), fit.influence(loader(test_texts()), k=k)
     assert strongest.scores is None
@@ -328,7 +329,7 @@ VARIANTS = [
 def in_shards(tmp_path_factory):
     """The session's fit once more, its gradients in many small shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "_SHARD_EXAMPLES", 4)
+        patch.setattr(shards, "_SHARD_EXAMPLES", 4)
         return fitted(tmp_path_factory.mktemp("shards") / "trace")
 
 
@@ -367,10 +368,10 @@ def test_half_precision_is_close_to_full(expected, tmp_path, method):
 def test_a_stream_as_training_set_scores_like_the_data_set(uncached, expected, tmp_path, workers):
     """Several workers would each yield the whole stream."""
     path = shutil.copytree(uncached[0], tmp_path / "trace")
-    header = store.read_json(path / "trace.json")
+    header = files.read_json(path / "trace.json")
     stream = loader(Streamed(texts()), num_workers=workers)
     fingerprint = TrainingSet(stream).fingerprint()  # of its length: a stream's examples cannot be looked up
-    store.write_json(path / "trace.json", {**header, "data_fingerprint": fingerprint})
+    files.write_json(path / "trace.json", {**header, "data_fingerprint": fingerprint})
     scores = quiet().influence(loader(test_texts()), uncached[1], train_dataloaders=stream, trace=path).scores
     assert_same(scores, expected["tracin-we"])
 
@@ -388,7 +389,7 @@ def test_asking_twice_gives_the_same(toy):
 
 
 def test_shards_are_as_many_as_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_SHARD_EXAMPLES", 7)
+    monkeypatch.setattr(shards, "_SHARD_EXAMPLES", 7)
     trace = fitted(tmp_path / "trace").callbacks[0].trace
     assert {len(list(each.path.glob("tracin-we/*.safetensors"))) for each in trace.checkpoints} == {3}
 

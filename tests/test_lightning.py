@@ -22,8 +22,8 @@ from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 from transformers import PreTrainedTokenizerFast
 
 from lightning_tracin import Trace, TracInCallback, TracInMixin, influence
-from lightning_tracin.trainer import InfluenceTrainerMixin
-from lightning_tracin.training_set import TrainingSet
+from lightning_tracin.bridge.training_set import TrainingSet
+from lightning_tracin.querying.trainer import InfluenceTrainerMixin
 
 
 class TwinToy(TracInMixin, twin.LightningModule):

@@ -14,7 +14,8 @@ import pytorch_lightning as pl
 import torch
 from toy import Toy, fitted, loader, quiet, test_texts
 
-from lightning_tracin import Trace, TracInCallback, loop
+from lightning_tracin import Trace, TracInCallback
+from lightning_tracin.querying import filling
 
 REFUSED = r"Another fit or query writes into the trace in .*/trace now.*another dirpath, or wait"
 
@@ -138,10 +139,10 @@ def test_a_query_is_refused_while_another_fills_the_trace(tmp_path):
 
 def test_what_another_query_has_stored_meanwhile_is_not_computed_again(tmp_path, monkeypatch):
     fit = fitted(tmp_path / "trace", cache="on_demand")
-    locked = loop.locked
+    locked = filling.locked
 
     def late(*arguments, **options):
-        monkeypatch.setattr(loop, "locked", locked)
+        monkeypatch.setattr(filling, "locked", locked)
         scores_of(tmp_path / "trace", train_dataloaders=loader())
         written.extend(index.stat().st_mtime_ns for index in indices())
         return locked(*arguments, **options)
@@ -150,7 +151,7 @@ def test_what_another_query_has_stored_meanwhile_is_not_computed_again(tmp_path,
         return sorted((tmp_path / "trace").rglob("index.json"))
 
     written: list[int] = []
-    monkeypatch.setattr(loop, "locked", late)
+    monkeypatch.setattr(filling, "locked", late)
     fit.influence(loader(test_texts()))
     assert [index.stat().st_mtime_ns for index in indices()] == written
     assert len(written) == 3  # of two checkpoints' gradients, and of the texts

@@ -27,10 +27,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from toy import EPOCHS, N_TEST, STEPS_PER_EPOCH, Toy, loader, quiet, test_texts, texts
 
 from lightning_tracin import Trace, TracInCallback
-from lightning_tracin.explanation import Example, Explanation, Influential
-from lightning_tracin.report import loggers
-from lightning_tracin.validation import is_suspected, summary
-from lightning_tracin.words import Word
+from lightning_tracin.recording import loggers
+from lightning_tracin.recording.validation_log import is_suspected, summary
+from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
 
 SCALARS = ("tracin/same_label", "tracin/concentration", "tracin/suspected_label_errors")
 

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from toy import CLASSES, N_TEST, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInCallback, TracInMixin
-from lightning_tracin.capture import capture
+from lightning_tracin.gradients.capture import capture
 
 METHODS = ["tracin-we", "tracin-last"]
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 from toy import fitted, loader, test_texts
 
-from lightning_tracin.collated_order import check_order
+from lightning_tracin.bridge.collated_order import check_order
 
 Pair = namedtuple("Pair", ["ids", "labels"])
 

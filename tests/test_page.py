@@ -15,9 +15,8 @@ from chromium import DESKTOP, PHONE, browsing, opened
 from toy import N_TEST, N_TRAIN, fitted, loader, test_texts
 
 from lightning_tracin import InfluenceResult, TracInLast, TracInWE
-from lightning_tracin.explanation import Example, Explanation, Influential
+from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
 from lightning_tracin.report.page import Page, json_in_html, page_html, write_page
-from lightning_tracin.words import Word
 
 HOSTILE = ("<script>alert(1)</script>", "</script>", "<img src=x onerror=alert(1)>", "<!--", "&lt;b&gt;", "\u2028")
 K = 4

@@ -10,13 +10,14 @@ import pytorch_lightning as pl
 import torch
 from brute_force import BruteForce, dense_gradients, relative_error, untie
 from families import FAMILIES
+from lightning_tracin.gradients.storage_options import projection_matrix
 from test_gradients import dense, random_linear, random_words
 from test_training_cache import without_dropout
 from toy import CLASSES, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInWE
-from lightning_tracin.gradients import SecondMoments, projection_matrix
-from lightning_tracin.precision import full_precision
+from lightning_tracin.gradients.precision import full_precision
+from lightning_tracin.gradients.second_moments import SecondMoments
 
 LAYERS = {"tracin-we": "embedding", "tracin-last": "last"}
 ROUNDED = 0.05  # relative error of scores whose gradients went through several layers in numbers of 8 bits

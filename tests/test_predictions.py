@@ -6,14 +6,14 @@ import transformers
 from families import FAMILIES, VOCABULARY, HuggingFace
 from torch import nn
 
-from lightning_tracin.losses import labels_of
-from lightning_tracin.predictions import Outputs
+from lightning_tracin.gradients.batches import labels_of
+from lightning_tracin.gradients.predictions import PredictionProbe
 
 
 def predicted(module, batch, last=None):
     """What is seen in the pass that gives the losses."""
     module.eval()
-    outputs = Outputs(module, last)
+    outputs = PredictionProbe(module, last)
     with outputs.watched(), torch.no_grad():
         losses = module.influence_loss(batch)
     return outputs.predictions(len(losses), labels_of(batch))

@@ -18,10 +18,11 @@ from test_fit import Reproducible
 from toy import N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 from two_processes import CACHES
 
-from lightning_tracin import Trace, TracInCallback, TracInWE, processes
-from lightning_tracin.gradients import WordGradients
-from lightning_tracin.processes import Processes
-from lightning_tracin.runs import Runs
+from lightning_tracin import Trace, TracInCallback, TracInWE
+from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.parallel import processes
+from lightning_tracin.parallel.processes import Processes
+from lightning_tracin.storage.runs import Runs
 
 METHODS = ("tracin-we", "tracin-last")
 

@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, test_texts, texts
 
-from lightning_tracin import InfluenceResult, TracInLast, TracInWE, stored_result
-from lightning_tracin.explanation import Example, Explanation, Influential
+from lightning_tracin import InfluenceResult, TracInLast, TracInWE
+from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
 from lightning_tracin.report.tables import explained
-from lightning_tracin.words import Word
+from lightning_tracin.results import stored_result
 
 
 @pytest.fixture(scope="module")

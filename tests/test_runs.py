@@ -6,14 +6,14 @@ import pytest
 import torch
 from test_gradients import dense, random_linear, random_words
 
-from lightning_tracin import runs
-from lightning_tracin.gradients import Texts
-from lightning_tracin.runs import Runs
-from lightning_tracin.waiting import Waiting
+from lightning_tracin.gradients.texts import Texts
+from lightning_tracin.storage import runs
+from lightning_tracin.storage.row_buffer import RowBuffer
+from lightning_tracin.storage.runs import Runs
 
 
 def test_blocks_that_wait_are_joined_in_memory_that_is_used_again():
-    waiting = Waiting()
+    waiting = RowBuffer()
     blocks = [random_words(n_examples) for n_examples in (3, 1, 6)]
     table = torch.cat([of_block for _, of_block in blocks])
     places = set()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning_tracin.gradients.storage_options import StorageOptions
 from test_gradients import random_words
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import TracInCallback, TracInWE
-from lightning_tracin.gradients import Kept
-from lightning_tracin.store import encoded_bytes
+from lightning_tracin.storage.shards import encoded_bytes
 
 
 def recall_at_10(found, exact):
@@ -24,10 +24,10 @@ def recall_at_10(found, exact):
 @pytest.mark.parametrize(
     ("kept", "error", "recall", "share"),
     [
-        (Kept("float16"), 1e-3, 0.99, 0.51),
-        (Kept("int8"), 2e-2, 0.97, 0.28),
-        (Kept("float16", projection=128), 0.1, 0.25, 0.27),
-        (Kept("int8", projection=64), 0.2, 0.15, 0.1),
+        (StorageOptions("float16"), 1e-3, 0.99, 0.51),
+        (StorageOptions("int8"), 2e-2, 0.97, 0.28),
+        (StorageOptions("float16", projection=128), 0.1, 0.25, 0.27),
+        (StorageOptions("int8", projection=64), 0.2, 0.15, 0.1),
     ],
     ids=str,
 )
@@ -78,5 +78,5 @@ def test_a_fit_is_not_resumed_with_another_projection(tmp_path):
     first = fitted(tmp_path / "trace", projection=5)
     first.save_checkpoint(tmp_path / "last.ckpt")
     second = quiet(callbacks=[TracInCallback(tmp_path / "trace", dtype="float32")], max_epochs=3)
-    with pytest.raises(ValueError, match=r"begun with Kept\(dtype='float32', top_words=None, projection=5\)"):
+    with pytest.raises(ValueError, match=r"begun with StorageOptions\(dtype='float32', top_words=None, projection=5\)"):
         second.fit(Toy(), loader(), ckpt_path=tmp_path / "last.ckpt")

@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_gradients import dense, random_linear, random_words
 
-from lightning_tracin import store
-from lightning_tracin.gradients import Texts
-from lightning_tracin.store import Shards, ShardWriter, encoded_bytes
+from lightning_tracin.gradients.texts import Texts
+from lightning_tracin.storage import files
+from lightning_tracin.storage.shards import Shards, ShardWriter, encoded_bytes
 
 
 def written(folder, block, *, batch=4, dtype="float32", shard_examples=100):
@@ -108,9 +108,9 @@ def test_a_file_whose_writing_fails_does_not_appear(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        store.write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+        files.write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,7 +118,7 @@ def test_a_shard_that_cannot_be_written_is_an_error_of_the_writer(tmp_path, monk
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with ShardWriter(tmp_path, dtype="float32", shard_examples=2) as writer:
         writer.add(random_words(2)[0])
         with pytest.raises(OSError, match=r"00000\.safetensors could not be written.*No space left"):

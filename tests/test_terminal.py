@@ -8,9 +8,8 @@ from rich.console import Console
 from toy import loader, test_texts
 
 from lightning_tracin import TracInLast
-from lightning_tracin.explanation import Example, Explanation, Influential
+from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
 from lightning_tracin.report.tables import explained, shaded
-from lightning_tracin.words import Word
 
 
 def printed(*renderables, width: int = 80, terminal: bool = False) -> str:

@@ -12,7 +12,8 @@ from pytorch_lightning.loggers import CSVLogger
 from test_fit import Failing, Reproducible, resumable
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
-from lightning_tracin import InfluenceResult, Trace, TracInCallback, store
+from lightning_tracin import InfluenceResult, Trace, TracInCallback
+from lightning_tracin.storage import files
 
 METHODS = ["tracin-we", "tracin-last"]
 
@@ -285,7 +286,7 @@ def test_at_whatever_file_the_disk_fills_up_what_was_complete_stays_readable(tmp
         if left == 0:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", fill)  # called once for every file, before it takes its name
+    monkeypatch.setattr(files.os, "fsync", fill)  # called once for every file, before it takes its name
     outcomes = []
     for number in range(1, 100):
         left = number

@@ -28,7 +28,9 @@ from torch.utils.data import (
 )
 from toy import CLASSES, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
 
-from lightning_tracin import Trace, TracInCallback, callback, runs, training_cache
+from lightning_tracin import Trace, TracInCallback
+from lightning_tracin.recording import callback, training_cache
+from lightning_tracin.storage import runs
 
 METHODS = ("tracin-we", "tracin-last")
 
@@ -211,7 +213,7 @@ def test_a_loss_scale_is_undone_and_overflowing_steps_are_left_out(tmp_path, exp
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_many_runs_and_shards(tmp_path, monkeypatch, expected, run_bytes, dtype):
     monkeypatch.setattr(runs, "_RUN_BYTES", run_bytes)
-    monkeypatch.setattr("lightning_tracin.store._SHARD_EXAMPLES", 6)
+    monkeypatch.setattr("lightning_tracin.storage.shards._SHARD_EXAMPLES", 6)
     fit = fitted(tmp_path / "trace", build(), cache="training", dtype=dtype)
     for method in METHODS:
         error = (scores_of(fit, method) - 2 * expected[method]).norm() / expected[method].norm()
@@ -339,12 +341,12 @@ def test_loaders_that_are_given_again_at_a_reload(tmp_path, expected, workers):
     loaders = [loader(shuffle=True, num_workers=workers, persistent_workers=workers > 0) for _ in range(2)]
     samplers = [each.batch_sampler for each in loaders]
 
-    class Kept(pl.LightningDataModule):
+    class StorageOptions(pl.LightningDataModule):
         def train_dataloader(self):
             return loaders[self.trainer.current_epoch // 2]
 
     trainer = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}
-    fit = fitted(tmp_path / "trace", build(), Kept(), cache="training", trainer=trainer)
+    fit = fitted(tmp_path / "trace", build(), StorageOptions(), cache="training", trainer=trainer)
     assert_expected(fit, expected, epochs=4)
     assert [each.batch_sampler for each in loaders] == samplers
 

@@ -16,8 +16,8 @@ from toy import N_TRAIN, VOCABULARY, Toy, fitted, loader, test_texts, texts
 from transformers import PreTrainedTokenizerFast
 
 from lightning_tracin import InfluenceResult, TracInCallback, TracInLast, TracInWE, Trainer
-from lightning_tracin import word_table as module
-from lightning_tracin.word_table import WordTable, groups_of
+from lightning_tracin.report.word_table import WordTable
+from lightning_tracin.results.word_sums import groups_of
 
 TOKENS = ["[PAD]", "[CLS]", *(f"w{number}" for number in range(2, 15)), *(f"##p{n}" for n in range(15, VOCABULARY))]
 
@@ -146,8 +146,8 @@ def test_special_tokens_are_marked_and_those_that_are_excluded_are_not_listed(sp
 
 def test_pieces_and_shards_do_not_matter(tmp_path, result, monkeypatch):
     expected = result.word_table(n=None)
-    monkeypatch.setattr(module, "_PIECE", 21)
-    monkeypatch.setattr("lightning_tracin.store._SHARD_EXAMPLES", 6)
+    monkeypatch.setattr("lightning_tracin.results.word_sums._PIECE", 21)
+    monkeypatch.setattr("lightning_tracin.storage.shards._SHARD_EXAMPLES", 6)
     again = spelled(tmp_path / "trace").influence(loader(test_texts()))
     assert again.trace.shard_examples == 6
     found = again.word_table(n=None)

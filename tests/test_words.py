@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_tracin.words import Word, is_special, marks_of, shares_of_words, spans_of, words_in, words_of
+from lightning_tracin.report.explanation import Word
+from lightning_tracin.results.words import is_special, marks_of, shares_of_words, spans_of, words_in, words_of
 
 TEXTS = [
     "The Federal Reserve's tariffs, 10-year notes & U.S. stocks (NYSE) fell 3.5% — again!",

@@ -19,13 +19,16 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lightning_tracin.explanation import Example, Explanation, Influential
-from lightning_tracin.store import appearing_file
-from lightning_tracin.word_table import WordTable
+from lightning_tracin.report.explanation import Example, Explanation, Influential
+from lightning_tracin.report.word_table import WordTable
+from lightning_tracin.storage.files import appearing_file
 
 _FOLDER = Path(__file__).parent
+
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")  # what ends a script early, and halves of characters
+
 _TERM_STEPS = 9999  # a pair's largest term, in the steps that its terms are rounded to
+
 _UNREAD, _UNKNOWN = 160, 2000  # characters of what the model was not given; of a text whose words are not known
 
 

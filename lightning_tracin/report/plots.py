@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 Kind: TypeAlias = Literal["scores", "words", "labels", "self_influence"]
 
 FOR, AGAINST = "#0072B2", "#E69F00"  # blue and orange of Okabe and Ito: told apart also by the colour-blind
+
 _N_BINS = 50
+
 _N_BARS = 15
+
 _NAME_LENGTH = 24
+
 _AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}  # a $ in a word begins no formula
+
 _SCORE = "influence score (positive: lowered the test example's loss)"
+
 _FURTHER_FONTS = (  # for signs that matplotlib's own font lacks, where one of them is installed
     *(f"Noto Sans CJK {region}" for region in ("SC", "JP", "KR")),
     *(f"Noto Sans {script}" for script in ("Devanagari", "Arabic", "Hebrew", "Thai", "Bengali", "Tamil")),

@@ -10,13 +10,17 @@ from rich.padding import Padding
 from rich.panel import Panel
 from rich.text import Text
 
-from lightning_tracin.explanation import Example, Explanation, Influential
+from lightning_tracin.report.explanation import Example, Explanation, Influential
 
 # Colour-blind safe, legible on light and on dark: what pushed in the score's direction, and what pushed against it.
 _FOR = ("bold white on dark_blue", "white on dodger_blue3", "underline")
+
 _AGAINST = ("bold black on orange1", "black on light_goldenrod2", "underline")
+
 _STRONG, _MEDIUM, _WEAK = 0.2, 0.07, 0.02  # shares of the sum of the terms' magnitudes
+
 _LINES = 4  # of a training example's text
+
 _UNREAD = 80  # characters of a text that the model was not given
 
 

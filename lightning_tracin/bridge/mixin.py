@@ -1,0 +1,196 @@
+"""What a LightningModule says about itself: its losses, its layers, its words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_tracin.gradients.batches import shallow, tensors_of
+from lightning_tracin.gradients.capture import Losses
+from lightning_tracin.gradients.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
+from lightning_tracin.gradients.losses import hugging_face_losses
+from lightning_tracin.gradients.mean_loss import MeanLoss
+from lightning_tracin.parallel.fsdp import forwarded, unwrapped
+
+
+class TracInMixin:
+    """Tells influence methods about a LightningModule; stands before ``LightningModule`` in the bases.
+
+    Every method has a default that serves Hugging Face models; override what differs.
+
+    Example::
+
+        class Classifier(TracInMixin, pl.LightningModule):
+            def influence_loss(self, batch):
+                ids, labels = batch
+                return F.cross_entropy(self(ids), labels, reduction="none")
+    """
+
+    def influence_loss(self, batch: Any) -> Tensor:
+        """One unreduced loss for each example of the batch.
+
+        The default serves a ``forward`` that returns a Hugging Face output with ``logits``, and a batch with
+        ``labels``: classification, multi-label classification, regression, token classification, causal and masked
+        language models. An example with several labels has their mean as its loss.
+
+        Args:
+            batch: what ``training_step`` takes.
+
+        Returns:
+            Float tensor of shape (B,).
+
+        Raises:
+            ValueError: if the default cannot tell the losses.
+        """
+        return hugging_face_losses(self, batch)  # type: ignore[arg-type]
+
+    def influence_embedding_layer(self) -> nn.Module:
+        """The word embedding layer, called with token ids (B, T) and returning (B, T, H).
+
+        Raises:
+            ValueError: if there is none, or several candidates; the message lists them by name.
+        """
+        return find_embedding_layer(self)  # type: ignore[arg-type]
+
+    def influence_last_layer(self) -> nn.Module:
+        """The last linear layer.
+
+        The default is a Hugging Face language model's output embedding, else the ``nn.Linear`` that is registered
+        last. Before the default is used, a forward pass checks that this layer alone feeds the loss; if another one
+        does, that one is used, and if several do, an error lists them.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        return find_last_layer(self)  # type: ignore[arg-type]
+
+    def influence_words(self, batch: Any) -> list[list[str]]:
+        """What to print for each token id of the batch: B lists of T strings.
+
+        The default asks ``tokenizer``, an attribute of the module or its datamodule, for the tokens of the batch's
+        ids; without one, the ids themselves are printed.
+
+        Args:
+            batch: what ``training_step`` takes.
+        """
+        ids = _token_ids(batch)
+        return [] if ids is None else [words_of_ids(self, row) for row in ids.tolist()]
+
+    def influence_label_names(self) -> dict[int, str]:
+        """What to print for each label, by its number.
+
+        The default is ``id2label`` of a Hugging Face configuration; without one, the numbers are printed.
+        """
+        return _configured_label_names(self)  # type: ignore[arg-type]
+
+
+def losses_of(module: nn.Module) -> Losses:
+    """The module's losses of single examples; without the mixin, a :class:`MeanLoss` that is yet to be checked."""
+    own = getattr(module, "influence_loss", None)
+    if not callable(own):
+        return MeanLoss(module)
+    return lambda batch: forwarded(module, own, shallow(batch))
+
+
+def embedding_layer_of(module: nn.Module) -> nn.Module:
+    """The word embedding layer that the module names, or the one that is found."""
+    own = getattr(module, "influence_embedding_layer", None)
+    layer = own() if callable(own) else find_embedding_layer(module)
+    return _checked(layer, nn.Module, "influence_embedding_layer")
+
+
+def last_layer_of(module: nn.Module, losses: Callable[[], Tensor]) -> nn.Module:
+    """The last layer that the module names, or the one linear layer that feeds the loss in a forward pass."""
+    own = getattr(type(module), "influence_last_layer", None)
+    if own is None or own is TracInMixin.influence_last_layer:
+        return only_layer_before_loss(module, losses)
+    return _checked(module.influence_last_layer(), nn.Linear, "influence_last_layer")  # type: ignore[operator]
+
+
+def words_of_batch(module: nn.Module, batch: Any, token_ids: list[int]) -> dict[int, str]:
+    """What to print for the given token ids, by id.
+
+    Args:
+        module: says it by ``influence_words`` if it overrides that, else by its tokenizer.
+        batch: the batch that the ids come from.
+        token_ids: the ids, each once.
+
+    Raises:
+        ValueError: if ``influence_words`` does not return a string for each id of the batch.
+    """
+    own = getattr(type(module), "influence_words", None)
+    if own is None or own is TracInMixin.influence_words:
+        return dict(zip(token_ids, words_of_ids(module, token_ids), strict=True))
+    rows = module.influence_words(batch)  # type: ignore[operator]
+    ids = _token_ids(batch)
+    if ids is None or [len(row) for row in rows] != [ids.shape[1]] * len(ids):
+        raise ValueError(
+            "influence_words must return B lists of T strings, one for each token id of the batch, shape "
+            f"{None if ids is None else tuple(ids.shape)}, but returned lists of {[len(row) for row in rows]}."
+        )
+    named = {
+        token: word
+        for row, words in zip(ids.tolist(), rows, strict=True)
+        for token, word in zip(row, words, strict=True)
+    }
+    return {token: named.get(token, str(token)) for token in token_ids}
+
+
+def words_of_ids(module: Any, token_ids: list[int]) -> list[str]:
+    """The tokenizer's tokens for the ids, or the ids as text where there is no tokenizer."""
+    tokenizer = tokenizer_of(module)
+    if tokenizer is None:
+        return [str(token) for token in token_ids]
+    tokens = tokenizer.convert_ids_to_tokens(token_ids)
+    return [str(token) if word is None else word for token, word in zip(token_ids, tokens, strict=True)]
+
+
+def label_names_of(module: nn.Module) -> dict[int, str]:
+    """What to print for each label that the module, or a Hugging Face configuration in it, names.
+
+    Raises:
+        ValueError: if ``influence_label_names`` does not return names by number.
+    """
+    own = getattr(module, "influence_label_names", None)
+    names = own() if callable(own) else _configured_label_names(module)
+    if not isinstance(names, Mapping) or not all(isinstance(number, int) for number in names):
+        raise ValueError(f"influence_label_names must return a name for each label's number, but returned {names!r}.")
+    return {number: str(name) for number, name in names.items()}
+
+
+def tokenizer_of(module: Any) -> Any:
+    """The tokenizer that is an attribute of the module or of its datamodule; None without one."""
+    try:
+        datamodule = module.trainer.datamodule
+    except (RuntimeError, AttributeError):  # how Lightning says that the module has no trainer, or no datamodule
+        datamodule = None
+    for owner in (module, datamodule):
+        tokenizer = getattr(owner, "tokenizer", None)
+        if hasattr(tokenizer, "convert_ids_to_tokens"):
+            return tokenizer
+    return None
+
+
+def _configured_label_names(module: nn.Module) -> dict[int, str]:
+    """The names of a Hugging Face classifier's labels."""
+    for part in module.modules():
+        names = getattr(getattr(part, "config", None), "id2label", None)
+        if isinstance(names, dict):
+            return {int(number): str(name) for number, name in names.items()}
+    return {}
+
+
+def _token_ids(batch: Any) -> Tensor | None:
+    """The batch's token ids (B, T): by name in a mapping, else its first tensor of whole numbers in two dimensions."""
+    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
+        return batch["input_ids"]  # type: ignore[no-any-return]
+    return next((t for t in tensors_of(batch) if t.dim() == 2 and not t.is_floating_point()), None)
+
+
+def _checked(layer: Any, kind: type[nn.Module], method: str) -> nn.Module:
+    layer = unwrapped(layer) if isinstance(layer, nn.Module) else layer
+    if not isinstance(layer, kind):
+        raise ValueError(f"{method} must return an nn.{kind.__name__}, but returned {type(layer).__name__}.")
+    return layer

@@ -1,0 +1,107 @@
+"""Taking the gradients of a Lightning module's batches: what a fit, a query and a validation do alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import nn
+
+from lightning_tracin.bridge.mixin import losses_of
+from lightning_tracin.gradients.capture import Captured, capture, find_example_dims
+from lightning_tracin.gradients.eval_mode import gradients_enabled
+from lightning_tracin.gradients.layers import on_module
+from lightning_tracin.gradients.mean_loss import MeanLoss
+from lightning_tracin.gradients.predictions import PredictionProbe
+from lightning_tracin.gradients.sites import Site, words_site
+from lightning_tracin.parallel.fsdp import is_fsdp
+
+
+class ModuleGradients:
+    """Takes the gradients of a module's batches at some sites.
+
+    What a batch tells of the layers is remembered for those that follow; the first one is checked.
+
+    Args:
+        module: the module.
+        wanted: the sites that gradients are taken at.
+        recorded: the sites of the trace; of its words the token ids are read, also where no gradient is taken there.
+        probe: sees what the model says in the forward pass that gives the losses.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        wanted: Sequence[Site],
+        *,
+        recorded: Sequence[Site] = (),
+        probe: PredictionProbe | None = None,
+    ) -> None:
+        self.module = module
+        self.sites = tuple(wanted)
+        self._own_losses = losses_of(module)
+        self._losses = self._own_losses if probe is None else probe.watching(self._own_losses)
+        words = words_site(recorded)
+        self._read = () if words is None or words in self.sites else (words,)
+        self._dims: dict[nn.Module, int] = {}
+
+    def at(self, wanted: Sequence[Site], probe: PredictionProbe) -> ModuleGradients:
+        """What takes gradients at some of the sites, and knows already what batches told here."""
+        narrower = ModuleGradients(self.module, wanted, recorded=self.sites, probe=probe)
+        narrower._dims = self._dims
+        return narrower
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no batch has come yet."""
+        return not self._dims
+
+    def check_first(self, batch: Any) -> None:
+        """What :meth:`check_mean` does, if no batch has come yet."""
+        if self.is_new:
+            self.check_mean(batch)
+
+    def check_mean(self, batch: Any) -> None:
+        """Check on a batch that a module without losses of single examples returns their mean.
+
+        Raises:
+            ValueError: if it returns anything else.
+        """
+        if isinstance(self._own_losses, MeanLoss):
+            self._own_losses.check(batch)
+            first, *_ = on_module(self.module, self.sites)
+            self._own_losses.check_batch_first(batch, first.layers)
+
+    def find_dims(self, batch: Any) -> None:
+        """Learn from a batch which dimensions count the examples, by a pass of its own, as FSDP needs it."""
+        layers = [layer for each in on_module(self.module, self.sites) for layer in each.layers]
+        self._dims |= find_example_dims(self._losses, batch, layers, independent=self._is_independent)
+
+    def capture(self, batch: Any) -> Captured:
+        """The gradients of a batch's examples, inside of :func:`inside_fit` or of ``gradients_enabled``."""
+        fsdp = is_fsdp(self.module)
+        reading = () if fsdp else on_module(self.module, self._read)
+        return capture(
+            self._losses,
+            batch,
+            on_module(self.module, self.sites),
+            reading_layers=[layer for each in reading for layer in each.layers],
+            dims=self._dims,
+            module=None if fsdp else self.module,
+            independent=self._is_independent,
+        )
+
+    @property
+    def _is_independent(self) -> bool:
+        """Whether single losses are known, so that it can be checked that they do not depend on each other."""
+        return not isinstance(self._own_losses, MeanLoss)
+
+
+@contextmanager
+def inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Compute gradients between two training batches without a trace in training: no random number is drawn from it."""
+    with isolate_rng(), gradients_enabled(module), trainer.precision_plugin.predict_step_context():
+        yield

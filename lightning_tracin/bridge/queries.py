@@ -1,0 +1,213 @@
+"""Test examples against stored gradients: what a query after the fit and the log of a validation inside it share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tracin.bridge.mixin import label_names_of, tokenizer_of, words_of_batch
+from lightning_tracin.gradients.batches import labels_of
+from lightning_tracin.gradients.capture import Captured
+from lightning_tracin.gradients.predictions import PredictionProbe
+from lightning_tracin.gradients.rows import distinct
+from lightning_tracin.gradients.sites import last_site
+from lightning_tracin.gradients.texts import Texts
+from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.parallel.fsdp import is_fsdp, parts_kept
+from lightning_tracin.parallel.processes import Processes
+from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.score import PreparedTests, Scores, joined_scores, score
+from lightning_tracin.scoring.terms import Term, terms_at
+from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.scratch import Scratch
+from lightning_tracin.storage.trace import Trace
+
+
+class Queries:
+    """Some test examples: what they say, and their prepared gradients at each checkpoint.
+
+    Args:
+        module: the module, which is given each checkpoint's weights in turn.
+        method: what scores will be.
+        trace: the checkpoints and the training examples' gradients.
+    """
+
+    def __init__(self, module: nn.Module, method: Method, trace: Trace) -> None:
+        self.method = method
+        self.trace = trace
+        self.probe = probe_of(module, trace)
+        self.predictions = torch.empty(0, 2, dtype=torch.float64)
+        self.indices = torch.empty(0, dtype=torch.long)
+        self.texts = Texts.empty(0)
+        self.vocabulary: dict[int, str] = {}
+        self.checkpoints: list[Checkpoint] = []
+        self.scores: Scores | None = None
+        self._module = module
+        self._terms: list[Term] = []
+        self._gradients: list[Any] = []
+        self._taken: list[int] = []
+        self._captured: list[Captured] = []
+        self._texts: list[Texts] = []
+        self._predictions: list[Tensor] = []
+        self._counted = False
+
+    def take(self, captured: Captured, indices: list[int], batch: Any) -> None:
+        """Keep a batch's gradients and texts.
+
+        Args:
+            captured: its gradients.
+            indices: of its examples in their data set; none for a stream, whose examples are counted.
+            batch: the batch itself.
+
+        Raises:
+            ValueError: if the examples cannot be numbered, or a gradient is not finite.
+        """
+        numbers = indices or list(range(len(self._taken), len(self._taken) + len(captured)))
+        if len(numbers) != len(captured):
+            raise ValueError(
+                f"A batch of {len(numbers)} test examples has {len(captured)} losses: the collate function drops or "
+                "adds examples, so that they cannot be numbered."
+            )
+        bad = captured.first_not_finite()
+        if bad is not None:
+            raise ValueError(f"The loss or gradient of test example {numbers[bad]} is NaN or infinite.")
+        self._taken.extend(numbers)
+        self._captured.append(captured)
+        self._texts.append(captured.texts(labels_of(batch)))
+        self._predictions.append(self.probe.predictions(len(captured), labels_of(batch)))
+        self._counted = not indices
+        if not self.checkpoints:
+            new = [token for token in distinct(captured.token_ids) if token not in self.vocabulary]
+            self.vocabulary.update(words_of_batch(self._module, batch, new))
+
+    def finish_checkpoint(self, checkpoint: Checkpoint, processes: Processes) -> None:
+        """Arrange what any process has taken at a checkpoint in the order of the data set.
+
+        Raises:
+            ValueError: if there are no examples, or others than at the checkpoint before.
+        """
+        terms = terms_at(checkpoint, self.method)
+        keys = list(dict.fromkeys(term.site.key for term in terms))
+        blocks = {key: [captured.gradients[key] for captured in self._captured] for key in keys}
+        parts = processes.gather((self._taken, self._texts, self._predictions, blocks, self.vocabulary))
+        taken, texts, predictions = ([each for part in parts for each in part[number]] for number in range(3))
+        for part in parts:
+            self.vocabulary.update(part[-1])
+        if not taken:
+            raise ValueError("The test loader is empty: there is nothing to explain.")
+        places, indices = _places(taken)
+        self._arrange(places, indices, texts, predictions)
+        captured = {}
+        for key in keys:
+            of_site = [block for part in parts for block in part[3][key]]
+            captured[key] = type(of_site[0]).cat(of_site).arranged(places, len(indices))
+        self._terms += terms
+        self._gradients += [term.prepared_tests(captured[term.site.key]) for term in terms]
+        self.checkpoints.append(checkpoint)
+        self._taken, self._captured, self._texts, self._predictions = [], [], [], []
+
+    def score(self, k: int | None, processes: Processes, device: torch.device) -> None:
+        """Multiply the gradients with the stored ones.
+
+        Args:
+            k: keep only the k strongest proponents and opponents of each test example.
+            processes: those that each score their share.
+            device: what multiplies.
+
+        Raises:
+            ValueError: if scores are not finite.
+        """
+        self.scores = score(PreparedTests(self.indices, self._terms, self._gradients), k, processes, device)
+
+    def word_gradients(self) -> list[WordGradients]:
+        """The prepared rows at each checkpoint that word terms are products of; none for a method without words."""
+        return [gradients for gradients in self._gradients if isinstance(gradients, WordGradients)]
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients, which are not needed any more."""
+        self._gradients = []
+
+    def _arrange(self, places: Tensor, indices: Tensor, texts: list[Texts], predictions: list[Tensor]) -> None:
+        """Texts and predictions in the order of the data set; those of the last checkpoint stay."""
+        arranged = Texts.cat(texts).arranged(places, len(indices))
+        if not self.checkpoints:
+            self.indices, self.texts = indices, arranged
+        elif not torch.equal(indices, self.indices) or (self._counted and not arranged.equals(self.texts)):
+            raise ValueError(
+                "The test loader gave other examples at each pass, one for each checkpoint. Use a sampler that yields "
+                "the same examples each time; their order does not matter, unless the data set is a stream."
+            )
+        found = torch.cat(predictions)
+        self.predictions = found.new_empty(len(indices), 2)
+        self.predictions[places[places >= 0]] = found[places >= 0]
+
+
+def result_of(blocks: Sequence[Queries], gradients: Sequence[list[WordGradients]], scratch: Scratch) -> InfluenceResult:
+    """What was found out about several blocks of test examples, one after the other.
+
+    Args:
+        blocks: each scored.
+        gradients: of each, what word terms are products of.
+        scratch: holds those that lie in files.
+    """
+    first = blocks[0]
+    scores = joined_scores([block.scores for block in blocks if block.scores is not None])
+    vocabulary = dict(first.trace.vocabulary)
+    for block in blocks:
+        vocabulary |= block.vocabulary
+    return InfluenceResult(
+        method=first.method,
+        n_train=first.trace.n_train,
+        test_indices=torch.cat([block.indices for block in blocks]),
+        test_texts=Texts.cat([block.texts for block in blocks]),
+        test_gradients=[each for each in gradients if each],
+        words_of_ids=vocabulary,
+        label_names=label_names_of(first._module),
+        predictions=torch.cat([block.predictions for block in blocks]),
+        trace=first.trace,
+        checkpoint_ids=[each.id for each in first.checkpoints],
+        scores=scores.scores,
+        strongest_proponents=scores.proponents,
+        strongest_opponents=scores.opponents,
+        totals=scores.totals,
+        tokenizer=tokenizer_of(first._module),
+        scratch=scratch,
+    )
+
+
+def probe_of(module: nn.Module, trace: Trace) -> PredictionProbe:
+    """What sees the predictions of a module."""
+    last = last_site(trace.sites)
+    return PredictionProbe(module, None if last is None else last.layer)
+
+
+@contextmanager
+def weights_kept(module: nn.Module) -> Iterator[None]:
+    """Give a module back the weights and the training flags that it had."""
+    if is_fsdp(module):
+        with parts_kept(module):
+            yield
+        return
+    state = {name: value.cpu().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    training = {part: part.training for part in module.modules()}
+    try:
+        yield
+    finally:
+        module.load_state_dict(state, strict=False)
+        for part, flag in training.items():
+            part.training = flag
+
+
+def _places(indices: list[int]) -> tuple[Tensor, Tensor]:
+    """Of examples as they came: the place of each by data set index (-1 for a repetition), and the indices."""
+    taken = torch.tensor(indices)
+    seen, place = torch.unique(taken, return_inverse=True)
+    first = torch.full((len(seen),), len(taken)).scatter_reduce(0, place, torch.arange(len(taken)), "amin")
+    places = torch.full((len(taken),), -1)
+    places[first] = torch.arange(len(seen))
+    return places, seen

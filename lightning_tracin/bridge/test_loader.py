@@ -1,0 +1,87 @@
+"""The training set as numbered examples: read in the order that is asked for, and recognised when it comes again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from lightning_tracin.bridge.fingerprint import fingerprint_of
+from lightning_tracin.bridge.loaders import loader_options, loader_over, only_loader
+from lightning_tracin.bridge.training_set import N_CHECKED
+from lightning_tracin.parallel.processes import Processes
+
+
+def only_test_loader(loaders: Any) -> Any:
+    """The one loader of test examples.
+
+    Raises:
+        TypeError: if it is not a data loader.
+        ValueError: if there are several loaders, none, or an empty one.
+    """
+    loader = only_loader(loaders, "test")
+    if isinstance(loader, (list, tuple, dict, Tensor)) or not hasattr(loader, "__iter__"):
+        raise TypeError(f"The test examples must come in a DataLoader, but got {type(loader).__name__}.")
+    iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    if isinstance(loader, DataLoader) and loader.batch_sampler is None and not iterable:
+        raise ValueError(
+            "The test DataLoader does not batch (batch_size=None), so its examples cannot be numbered. Give it a "
+            "batch_size or a batch_sampler."
+        )
+    if hasattr(loader, "__len__") and not iterable and len(loader) == 0:
+        raise ValueError("The test loader is empty: there is nothing to explain.")
+    return loader
+
+
+def test_blocks(loader: Any, n_examples: int | None, processes: Processes) -> list[Any]:
+    """Loaders over this process's part of the test examples, block by block.
+
+    One process reads a stream, or batches that a sampler of the user's own composes, in one block. Lightning's own way
+    to divide examples among processes leaves some out where these shuffle differently, and fails where there are fewer
+    examples than processes.
+
+    Args:
+        loader: of the test examples.
+        n_examples: how many make a block; None for all.
+        processes: those that each take their part.
+
+    Raises:
+        ValueError: if the examples cannot be divided, or if the processes have different ones.
+    """
+    is_stream = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
+    if processes.size == 1:
+        own_batches = is_stream or type(loader.batch_sampler) is not BatchSampler
+        if own_batches or n_examples is None or _n_yielded(loader) <= n_examples:
+            return [loader]
+    if is_stream:
+        raise ValueError(
+            "The test examples come in a stream, which several processes cannot divide among themselves. Use "
+            "devices=1, or a map-style dataset."
+        )
+    if processes.size > 1:
+        fingerprint = fingerprint_of(loader.dataset, len(loader.dataset), read=True)
+        processes.require_same("test examples", fingerprint)
+    yielded = processes.gather(sorted({int(index) for batch in loader.batch_sampler or () for index in batch}))[0]
+    size = max(processes.size, n_examples or len(yielded))
+    blocks = [yielded[start : start + size] for start in range(0, len(yielded), size)]
+    return [loader_over(loader, block[processes.rank :: processes.size]) for block in blocks]
+
+
+def _n_yielded(loader: DataLoader[Any]) -> int:
+    """How many examples a loader gives at most."""
+    return len(loader) * (loader.batch_size or 1)
+
+
+def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
+    """A batch of the first few examples that the first process's loader, as :func:`own_part` gives it, begins with.
+
+    Args:
+        loader: this process's; one of :meth:`TrainingSet.loader_over` serves too.
+        processes: every one of them must call it.
+    """
+    first = processes.gather(list(loader.sampler)[:N_CHECKED])[0]
+    options = {**loader_options(loader), "timeout": 0}  # which only workers may have, and one batch needs none
+    if loader.batch_size is None:  # the sampler yields batches
+        return next(iter(DataLoader(loader.dataset, batch_size=None, sampler=first[:1], **options)))
+    return next(iter(DataLoader(loader.dataset, batch_sampler=[first], **options)))

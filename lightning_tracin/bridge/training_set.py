@@ -1,0 +1,133 @@
+"""The training set as numbered examples: read in the order that is asked for, and recognised when it comes again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_tracin.bridge.fingerprint import _SAMPLED, fingerprint_of, length_of, lengths_of
+from lightning_tracin.bridge.loaders import _batch_size, loader_options, loader_over, only_loader
+from lightning_tracin.parallel.processes import Processes
+from lightning_tracin.storage.trace import Trace
+
+N_CHECKED = 8  # examples that are looked at before training: each check costs a few passes over them
+
+
+class TrainingSet:
+    """A training data loader's data set, each example once, numbered as the data set numbers it.
+
+    Shuffling, sampling with weights, ``drop_last`` and batch samplers of the loader do not matter here.
+
+    Args:
+        loaders: what ``train_dataloader`` returned: one ``DataLoader``.
+
+    Raises:
+        TypeError: if it is not a ``DataLoader``.
+        ValueError: if there are several loaders, none, one in a list or dict, no examples, or no way to tell how many
+            examples there are.
+    """
+
+    def __init__(self, loaders: Any) -> None:
+        loader = only_loader(loaders, "training")
+        if not isinstance(loader, DataLoader):
+            raise TypeError(
+                f"The training set must come in a torch.utils.data.DataLoader, but got {type(loader).__name__}: "
+                "its examples could not be numbered."
+            )
+        self.loader = loader
+        self.iterable = isinstance(loader.dataset, IterableDataset)
+        if not hasattr(loader.dataset, "__len__"):
+            raise ValueError(
+                f"The training set ({type(loader.dataset).__name__}) does not tell how many examples it has. Give it "
+                "a __len__, and let it yield the same examples in the same order each time, or use a map-style "
+                "dataset."
+            )
+        if len(self) == 0:
+            raise ValueError("The training set is empty.")
+        self._lengths: tuple[Sequence[int], Tensor | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader.dataset)  # type: ignore[arg-type]
+
+    def check_divisible(self, processes: Processes) -> None:
+        """Check that several processes can each read a part of the training set.
+
+        Raises:
+            ValueError: if they cannot.
+        """
+        if self.iterable and processes.size > 1:
+            raise ValueError(
+                f"The training set ({type(self.loader.dataset).__name__}) is a stream, which several processes cannot "
+                "divide among themselves. Use devices=1, or a map-style dataset."
+            )
+
+    def loader_over(self, indices: Sequence[int]) -> DataLoader[Any]:
+        """A loader over some examples, in their order; of a stream, over all in its own."""
+        loader = self.loader
+        if self.iterable:  # several workers would each yield all of it, or in an order of their own
+            return DataLoader(loader.dataset, batch_size=loader.batch_size, **{**loader_options(loader), "timeout": 0})
+        return loader_over(loader, indices)
+
+    def lengths(self, indices: Sequence[int]) -> Tensor | None:
+        """How much text each of some examples holds, as far as the data set tells.
+
+        It does not where a few of them are all of one length, as texts that are padded already, nor where it is a
+        stream or hands out whole batches. Otherwise they are read once, by the loader's workers.
+
+        Args:
+            indices: of the examples.
+
+        Returns:
+            (len(indices),) int64, to compare with each other: numbers, and characters of strings; or None.
+        """
+        if self.iterable or (self.loader.batch_size is None and self.loader.batch_sampler is None):
+            return None
+        if self._lengths is None or self._lengths[0] != indices:
+            with isolate_rng():  # a data set may draw at random
+                few = {length_of(self.loader.dataset[index]) for index in indices[:: max(1, len(indices) // _SAMPLED)]}
+                read = loader_over(self.loader, indices, collate_fn=lengths_of) if len(few) > 1 else ()
+                found = [each for batch in read for each in batch]
+            told = len(found) == len(indices)  # a data set's __getitems__ may hand out a batch
+            self._lengths = indices, torch.tensor(found) if found and told else None
+        return self._lengths[1]
+
+    @property
+    def first_indices(self) -> list[int]:
+        """The data set indices of :meth:`first_batch`, as far as it holds so many."""
+        n_examples = len(self)
+        few = n_examples if self.iterable else min(N_CHECKED, n_examples, _batch_size(self.loader))
+        return [number * n_examples // few for number in range(few)]
+
+    def first_batch(self) -> Any:
+        """A batch of a few examples, to check what a fit can do; a stream's own first batch.
+
+        They are spread evenly: where a data set is sorted by label, or by length, its first ones do not tell a weighted
+        loss from another.
+        """
+        return next(iter(self.loader_over(self.first_indices)))
+
+    def fingerprint(self) -> str:
+        """A hash of the number of examples and of 64 of them, spread evenly.
+
+        Of the number only, where the data set is a stream or gives other examples each time that they are read.
+        """
+        return fingerprint_of(self.loader.dataset, len(self), read=not self.iterable)
+
+
+@dataclass(frozen=True)
+class RecordedFit:
+    """What a fit recorded, and of which training set.
+
+    Attributes:
+        trace: the folder.
+        training_set: the examples.
+    """
+
+    trace: Trace
+    training_set: TrainingSet

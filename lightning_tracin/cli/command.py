@@ -1,0 +1,363 @@
+"""The command ``lightning-tracin``: looks into traces and results without a model.
+
+Data goes to stdout, all else to stderr. The exit code is 0 if all is well, 1 if something is wrong with what was asked
+about (not found, damaged), 2 if the command line is.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console, RenderableType
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.table import Table
+
+import lightning_tracin
+
+if TYPE_CHECKING:
+    from lightning_tracin.report.explanation import Explanation
+
+_PLAIN_WIDTH = 10_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: its arguments; by default those of the process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: on ``--help``, ``--version`` and a wrong command line.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
+        return 0
+    except (OSError, ValueError, IndexError, ModuleNotFoundError) as error:
+        _tell(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130  # what a shell makes of Ctrl-C
+    return code
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="lightning-tracin",
+        description="Look into what a fit with TracInCallback recorded, and into the influence computed from it.",
+        epilog="exit codes: 0 all is well, 1 something is damaged or not found, 2 wrong command line\n"
+        "help on a command: lightning-tracin COMMAND --help",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lightning-tracin {lightning_tracin.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Namespace], int], help_text: str, notes: str) -> ArgumentParser:
+        added = commands.add_parser(
+            name, help=help_text, description=help_text, epilog=notes, formatter_class=RawDescriptionHelpFormatter
+        )
+        added.set_defaults(run=run, usage_error=added.error)
+        return added
+
+    info = command("info", _info, "What a trace holds, and how much space it takes.", _INFO_NOTES)
+    info.add_argument("trace", metavar="TRACE", help="folder that TracInCallback wrote")
+    info.add_argument("--json", action="store_true", help="print one JSON object; sizes are in bytes")
+
+    top = command("top", _top, "The training examples that pushed test examples most.", _TOP_NOTES)
+    top.add_argument("path", metavar="RESULT | TRACE", help="file of a result; with --result, folder of its trace")
+    top.add_argument("--result", metavar="FILE", help="file of the result, where its trace has moved to TRACE")
+    _add_k(top, 10)
+    top.add_argument(
+        "--test", metavar="I", type=int, nargs="+", action="extend", help="rows of the scores, from 0; all by default"
+    )
+
+    html = command("html", _html, "Write a result as a page for reading.", _HTML_NOTES)
+    _add_result(html)
+    html.add_argument("-o", "--output", metavar="FILE", required=True, help="the page, usually *.html")
+    _add_k(html, 20)
+
+    export = command("export", _export, "Write the strongest pairs of a result as a table.", _EXPORT_NOTES)
+    _add_result(export)
+    forms = export.add_mutually_exclusive_group(required=True)
+    forms.add_argument("--csv", metavar="FILE", help="write CSV with a header; - is stdout")
+    forms.add_argument("--json", metavar="FILE", help="write a JSON list of objects, one a line; - is stdout")
+    forms.add_argument("--parquet", metavar="FILE", help="write Parquet; needs lightning-tracin[parquet]")
+    _add_k(export, 10)
+
+    verify = command("verify", _verify, "Check every file of a trace against its checksum.", _VERIFY_NOTES)
+    verify.add_argument("trace", metavar="TRACE", help="folder that TracInCallback wrote")
+    return parser
+
+
+_INFO_NOTES = """\
+example:
+  lightning-tracin info lightning_logs/version_0/trace
+  lightning-tracin info trace --json | jq .checkpoints[-1].learning_rates"""
+
+_TOP_NOTES = """\
+example:
+  lightning-tracin top result.safetensors -k 3 --test 0 7
+  lightning-tracin top moved/trace --result result.safetensors
+  lightning-tracin top result.safetensors | awk -F '\\t' '$2 == "opponent"'
+
+On a terminal it prints tables. Otherwise it prints a line for each pair, with these columns between tabs and no header:
+test (row of the scores), role (proponent or opponent), rank (from 1), training example, score, share of all scores of
+its sign that the test example has, label and text of the training example, and its strongest words as word=term."""
+
+_HTML_NOTES = """\
+example:
+  lightning-tracin html result.safetensors -o page.html -k 10"""
+
+_EXPORT_NOTES = """\
+example:
+  lightning-tracin export result.safetensors --csv pairs.csv
+  lightning-tracin export result.safetensors --json - | jq '.[0]'
+
+The columns are those of InfluenceResult.to_pandas: test_index, role, rank, train_index, score, share, label, text."""
+
+_VERIFY_NOTES = """\
+example:
+  lightning-tracin verify trace && lightning-tracin top result.safetensors
+
+It names each file that is damaged, missing, or was left behind by a fit that was broken off, and ends with 1 if there
+is any. JSON files have no checksum: they are read."""
+
+
+def _info(arguments: Namespace) -> int:
+    """Print what a trace holds."""
+    content = _trace_content(lightning_tracin.Trace(arguments.trace))
+    if arguments.json:
+        sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        return 0
+    kept = [content["dtype"], *(f"{name} {content[name]}" for name in ("top_words", "projection") if content[name])]
+    facts = {
+        "trace": content["path"],
+        "model": content["model_class"],
+        "training examples": f"{content['n_train']:,}",
+        "layers": ", ".join(f"{layer} ({method})" for method, layer in content["layers"].items()),
+        "gradients": ", ".join(kept),
+        "texts": "stored" if content["has_texts"] else "not stored",
+        "size": decimal(content["bytes"]),
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    _print(table, "", _checkpoint_table(content))
+    return 0
+
+
+def _trace_content(trace: lightning_tracin.Trace) -> dict[str, Any]:
+    """What a trace holds, as JSON."""
+    checkpoints = [
+        {
+            "step": each.step,
+            "epoch": each.epoch,
+            "learning_rates": {method: each.learning_rate_of(method) for method in trace.layers},
+            "gradients": [method for method in trace.layers if each.has_gradients(method)],
+            "bytes": {
+                "weights": _bytes(each.path / "weights.safetensors"),
+                "second_moments": sum(map(_bytes, each.path.glob("second-moments-*.safetensors"))),
+                **{method: _bytes(each.path / method) for method in trace.layers},
+            },
+        }
+        for each in trace.checkpoints
+    ]
+    return {
+        "path": str(trace.path),
+        "id": trace.id,
+        "model_class": trace.model_class,
+        "n_train": trace.n_train,
+        "layers": trace.layers,
+        "dtype": trace.kept.dtype,
+        "top_words": trace.kept.top_words,
+        "projection": trace.kept.projection,
+        "has_texts": trace.has_texts,
+        "checkpoints": checkpoints,
+        "bytes": _bytes(trace.path),
+    }
+
+
+def _checkpoint_table(content: dict[str, Any]) -> Table:
+    """The checkpoints of a trace, a row each."""
+    methods = list(content["layers"])
+    table = Table(box=None, pad_edge=False)
+    for column in ("step", "epoch", "learning rate", "weights", "moments", *methods):
+        table.add_column(column, justify="right")
+    for each in content["checkpoints"]:
+        sizes = {name: decimal(size) for name, size in each["bytes"].items()}
+        stored = [sizes[method] if method in each["gradients"] else "not stored" for method in methods]
+        rate = f"{each['learning_rates'][methods[0]]:.3g}"
+        table.add_row(str(each["step"]), str(each["epoch"]), rate, sizes["weights"], sizes["second_moments"], *stored)
+    return table
+
+
+def _top(arguments: Namespace) -> int:
+    """Print the strongest training examples of test examples."""
+    if arguments.result is None and Path(arguments.path).is_dir():
+        arguments.usage_error(f"{arguments.path} is a folder: pass the file of a result, or --result FILE with it")
+    path, trace = (arguments.path, None) if arguments.result is None else (arguments.result, arguments.path)
+    explanations = _result(path, trace).explanations(arguments.test, arguments.k)
+    if Console().is_terminal:
+        from lightning_tracin.report.tables import explained
+
+        for explanation in explanations:
+            _print(explained(explanation))
+    else:
+        for explanation in explanations:
+            for record in _records(explanation):
+                sys.stdout.write("\t".join(record) + "\n")
+    return 0
+
+
+def _records(explanation: Explanation) -> Iterator[list[str]]:
+    """The fields of each pair of a test example, as the help says."""
+    for role, influentials in (("proponent", explanation.proponents), ("opponent", explanation.opponents)):
+        for rank, each in enumerate(influentials, start=1):
+            yield [
+                str(explanation.row),
+                role,
+                str(rank),
+                str(each.example.index),
+                f"{each.score:.9g}",
+                "" if each.share is None else f"{each.share:.6g}",
+                _one_line(each.example.label or ""),
+                _one_line(each.example.text),
+                " ".join(f"{_one_line(word)}={term:.3g}" for word, term in each.strongest_words()),
+            ]
+
+
+def _html(arguments: Namespace) -> int:
+    """Write a page."""
+    _result(arguments.result, arguments.trace).to_html(arguments.output, arguments.k)
+    return 0
+
+
+def _export(arguments: Namespace) -> int:
+    """Write the strongest pairs as a table."""
+    result = _result(arguments.result, arguments.trace)
+    if arguments.parquet is not None:
+        try:
+            result.to_pandas(arguments.k).to_parquet(arguments.parquet, index=False)
+        except ImportError as error:
+            message = "--parquet needs pandas and pyarrow: pip install lightning-tracin[parquet]"
+            raise ModuleNotFoundError(message) from error
+        return 0
+    rows = result.rows(arguments.k)
+    with _opened(arguments.csv or arguments.json) as file:
+        if arguments.csv is not None:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.write("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
+    return 0
+
+
+def _verify(arguments: Namespace) -> int:
+    """Name what is wrong with a trace's files."""
+    trace = lightning_tracin.Trace(arguments.trace)
+    problems = []
+    n_files = n_bytes = 0
+    with _progress(_bytes(trace.path)) as advance:
+        for path, problem in trace.verify():
+            if problem is not None:
+                problems.append(problem)
+            n_files += 1
+            n_bytes += _bytes(path)
+            advance(_bytes(path))
+    for problem in problems:
+        sys.stdout.write(problem + "\n")
+    if problems:
+        _tell(f"{len(problems)} of {n_files} files in {trace.path} are not as they should be.")
+        return 1
+    sys.stdout.write(f"{trace.path}: all {n_files} files ({decimal(n_bytes)}) are as they were written.\n")
+    return 0
+
+
+def _add_result(parser: ArgumentParser) -> None:
+    parser.add_argument("result", metavar="RESULT", help="file that InfluenceResult.save wrote")
+    parser.add_argument("--trace", metavar="TRACE", help="folder of its trace, where that has moved")
+
+
+def _add_k(parser: ArgumentParser, default: int) -> None:
+    parser.add_argument(
+        "-k", type=_positive, default=default, help=f"how many proponents and how many opponents ({default} by default)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expected a number from 1 on, but got {text!r}")
+    return int(text)
+
+
+def _result(path: str, trace: str | None) -> lightning_tracin.InfluenceResult:
+    """A result; it is said if its texts cannot be shown."""
+    result = lightning_tracin.InfluenceResult.load(path, trace)
+    if result.trace is None:
+        _tell("the trace of these scores is not where it was: texts and words are missing. Pass the folder it is in.")
+    return result
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[TextIO]:
+    """A file to write to, or stdout."""
+    if path == "-":
+        yield sys.stdout
+    else:
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            yield file
+
+
+@contextmanager
+def _progress(n_bytes: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar on a terminal; yields a function that takes the number of bytes done."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done: None
+        return
+    columns = (TextColumn("checking"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
+        yield partial(progress.advance, progress.add_task("", total=n_bytes))
+
+
+def _print(*renderables: RenderableType) -> None:
+    """Print for people: in colour on a terminal, as wide as it needs to be elsewhere."""
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PLAIN_WIDTH
+    with console.capture() as captured:  # rich itself would exit with 1 where the reader has gone
+        console.print(*renderables, sep="\n")
+    sys.stdout.write(re.sub(" +\n", "\n", captured.get()))
+
+
+def _tell(message: str) -> None:
+    sys.stderr.write(f"lightning-tracin: {_one_line(message)}\n")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _bytes(path: Path) -> int:
+    """The size of a file, or of all files in a folder; 0 where there is neither."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,223 @@
+"""TracInCLI: fit, and ask for influence, from one configuration file, on LightningCLI.
+
+Needs jsonargparse: ``pip install lightning-tracin[cli]``.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+try:
+    import jsonargparse  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("lightning_tracin.cli needs jsonargparse: pip install lightning-tracin[cli]") from error
+
+import pytorch_lightning as pl
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, instantiate_class
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_tracin.querying.trainer import Trainer
+from lightning_tracin.recording.callback import TracInCallback
+from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.naming import method_of
+
+# The arguments of the trainer's methods that do not come from the command line, or are added here.
+_SKIPPED = {"model", "dataloaders", "datamodule", "train_dataloaders", "trace", "method"}
+# What the fit subcommand knows beside, and therefore writes into the configuration that it saves.
+_OF_FIT = ("ckpt_path", "weights_only")
+_PRINTED = 20
+
+
+class InfluenceCLIMixin:
+    """The subcommands ``influence`` and ``self_influence`` for a subclass of any LightningCLI.
+
+    Its trainer class must have the methods of :class:`~lightning_tracin.querying.trainer.InfluenceTrainerMixin`.
+
+    Example::
+
+        import lightning.pytorch as L
+        from lightning.pytorch.cli import LightningCLI
+        from lightning_tracin.cli import InfluenceCLIMixin
+        from lightning_tracin.trainer import InfluenceTrainerMixin
+
+        class Trainer(InfluenceTrainerMixin, L.Trainer):
+            pass
+
+        class CLI(InfluenceCLIMixin, LightningCLI):
+            pass
+
+        CLI(Classifier, News, trainer_class=Trainer)
+    """
+
+    config: Any
+    config_init: Any
+    trainer: Any
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        """The subcommands, and the arguments of the trainer's methods that are no options."""
+        return {**super().subcommands(), "influence": _SKIPPED, "self_influence": _SKIPPED}  # type: ignore[misc]
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Set up the parsers; :meth:`init_parser` is told which are for the subcommands that are added here."""
+        added = {"influence": _add_influence_arguments, "self_influence": _add_self_influence_arguments}
+        for subcommand, add_arguments in added.items():
+            given = subparser_kwargs.get(subcommand, {})
+            subparser_kwargs = {**subparser_kwargs, subcommand: {**given, "add_arguments": add_arguments}}
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)  # type: ignore[misc]
+
+    def init_parser(
+        self, *, add_arguments: Callable[[LightningArgumentParser], None] | None = None, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """A parser; Lightning has no other place for arguments of one subcommand alone."""
+        parser: LightningArgumentParser = super().init_parser(**kwargs)  # type: ignore[misc]
+        if add_arguments is not None:
+            add_arguments(parser)
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the command line, and check the method before anything is loaded."""
+        super().parse_arguments(parser, args)  # type: ignore[misc]
+        subcommand = self.config.get("subcommand")
+        if subcommand not in ("influence", "self_influence"):
+            return
+        options = self.config[subcommand]
+        options.ckpt_path = None  # the model's arguments would be taken from it
+        try:
+            _method(options.method)
+        except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+            parser.error(f'Parser key "method": {error}')
+
+    def influence(self, model: pl.LightningModule, **options: Any) -> None:
+        """Score the examples of the datamodule's ``test_dataloader``, and write, or print, the result."""
+        asked = self.config_init["influence"]
+        trace = asked.trace or self._recorded_trace("influence")
+        result = self.trainer.influence(model=model, trace=trace, method=_method(asked.method), **options)
+        if not self.trainer.is_global_zero:
+            return
+        if asked.output is not None:
+            result.save(asked.output)
+        if asked.html is not None:
+            result.to_html(asked.html)
+        if asked.output is None and asked.html is None:
+            Console().print(result)
+
+    def self_influence(self, model: pl.LightningModule, **options: Any) -> None:
+        """Score the training examples on themselves, and write all, or print some, from the highest score on."""
+        asked = self.config_init["self_influence"]
+        trace = asked.trace or self._recorded_trace("self_influence")
+        scores = self.trainer.self_influence(model, trace=trace, method=_method(asked.method), **options)
+        order = scores.argsort(descending=True, stable=True)
+        if not self.trainer.is_global_zero:
+            return
+        if asked.output is not None:
+            _write_csv(scores, order, Path(asked.output))
+        else:
+            Console().print(_table(scores, order))
+
+    def _recorded_trace(self, subcommand: str) -> Path | None:
+        """Where the callback of the configuration wrote its trace, if it tells."""
+        callbacks = [each for each in self.trainer.callbacks if isinstance(each, TracInCallback)]
+        if len(callbacks) != 1:
+            return None
+        if callbacks[0].dirpath is not None:
+            return callbacks[0].dirpath
+        beside = [Path(os.fspath(path)).parent / "trace" for path in self.config[subcommand].config or ()]
+        return next((path for path in beside if (path / "trace.json").exists()), None)
+
+
+class TracInCLI(InfluenceCLIMixin, LightningCLI):
+    """LightningCLI with the subcommands ``influence`` and ``self_influence``.
+
+    Weights come from the trace's checkpoints; no other checkpoint is loaded. Without ``--trace``, the trace is where
+    the TracInCallback of the configuration wrote it: in its ``dirpath``, or beside the configuration file that the
+    fit saved in the logger's folder. The callback itself does nothing then.
+
+    It takes the arguments of LightningCLI. ``trainer_class`` is :class:`lightning_tracin.Trainer` by default. With
+    ``lightning.pytorch``, see :class:`InfluenceCLIMixin`.
+
+    Example::
+
+        # main.py
+        from lightning_tracin.cli import TracInCLI
+
+        if __name__ == "__main__":
+            TracInCLI(Classifier, News)
+
+        # python main.py fit -c config.yaml
+        # python main.py influence -c config.yaml --trace trace --output result.safetensors
+        # python main.py influence -c lightning_logs/version_0/config.yaml --k 10
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"trainer_class": Trainer, **kwargs})
+
+
+def _add_influence_arguments(parser: LightningArgumentParser) -> None:
+    _add_common_arguments(parser)
+    parser.add_argument(
+        "--output", type=str | None, help="Write the result to this file, usually *.safetensors, and do not print it."
+    )
+    parser.add_argument("--html", type=str | None, help="Write a page to this file, and do not print the result.")
+
+
+def _add_self_influence_arguments(parser: LightningArgumentParser) -> None:
+    _add_common_arguments(parser)
+    parser.add_argument(
+        "--output", type=str | None, help=f"Write the scores to this CSV file, and do not print the {_PRINTED} highest."
+    )
+
+
+def _add_common_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_argument(
+        "--trace",
+        type=str | None,
+        help="Folder that the fit recorded; by default that of the configuration's TracInCallback.",
+    )
+    parser.add_argument(
+        "--method",
+        # not the classes themselves: jsonargparse takes dataclasses of a union for each other
+        type=str | dict[str, Any],
+        default="tracin-we",
+        help='"tracin-we", "tracin-last", or class_path and init_args of lightning_tracin.TracInWE or .TracInLast.',
+    )
+    for name in _OF_FIT:
+        parser.add_argument(
+            f"--{name}",
+            type=Any,
+            help="Not used: weights come from the trace. It is here so that a configuration saved by fit can be read.",
+        )
+
+
+def _method(given: str | dict[str, Any]) -> Method:
+    """The method that was asked for."""
+    if isinstance(given, str):
+        return method_of(given)
+    if "class_path" not in given:
+        raise ValueError(f"a method with options needs class_path and init_args, but got {given}.")
+    return method_of(instantiate_class((), given))
+
+
+def _write_csv(scores: Tensor, order: Tensor, path: Path) -> None:
+    """Write training examples and their scores, in an order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["train_index", "self_influence"])
+        writer.writerows(zip(order.tolist(), scores[order].tolist(), strict=True))
+
+
+def _table(scores: Tensor, order: Tensor) -> Table:
+    """The first training examples of an order, and their scores."""
+    table = Table("train", "self-influence", caption=f"{_PRINTED} of {len(order)}" if len(order) > _PRINTED else None)
+    for index in order[:_PRINTED].tolist():
+        table.add_row(str(index), f"{scores[index]:.3g}")
+    return table

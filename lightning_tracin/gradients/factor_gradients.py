@@ -1,0 +1,137 @@
+"""Gradients at a linear layer as two factors for each position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_tracin.gradients.ragged import Ragged
+from lightning_tracin.gradients.rows import DTYPES, Dtype, rows_in_bytes, unit_rows
+
+_ENTRIES = 2**24  # numbers that a batch of examples is spread out to at once
+
+
+@dataclass(frozen=True)
+class FactorGradients(Ragged):
+    """Gradients of ``n_examples`` losses at a linear layer, as the two factors of each position's outer product.
+
+    The gradient of example i is the sum over its positions of ``delta ⊗ input``; it is not formed. A classifier's head
+    has one position for each example, a layer applied to every token has many. A layer with a bias has a 1 appended to
+    its input, so that the bias is one more column of the weight.
+
+    Attributes:
+        input_norms: (R,) float32.
+        inputs: (R, in) or (R, in + 1), each position's input divided by its norm.
+        delta_norms: (R,) float32.
+        deltas: (R, out), each position's gradient at the layer's output divided by its norm.
+    """
+
+    KIND: ClassVar[str] = "factors"
+
+    input_norms: Tensor
+    inputs: Tensor
+    delta_norms: Tensor
+    deltas: Tensor
+
+    @classmethod
+    def from_positions(cls, n_examples: int, examples: Tensor, inputs: Tensor, deltas: Tensor) -> FactorGradients:
+        """From raw factors; positions whose gradient is zero (unlabelled, padding) are left out.
+
+        Args:
+            n_examples: number of examples in the batch.
+            examples: (P,) the example of each position, ascending.
+            inputs: (P, in) the layer's input, a 1 appended if the layer has a bias.
+            deltas: (P, out) the gradient at the layer's output.
+        """
+        reached = torch.nonzero(deltas.any(1))[:, 0]  # of a [CLS] classifier's last block few are
+        if len(reached) < len(deltas):
+            examples, inputs, deltas = examples[reached], inputs[reached], deltas[reached]
+        delta_norms, deltas = unit_rows(deltas.float())
+        input_norms, inputs = unit_rows(inputs.float())
+        factors = cls(n_examples, examples, input_norms, inputs, delta_norms, deltas)
+        kept = (delta_norms != 0) & (input_norms != 0)
+        return factors if bool(kept.all()) else factors.select(torch.nonzero(kept)[:, 0])
+
+    @property
+    def whole_inputs(self) -> Tensor:
+        """(R, in) the inputs with their norms, float32."""
+        return self.inputs.float() * self.input_norms[:, None]
+
+    @property
+    def whole_deltas(self) -> Tensor:
+        """(R, out) the gradients at the output with their norms, float32."""
+        return self.deltas.float() * self.delta_norms[:, None]
+
+    def as_dtype(self, dtype: Dtype) -> FactorGradients:
+        """Unit factors in another type; "int8" scales each by its largest entry."""
+        if dtype == "int8":
+            return replace(self, inputs=rows_in_bytes(self.inputs)[0], deltas=rows_in_bytes(self.deltas)[0])
+        return replace(self, inputs=self.inputs.to(DTYPES[dtype]), deltas=self.deltas.to(DTYPES[dtype]))
+
+    def scaled(self, factors: Tensor) -> FactorGradients:
+        """Every example's gradient times its own factor, (n_examples,)."""
+        return replace(self, delta_norms=self.delta_norms * factors[self.examples])
+
+    def example_norms(self, weights: Tensor | None = None) -> Tensor:
+        """(n_examples,) norm of each example's whole gradient G: the root of Σ weights · G², weights (out, in)."""
+        products = self.input_norms.double() * self.delta_norms.double()
+        counts = self.rows_by_example()
+        if weights is None and not bool((counts > 1).any()):
+            return torch.zeros(self.n_examples, dtype=torch.float64).index_add_(0, self.examples, products).float()
+        squares = torch.zeros(self.n_examples, dtype=torch.float64)
+        if weights is None:
+            width = self.inputs.shape[1] + self.deltas.shape[1]
+            for examples, positions, present in self.padded(lambda length: length * (width + 2 * length)):
+                inputs, deltas = self.inputs[positions].double(), self.deltas[positions].double()
+                scale = products[positions] * present
+                gram = (inputs @ inputs.mT) * (deltas @ deltas.mT)
+                squares[examples] = torch.einsum("bs,bst,bt->b", scale, gram, scale).clamp(min=0)
+        else:
+            for examples, matrices in self.matrices():
+                squares[examples] = (weights * matrices**2).sum((1, 2))
+        return squares.sqrt().float()
+
+    def matrices(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The examples' whole gradients, some at a time.
+
+        They are computed in float64, which neither autocast nor a setting of torch rounds.
+
+        Yields:
+            Numbers of examples that have positions, (b,), and their gradients, (b, out, in) float64.
+        """
+        n_in, n_out = self.inputs.shape[1], self.deltas.shape[1]
+        for examples, positions, present in self.padded(lambda length: length * (n_in + n_out) + n_in * n_out):
+            deltas = self.deltas[positions].double() * (self.delta_norms[positions] * present)[..., None]
+            inputs = self.inputs[positions].double() * self.input_norms[positions][..., None]
+            yield examples, deltas.mT @ inputs
+
+    def padded(self, entries: Callable[[int], int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Examples that have about as many positions, some at a time, with their positions side by side.
+
+        Args:
+            entries: how many numbers an example is spread out to, by its number of positions.
+
+        Yields:
+            Numbers of examples (b,), their positions (b, length), and a mask (b, length), False where an example has
+            no more positions and its first one stands in for those that it lacks.
+        """
+        counts = self.rows_by_example()
+        starts = counts.cumsum(0) - counts
+        order = torch.argsort(counts, stable=True)
+        order = order[counts[order] > 0]
+        lengths = counts[order].tolist()
+        start = 0
+        while start < len(lengths):
+            # the batch's longest example is its last one
+            stop = start + 1
+            while stop < len(lengths) and (stop + 1 - start) * entries(lengths[stop]) <= _ENTRIES:
+                stop += 1
+            examples = order[start:stop]
+            place = torch.arange(lengths[stop - 1])
+            present = place < counts[examples, None]
+            yield examples, starts[examples, None] + place * present, present
+            start = stop

@@ -1,0 +1,109 @@
+"""Layers that are linear in their weight, and the factors of the gradient at each of their calls.
+
+A convolution is a linear layer on the windows that it slides over. With several groups each group counts as a position
+of its own, whose gradient at the output is zero outside of the group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LINEAR_LAYERS = "nn.Linear, nn.Conv1d, nn.Conv2d or transformers' Conv1D"
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether gradients can be taken at a layer as two factors."""
+    return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) or _is_transposed(layer)
+
+
+def features_last(layer: nn.Module, output: Tensor) -> Tensor:
+    """A layer's output, or the gradient there, with the features in the last dimension and positions before."""
+    return output.movedim(1, -1) if _is_convolution(layer) and output.dim() > 2 else output
+
+
+def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight, or anything of its shape, as (out, in), in the order of the factors."""
+    if _is_transposed(layer):
+        return weight.T
+    return weight.flatten(1) if weight.dim() > 2 else weight
+
+
+def factors_of_call(layer: nn.Module, value: Tensor, delta: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two factors at every position of a call.
+
+    Args:
+        layer: a linear layer.
+        value: what it was called with.
+        delta: the gradient at its output, features last.
+        owners: the example of each position, of the shape of ``delta`` without its last dimension.
+
+    Returns:
+        The example (P,), the input with a 1 appended where there is a bias (P, in), and delta (P, out).
+    """
+    owners, deltas = owners.reshape(-1), delta.reshape(-1, delta.shape[-1])
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        windows = _windows(layer, value)  # (P, groups, in / groups * kernel)
+        if layer.groups > 1:
+            n_out = deltas.shape[1] // layer.groups
+            of_group = torch.block_diag(*[torch.ones(n_out)] * layer.groups).to(deltas)  # (groups, out)
+            deltas = (deltas[:, None] * of_group).reshape(-1, deltas.shape[1])
+            owners = owners.repeat_interleave(layer.groups)
+        inputs = windows.reshape(-1, windows.shape[-1])
+    else:
+        inputs = value.reshape(-1, value.shape[-1])
+    if getattr(layer, "bias", None) is not None:
+        inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+    return owners, inputs, deltas
+
+
+def _windows(layer: nn.Conv1d | nn.Conv2d, value: Tensor) -> Tensor:
+    """The windows that a convolution slides over, (positions, groups, in / groups * kernel), example by example."""
+    values = value if isinstance(layer, nn.Conv2d) else value[:, :, None]
+    kernel, stride, dilation = (_pair(layer, getattr(layer, name)) for name in ("kernel_size", "stride", "dilation"))
+    margins = _margins(layer, kernel, dilation)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    if any(margins):
+        # padding by reflection wants as many dimensions as it pads
+        one_row = isinstance(layer, nn.Conv1d) and mode != "constant"
+        values = (
+            functional.pad(values[:, :, 0], margins[:2], mode)[:, :, None]
+            if one_row
+            else functional.pad(values, margins, mode)
+        )
+    unfolded = functional.unfold(values, kernel, dilation=dilation, stride=stride)  # (B, in * kernel, positions)
+    return unfolded.transpose(1, 2).reshape(-1, layer.groups, unfolded.shape[1] // layer.groups)
+
+
+def _margins(layer: nn.Conv1d | nn.Conv2d, kernel: tuple[int, int], dilation: tuple[int, int]) -> list[int]:
+    """How far each side is padded: left, right, top, bottom."""
+    if layer.padding == "valid":
+        return [0, 0, 0, 0]
+    margins: list[int] = []
+    for dim in (1, 0):
+        if layer.padding == "same":
+            total = dilation[dim] * (kernel[dim] - 1)
+            margins += [total // 2, total - total // 2]
+        else:
+            own: Any = layer.padding
+            size = own[0] if isinstance(layer, nn.Conv1d) else own[dim]
+            margins += [size, size] if dim == 1 or isinstance(layer, nn.Conv2d) else [0, 0]
+    return margins
+
+
+def _pair(layer: nn.Module, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """The sizes of a convolution in two dimensions; one over a sequence has one row."""
+    return (1, sizes[0]) if isinstance(layer, nn.Conv1d) else (sizes[0], sizes[1])
+
+
+def _is_convolution(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Conv1d, nn.Conv2d))
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer is transformers' Conv1D, a linear layer whose weight is (in, out); told without the import."""
+    kind = type(layer)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")

@@ -1,0 +1,124 @@
+"""What a question leaves open: the module, the trace and the loaders of the last fit in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from torch import nn
+
+from lightning_tracin.bridge.strategy import spreads
+from lightning_tracin.bridge.training_set import RecordedFit
+from lightning_tracin.parallel.fsdp import is_fsdp, require_spread
+from lightning_tracin.parallel.processes import Processes
+from lightning_tracin.querying.passes import attribute_set, serving
+from lightning_tracin.storage.trace import Trace
+
+
+def module_asked(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.LightningModule:
+    module = given_module(model) or trainer.lightning_module
+    if module is None:
+        raise ValueError("This trainer has not fitted a model in this process: pass model=..., and trace=...")
+    return usable_module(trainer, module)
+
+
+def given_module(model: Any) -> pl.LightningModule | None:
+    """The model that was passed, uncompiled.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    module = getattr(model, "_orig_mod", model)
+    if not isinstance(module, (nn.Module, type(None))):
+        raise TypeError(
+            f"model must be a LightningModule, but got {type(module).__name__}. The order is trainer.influence("
+            "test_loader, model) and trainer.self_influence(model, train_dataloaders=train_loader)."
+        )
+    return module  # type: ignore[return-value]
+
+
+def usable_module(trainer: pl.Trainer, module: pl.LightningModule) -> pl.LightningModule:
+    """The module with all of its layers, unless another trainer has spread its weights.
+
+    Raises:
+        ValueError: if one has.
+    """
+    if not is_fsdp(module):
+        module.configure_model()  # a new module has yet to build its layers; it may be called again
+    elif module.trainer is not trainer:
+        raise ValueError(
+            f"Another trainer has spread the weights of this {type(module).__name__} over its processes (FSDP). Pass a "
+            "new one as model=...; the trace has the weights."
+        )
+    return module
+
+
+def spread_weights(
+    trainer: pl.Trainer, module: pl.LightningModule, loader: Any, datamodule: pl.LightningDataModule | None
+) -> None:
+    """Let Lightning spread the weights of a module over the processes, if FSDP is the trainer's strategy.
+
+    Raises:
+        ValueError: if they cannot be, or if they are and a datamodule comes too late.
+    """
+    if not spreads(trainer):
+        return
+    if not is_fsdp(module):
+        with (
+            attribute_set(trainer, "limit_predict_batches", 0),
+            attribute_set(trainer, "callbacks", []),
+            attribute_set(trainer, "datamodule", trainer.datamodule),  # type: ignore[attr-defined]
+        ):
+            served = {"dataloaders": loader} if datamodule is None else {"datamodule": serving(datamodule, loader)}
+            trainer.predict(module, return_predictions=False, **served)
+    elif datamodule is not None and datamodule is not trainer.datamodule:  # type: ignore[attr-defined]
+        raise ValueError(
+            "FSDP has spread this model together with another datamodule, whose hooks handle its batches. Pass the new "
+            "one's loaders instead (dataloaders=..., train_dataloaders=...), or a new model."
+        )
+    require_spread(module)
+
+
+def trace_asked(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:
+    """The trace that is passed, or that the last fit of this trainer wrote."""
+    if trace is None:
+        trace = next((each.trace for each in last_fits(trainer)), None)
+    if trace is None:
+        raise ValueError(
+            "There is no trace to compute influence from: fit with TracInCallback among the trainer's callbacks, or "
+            "pass the folder of an earlier fit as trace=..."
+        )
+    if not isinstance(trace, Trace):
+        return Trace(trace)
+    trace.check_in_place()
+    return trace
+
+
+def last_fits(trainer: pl.Trainer) -> list[RecordedFit]:
+    """What the last fit in this process recorded, by each of the trainer's callbacks."""
+    found = (getattr(each, "recorded_fit", None) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    return [each for each in found if isinstance(each, RecordedFit)]
+
+
+def loader_of_datamodule(
+    trainer: pl.Trainer, datamodule: pl.LightningDataModule, kind: Literal["test", "train"], processes: Processes
+) -> Any:
+    """A datamodule's test or training loader, set up as Lightning would."""
+    if datamodule.trainer is None:
+        datamodule.trainer = trainer
+    with processes.synchronized():
+        if trainer.local_rank == 0:
+            datamodule.prepare_data()
+    datamodule.setup("test" if kind == "test" else "fit")
+    return datamodule.test_dataloader() if kind == "test" else datamodule.train_dataloader()
+
+
+def has_training_set(datamodule: pl.LightningDataModule) -> bool:
+    """Whether a datamodule has a training loader of its own, not that of either Lightning, which raises."""
+    return getattr(datamodule.train_dataloader, "__qualname__", "") != "DataHooks.train_dataloader"
+
+
+def attached_datamodule(trainer: pl.Trainer, module: nn.Module) -> pl.LightningDataModule | None:
+    """The datamodule of the last fit, if that was a fit of this module: its batch hooks belong to the examples."""
+    return trainer.datamodule if module is trainer.lightning_module else None  # type: ignore[attr-defined]

@@ -1,0 +1,139 @@
+"""The gradients of training examples that a query needs and a fit has not stored: computed now, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lightning_tracin.bridge.collated_order import check_order
+from lightning_tracin.bridge.mixin import words_of_batch
+from lightning_tracin.bridge.module_gradients import ModuleGradients
+from lightning_tracin.bridge.strategy import require_results
+from lightning_tracin.bridge.training_set import TrainingSet
+from lightning_tracin.gradients.batches import labels_of
+from lightning_tracin.gradients.capture import Captured
+from lightning_tracin.gradients.sites import Site
+from lightning_tracin.parallel.fsdp import is_fsdp, whole_state
+from lightning_tracin.parallel.processes import Processes, await_seen
+from lightning_tracin.querying.asked import has_training_set, last_fits, loader_of_datamodule
+from lightning_tracin.querying.passes import Pass, Query, attribute_set, run_pass
+from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.terms import sites_of, terms_at
+from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.lock import locked
+from lightning_tracin.storage.trace import Trace
+from lightning_tracin.storage.training_pass import TrainingPass, reading_order, training_pass
+
+
+def ready_checkpoints(
+    query: Query, module: pl.LightningModule | None, datamodule: pl.LightningDataModule | None, train_dataloaders: Any
+) -> list[Checkpoint]:
+    """The trace's checkpoints, each with the gradients that the method needs; missing ones are computed now.
+
+    Args:
+        query: what is asked.
+        module: the query's, or None where there is none, which is a mistake if gradients are missing.
+        datamodule: that was passed.
+        train_dataloaders: that were passed.
+
+    Raises:
+        ValueError: if there are no checkpoints, or if model or training set are missing or not those of the trace.
+    """
+    trace, processes = query.trace, query.processes
+    with processes.synchronized():
+        _await_checkpoints(trace, query.method, processes)
+        checkpoints = trace.checkpoints
+        sites = _check_recorded(trace, query.method, checkpoints)
+        if module is not None:
+            state = whole_state(module)
+            if processes.first or not is_fsdp(module):
+                trace.check_model(state, type(module).__name__)
+        missing = [each for each in checkpoints if not all(map(each.has_gradients, sites))]
+        training_set = _training_set(query, datamodule, train_dataloaders, needed=bool(missing))
+        if training_set is not None:
+            trace.check_data(len(training_set), training_set.fingerprint())
+        if missing and (module is None or training_set is None):
+            what = "model (model=...)" if module is None else "training set (train_dataloaders=... or datamodule=...)"
+            names = ", ".join(site.name for site in sites)
+            raise ValueError(
+                f"{len(missing)} of the {len(checkpoints)} checkpoints in {trace.path} have no stored gradients for "
+                f"{names}; pass the {what} to compute them."
+            )
+        if missing and training_set is not None:
+            training_set.check_divisible(processes)
+            check_order(training_set.loader, "training")
+    if missing and module is not None and training_set is not None:
+        require_results(query.trainer)
+        _fill(query, missing, sites, training_set)
+    return checkpoints
+
+
+def _training_set(
+    query: Query, datamodule: pl.LightningDataModule | None, train_dataloaders: Any, *, needed: bool
+) -> TrainingSet | None:
+    """The training set that was passed; if it is needed, that of the fit that wrote the trace."""
+    if train_dataloaders is not None:
+        return TrainingSet(train_dataloaders)
+    trainer = query.trainer
+    if datamodule is not None and datamodule is not trainer.datamodule and has_training_set(datamodule):  # type: ignore[attr-defined]
+        return TrainingSet(loader_of_datamodule(trainer, datamodule, "train", query.processes))
+    fits = last_fits(trainer) if needed else []
+    return next((each.training_set for each in fits if each.trace.id == query.trace.id), None)
+
+
+def _await_checkpoints(trace: Trace, method: Method, processes: Processes) -> None:
+    """Wait until this process sees the checkpoints and gradients in the trace that the first one sees."""
+
+    def seen() -> list[Any]:
+        sites = sites_of(method, trace.sites)
+        return [(each.id, [each.has_gradients(site) for site in sites]) for each in trace.checkpoints]
+
+    of_first = processes.gather(seen())[0]
+    if processes.size > 1:
+        await_seen(lambda: seen() == of_first, f"The first process sees {len(of_first)} checkpoints in {trace.path}")
+
+
+def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoint]) -> list[Site]:
+    """Check that the fit recorded what a method needs, as far as it is stored; the sites that it needs."""
+    if not checkpoints:
+        raise ValueError(f"The trace in {trace.path} has no checkpoint yet: there is nothing to score from.")
+    sites = sites_of(method, trace.sites)
+    for checkpoint in checkpoints:
+        terms_at(checkpoint, method)  # raises where the method needs second moments and there are none
+        for site in sites:
+            if checkpoint.has_gradients(site):
+                trace.check_counts(checkpoint.gradients(site))
+    return sites
+
+
+def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], training_set: TrainingSet) -> None:
+    """Compute and store the training examples' gradients at the checkpoints that have none."""
+    trace, processes = query.trace, query.processes
+    with ExitStack() as contexts:
+        with processes.synchronized():
+            if processes.first:
+                contexts.enter_context(locked(trace.path, within_fit=True))
+                trace.check_in_place()
+            _await_checkpoints(trace, query.method, processes)
+            missing = [
+                each for each in missing if not all(map(each.has_gradients, sites))
+            ]  # others may have stored some
+        contexts.enter_context(attribute_set(query.trainer, "limit_predict_batches", 1.0))  # every training example
+        taken: dict[tuple[Site, ...], ModuleGradients] = {}
+        for number, checkpoint in enumerate(missing, start=1):
+            with processes.synchronized():
+                order = reading_order(trace, training_set, processes)
+            wanted = tuple(site for site in sites if not checkpoint.has_gradients(site))
+            if wanted not in taken:
+                taken[wanted] = ModuleGradients(query.module, wanted, recorded=trace.sites)
+            with training_pass(trace, checkpoint, wanted, order, processes) as filled:
+
+                def take(captured: Captured, _: list[int], batch: Any, filled: TrainingPass = filled) -> None:
+                    words = words_of_batch(query.module, batch, filled.unknown_tokens(captured))
+                    filled.add(captured, labels_of(batch), words)
+
+                description = f"Training gradients {number}/{len(missing)}"
+                run_pass(query, checkpoint, Pass(training_set.loader_over(order), taken[wanted], take, description))

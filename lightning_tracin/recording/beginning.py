@@ -1,0 +1,229 @@
+"""What happens before the first step of a fit: all checks that can be made, and the trace begun or gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_tracin.bridge.collated_order import check_order
+from lightning_tracin.bridge.module_gradients import inside_fit
+from lightning_tracin.bridge.strategy import processes_of
+from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
+from lightning_tracin.gradients.eval_mode import weights_filled
+from lightning_tracin.gradients.sites import Site
+from lightning_tracin.parallel.fsdp import require_automatic, require_spread, whole_state
+from lightning_tracin.parallel.processes import Processes, await_seen
+from lightning_tracin.recording.first_batch import bytes_per_example, look_at_first_batch, stored_sites
+from lightning_tracin.recording.loggers import logger_folder
+from lightning_tracin.recording.plan import RecordingPlan
+from lightning_tracin.recording.recorder import Recorder
+from lightning_tracin.recording.space import require_space
+from lightning_tracin.recording.training_cache import TrainingCache
+from lightning_tracin.recording.training_form import TrainingForm, check_training
+from lightning_tracin.recording.validation_log import ValidationLog
+from lightning_tracin.storage.checkpoint import Step
+from lightning_tracin.storage.lock import locked
+from lightning_tracin.storage.shards import fitting_shard_examples
+from lightning_tracin.storage.trace import Trace, TraceHeader, model_fingerprint
+
+
+def begin(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    plan: RecordingPlan,
+    resumed: Mapping[str, Any],
+    writing: ExitStack,
+) -> Recorder:
+    """Check all that can be checked on a first batch, and open the trace.
+
+    Args:
+        trainer: whose fit is about to begin.
+        module: the module in training.
+        plan: what is asked for.
+        resumed: what the callback's state says of the trace to go on with; empty for a fit from the start.
+        writing: is given the folder's lock.
+
+    Raises:
+        ValueError: on what influence cannot be computed for; the message says what to change.
+        FileExistsError: if the trace of another fit is in the place, and must not be replaced.
+        OSError: if the disk has not enough space.
+    """
+    processes = processes_of(trainer)
+    form = None
+    with processes.synchronized():
+        require_spread(module)
+        require_automatic(module)
+        path = _locked_path(trainer, plan, resumed, processes, writing)
+        goes_on = processes.gather(_goes_on(path, plan, resumed) if processes.first else None)[0]
+        training_set = TrainingSet(trainer.train_dataloader)
+        check_order(training_set.loader, "training")
+        if plan.cache != "on_demand":
+            training_set.check_divisible(processes)
+        fingerprint = training_set.fingerprint()
+        processes.require_same("training sets", fingerprint)
+        first = look_at_first_batch(trainer, module, training_set, plan.methods)
+        sites = stored_sites(first, plan.options)
+        if plan.cache == "training":
+            form = _training_form(trainer, module, sites, first.batch, first.captured)
+        state = whole_state(module)
+        if processes.first:
+            require_space(trainer, plan, path, state, first, training_set)
+    with processes.synchronized():
+        if goes_on:
+            trace = Trace(path)
+            trace.check_data(len(training_set), fingerprint)
+            if processes.first:
+                trace.check_model(state, type(module).__name__)
+            _require_same_sites(trace, sites, plan)
+            if processes.first:
+                trace.drop_checkpoints_after(trainer.global_step)
+        elif processes.first:
+            per_example = bytes_per_example(first, plan.options)
+            header = TraceHeader(
+                n_train=len(training_set),
+                data_fingerprint=fingerprint,
+                model_fingerprint=model_fingerprint(state),
+                model_class=type(module).__name__,
+                sites=sites,
+                dtype=plan.options.dtype,
+                shard_examples=fitting_shard_examples(per_example, len(training_set), processes),
+            )
+            Trace.create(path, header)
+    fit = RecordedFit(_opened(path, processes), training_set)
+    steps = _steps_to_go_on_with(fit.trace, resumed, processes) if goes_on else []
+    recorder = Recorder(fit, plan, first.gradients, trainer.train_dataloader, steps)
+    if form is not None:
+        recorder.training = TrainingCache(module, fit.trace, form, processes)
+    recorder.validations = _validations(trainer, recorder, plan)
+    return recorder
+
+
+def _training_form(
+    trainer: pl.Trainer, module: pl.LightningModule, sites: tuple[Site, ...], batch: Any, captured: Any
+) -> TrainingForm:
+    """How training's own gradients are made of those of the examples' losses, if they can be used."""
+    _require_whole_epoch(trainer)
+    with inside_fit(trainer, module), weights_filled(module):
+        return check_training(module, sites, batch, captured)
+
+
+def _validations(trainer: pl.Trainer, recorder: Recorder, plan: RecordingPlan) -> ValidationLog | None:
+    """What logs validations, if that is asked for and there will be any."""
+    if not plan.log_examples:
+        return None
+    if not trainer.loggers or not trainer.enable_validation:
+        missing = "the fit has no validation" if trainer.loggers else "the trainer has no logger"
+        rank_zero_warn(f"log_examples has no effect: {missing}.")
+        return None
+    return ValidationLog(recorder.fit.trace, recorder.gradients, plan.log_examples, plan.log_k)
+
+
+def _locked_path(
+    trainer: pl.Trainer, plan: RecordingPlan, resumed: Mapping[str, Any], processes: Processes, writing: ExitStack
+) -> Path:
+    """The folder of the trace, the same for all processes, which the first one locks until the fit is left."""
+    path = _path(trainer, plan, resumed)
+    if processes.size > 1:  # each may be told another version by its logger, or run in another folder
+        path = processes.gather(path.absolute())[0]
+    writing.close()  # of a fit that another callback kept from telling that it ended
+    if processes.first:
+        writing.enter_context(locked(path))
+    return path
+
+
+def _path(trainer: pl.Trainer, plan: RecordingPlan, resumed: Mapping[str, Any]) -> Path:
+    """The folder of the trace: as given, as resumed, or where ModelCheckpoint would put its own."""
+    if plan.dirpath is not None:
+        return plan.dirpath
+    if resumed and Path(resumed["path"]).exists():
+        return Path(resumed["path"])
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir) / "trace"
+    return logger_folder(trainer.loggers[0], trainer.default_root_dir) / "trace"
+
+
+def _goes_on(path: Path, plan: RecordingPlan, resumed: Mapping[str, Any]) -> bool:
+    """Whether a resumed fit goes on with the trace that is in the folder.
+
+    Raises:
+        FileExistsError: if the trace of another fit is in its place, and must not be replaced.
+    """
+    exists = (path / "trace.json").exists()
+    if resumed:
+        if exists and Trace(path).id == resumed["trace"]:
+            return True
+        rank_zero_warn(
+            f"This fit is resumed, but the trace that it began ({resumed['path']}) is not in {path}: the checkpoints "
+            "before this one will be missing from the scores."
+        )
+    if exists and not plan.overwrite:
+        raise FileExistsError(
+            f"{path.absolute()} holds the trace of another fit. Pass another dirpath, or overwrite=True to replace it; "
+            "a fit that is resumed with ckpt_path continues its own trace."
+        )
+    return False
+
+
+def _require_same_sites(trace: Trace, sites: tuple[Site, ...], plan: RecordingPlan) -> None:
+    """Check that a fit goes on with a trace with the arguments that it was begun with.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if (trace.sites, trace.dtype) != (sites, plan.options.dtype):
+        raise ValueError(
+            f"The trace in {trace.path} was begun with {trace.dtype} gradients at {_listed(trace.sites)}, but this fit "
+            f"would go on with {plan.options.dtype} gradients at {_listed(sites)}. Resume with the same arguments."
+        )
+
+
+def _listed(sites: tuple[Site, ...]) -> str:
+    """Sites in words."""
+    kept = {
+        site.layer: [f"top_words={site.top_words}"] * bool(site.top_words)
+        + [f"projection={site.projection}"] * bool(site.projection)
+        for site in sites
+    }
+    return ", ".join(f"{layer} ({', '.join(options)})" if options else layer for layer, options in kept.items())
+
+
+def _steps_to_go_on_with(trace: Trace, resumed: Mapping[str, Any], processes: Processes) -> list[Step]:
+    """The optimizer steps since the last checkpoint that is still there."""
+    last = processes.gather(max((each.step for each in trace.checkpoints), default=0))[0]
+    return [tuple(step) for step in resumed["steps"] if step[0] >= last]
+
+
+def _require_whole_epoch(trainer: pl.Trainer) -> None:
+    """Check that a fit does not go on inside an epoch by a loader that leaves out what the epoch has seen.
+
+    Raises:
+        ValueError: if it does.
+    """
+    loader = trainer.train_dataloader
+    if trainer.fit_loop.restarting and hasattr(loader, "load_state_dict"):
+        raise ValueError(
+            f"This fit is resumed inside an epoch, and its {type(loader).__name__} goes on where it was: "
+            'cache="training" cannot tell which examples its batches hold. Resume from the checkpoint of an epoch\'s '
+            'end, or use cache="checkpoint".'
+        )
+
+
+def _opened(path: Path, processes: Processes) -> Trace:
+    """The trace that the first process has begun, or goes on with.
+
+    Raises:
+        FileNotFoundError: if this process does not see it.
+    """
+    begun = processes.gather(Trace(path).id if processes.first else None)[0]
+    with processes.synchronized():
+
+        def seen() -> bool:
+            return (path / "trace.json").exists() and Trace(path).id == begun
+
+        await_seen(seen, f"The first process has begun a trace in {path.absolute()}")
+        return Trace(path)

@@ -1,0 +1,259 @@
+"""TracInCallback: writes a Trace while fit runs. It translates Lightning's hooks; the Recorder does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_tracin.bridge.compat import DualCallback
+from lightning_tracin.bridge.strategy import require_strategy, spreads
+from lightning_tracin.bridge.training_set import RecordedFit
+from lightning_tracin.gradients.rows import Dtype
+from lightning_tracin.gradients.sites import StorageOptions
+from lightning_tracin.recording.beginning import begin
+from lightning_tracin.recording.loggers import check_loggers
+from lightning_tracin.recording.plan import (
+    Cache,
+    RecordingPlan,
+    examples_to_log,
+    methods_to_record,
+    projection_sizes,
+)
+from lightning_tracin.recording.recorder import Recorder
+from lightning_tracin.recording.sampled_indices import SampledLoader
+from lightning_tracin.storage.trace import Trace
+
+
+class TracInCallback(DualCallback):
+    """Records checkpoints and learning rates during ``fit``, and stores every training example's gradients.
+
+    What it writes is a :class:`~lightning_tracin.Trace`, from which ``trainer.influence`` scores training examples,
+    in this process or in another. Training itself stays bit for bit as it is without the callback.
+
+    Args:
+        dirpath: folder of the trace. By default ``trace`` below the logger's folder (``lightning_logs/version_0``),
+            or below ``default_root_dir`` without a logger.
+        every_n_epochs: epochs between checkpoints, taken at the end of an epoch.
+        every_n_train_steps: optimizer steps between checkpoints; if given, epochs do not count.
+        cache: "checkpoint" makes a pass over the training set, in eval mode, at each checkpoint, and stores every
+            example's gradients. "training" takes them from training's own backward passes, at next to no cost; they
+            are then of the weights of the moment and with dropout on, and an example that no batch held since the
+            last checkpoint counts zero there. "on_demand" leaves it to the first call of ``trainer.influence``.
+        methods: where to take gradients: "tracin-we" (the word embedding table), "tracin-last" (the last layer), and
+            dotted names of ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or transformers' ``Conv1D`` layers, in which
+            ``*`` stands for anything (``"model.bert.encoder.layer.1.*"``), for :class:`~lightning_tracin.TracInLayer`.
+            All are taken in one backward pass. At a linear layer each example's factors at all positions are stored,
+            or its gradient as one matrix, whichever is smaller.
+        dtype: what gradients are stored in. "float16" scales each row by its own float32 norm: exact to about 1e-3
+            of a score however small gradients are. "float32" takes twice the space.
+        top_words: store only each example's k words of largest gradient norm.
+        projection: a number p: store word gradients projected at random to so many numbers for each word. A pair (a, b):
+            store the gradients of linear layers projected to (a, b) matrices (the gradient at the output to a, the input
+            to b), where that is smaller. Norms stay as they are: scores become estimates, self-influence stays exact.
+        log_examples: how many validation examples, those of the highest loss, are logged in every validation of the fit
+            with the training examples that pushed them; or the indices of those to log from each validation loader (in
+            the data set; in the loader's order where that shuffles or is a stream). 0 logs none.
+        log_k: how many proponents and opponents of each are logged.
+        overwrite: whether a trace that is already in ``dirpath`` may be replaced.
+
+    Gradients are of the model as it computes: in the precision of training (16 bits, FSDP's ``mixed_precision``) where
+    the fit stores them, in that of the trainer that is asked for test examples. What is done with them is done in full.
+
+    With ``log_examples``, each validation hands a table to all of the trainer's loggers, and the curves
+    ``tracin/same_label``, ``tracin/concentration`` and ``tracin/suspected_label_errors`` (see
+    :func:`lightning_tracin.recording.validation_log.summary`). Its examples are chosen while it runs, and scored, by the first of
+    ``methods``, before training goes on: over all checkpoints up to then, that of the same epoch's end included. Where
+    there is no checkpoint yet, they wait for the first one. They are logged under the step and epoch of their
+    validation. Validation batches must be of the form that ``training_step`` takes. It costs a second forward pass of
+    each validation batch (of the batches with the examples, where indices are given; without the mixin, of each example
+    by itself). Each validation also takes, for every checkpoint so far, a backward pass of each logged example and one
+    reading of the stored gradients: it grows with the number of checkpoints, not with that of validation examples.
+
+    Raises:
+        ValueError: on a wrong argument, and before training on a module, a loss or a training set that influence
+            cannot be computed for. The message says what to change.
+        FileExistsError: if ``dirpath`` holds the trace of another fit and ``overwrite`` is False.
+        BlockingIOError: if another fit or query is writing into ``dirpath``.
+        OSError: if the disk has not enough space for the gradients, before anything is written.
+
+    Example::
+
+        trainer = Trainer(max_epochs=3, callbacks=[TracInCallback("trace")])
+        trainer.fit(model, datamodule=news)
+        print(trainer.influence(test_loader))
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        *,
+        every_n_epochs: int = 1,
+        every_n_train_steps: int | None = None,
+        cache: Cache = "checkpoint",
+        methods: Sequence[str] = ("tracin-we", "tracin-last"),
+        dtype: Dtype = "float16",
+        top_words: int | None = None,
+        projection: int | tuple[int, int] | None = None,
+        log_examples: int | Sequence[int] = 0,
+        log_k: int = 3,
+        overwrite: bool = False,
+    ) -> None:
+        self.plan = RecordingPlan(
+            dirpath=None if dirpath is None else Path(dirpath),
+            every_n_epochs=every_n_epochs,
+            every_n_train_steps=every_n_train_steps,
+            cache=cache,
+            methods=methods_to_record(methods),
+            options=StorageOptions(dtype, top_words, projection_sizes(projection)),
+            log_examples=examples_to_log(log_examples),
+            log_k=log_k,
+            overwrite=overwrite,
+        )
+        self.recorded_fit: RecordedFit | None = None
+        self._recorder: Recorder | None = None
+        self._sampled: SampledLoader | None = None
+        self._fitting = False
+        self._resumed: dict[str, Any] = {}
+        self._writing = ExitStack()  # holds the folder's lock
+
+    @property
+    def trace(self) -> Trace | None:
+        """What the last fit in this process recorded."""
+        return None if self.recorded_fit is None else self.recorded_fit.trace
+
+    @property
+    def state_key(self) -> str:
+        """Tells apart the callbacks of one trainer that write to different folders."""
+        return self._generate_state_key(dirpath=str(self.plan.dirpath))
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Start afresh for a fit; other stages leave the trace alone."""
+        self._fitting = stage == "fit"
+        self._recorder = None
+        if self._fitting:
+            require_strategy(trainer)
+            self._check_plan(trainer)
+            self._resumed = {}
+            if self.plan.cache == "training":
+                self._sampled = SampledLoader(trainer)
+
+    def _check_plan(self, trainer: pl.Trainer) -> None:
+        """Check that the trainer can do what is asked for.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+        if self.plan.log_examples and spreads(trainer):
+            raise ValueError(
+                "log_examples needs whole weights, which FSDP spreads over the processes. Use log_examples=0, and "
+                "ask trainer.influence after the fit."
+            )
+        if self.plan.log_examples:
+            check_loggers(trainer.loggers)
+        callbacks = [each for each in trainer.callbacks if isinstance(each, TracInCallback)]  # type: ignore[attr-defined]
+        if sum(each.plan.cache == "training" for each in callbacks) > 1:
+            raise ValueError(
+                'A trainer can have one TracInCallback with cache="training", but got several. Use one with all of the '
+                'methods, or cache="checkpoint" for the others.'
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit needs to go on with the same trace."""
+        if self.trace is None:
+            return {}
+        steps = [] if self._recorder is None else self._recorder.steps
+        return {"trace": self.trace.id, "path": str(self.trace.path.absolute()), "steps": steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the trace to go on with; only a fit does (predict with a checkpoint restores callbacks too)."""
+        if self._fitting:
+            self._resumed = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check all that can be checked on a first batch, and open the trace."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
+            return
+        self._recorder = begin(trainer, pl_module, self.plan, self._resumed, self._writing)
+        self.recorded_fit = self._recorder.fit
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check a loader that was made anew."""
+        if self._recorder is not None:
+            self._recorder.check_loader(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Log a validation that came before, and learn which examples the batch holds."""
+        if self._recorder is not None:
+            self._recorder.log_validations(trainer)
+            self._recorder.begin_batch(trainer, batch, self._sampled)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the gradients of a training batch."""
+        if self._recorder is not None:
+            self._recorder.end_backward(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Note the learning rates of this step: the last hook before a scheduler changes them."""
+        if self._recorder is not None:
+            self._recorder.note_step(trainer, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the batch's gradients, and take a checkpoint if one is due."""
+        if self._recorder is not None:
+            self._recorder.end_batch(trainer, batch, self._sampled)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take a checkpoint if one is due."""
+        if self._recorder is not None:
+            self._recorder.end_epoch(trainer)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to choose examples of the validation."""
+        if self._recorder is not None:
+            self._recorder.begin_validation(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Look at a validation batch, before ``validation_step`` may take it apart."""
+        if self._recorder is not None:
+            self._recorder.see_validation_batch(trainer, pl_module, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose among the examples that all processes have seen."""
+        if self._recorder is not None:
+            self._recorder.end_validation(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the last validation, and say so if the fit was too short for a checkpoint."""
+        if self._recorder is not None:
+            self._recorder.end(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the loader and the module as they were, and the folder to others."""
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """What :meth:`teardown` does, which Lightning does not call after an error."""
+        self._close()
+
+    def _close(self) -> None:
+        with self._writing:  # let go last
+            if self._recorder is not None:
+                self._recorder.close()
+            if self._sampled is not None:
+                self._sampled.close()
+            self._recorder = self._sampled = None

@@ -1,0 +1,131 @@
+"""Finding the sites on a first batch, and checking there that influence can be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lightning_tracin.bridge.compat import batch_to_device
+from lightning_tracin.bridge.mixin import embedding_layer_of, last_layer_of, losses_of
+from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
+from lightning_tracin.bridge.training_set import TrainingSet
+from lightning_tracin.gradients.batching_check import check_batching
+from lightning_tracin.gradients.capture import Captured
+from lightning_tracin.gradients.eval_mode import weights_filled
+from lightning_tracin.gradients.layers import called_layers, layer_name, linear_layers_named, named_layer
+from lightning_tracin.gradients.per_example import Losses, checked
+from lightning_tracin.gradients.precision import full_precision
+from lightning_tracin.gradients.sites import Site, StorageOptions, encoded_bytes
+from lightning_tracin.parallel.fsdp import is_fsdp
+
+# What stands for a site whose layer the module names itself; any other name is that of a layer.
+_WORDS, _LAST = "tracin-we", "tracin-last"
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """What a first batch told.
+
+    Attributes:
+        batch: on the module's device.
+        captured: its gradients.
+        gradients: took them, and knows the layers now.
+    """
+
+    batch: Any
+    captured: Captured
+    gradients: ModuleGradients
+
+
+@full_precision()  # so that what is compared differs by no rounding
+def look_at_first_batch(
+    trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet, methods: Sequence[str]
+) -> FirstBatch:
+    """Find the sites, and check on the training set's first batch that influence can be computed.
+
+    Under FSDP one backward pass of its own tells the layers' dimensions, for all batches.
+
+    Raises:
+        ValueError: if it cannot; the message says why, and what to do.
+    """
+    losses = losses_of(module)
+    with inside_fit(trainer, module), weights_filled(module):
+        batch = batch_to_device(trainer, module, training_set.first_batch())
+        gradients = ModuleGradients(module, _sites(module, losses, batch, methods))
+        if is_fsdp(module):
+            gradients.find_dims(batch)
+        captured = gradients.capture(batch)
+        bad = captured.first_not_finite()
+        if bad is not None:
+            raise ValueError(
+                f"The loss or gradient of training example {training_set.first_indices[bad]} is NaN or infinite before "
+                "training began."
+            )
+        gradients.check_mean(batch)
+        if not training_set.iterable and not is_fsdp(module):  # a pass without gradients is too many for FSDP
+
+            def batch_of(indices: Sequence[int]) -> Any:
+                return batch_to_device(trainer, module, next(iter(training_set.loader_over(indices))))
+
+            check_batching(module, losses, batch_of, training_set.first_indices, batch, captured.losses)
+    return FirstBatch(batch, captured, gradients)
+
+
+def stored_sites(first: FirstBatch, options: StorageOptions) -> tuple[Site, ...]:
+    """The sites, each storing what options ask for.
+
+    Raises:
+        ValueError: if a projection is of no site, or saves nothing.
+    """
+    sites = first.gradients.sites
+    asked = options.projection
+    if asked is not None and not any(site.has_words is isinstance(asked, int) for site in sites):
+        what = "word gradients (a number)" if isinstance(asked, int) else "linear layers (a pair of numbers)"
+        raise ValueError(f"projection={asked} is for {what}, but methods={tuple(site.name for site in sites)}.")
+    return tuple(options.applied(site, first.captured.gradients[site.key]) for site in sites)
+
+
+def bytes_per_example(first: FirstBatch, options: StorageOptions) -> float:
+    """Bytes that a checkpoint stores for each training example, as a first batch tells."""
+    taken = first.captured.gradients
+    sites = [options.applied(site, taken[site.key]) for site in first.gradients.sites]
+    return sum(encoded_bytes(site.stored(taken[site.key]), options.dtype) for site in sites) / len(first.captured)
+
+
+def _sites(module: pl.LightningModule, losses: Losses, batch: Any, methods: Sequence[str]) -> list[Site]:
+    """The sites that methods ask for: words first, then the last layer, then others in the order of the model."""
+    sites: list[Site] = []
+    if _WORDS in methods:
+        sites.append(Site("words", _WORDS, layer_name(module, embedding_layer_of(module)), "words"))
+    if _LAST in methods:
+        layer = last_layer_of(module, lambda: checked(losses(batch)))
+        sites.append(Site("linear-0", _LAST, layer_name(module, layer), "factors", is_last=True))
+    for name in methods:
+        if name not in (_WORDS, _LAST):
+            sites += _layers_asked_for(module, losses, batch, name, [site.layer for site in sites])
+    return list(_numbered(sites))
+
+
+def _layers_asked_for(
+    module: pl.LightningModule, losses: Losses, batch: Any, name: str, known: Sequence[str]
+) -> list[Site]:
+    """The sites of a layer's name, or of a pattern: of those that match it, the layers that take part in the loss."""
+    names = linear_layers_named(module, name)
+    if names != [name]:
+        layers = [named_layer(module, each) for each in names]
+        called = called_layers(lambda: checked(losses(batch)), layers)
+        names = [each for each, layer in zip(names, layers, strict=True) if layer in called]
+        if not names:
+            raise ValueError(f"No layer that methods={name!r} stands for is called when a loss is computed.")
+    return [Site("linear-0", each, each, "factors") for each in names if each not in known]
+
+
+def _numbered(sites: Sequence[Site]) -> Iterator[Site]:
+    """Sites with keys of their own."""
+    number = 0
+    for site in sites:
+        yield site if site.has_words else replace(site, key=f"linear-{number}")
+        number += not site.has_words

@@ -1,0 +1,150 @@
+"""Tables of influential examples for the loggers of Lightning, each in the form that it can show.
+
+Loggers share no API for tables, and come twice, in ``pytorch_lightning`` and in ``lightning.pytorch``: they are told
+apart by the names of their classes, and no package of a logger is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, TypeAlias
+
+from lightning_tracin.report.explanation import Explanation
+
+#: A line of the table: a training example that pushed a validation example.
+Row: TypeAlias = dict[str, Any]
+
+KEY = "tracin/influential"
+
+FILE = "influential.jsonl"
+
+_CHARACTERS = 300  # of a text
+
+_MARKS = re.compile(r"([\\`*_{}\[\]#|~])")
+
+
+def rows_of(
+    explanations: Sequence[Explanation], examples: Sequence[tuple[int, float]], *, step: int, epoch: int
+) -> list[Row]:
+    """The table of a validation: a line for each proponent and opponent of each example, if it pushed at all.
+
+    Args:
+        explanations: of the validation's examples.
+        examples: of each, the number of its loader and its loss.
+        step: the table is logged under.
+        epoch: of the validation.
+    """
+    return [
+        {
+            "step": step,
+            "epoch": epoch,
+            "dataloader_idx": loader,
+            "index": explanation.test.index,
+            "text": shorten(explanation.test.text, _CHARACTERS, placeholder=" ..."),
+            "label": explanation.test.label,
+            "prediction": explanation.test.prediction,
+            "confidence": explanation.test.confidence,
+            "loss": loss,
+            "role": role,
+            "rank": rank,
+            "train_index": each.example.index,
+            "train_label": each.example.label,
+            "score": each.score,
+            "share": each.share,
+            "words": ", ".join(f"{word} {term:+.2g}" for word, term in each.strongest_words()),
+            "train_text": shorten(each.example.text, _CHARACTERS, placeholder=" ..."),
+        }
+        for explanation, (loader, loss) in zip(explanations, examples, strict=True)
+        for role, influentials in (("proponent", explanation.proponents), ("opponent", explanation.opponents))
+        for rank, each in enumerate(influentials, start=1)
+        if (each.score > 0 if role == "proponent" else each.score < 0)
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table as Markdown: a heading and a small table for each validation example."""
+    parts = []
+    for (loader, index), group in groupby(rows, key=lambda row: (row["dataloader_idx"], row["index"])):
+        lines = list(group)
+        first = lines[0]
+        title = f"**Validation example {index}**" + (f" of loader {loader}" if loader else "")
+        for name in ("label", "prediction"):
+            title += "" if first[name] is None else f", {name} **{_plain(first[name])}**"
+        title += "" if first["confidence"] is None else f" ({first['confidence']:.0%})"
+        parts.append(f"{title}, loss {first['loss']:.3g}\n\n{_plain(first['text'])}\n")
+        parts.append("| | score | share | train | label | strongest words | text |\n|---|--:|--:|--:|---|---|---|")
+        for row in lines:
+            share = "" if row["share"] is None else f"{row['share']:.1%}"
+            cells = [_plain(row[name] or "") for name in ("train_label", "words", "train_text")]
+            line = [f"{row['role']} {row['rank']}", f"{row['score']:+.3g}", share, str(row["train_index"]), *cells]
+            parts.append(f"| {' | '.join(line)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def check_loggers(loggers: Sequence[Any]) -> None:
+    """Check that each logger's table can be written.
+
+    Raises:
+        ModuleNotFoundError: if one needs a package that is not there.
+    """
+    if any(_is(logger, "MLFlowLogger") for logger in loggers) and find_spec("pandas") is None:
+        raise ModuleNotFoundError(
+            "log_examples with an MLFlowLogger needs pandas: pip install lightning-tracin[pandas]"
+        )
+
+
+def log_table(logger: Any, rows: Sequence[Row], *, step: int, root: str) -> Path | None:
+    """Hand a table to a logger.
+
+    Args:
+        logger: of Lightning, by either of its names.
+        rows: of the table, all with the same names.
+        step: to log it under.
+        root: folder for loggers that have none.
+
+    Returns:
+        The file that the table was appended to, if the logger takes no tables.
+    """
+    if not rows:
+        return None
+    columns = list(rows[0])
+    values = [list(row.values()) for row in rows]
+    if _is(logger, "TensorBoardLogger"):
+        logger.experiment.add_text(KEY, markdown(rows), global_step=step)
+    elif _is(logger, "WandbLogger"):  # logs the step as a value, as its metrics do: W&B's own step only counts calls
+        logger.log_table(KEY, columns=columns, data=values, step=step)
+    elif _is(logger, "MLFlowLogger"):  # appends to what is there
+        data = {name: [row[name] for row in rows] for name in columns}
+        logger.experiment.log_table(run_id=logger.run_id, data=data, artifact_file=f"{KEY}.json")
+    elif _is(logger, "CometLogger"):
+        name = f"{KEY.replace('/', '-')}-step-{step:09d}.csv"
+        logger.experiment.log_table(name, tabular_data=values, headers=columns)
+    else:
+        file = logger_folder(logger, root) / FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return file
+    return None
+
+
+def logger_folder(logger: Any, root: str) -> Path:
+    """Where a logger keeps the files of its run, or would."""
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or root) / str(logger.name) / version
+
+
+def _is(logger: Any, name: str) -> bool:
+    return any(kind.__name__ == name for kind in type(logger).__mro__)
+
+
+def _plain(text: str) -> str:
+    """Text in which nothing counts as Markdown or HTML."""
+    return _MARKS.sub(r"\\\1", " ".join(text.split())).replace("<", "&lt;")

@@ -1,0 +1,108 @@
+"""What a fit is asked to record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from lightning_tracin.gradients.rows import DTYPES
+from lightning_tracin.gradients.sites import StorageOptions
+
+Cache: TypeAlias = Literal["checkpoint", "training", "on_demand"]
+
+
+@dataclass(frozen=True)
+class RecordingPlan:
+    """The arguments of :class:`~lightning_tracin.TracInCallback`, checked; it says what each means.
+
+    Raises:
+        ValueError: on a wrong one.
+    """
+
+    dirpath: Path | None
+    every_n_epochs: int
+    every_n_train_steps: int | None
+    cache: Cache
+    methods: tuple[str, ...]
+    options: StorageOptions
+    log_examples: int | tuple[int, ...]
+    log_k: int
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        if self.cache not in ("checkpoint", "training", "on_demand"):
+            raise ValueError(f"cache must be 'checkpoint', 'training' or 'on_demand', but got {self.cache!r}.")
+        if self.options.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {tuple(DTYPES)}, but got {self.options.dtype!r}.")
+        projection = self.options.projection
+        sizes = projection if isinstance(projection, tuple) else (projection,)
+        at_least_one = [
+            ("top_words", self.options.top_words),
+            ("every_n_train_steps", self.every_n_train_steps),
+            *(("projection", size) for size in sizes),
+        ]
+        for name, value in at_least_one:
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be None or at least 1, but got {value}.")
+        if self.every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, but got {self.every_n_epochs}.")
+        if self.log_k < 1:
+            raise ValueError(f"log_k must be at least 1, but got {self.log_k}.")
+        if self.log_examples and self.cache == "on_demand":
+            raise ValueError(
+                'log_examples needs gradients that are stored while the fit runs, but cache="on_demand" stores none. '
+                'Use cache="checkpoint" or cache="training".'
+            )
+
+
+def methods_to_record(value: Sequence[str]) -> tuple[str, ...]:
+    """``methods`` as names.
+
+    Raises:
+        ValueError: if they are none.
+    """
+    if not value or isinstance(value, str) or not all(isinstance(each, str) and each for each in value):
+        raise ValueError(
+            'methods must be some of ("tracin-we", "tracin-last"), and names of linear or convolution layers, but got '
+            f"{value!r}."
+        )
+    return tuple(dict.fromkeys(value))
+
+
+def projection_sizes(value: Any) -> int | tuple[int, int] | None:
+    """``projection`` as a number for words, or as a pair for linear layers.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if value is None or isinstance(value, int):
+        return value
+    sizes = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+        raise ValueError(
+            "projection must be a number for word gradients, or a pair of numbers for linear layers (of the gradient at "
+            f"the output, and of the input), but got {value!r}."
+        )
+    return (sizes[0], sizes[1])
+
+
+def examples_to_log(value: Any) -> int | tuple[int, ...]:
+    """``log_examples`` as a number, or as indices.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    indices = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
+    for each in [value] if indices is None else indices:
+        if isinstance(each, bool) or not isinstance(each, Integral) or int(each) < 0:
+            raise ValueError(
+                f"log_examples must be a number of validation examples or a list of their indices, but got {value!r}."
+            )
+    if indices is None:
+        return int(value)
+    if not indices or len(set(indices)) < len(indices):
+        raise ValueError(f"log_examples must name each validation example once, but got {value!r}.")
+    return tuple(int(each) for each in indices)

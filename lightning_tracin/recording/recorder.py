@@ -1,0 +1,260 @@
+"""Recorder: what lives from the first step of a fit to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import repeat
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_tracin.bridge.compat import batch_to_device, learns_nothing
+from lightning_tracin.bridge.mixin import words_of_batch
+from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
+from lightning_tracin.bridge.progress import progress_task
+from lightning_tracin.bridge.strategy import processes_of
+from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
+from lightning_tracin.gradients.batches import labels_of
+from lightning_tracin.parallel.fsdp import clean, is_fsdp, synchronized_batches
+from lightning_tracin.parallel.processes import Processes
+from lightning_tracin.recording.plan import RecordingPlan
+from lightning_tracin.recording.sampled_indices import SampledLoader
+from lightning_tracin.recording.training_cache import TrainingCache
+from lightning_tracin.recording.training_form import divisor_of
+from lightning_tracin.recording.validation_log import ValidationLog
+from lightning_tracin.storage.checkpoint import Checkpoint, Step
+from lightning_tracin.storage.recorded_checkpoint import new_checkpoint
+from lightning_tracin.storage.training_pass import reading_order, training_pass
+
+
+class Recorder:
+    """Records learning rates, checkpoints and gradients of one fit.
+
+    Args:
+        fit: the trace, and the training set that it is of.
+        plan: what is asked for.
+        gradients: takes those of the module in training.
+        loader: the training loader that was looked at.
+        steps: optimizer steps since the last checkpoint, of a fit that is resumed.
+    """
+
+    def __init__(
+        self, fit: RecordedFit, plan: RecordingPlan, gradients: ModuleGradients, loader: Any, steps: list[Step]
+    ) -> None:
+        self.fit = fit
+        self.steps = steps
+        self.training: TrainingCache | None = None
+        self.validations: ValidationLog | None = None
+        self._plan = plan
+        self.gradients = gradients
+        self._loader = loader
+        self._failure: Exception | None = None
+
+    def check_loader(self, trainer: pl.Trainer) -> None:
+        """Check that a loader made anew (``reload_dataloaders_every_n_epochs``) is of the same training set.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if trainer.train_dataloader is self._loader:
+            return
+        with processes_of(trainer).synchronized():
+            self._loader = trainer.train_dataloader
+            _require_same(TrainingSet(self._loader), self.fit, trainer.current_epoch)
+
+    def begin_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
+        """Learn which examples a training batch holds."""
+        if self.training is not None and sampled is not None:
+            with self._held_back(trainer):
+                self.training.begin(sampled.next_batch(), batch)
+
+    def end_backward(self, trainer: pl.Trainer) -> None:
+        """Take the gradients of a training batch."""
+        if self.training is not None:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            divisor, scaled = divisor_of(trainer.accumulate_grad_batches, scaler)
+            self.training.backward_ended(divisor=divisor, scaled=scaled)
+
+    def note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Note the learning rates of an optimizer step."""
+        if learns_nothing(trainer):
+            return
+        number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is _unwrapped(optimizer)), 0)
+        self.steps.append((trainer.global_step, number, [float(group["lr"]) for group in optimizer.param_groups]))
+
+    def end_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
+        """Keep a training batch's gradients, and take a checkpoint if ``every_n_train_steps`` is due."""
+        if self.training is not None and sampled is not None:
+            with self._held_back(trainer):
+                if batch is None:  # skipped: Lightning has not called on_train_batch_start
+                    sampled.next_batch()
+                self.training.end()
+        every = self._plan.every_n_train_steps
+        if every is not None and self.steps and trainer.global_step // every > self.steps[0][0] // every:
+            self._take_checkpoint(trainer)
+
+    def end_epoch(self, trainer: pl.Trainer) -> None:
+        """Take a checkpoint if ``every_n_epochs`` is due."""
+        plan = self._plan
+        if plan.every_n_train_steps is None and (trainer.current_epoch + 1) % plan.every_n_epochs == 0:
+            self._take_checkpoint(trainer)
+
+    def begin_validation(self, trainer: pl.Trainer) -> None:
+        """Begin to choose examples of a validation."""
+        if self.validations is not None:
+            self.validations.begin(trainer)
+
+    def see_validation_batch(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, dataloader_idx: int
+    ) -> None:
+        """Look at a validation batch."""
+        if self.validations is not None:
+            with self._held_back(trainer), inside_fit(trainer, module), torch.no_grad():
+                self.validations.see(batch, dataloader_idx)
+
+    def end_validation(self, trainer: pl.Trainer) -> None:
+        """Choose among the examples that all processes have seen."""
+        if self.validations is not None:
+            with processes_of(trainer).synchronized():
+                self._raise_failure()
+                self.validations.end(trainer)
+
+    def log_validations(self, trainer: pl.Trainer) -> None:
+        """Log the validations that are due: at the weights of each checkpoint in turn, training's own put back."""
+        if self.validations is not None:
+            self.validations.log(trainer)
+
+    def end(self, trainer: pl.Trainer) -> None:
+        """Log the last validation, and say so if the fit was too short for a checkpoint."""
+        self.log_validations(trainer)
+        if not self.fit.trace.checkpoints:
+            rank_zero_warn(
+                f"The fit ended before the first checkpoint of the trace in {self.fit.trace.path} was due: there is "
+                "nothing to compute influence from. Lower every_n_epochs or every_n_train_steps."
+            )
+
+    def close(self) -> None:
+        """Leave the module as it was."""
+        if self.training is not None:
+            self.training.close()
+
+    @contextmanager
+    def _held_back(self, trainer: pl.Trainer) -> Iterator[None]:
+        """With several processes, keep an error until the next checkpoint, where all of them hear of it.
+
+        Raised in the middle of training, it would leave the others to wait for a gradient.
+        """
+        try:
+            yield
+        except Exception as error:
+            if trainer.world_size == 1:
+                raise
+            self._failure = self._failure or error
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _take_checkpoint(self, trainer: pl.Trainer) -> None:
+        if not self.steps:
+            return  # nothing was trained since the last checkpoint
+        step = trainer.global_step
+        optimizers = [_unwrapped(each) for each in trainer.optimizers]
+        processes = processes_of(trainer)
+        with processes.synchronized():  # before any of them waits for the others
+            self._raise_failure()
+        n_recorded = 0 if self.training is None else self.training.count_recorded()
+        if self.training is not None and not n_recorded:
+            rank_zero_warn(
+                f"No training batch has given finite gradients up to step {step}, so there is no checkpoint of it. "
+                "That is usual while an fp16 loss scale is being found; otherwise look at the learning rate."
+            )
+            return
+        with new_checkpoint(
+            self.fit.trace,
+            self.gradients.module,
+            optimizers,
+            step=step,
+            epoch=trainer.current_epoch,
+            steps=self.steps,
+            processes=processes,
+        ) as checkpoint:
+            if self._plan.cache == "checkpoint":
+                self._store_gradients(trainer, checkpoint, processes)
+            elif self.training is not None:
+                self.training.store(checkpoint, n_recorded)
+        self.steps = []
+        self.log_validations(trainer)
+
+    def _store_gradients(self, trainer: pl.Trainer, checkpoint: Checkpoint, processes: Processes) -> None:
+        """Store every training example's gradients at the module's present weights."""
+        trace, training_set, module = self.fit.trace, self.fit.training_set, self.gradients.module
+        assert isinstance(module, pl.LightningModule)
+        order = reading_order(trace, training_set, processes)
+        loader = training_set.loader_over(order)
+        fsdp = is_fsdp(module)
+        with (
+            training_pass(trace, checkpoint, trace.sites, order, processes) as filled,
+            progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
+            _buffers_of(checkpoint, module, processes),
+            inside_fit(trainer, module),
+        ):
+            # Iterating a loader draws a base seed, so it starts inside the random-state guard.
+            batches: Iterable[tuple[Any, bool]] = zip(loader, repeat(True))
+            if fsdp:
+                batches = synchronized_batches(loader, len(loader), training_set.first_batch, processes)
+            for batch, own in batches:
+                batch = batch_to_device(trainer, module, batch)
+                captured = self.gradients.capture(batch)
+                with processes.synchronized() if fsdp else nullcontext():  # none leaves the others to wait for a weight
+                    if own:
+                        words = words_of_batch(module, batch, filled.unknown_tokens(captured))
+                        filled.add(captured, labels_of(batch), words)
+                        advance()
+
+
+@contextmanager
+def _buffers_of(checkpoint: Checkpoint, module: torch.nn.Module, processes: Processes) -> Iterator[None]:
+    """Lend a module the buffers that were recorded: under DDP those of the processes differ between forward passes."""
+    own: list[tuple[Tensor, Tensor]] = []
+    if not processes.first and any(True for _ in module.buffers()):
+        recorded = checkpoint.weights()
+        for name, buffer in module.named_buffers():
+            if clean(name) in recorded:
+                own.append((buffer, buffer.clone()))
+                buffer.copy_(recorded[clean(name)])
+    try:
+        yield
+    finally:
+        for buffer, value in own:
+            buffer.copy_(value)
+
+
+def _require_same(training_set: TrainingSet, fit: RecordedFit, epoch: int) -> None:
+    """Check that the training set of a later epoch is that which a trace was begun with.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    trace = fit.trace
+    if (len(training_set), training_set.fingerprint()) == (trace.n_train, trace.data_fingerprint):
+        return
+    difference = (
+        f"{len(training_set)} examples instead of {trace.n_train}"
+        if len(training_set) != trace.n_train
+        else "other examples, or the same in another order"
+    )
+    raise ValueError(
+        f"The training loader was made anew for epoch {epoch}, and its data set has {difference}: gradients would be "
+        "stored under the numbers of other examples. Let train_dataloader give the same data set each time, with all "
+        "of the examples, and its sampler choose those of the epoch; or fit without reload_dataloaders_every_n_epochs."
+    )
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer inside Lightning's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)

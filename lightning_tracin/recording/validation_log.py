@@ -1,0 +1,182 @@
+"""Validations inside a fit: the examples to explain, and the training examples that pushed them so far.
+
+A validation runs before the checkpoint of its epoch is taken. So its examples are chosen, with their rows of the
+batches, while it runs, and explained when there is something to explain them from.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_tracin.bridge.compat import logged_step
+from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
+from lightning_tracin.bridge.queries import Queries, probe_of, result_of, weights_kept
+from lightning_tracin.bridge.strategy import processes_of
+from lightning_tracin.parallel.processes import Processes
+from lightning_tracin.recording.loggers import log_table, rows_of
+from lightning_tracin.recording.validation import Choice, Validation, flat_loaders
+from lightning_tracin.report.explanation import Example, Explanation
+from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.scoring.naming import method_at
+from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.scratch import Scratch
+from lightning_tracin.storage.trace import Trace
+
+
+class ValidationLog:
+    """Logs, of each validation in a fit, some examples with those that pushed them.
+
+    Args:
+        trace: the checkpoints and gradients of the fit.
+        gradients: takes those of the module in training.
+        examples: how many of the highest loss; or the indices of those to take from each loader.
+        k: how many proponents and opponents of each.
+    """
+
+    def __init__(self, trace: Trace, gradients: ModuleGradients, examples: int | tuple[int, ...], k: int) -> None:
+        self._trace = trace
+        self._gradients = gradients
+        self._examples = examples
+        self._k = k
+        self._choice: Choice | None = None
+        self._pending: list[Validation] = []
+        self._told: set[str] = set()
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """A validation begins."""
+        loaders = flat_loaders(trainer.val_dataloaders)
+        module = self._gradients.module
+        self._choice = Choice(module, probe_of(module, self._trace), self._examples, loaders, processes_of(trainer))
+
+    def see(self, batch: Any, loader: int) -> None:
+        """Look at the next batch of a loader, in eval mode and without gradients."""
+        assert self._choice is not None
+        self._choice.see(batch, loader)
+
+    def end(self, trainer: pl.Trainer) -> None:
+        """A validation is over: its examples wait until they are logged."""
+        assert self._choice is not None
+        validation = self._choice.choose(logged_step(trainer), trainer.current_epoch)
+        self._choice = None
+        if validation.examples:
+            self._pending.append(validation)
+
+    def log(self, trainer: pl.Trainer) -> None:
+        """Explain what waits, and hand it to the trainer's loggers, if there is a checkpoint to explain it from.
+
+        Args:
+            trainer: its loggers are written to by the first process.
+
+        Raises:
+            ValueError: if a gradient is not finite.
+        """
+        checkpoints = self._trace.checkpoints if self._pending else []
+        if not checkpoints:
+            return
+        pending, self._pending = self._pending, []
+        processes = processes_of(trainer)
+        for validation in pending:
+            with processes.synchronized():
+                result = self._explained(trainer, validation, checkpoints, processes)
+                if processes.first:
+                    self._write(trainer, validation, list(result.explanations(k=self._k)))
+
+    def _explained(
+        self, trainer: pl.Trainer, validation: Validation, checkpoints: Sequence[Checkpoint], processes: Processes
+    ) -> InfluenceResult:
+        """All training examples scored on a validation's examples, over the checkpoints that there are.
+
+        The module is given the weights of each checkpoint in turn, and in the end its own. The first of the trace's
+        sites counts. The result has one row for each example, in their order, with the validation's predictions.
+
+        Raises:
+            ValueError: if a gradient is not finite.
+        """
+        site = self._trace.sites[0]
+        module: Any = self._gradients.module
+        test = Queries(module, method_at(site), self._trace)
+        gradients = self._gradients.at([site], test.probe)
+        with weights_kept(module):
+            for checkpoint in checkpoints:
+                with processes.synchronized():
+                    module.load_state_dict(checkpoint.weights(), strict=False)
+                    for place, row in validation.rows.items():
+                        with inside_fit(trainer, module):
+                            captured = gradients.capture(row)
+                        if captured.first_not_finite() is not None:
+                            raise ValueError(
+                                f"The loss or gradient of validation example {validation.examples[place].index} is NaN "
+                                f"or infinite at the weights of step {checkpoint.step}."
+                            )
+                        test.take(captured, [place], row)
+                    test.finish_checkpoint(checkpoint, processes)
+        test.score(min(self._k, self._trace.n_train), processes, trainer.strategy.root_device)
+        result = result_of([test], [test.word_gradients()], Scratch())
+        result.test_indices = torch.tensor([each.index for each in validation.examples])
+        result.predictions = torch.tensor([each.prediction for each in validation.examples], dtype=torch.float64)
+        return result
+
+    def _write(self, trainer: pl.Trainer, validation: Validation, explanations: Sequence[Explanation]) -> None:
+        """Hand the explanations of a validation to each of the trainer's loggers."""
+        of_examples = [(each.loader, each.loss) for each in validation.examples]
+        rows = rows_of(explanations, of_examples, step=validation.step, epoch=validation.epoch)
+        metrics = summary(explanations)
+        for logger in trainer.loggers:
+            if metrics:
+                logger.log_metrics({**metrics, "epoch": validation.epoch}, step=validation.step)
+            file = log_table(logger, rows, step=validation.step, root=trainer.default_root_dir)
+            logger.save()
+            if file is not None and str(file) not in self._told:
+                self._told.add(str(file))
+                rank_zero_info(f"{type(logger).__name__} takes no tables: influential examples are in {file}.")
+
+
+def summary(explanations: Sequence[Explanation]) -> dict[str, float]:
+    """What curves say of explained validation examples; each as far as labels and predictions are known.
+
+    Returns:
+        ``tracin/same_label``, the share of proponents (of positive score) that have the label of their validation
+        example; ``tracin/concentration``, how much of all positive score of an example its listed proponents hold, on
+        the mean; ``tracin/suspected_label_errors``, how many examples are suspected (see :func:`is_suspected`).
+    """
+    metrics = {}
+    pushed = [[each for each in of.proponents if each.score > 0] for of in explanations]
+    same = [
+        each.example.label == of.test.label
+        for of, proponents in zip(explanations, pushed, strict=True)
+        for each in proponents
+        if _has_class(of.test) and each.example.label is not None
+    ]
+    if same:
+        metrics["tracin/same_label"] = sum(same) / len(same)
+    held = [sum(each.share or 0.0 for each in proponents) for proponents in pushed if proponents]
+    if held:
+        metrics["tracin/concentration"] = sum(held) / len(held)
+    if any(_has_class(of.test) and of.test.confidence is not None for of in explanations):
+        metrics["tracin/suspected_label_errors"] = float(sum(map(is_suspected, explanations)))
+    return metrics
+
+
+def is_suspected(explanation: Explanation) -> bool:
+    """Whether a validation example's label looks wrong: model and training examples agree on another class.
+
+    The model says another class than the label, and so do the listed training examples, if each votes for its own
+    label with the magnitude of its score, that is, with how alike the two are for the model.
+    """
+    votes: dict[str, float] = defaultdict(float)
+    for each in (*explanation.proponents, *explanation.opponents):
+        if each.example.label is not None:
+            votes[each.example.label] += abs(each.score)
+    most = max(votes, key=lambda label: votes[label], default=None)
+    return explanation.test.is_mistaken and most == explanation.test.prediction
+
+
+def _has_class(test: Example) -> bool:
+    """Whether a test example's label is a class, not a value that a regression predicts."""
+    return test.label is not None and (test.prediction is None or test.confidence is not None)

@@ -1,0 +1,79 @@
+"""Reads examples: from token ids and a label to what people see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_tracin.report.explanation import Example, Word
+from lightning_tracin.results.words import Marks, marks_of, spans_of, words_in, words_of
+
+#: The raw text of an example, or of its two parts.
+RawText: TypeAlias = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What token ids and labels are called.
+
+    Attributes:
+        words_of_ids: what to print for each token id.
+        label_names: what to print for each label.
+        tokenizer: the fast tokenizer that made the ids, where raw texts are to be read with it.
+    """
+
+    words_of_ids: Mapping[int, str]
+    label_names: Mapping[int, str]
+    tokenizer: Any = None
+
+    def example(
+        self,
+        index: int,
+        ids: Sequence[int],
+        label: float | None,
+        texts: Sequence[RawText] | None,
+        *,
+        prediction: float | None = None,
+        confidence: float | None = None,
+    ) -> Example:
+        """An example in words.
+
+        Args:
+            index: its index in its data set.
+            ids: its token ids.
+            label: its label, if it has one.
+            texts: the raw text of each example of its data set, if they are at hand.
+            prediction: what the model says of it, if that is known.
+            confidence: the probability that the model gives to that.
+        """
+        words, unread = self._words(ids, texts, index)
+        return Example(index, words, self.label(label), self.label(prediction), confidence, unread, tuple(ids))
+
+    def label(self, value: float | None) -> str | None:
+        """What to print for a label or a prediction."""
+        if value is None:
+            return None
+        return self.label_names.get(int(value), str(int(value))) if value.is_integer() else f"{value:.3g}"
+
+    def _words(self, ids: Sequence[int], texts: Sequence[RawText] | None, index: int) -> tuple[tuple[Word, ...], str]:
+        """The words of an example, and what its raw text goes on with after them."""
+        words = words_of([self.words_of_ids.get(token, str(token)) for token in ids], self._marks)
+        if texts is None:
+            return tuple(words), ""
+        found = spans_of(self.tokenizer, texts[index], ids)
+        if found is None:
+            rank_zero_warn(
+                f"The text given for example {index} is not what its token ids were made of: tokens are shown."
+            )
+            return tuple(words), ""
+        text, spans = found
+        end = max((span[1] for span in spans if span is not None), default=0)
+        return tuple(words_in(text, spans, words)), text[end:]
+
+    @cached_property
+    def _marks(self) -> Marks:
+        return marks_of(self.words_of_ids.values())

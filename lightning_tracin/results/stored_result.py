@@ -1,0 +1,185 @@
+"""What a query found, as it is kept: in memory, and in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_tracin.gradients.texts import Texts
+from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.naming import method_from_json, method_to_json
+from lightning_tracin.scoring.strongest import TopK
+from lightning_tracin.storage.files import write_tensors
+from lightning_tracin.storage.trace import Trace
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FORMAT_VERSION = 2
+
+_WORD_TENSORS = ("examples", "tokens", "norms", "directions")
+
+
+@dataclass(repr=False, eq=False)
+class StoredResult:
+    """What a result consists of.
+
+    Attributes:
+        method: what the scores are.
+        n_train: number of training examples.
+        test_indices: (n_test,) the index in the test data set of each row, ascending.
+        predictions: (n_test, 2) float64, what the model of the last checkpoint said of each: the class and its
+            probability, or a value and NaN; NaN where it is not known.
+        scores: (n_test, n_train) float32, or None if only the k strongest were kept.
+        totals: (n_test, 2) float64, the sums of each test example's positive and of its negative scores.
+    """
+
+    method: Method
+    n_train: int
+    test_indices: Tensor
+    test_texts: Texts
+    test_gradients: list[list[WordGradients]]
+    words_of_ids: dict[int, str]
+    label_names: dict[int, str]
+    predictions: Tensor
+    trace: Trace | None
+    checkpoint_ids: list[str]
+    scores: Tensor | None = None
+    strongest_proponents: TopK | None = None
+    strongest_opponents: TopK | None = None
+    totals: Tensor | None = None
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to one safetensors file.
+
+        Words of a pair are read from the trace, which stays where it is; the file keeps its place, absolute and
+        relative.
+
+        Args:
+            path: the file, usually ``*.safetensors``.
+
+        Returns:
+            The path.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            "test_indices": self.test_indices,
+            "texts.examples": self.test_texts.examples,
+            "texts.ids": self.test_texts.ids,
+            "texts.labels": self.test_texts.labels,
+            "predictions": self.predictions,
+        }
+        if self.totals is not None:
+            tensors["totals"] = self.totals
+        if self.scores is not None:
+            tensors["scores"] = self.scores
+        for name, top in (("proponents", self.strongest_proponents), ("opponents", self.strongest_opponents)):
+            if top is not None:
+                tensors |= {f"{name}.values": top.values, f"{name}.indices": top.indices}
+        for block, of_block in enumerate(self.test_gradients):
+            for number, gradients in enumerate(of_block):
+                own = {name: column for name, column in gradients.columns.items() if name in _WORD_TENSORS}
+                tensors |= {f"gradients.{block}.{number}.{name}": column for name, column in own.items()}
+        used = set(self.test_texts.ids.tolist())
+        header = {
+            "version": FORMAT_VERSION,
+            "method": method_to_json(self.method),
+            "n_train": self.n_train,
+            "gradients": [[each.n_examples for each in of_block] for of_block in self.test_gradients],
+            "words_of_ids": {str(token): word for token, word in self.words_of_ids.items() if token in used},
+            "label_names": {str(number): name for number, name in self.label_names.items()},
+            "checkpoint_ids": self.checkpoint_ids,
+            "trace": None if self.trace is None else str(self.trace.path.absolute()),
+            "trace_relative": None if self.trace is None else os.path.relpath(self.trace.path, path.parent),
+        }
+        write_tensors(path, tensors, {"lightning_tracin.result": json.dumps(header)})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, trace: str | Path | None = None) -> Self:
+        """Read a result that :meth:`save` wrote; its trace is opened if it is where it was.
+
+        Args:
+            path: the file.
+            trace: folder of the trace, where it is at another place now.
+
+        Raises:
+            FileNotFoundError: if there is no such file, or no trace in the folder.
+            ValueError: if the file holds no result, or one of a newer version, or the folder another trace.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                content = (file.metadata() or {}).get("lightning_tracin.result")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error}.") from error
+        if content is None:
+            raise ValueError(f"{path} holds no InfluenceResult.")
+        header = json.loads(content)
+        if header["version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"{path} is of format version {header['version']}, but this lightning_tracin reads up to "
+                f"{FORMAT_VERSION}. Update lightning_tracin."
+            )
+        opened = _find_trace(header, Path(path).parent) if trace is None else _trace_of(header, Path(trace))
+        n_test = len(tensors["test_indices"])
+        tops = [
+            TopK(tensors[f"{name}.values"], tensors[f"{name}.indices"]) if f"{name}.values" in tensors else None
+            for name in ("proponents", "opponents")
+        ]
+        words = {int(token): word for token, word in header["words_of_ids"].items()}
+        method = method_from_json(header["method"])
+        return cls(
+            method=method,
+            n_train=header["n_train"],
+            test_indices=tensors["test_indices"],
+            test_texts=Texts(n_test, tensors["texts.examples"], tensors["texts.ids"], tensors["texts.labels"]),
+            test_gradients=[
+                [_word_gradients(tensors, f"gradients.{block}.{number}", n) for number, n in enumerate(of_block)]
+                for block, of_block in enumerate(header["gradients"])
+            ],
+            words_of_ids=words if opened is None else {**opened.vocabulary, **words},
+            label_names={int(number): name for number, name in header["label_names"].items()},
+            predictions=tensors["predictions"],
+            trace=opened,
+            checkpoint_ids=header["checkpoint_ids"],
+            scores=tensors.get("scores"),
+            strongest_proponents=tops[0],
+            strongest_opponents=tops[1],
+            totals=tensors.get("totals"),
+        )
+
+
+def _word_gradients(tensors: Mapping[str, Tensor], prefix: str, n_examples: int) -> WordGradients:
+    return WordGradients(n_examples, **{name: tensors[f"{prefix}.{name}"] for name in _WORD_TENSORS})
+
+
+def _find_trace(header: dict[str, Any], folder: Path) -> Trace | None:
+    """The trace that a result was computed from, if it is where it was, or lies as it did beside the result."""
+    for place in (header["trace"], header["trace_relative"] and folder / header["trace_relative"]):
+        if place is not None and (Path(place) / "trace.json").exists():
+            trace = Trace(place)
+            if _holds(trace, header):
+                return trace
+    return None
+
+
+def _trace_of(header: dict[str, Any], path: Path) -> Trace:
+    """The trace in a folder, which must be the one that a result was computed from."""
+    trace = Trace(path)
+    if not _holds(trace, header):
+        raise ValueError(f"The trace in {path} is of another fit than the one that the scores were computed from.")
+    return trace
+
+
+def _holds(trace: Trace, header: dict[str, Any]) -> bool:
+    return set(header["checkpoint_ids"]) <= {each.id for each in trace.checkpoints}

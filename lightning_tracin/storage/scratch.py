@@ -1,0 +1,35 @@
+"""Blocks put away in files that vanish with whoever holds them."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning_tracin.gradients.ragged import Ragged
+from lightning_tracin.storage.files import read_tensors, write_tensors
+
+_Block = TypeVar("_Block", bound=Ragged)
+
+
+class Scratch:
+    """A temporary folder, made when it is needed, whose files are memory-mapped: they take no memory while not used."""
+
+    def __init__(self) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._n_blocks = 0
+
+    def put(self, block: _Block) -> _Block:
+        """The same block, its tensors in a file.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="lightning_tracin-", ignore_cleanup_errors=True)
+        path = Path(self._folder.name) / f"{self._n_blocks:06d}.safetensors"
+        self._n_blocks += 1
+        tensors, _ = read_tensors(path, write_tensors(path, block.columns))
+        columns: dict[str, Any] = dict(tensors)
+        return replace(block, **columns)

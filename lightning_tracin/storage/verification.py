@@ -1,0 +1,67 @@
+"""Comparing every file of a trace with what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from lightning_tracin.storage.files import PARTIAL, check_file, read_json
+from lightning_tracin.storage.shards import Shards
+from lightning_tracin.storage.trace import Trace
+
+
+def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
+    """Compare every file with what was written.
+
+    JSON files, which have no checksum, are read. What is not named in any file, such as a checkpoint whose whole
+    folder is gone, cannot be missed.
+
+    Yields:
+        Each file, and what is wrong with it, or None. A file or folder that a writing left behind when it was
+        broken off counts as wrong, though nothing is read from it.
+    """
+    yield trace.path / "trace.json", None  # it was read
+    for path in sorted(trace.path.rglob(f"*{PARTIAL}")):
+        yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
+    folders = [path for path in sorted(trace.path.glob("checkpoints/*")) if path.suffix != PARTIAL]
+    for folder in folders:
+        file = folder / "checkpoint.json"
+        problem = _problem(file, partial(trace.read_checkpoint, file))
+        yield file, problem
+        for name, checksum in {} if problem else trace.read_checkpoint(file).checksums.items():
+            yield folder / name, _problem(folder / name, partial(check_file, folder / name, checksum))
+    stored = [
+        folder / name
+        for folder in folders
+        for name in (*(site.key for site in trace.sites), "texts")
+        if (folder / name).exists()
+    ]
+    if stored:  # the texts come with the first gradients
+        path = trace.path / "vocabulary.json"
+        yield path, _problem(path, partial(read_json, path))
+        if not any(folder.name == "texts" for folder in stored):
+            stored.append(trace.path / "texts")
+    for folder in stored:
+        yield from _verify_shards(trace, folder)
+
+
+def _verify_shards(trace: Trace, folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """The part of :func:`verify` for a folder of shards."""
+    path = folder / "index.json"
+    problem = _problem(path, lambda: trace.check_counts(Shards.open(folder)))
+    yield path, problem
+    if problem is None:
+        for file, checksum in Shards.open(folder).files:
+            yield file, _problem(file, partial(check_file, file, checksum))
+
+
+def _problem(path: Path, read: Callable[[], object]) -> str | None:
+    """What is wrong with a file, as reading it tells."""
+    try:
+        read()
+    except FileNotFoundError:
+        return f"{path} is missing."
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
