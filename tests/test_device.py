@@ -7,13 +7,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from elsewhere import DEVICE, Accelerator, Elsewhere
-from lightning_tracin.gradients.storage_options import on_device
-from test_gradients import JOINS, random_linear, random_words
+from random_gradients import JOINS, random_linear, random_words
 from toy import Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import TracInLast, TracInWE
-from lightning_tracin.bridge.queries import scored
 from lightning_tracin.gradients.second_moments import SecondMoments
+from lightning_tracin.scoring.score import score
 
 METHODS = [
     TracInWE(),
@@ -35,7 +34,7 @@ def assert_same_elsewhere(device, method, test, train, moments):
     expected = method.dot(test, train, moments)
     place, entered = device
     with entered:
-        scores = method.dot(on_device(test, place), train, moments)
+        scores = method.dot(test.to(place), train, moments)
         assert scores.device.type == place.type
         torch.testing.assert_close(scores.cpu(), expected, rtol=1e-5, atol=1e-5)
 
@@ -78,12 +77,12 @@ def test_a_query_multiplies_elsewhere(tmp_path, monkeypatch, device, method):
     strongest = trainer.influence(loader(test_texts()), method=method, k=3)
     place, entered = device
 
-    def elsewhere(test, checkpoints, k, processes, of_model):
+    def elsewhere(tests, k, processes, of_model):
         assert of_model == trainer.strategy.root_device
         with entered:
-            return scored(test, checkpoints, k, processes, place)
+            return score(tests, k, processes, place)
 
-    monkeypatch.setattr("lightning_tracin.loop.scored", elsewhere)
+    monkeypatch.setattr("lightning_tracin.bridge.queries.score", elsewhere)
     result = trainer.influence(loader(test_texts()), method=method)
     torch.testing.assert_close(result.scores, expected.scores)
     torch.testing.assert_close(result.totals, expected.totals)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from toy import Toy, fitted, loader, quiet, test_texts
+from toy import Toy, fitted, loader, quiet, site_of, test_texts
 
 from lightning_tracin import Trace, TracInWE
 
@@ -28,7 +28,7 @@ def cut_short(path):
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short])
 @pytest.mark.parametrize(
-    "name", ["tracin-we/00000.safetensors", "weights.safetensors", "second-moments-tracin-we.safetensors"]
+    "name", ["words/00000.safetensors", "weights.safetensors", "second-moments-words.safetensors"]
 )
 def test_a_damaged_file_is_named(tmp_path, trace, name, damage):
     shutil.copytree(trace, tmp_path / "trace")
@@ -38,7 +38,7 @@ def test_a_damaged_file_is_named(tmp_path, trace, name, damage):
         quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace", method=method)
 
 
-@pytest.mark.parametrize("name", ["tracin-we/00000.safetensors", "weights.safetensors"])
+@pytest.mark.parametrize("name", ["words/00000.safetensors", "weights.safetensors"])
 def test_a_missing_file_is_named(tmp_path, trace, name):
     shutil.copytree(trace, tmp_path / "trace")
     path = Trace(tmp_path / "trace").checkpoints[1].path / name
@@ -50,7 +50,7 @@ def test_a_missing_file_is_named(tmp_path, trace, name):
 def test_damaged_gradients_can_be_removed_and_computed_again(tmp_path):
     fit = fitted(tmp_path / "trace")
     expected = fit.influence(loader(test_texts())).scores
-    folder = Trace(tmp_path / "trace").checkpoints[0].path / "tracin-we"
+    folder = Trace(tmp_path / "trace").checkpoints[0].path / "words"
     flip_a_bit(folder / "00000.safetensors")
     with pytest.raises(ValueError, match="it is enough to remove its folder"):
         fit.influence(loader(test_texts()))
@@ -79,7 +79,7 @@ def norms_of(trace):
         (checkpoint.step, method): torch.cat([block.example_norms() for block in map(shards.read, range(len(shards)))])
         for checkpoint in trace.checkpoints
         for method in ("tracin-we", "tracin-last")
-        for shards in [checkpoint.gradients(method)]
+        for shards in [checkpoint.gradients(site_of(checkpoint, method))]
     }
 
 

@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
-from toy import DECAY, N_TRAIN, RATE, STEPS_PER_EPOCH, Toy, fitted, loader, quiet, test_texts, texts
+from toy import DECAY, N_TRAIN, RATE, STEPS_PER_EPOCH, Toy, fitted, loader, quiet, site_of, test_texts, texts
 
 from lightning_tracin import Trace, TracInCallback, TracInWE
 
@@ -161,8 +161,8 @@ def test_rates_are_those_of_the_group_and_the_optimizer_that_hold_the_layer(tmp_
 
     fitted(tmp_path / "trace", TwoOptimizers())
     checkpoint = Trace(tmp_path / "trace").checkpoints[0]
-    assert checkpoint.learning_rate_of("tracin-we") == pytest.approx(0.3)
-    assert checkpoint.learning_rate_of("tracin-last") == pytest.approx(0.02)
+    assert checkpoint.learning_rate_of(site_of(checkpoint, "tracin-we")) == pytest.approx(0.3)
+    assert checkpoint.learning_rate_of(site_of(checkpoint, "tracin-last")) == pytest.approx(0.02)
 
 
 def test_a_frozen_embedding_counts_at_the_rate_of_what_is_trained(tmp_path):
@@ -371,7 +371,7 @@ def test_what_is_stored_can_be_read_by_hand(toy):
     path = toy.callbacks[0].trace.path
     header = json.loads((path / "trace.json").read_text())
     assert header["layers"] == {"tracin-we": "embedding", "tracin-last": "head"}
-    shard = load_file(path / "checkpoints" / "step-000000005" / "tracin-we" / "00000.safetensors")
+    shard = load_file(path / "checkpoints" / "step-000000005" / "words" / "00000.safetensors")
     tokens = torch.repeat_interleave(shard["tokens"], shard["offsets"].diff())
     ids = texts().tensors[0]
     for example in range(N_TRAIN):

@@ -2,36 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_tracin.gradients.linear_gradients import LinearGradients
+from random_gradients import JOINS, dense, random_linear, random_words
 
-from lightning_tracin.gradients.ragged import unit_rows
+from lightning_tracin.gradients.rows import unit_rows
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.scoring.methods import TracInLast, TracInWE
-
-
-def dense(words: WordGradients, vocabulary: int) -> torch.Tensor:
-    """(n_examples, vocabulary, H) float64."""
-    table = torch.zeros(words.n_examples, vocabulary, words.directions.shape[1], dtype=torch.float64)
-    table[words.examples, words.tokens] = words.factors[:, None].double() * words.directions.double()
-    return table
-
-
-def random_words(n_examples: int, vocabulary: int = 30, length: int = 9, hidden: int = 6, scale: float = 1.0):
-    owners = torch.arange(n_examples).repeat_interleave(length)
-    tokens = torch.randint(vocabulary, (n_examples * length,))
-    gradients = torch.randn(n_examples * length, hidden) * scale
-    table = torch.zeros(n_examples, vocabulary, hidden, dtype=torch.float64)
-    table.index_put_((owners, tokens), gradients.double(), accumulate=True)
-    return WordGradients.from_positions(n_examples, owners, tokens, gradients), table
-
-
-def random_linear(n_examples: int, positions: int, inputs: int = 5, outputs: int = 4):
-    owners = torch.arange(n_examples).repeat_interleave(positions)
-    h, delta = torch.randn(len(owners), inputs), torch.randn(len(owners), outputs)
-    table = torch.zeros(n_examples, outputs, inputs, dtype=torch.float64)
-    table.index_add_(0, owners, torch.einsum("po,pi->poi", delta, h).double())
-    return LinearGradients.from_positions(n_examples, owners, h, delta), table
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-9, 1e-25, 1e25])
@@ -57,11 +33,6 @@ def test_rows_of_a_token_that_occurs_twice_are_summed():
 def test_words_whose_gradient_is_zero_are_left_out():
     words = WordGradients.from_positions(1, torch.tensor([0, 0]), torch.tensor([3, 5]), torch.tensor([[0.0], [2.0]]))
     assert words.tokens.tolist() == [5]
-
-
-# Words that few or many test examples hold, with few or many training rows, in more than one piece.
-JOINS = [(6, 11, 30), (40, 50, 3), (1, 1, 200), (3, 4, 1), (3, 500, 4), (40, 300, 20), (40, 900, 150), (5, 2500, 2)]
-JOINS += [(20, 2500, 3), (40, 4000, 20), (2, 5000, 400)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_gradients import dense, random_linear, random_words
+from random_gradients import dense, random_linear, random_words
 
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.storage import runs

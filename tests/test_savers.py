@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_tracin.gradients.storage_options import StorageOptions
-from test_gradients import random_words
+from random_gradients import random_words
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import TracInCallback, TracInWE
-from lightning_tracin.storage.shards import encoded_bytes
+from lightning_tracin.gradients.sites import Site, StorageOptions, encoded_bytes
 
 
 def recall_at_10(found, exact):
@@ -38,14 +37,15 @@ def test_errors_are_within_what_is_expected(kept, error, recall, share):
     method = TracInWE()
 
     def scores(of):
-        prepared = [method.prepare(of(block).sorted_by_token(), None, "test") for block in (test, train)]
+        prepared = [method.prepare(of(block).sorted(), None, "test") for block in (test, train)]
         return method.dot(*prepared, None)
 
-    exact, found = scores(lambda block: block), scores(lambda block: kept.of(block).as_dtype(kept.dtype))
+    site = kept.applied(Site("words", "tracin-we", "embedding", "words"), train)
+    exact, found = scores(lambda block: block), scores(lambda block: site.stored(block).as_dtype(kept.dtype))
     norms = test.example_norms()[:, None] * train.example_norms()
     assert ((found - exact) / norms).square().mean().sqrt() < error
     assert recall_at_10(found, exact) > recall
-    assert encoded_bytes(kept.of(train), kept.dtype) < share * encoded_bytes(train, "float32")
+    assert encoded_bytes(site.stored(train), kept.dtype) < share * encoded_bytes(train, "float32")
 
 
 def test_a_projected_trace_serves_like_another(tmp_path, toy):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_gradients import dense, random_linear, random_words
+from random_gradients import dense, random_linear, random_words
 
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.storage import files
-from lightning_tracin.storage.shards import Shards, ShardWriter, encoded_bytes
+from lightning_tracin.gradients.sites import encoded_bytes
+from lightning_tracin.storage.shards import Shards, ShardWriter
 
 
 def written(folder, block, *, batch=4, dtype="float32", shard_examples=100):
@@ -85,7 +86,7 @@ def test_stored_rows_stay_on_disk_until_they_are_used(tmp_path):
     read = written(tmp_path, words).read(0)
     path = str(tmp_path / "00000.safetensors")
     mapped = [line.split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(path)]
-    address = read.sorted_by_token().without([3]).scaled(torch.ones(12)).directions.data_ptr()
+    address = read.sorted().without([3]).scaled(torch.ones(12)).directions.data_ptr()
     assert any(int(start, 16) <= address < int(stop.split()[0], 16) for start, stop, *_ in mapped)
 
 

@@ -101,6 +101,12 @@ def fitted(path, module: pl.LightningModule | None = None, data=None, *, trainer
     return fit
 
 
+def site_of(owner, name: str):
+    """The site of a trace or a checkpoint that the callback's ``methods`` asked for by a name."""
+    (found,) = (site for site in owner.sites if site.name == name)
+    return found
+
+
 def leave() -> None:
     """End one of several processes when all have come here; what it has written must lie in closed files.
 

@@ -1,0 +1,118 @@
+"""Every linear and convolution layer of every family against brute force: all caches, both precisions, one process.
+
+Rates are so small that weights stay where they are, so that the gradients of training are those at the checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from brute_force import relative_error, untie, with_bias
+from families import FAMILIES, N_TRAIN
+from torch import nn
+from toy import quiet
+
+from lightning_tracin import Trace, TracInCallback, TracInLayer, TracInSum, TracInWE
+
+TOLERANCES = {"float32": 1e-5, "float16": 2e-3}
+RUNS = [("checkpoint", "float32"), ("checkpoint", "float16"), ("on_demand", "float32"), ("training", "float32")]
+# What mixes the examples of a training batch, or is drawn at random in training, has no gradients of its own there.
+NOT_IN_TRAINING = {"bert-dropout", "cnn", "without-mixin"}
+
+
+def weight_of(layer: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """(out, in) of a weight, or of its gradient."""
+    return tensor.T if type(layer).__name__ == "Conv1D" else tensor.flatten(1)
+
+
+class Reference:
+    """Dense gradients of every layer, one example at a time, at the checkpoints of a trace."""
+
+    def __init__(self, family, names, path: Path) -> None:
+        self.sides = []
+        for checkpoint in Trace(path).checkpoints:
+            module = family.build()
+            module.load_state_dict(checkpoint.weights())
+            if module.embedding is not None:
+                untie(module, module.get_submodule(module.embedding))
+            module.eval()
+            layers = [module.get_submodule(name) for name in names]
+            parameters = [each for layer in layers for each in (layer.weight, layer.bias) if each is not None]
+            for parameter in parameters:
+                parameter.requires_grad_()
+            self.sides.append([self._gradients(module, layers, parameters, batches) for batches in (
+                family.singles(family.test_loader()), family.singles(family.train_loader())
+            )])
+        self.names = names
+
+    def _gradients(self, module, layers, parameters, batches):
+        found: list[list[torch.Tensor]] = [[] for _ in layers]
+        for batch in batches:
+            left = iter(torch.autograd.grad(module.loss(batch), parameters))
+            for place, layer in enumerate(layers):
+                weight = weight_of(layer, next(left))
+                found[place].append(with_bias(weight, next(left) if layer.bias is not None else None))
+        return [torch.stack(each).double() for each in found]
+
+    def scores(self, name: str, rates, normalize: str | None = None) -> torch.Tensor:
+        place, total = self.names.index(name), 0
+        for rate, (test, train) in zip(rates, self.sides, strict=True):
+            products = torch.einsum("iab,jab->ij", test[place], train[place])
+            if normalize == "cosine":
+                norms = [side[place].flatten(1).norm(dim=1) for side in (test, train)]
+                products = products / norms[0][:, None] / norms[1]
+            total = total + rate * products
+        return total
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_are_those_of_brute_force(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("families.EMBEDDING_RATE", 2e-10)
+    monkeypatch.setattr("families.OTHER_RATE", 1e-10)
+    family = FAMILIES[name]
+    reference = None
+    for cache, dtype in RUNS:
+        if cache == "training" and name in NOT_IN_TRAINING:
+            continue
+        path = tmp_path / f"{cache}-{dtype}"
+        module = family.build()
+        methods = ("tracin-we", "*") if module.embedding and cache == "checkpoint" else ("*",)
+        callback = TracInCallback(path, dtype=dtype, cache=cache, methods=methods)
+        pl.seed_everything(3, verbose=False)
+        trainer = quiet(callbacks=[callback], max_epochs=2)
+        trainer.fit(module, family.train_loader())
+        layers = [site.layer for site in callback.trace.sites if not site.has_words]
+        assert layers
+        reference = reference or Reference(family, layers, path)
+        assert layers == reference.names
+        for layer in layers:
+            rates = module.mean_rates(layer)
+            scores = trainer.influence(family.test_loader(), method=TracInLayer(layer)).scores
+            expected = reference.scores(layer, rates)
+            assert relative_error(scores, expected) < TOLERANCES[dtype], (cache, dtype, layer)
+        if (cache, dtype) == ("checkpoint", "float32"):
+            check_options(trainer, family, layers[len(layers) // 2], reference, module)
+
+
+def check_options(trainer, family, layer, reference, module) -> None:
+    """Self-influence, the strongest, cosines and sums at one of the layers."""
+    rates, cosine = module.mean_rates(layer), TracInLayer(layer, normalize="cosine")
+    expected = reference.scores(layer, rates, "cosine")
+    scores = trainer.influence(family.test_loader(), method=cosine).scores
+    assert relative_error(scores, expected) < TOLERANCES["float32"]
+    own = trainer.self_influence(method=TracInLayer(layer))
+    of_train = trainer.influence(family.train_loader(), method=TracInLayer(layer)).scores
+    torch.testing.assert_close(own, of_train.diagonal(), rtol=1e-4, atol=1e-6 * float(own.max()))
+    best = trainer.influence(family.test_loader(), method=cosine, k=3).proponents(3)
+    torch.testing.assert_close(best.values, scores.topk(3).values)
+    if module.embedding:
+        words = trainer.influence(family.test_loader(), method=TracInWE(normalize="cosine")).scores
+        method = TracInSum((TracInWE(normalize="cosine"), cosine), mix=(1, 0.5))
+        result = trainer.influence(family.test_loader(), method=method)
+        torch.testing.assert_close(result.scores, words + 0.5 * scores, rtol=1e-4, atol=1e-6 * float(scores.max()))
+        for train_index in range(N_TRAIN):
+            terms = sum(term for _, term in result.words(1, train_index))
+            assert terms == pytest.approx(float(words[1, train_index]), rel=1e-4, abs=1e-5 * float(words.abs().max()))
