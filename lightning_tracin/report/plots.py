@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import numpy as np
 from torch import Tensor
 
+from lightning_tracin.report.palette import AGAINST, FOR
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: What a chart shows.
 Kind: TypeAlias = Literal["scores", "words", "labels", "self_influence"]
-
-FOR, AGAINST = "#0072B2", "#E69F00"  # blue and orange of Okabe and Ito: told apart also by the colour-blind
 
 _N_BINS = 50
 

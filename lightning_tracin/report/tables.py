@@ -11,11 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lightning_tracin.report.explanation import Example, Explanation, Influential
-
-# Colour-blind safe, legible on light and on dark: what pushed in the score's direction, and what pushed against it.
-_FOR = ("bold white on dark_blue", "white on dodger_blue3", "underline")
-
-_AGAINST = ("bold black on orange1", "black on light_goldenrod2", "underline")
+from lightning_tracin.report.palette import TERMINAL_AGAINST, TERMINAL_FOR
 
 _STRONG, _MEDIUM, _WEAK = 0.2, 0.07, 0.02  # shares of the sum of the terms' magnitudes
 
@@ -127,12 +123,12 @@ def _title(test: Example) -> Text:
 
 
 def _style(share: float, *, with_score: bool) -> str:
-    strong, medium, weak = _FOR if with_score else _AGAINST
+    styles = TERMINAL_FOR if with_score else TERMINAL_AGAINST
     if share >= _STRONG:
-        return strong
+        return styles.strong
     if share >= _MEDIUM:
-        return medium
-    return weak if share >= _WEAK else ""
+        return styles.medium
+    return styles.weak if share >= _WEAK else ""
 
 
 def _printable(text: str) -> str:

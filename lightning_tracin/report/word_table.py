@@ -1,9 +1,4 @@
-"""Which words carry a whole test set: each word's influence on every class, summed over all pairs of examples.
-
-A word's term is a product of two gradient rows, so over the test examples of a class it is the product of a training
-row with the *sum* of their rows. A class is multiplied like one test example that holds the rows of all of its members,
-and nothing has to be known of single pairs: one pass over the stored gradients is enough, and it is exact.
-"""
+"""The word table: each word's influence on every class of a whole test set, to print or to take numbers from."""
 
 from __future__ import annotations
 
@@ -19,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lightning_tracin.report.palette import TERMINAL_AGAINST, TERMINAL_FOR
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
 
 if TYPE_CHECKING:
@@ -27,8 +23,6 @@ if TYPE_CHECKING:
 _PRINTED_WORDS = 20
 
 _WORD_WIDTH, _COUNT_WIDTH, _CLASS_WIDTH = 12, 5, 11
-
-_FOR, _AGAINST = "dodger_blue2", "dark_orange3"  # as the words of an example are shaded
 
 
 class Shortcut(NamedTuple):
@@ -185,4 +179,5 @@ def _cell(table: WordTable, word: int, of_class: int, net: float) -> Text:
     if not bool(values.any()):
         return Text("")
     label = f" {table.labels[int(values.abs().argmax())]}" if len(table.labels) > 1 else ""
-    return Text.assemble((f"{net:+.1f}", _FOR if net >= 0 else _AGAINST), label)
+    styles = TERMINAL_FOR if net >= 0 else TERMINAL_AGAINST
+    return Text.assemble((f"{net:+.1f}", styles.number), label)

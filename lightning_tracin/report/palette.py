@@ -1,0 +1,33 @@
+"""The two colours of all that is drawn: blue for what pushes with a score, orange for what pushes against it.
+
+They are those of Okabe and Ito, which colour-blind people tell apart, too. A terminal has neighbours of the two among
+its 256 named colours: as grounds for white or black text, and as text that is legible on a dark and on a light screen.
+The HTML page has a ramp of five shades of each hue in ``page.css``, for its light and for its dark scheme.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FOR, AGAINST = "#0072B2", "#E69F00"
+
+
+class TerminalStyles(NamedTuple):
+    """What rich prints one of the two colours with.
+
+    Attributes:
+        strong: a word that has a large part of a score.
+        medium: a word that has some part of it.
+        weak: a word that has a small part of it.
+        number: a number of that sign.
+    """
+
+    strong: str
+    medium: str
+    weak: str
+    number: str
+
+
+TERMINAL_FOR = TerminalStyles("bold white on dark_blue", "white on dodger_blue3", "underline", "dodger_blue2")
+
+TERMINAL_AGAINST = TerminalStyles("bold black on orange1", "black on light_goldenrod2", "underline", "dark_orange3")
