@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 from toy import Toy, leave, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInCallback
-from lightning_tracin.storage import files
+from lightning_tracin.storage import shards
 from lightning_tracin.storage.lock import locked
 
 
@@ -121,7 +121,7 @@ def in_two(folder, found):
 
     if rank == 0:
         shutil.copytree(folder / "trace", folder / "damaged")
-        for gradients in (folder / "damaged").glob("checkpoints/*/tracin-we"):
+        for gradients in (folder / "damaged").glob("checkpoints/*/words"):
             shutil.rmtree(gradients)
         *_, last = sorted((folder / "damaged" / "texts").glob("*.safetensors"))
         last.write_bytes(last.read_bytes()[:-1] + b"\xff")
@@ -134,16 +134,16 @@ def in_two(folder, found):
     reloading = {"reload_dataloaders_every_n_epochs": 1}
     found["reloaded"] = error_of(fit, folder / "reloaded", Toy, data=Reloaded(seed=rank), trainer=reloading)
     found["different data"] = error_of(fit, folder / "different", Toy, data=loader(texts(seed=rank)))
-    write = files.write_tensors
+    write = shards.write_tensors
 
     def full(path, *arguments):
         if rank == 1:
             raise OSError(28, f"{path} could not be written")
         return write(path, *arguments)
 
-    files.write_tensors = full
+    shards.write_tensors = full
     found["full"] = error_of(fit, folder / "full", Toy)
-    files.write_tensors = write
+    shards.write_tensors = write
 
     fit(folder / "normed", Normed)
     for cache in ("checkpoint", "training"):

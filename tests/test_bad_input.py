@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInMixin, TracInWE
-from lightning_tracin.bridge.test_loader import own_part, spare_batch
+from lightning_tracin.bridge import test_loader
 from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage import files, shards
@@ -470,11 +470,9 @@ def test_a_plain_training_step_that_needs_a_fit_around_it(tmp_path):
 @pytest.mark.parametrize("number", [N_TRAIN - 1, N_TRAIN + 1])
 def test_gradients_of_another_number_of_examples(tmp_path, number):
     fit = fitted(tmp_path / "trace")
-    path = fit.callbacks[0].trace.checkpoints[1].path / "tracin-we" / "index.json"
+    path = fit.callbacks[0].trace.checkpoints[1].path / "words" / "index.json"
     files.write_json(path, {**json.loads(path.read_text()), "n_examples": number})
-    with pytest.raises(
-        ValueError, match=f"tracin-we/index.json is damaged: it counts {number} .* the trace has {N_TRAIN}"
-    ):
+    with pytest.raises(ValueError, match=f"words/index.json is damaged: it counts {number} .* the trace has {N_TRAIN}"):
         fit.influence(loader(test_texts()))
 
 
@@ -500,7 +498,7 @@ def test_gradients_that_are_missing_and_no_training_set(tmp_path):
 
 def test_a_method_whose_layer_was_not_recorded(tmp_path):
     fit = fitted(tmp_path / "trace", methods=("tracin-we",))
-    with pytest.raises(ValueError, match="did not record the layer of tracin-last"):
+    with pytest.raises(ValueError, match=r"did not record the layer of TracInLast.*Fit again with \"tracin-last\""):
         fit.influence(loader(test_texts()), method="tracin-last")
 
 
@@ -530,13 +528,13 @@ def test_a_collate_function_that_adds_or_drops_examples(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(("name", "value"), [("shard_examples", 7), ("n_examples", 12), ("n_examples", 30)])
 def test_texts_of_another_number_of_examples(tmp_path, name, value):
     fitted(tmp_path)
-    for gradients in tmp_path.glob("checkpoints/*/tracin-we"):
+    for gradients in tmp_path.glob("checkpoints/*/words"):
         shutil.rmtree(gradients)
     path = tmp_path / "texts" / "index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(ValueError, match=r"texts/index.json is damaged: it counts .* but the trace has 20"):
         quiet().influence(loader(test_texts()), Toy(), trace=tmp_path, train_dataloaders=loader())
-    assert not list(tmp_path.glob("checkpoints/*/tracin-we"))
+    assert not list(tmp_path.glob("checkpoints/*/words"))
 
 
 class OnlyTests(pl.LightningDataModule):
@@ -572,7 +570,7 @@ def test_products_that_overflow(tmp_path):
 
 
 def test_a_spare_batch_of_a_loader_with_workers_and_a_timeout():
-    ids, _ = spare_batch(loader(num_workers=1, timeout=60), ALONE)
+    ids, _ = test_loader.spare_batch(loader(num_workers=1, timeout=60), ALONE)
     assert torch.equal(ids, texts().tensors[0][:8])
 
 
@@ -633,7 +631,7 @@ def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
 
     def fill(tensors, path, **options):
         calls.append(path)
-        if "step-000000010" in str(path) and "tracin-last" in str(path.parent):
+        if "step-000000010" in str(path) and "linear-0" in str(path.parent):
             raise OSError(28, "No space left on device")
         save(tensors, path, **options)
 
@@ -652,7 +650,6 @@ def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
             lambda: TracInCallback(cache="always"),
             "cache must be 'checkpoint', 'training' or 'on_demand', but got 'always'",
         ),
-        (lambda: TracInCallback(methods=("tracin",)), "methods must be some of"),
         (lambda: TracInCallback(methods="tracin-we"), "methods must be some of"),
         (lambda: TracInCallback(methods=()), "methods must be some of"),
         (lambda: TracInCallback(dtype="float8"), "dtype must be one of"),
@@ -674,6 +671,12 @@ def test_wrong_arguments(make, message):
         make()
 
 
+def test_an_unknown_layer(tmp_path):
+    with pytest.raises(ValueError, match=r"methods names 'tracin', but Toy has no .* of that name. The nearest are: "):
+        fitted(tmp_path / "trace", methods=("tracin",))
+    assert not (tmp_path / "trace").exists()
+
+
 def test_an_unknown_method(toy):
     with pytest.raises(ValueError, match="method must be one of tracin-we, tracin-last"):
         toy.influence(loader(test_texts()), method="trak")
@@ -687,7 +690,7 @@ def test_a_stream_cannot_be_divided_among_processes():
     with pytest.raises(ValueError, match="is a stream, which several processes cannot divide"):
         TrainingSet(loader(Stream())).check_divisible(Processes(0, 2))
     with pytest.raises(ValueError, match="come in a stream, which several processes cannot divide"):
-        own_part(loader(Stream()), Processes(0, 2))
+        test_loader.test_blocks(loader(Stream()), None, Processes(0, 2))
 
 
 def test_a_trace_of_another_model_is_refused_before_anything_is_computed(toy, trace):

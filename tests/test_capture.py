@@ -11,10 +11,15 @@ from torch.nn import functional
 from toy import CLASSES, VOCABULARY, Toy, fitted, loader, test_texts, texts
 
 from lightning_tracin import TracInMixin
-from lightning_tracin.bridge.module_gradients import capture_at
+from lightning_tracin.bridge.module_gradients import ModuleGradients
+from lightning_tracin.gradients.capture import capture
 from lightning_tracin.gradients.eval_mode import gradients_enabled
+from lightning_tracin.gradients.layers import on_module
+from lightning_tracin.gradients.sites import Site
 
-LAYERS = {"tracin-we": "embedding", "tracin-last": "head"}
+WORDS = Site("words", "tracin-we", "embedding", "words")
+LAST = Site("linear-0", "tracin-last", "head", "factors", is_last=True)
+SITES = [WORDS, LAST]
 
 
 class Square(Toy):
@@ -46,15 +51,13 @@ class Mixing(TracInMixin, pl.LightningModule):
 
 
 def rows(captured):
-    return [each for part in (captured.words, captured.linear) if part is not None for each in vars(part).values()] + [
-        captured.token_ids,
-        captured.token_owners,
-    ]
+    of_blocks = [each for block in captured.gradients.values() for each in vars(block).values()]
+    return [*of_blocks, captured.token_ids, captured.token_owners]
 
 
 @pytest.mark.parametrize("time_first", [False, True])
-@pytest.mark.parametrize("methods", [["tracin-we"], ["tracin-last"], ["tracin-we", "tracin-last"]])
-def test_the_first_batch_tells_what_the_others_need_not_ask(monkeypatch, methods, time_first):
+@pytest.mark.parametrize("sites", [[WORDS], [LAST], SITES], ids=["words", "last", "both"])
+def test_the_first_batch_tells_what_the_others_need_not_ask(monkeypatch, sites, time_first):
     """One backward pass for each of the others, none of them through weights; gradients to the last bit."""
     pl.seed_everything(0, verbose=False)
     module = Square()
@@ -63,18 +66,20 @@ def test_the_first_batch_tells_what_the_others_need_not_ask(monkeypatch, methods
     passes = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: passes.append(1) or grad(*args, **options))
-    dims = {}
+    gradients = ModuleGradients(module, sites, recorded=SITES)
     with gradients_enabled(module):
         for number, batch in enumerate(batches):
             passes.clear()
-            found = capture_at(module, LAYERS, methods, module.influence_loss, batch, dims)
+            found = gradients.capture(batch)
             assert len(passes) == (2 if number == 0 else 1)
             assert bool(module.learning) == (number == 0)
             assert all(parameter.requires_grad for parameter in module.parameters())
-            alone = capture_at(module, LAYERS, methods, module.influence_loss, batch, {})
+            assert found.gradients.keys() == {site.key for site in sites}
+            assert len(found.token_ids)
+            alone = ModuleGradients(module, sites, recorded=SITES).capture(batch)
             for one, other in zip(rows(found), rows(alone), strict=True):
                 assert one is other or one == other if isinstance(one, int | None) else torch.equal(one, other)
-    assert dims[module.embedding] == int(time_first)
+    assert gradients._dims[module.embedding] == int(time_first)
 
 
 def test_parameters_learn_again_after_an_error():
@@ -82,10 +87,11 @@ def test_parameters_learn_again_after_an_error():
     batch = texts(7, length=7).tensors
     dims = {}
     with gradients_enabled(module):
-        capture_at(module, LAYERS, ["tracin-we"], module.influence_loss, batch, dims)
+        places = on_module(module, [WORDS])
+        capture(module.influence_loss, batch, places, dims=dims, module=module)
         module.embedding.requires_grad_(False)
         with pytest.raises(ValueError, match="one unreduced loss for each example"):
-            capture_at(module, LAYERS, ["tracin-we"], lambda each: module.influence_loss(each).mean(), batch, dims)
+            capture(lambda each: module.influence_loss(each).mean(), batch, places, dims=dims, module=module)
     assert module.head.weight.requires_grad
     assert not module.embedding.weight.requires_grad
 
@@ -100,27 +106,25 @@ def test_a_mean_that_the_module_repeats_is_no_loss_of_single_examples(tmp_path):
         fitted(tmp_path, Repeated())
 
 
-@pytest.mark.parametrize("methods", [["tracin-we"], ["tracin-last"]])
-def test_a_transformer_computes_what_it_computes_in_training(methods):
+@pytest.mark.parametrize("site", SITES, ids=["words", "last"])
+def test_a_transformer_computes_what_it_computes_in_training(site):
     """In every batch; by brute force, one example at a time, padded as in its batch."""
     pl.seed_everything(0, verbose=False)
     module = Mixing()
     fast = torch.backends.mha.get_fastpath_enabled()
-    dims = {}
-    layer = module.get_submodule(LAYERS[methods[0]])
+    gradients = ModuleGradients(module, [site], recorded=SITES)
+    layer = module.get_submodule(site.layer)
     for batch in loader(test_texts(), batch_size=3):
         with gradients_enabled(module):
-            captured = capture_at(module, LAYERS, methods, module.influence_loss, batch, dims)
+            block = gradients.capture(batch).gradients[site.key]
         singles = [[part[row : row + 1] for part in batch] for row in range(len(batch[0]))]
         expected = dense_gradients(module, layer, singles, module.influence_loss)
         found = torch.zeros_like(expected)
-        if captured.words is not None:
-            words = captured.words
-            found[words.examples, words.tokens] = (words.factors[:, None] * words.directions).double()
+        if site.has_words:
+            found[block.examples, block.tokens] = (block.factors[:, None] * block.directions).double()
         else:
-            linear = captured.linear
-            products = torch.einsum("po,pi->poi", linear.deltas, linear.inputs)
-            products *= (linear.delta_norms * linear.input_norms)[:, None, None]
-            found.index_add_(0, linear.examples, products.double())
+            products = torch.einsum("po,pi->poi", block.deltas, block.inputs)
+            products *= (block.delta_norms * block.input_norms)[:, None, None]
+            found.index_add_(0, block.examples, products.double())
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert torch.backends.mha.get_fastpath_enabled() == fast

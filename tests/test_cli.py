@@ -14,9 +14,8 @@ from lightning.pytorch.cli import LightningCLI as TwinCLI
 from test_lightning import TwinToy
 from toy import N_TEST, N_TRAIN, Data, Toy, loader, quiet, test_texts
 
-from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInWE
-from lightning_tracin.cli.subcommands import InfluenceCLIMixin, TracInCLI
-from lightning_tracin.querying.trainer import InfluenceTrainerMixin
+from lightning_tracin import InfluenceResult, InfluenceTrainerMixin, Trace, TracInCallback, TracInLast, TracInWE
+from lightning_tracin.cli import InfluenceCLIMixin, TracInCLI
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -242,6 +241,6 @@ def test_the_mixin_serves_the_command_line_of_lightning_pytorch(tmp_path, monkey
 
 def test_without_jsonargparse_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    monkeypatch.delitem(sys.modules, "lightning_tracin.cli")
+    monkeypatch.delitem(sys.modules, "lightning_tracin.cli.subcommands")
     with pytest.raises(ModuleNotFoundError, match=r"pip install lightning-tracin\[cli\]"):
         import_module("lightning_tracin.cli")

@@ -69,8 +69,8 @@ def test_info_tells_what_lies_in_the_folder(trace, capsys):
     told = json.loads(capsys.readouterr().out)
     opened = Trace(trace)
     header = json.loads((trace / "trace.json").read_text())
-    assert {name: told[name] for name in ("id", "n_train", "model_class", "layers", "dtype")} == {
-        name: header[name] for name in ("id", "n_train", "model_class", "layers", "dtype")
+    assert {name: told[name] for name in ("id", "n_train", "model_class", "sites", "dtype")} == {
+        name: header[name] for name in ("id", "n_train", "model_class", "sites", "dtype")
     }
     assert told["bytes"] == sum(
         (Path(folder) / name).stat().st_size for folder, _, names in os.walk(trace) for name in names
@@ -259,7 +259,7 @@ def test_verify_names_each_file_that_is_damaged(trace, copied, capsys, damage):
 
 @pytest.mark.parametrize("key", ["checksums", "n_examples", "step"])
 def test_verify_names_json_that_lacks_something(copied, capsys, key):
-    name = "checkpoint.json" if key == "step" else "tracin-we/index.json"
+    name = "checkpoint.json" if key == "step" else "words/index.json"
     path = copied / "checkpoints" / "step-000000005" / name
     content = read_json(path)
     del content[key]
@@ -285,7 +285,7 @@ def test_verify_names_what_was_left_behind(copied, capsys):
 
 
 def test_gradients_that_were_removed_on_purpose_are_no_damage(copied):
-    shutil.rmtree(copied / "checkpoints" / "step-000000005" / "tracin-last")
+    shutil.rmtree(copied / "checkpoints" / "step-000000005" / "linear-0")
     assert run("verify", copied) == 0
 
 
@@ -304,9 +304,9 @@ def test_a_progress_bar_shows_on_a_terminal_only(trace):
 @pytest.mark.parametrize("command", [("info",), ("verify",)])
 def test_a_folder_without_a_trace_is_told(tmp_path, capsys, command):
     assert f"There is no trace in {tmp_path}" in failed(capsys, *command, tmp_path)
-    (tmp_path / "trace.json").write_text('{"version": 1, "id": "a"')
+    (tmp_path / "trace.json").write_text('{"version": 2, "id": "a"')
     assert f"{tmp_path}/trace.json is damaged" in failed(capsys, *command, tmp_path)
-    (tmp_path / "trace.json").write_text('{"version": 1, "id": "a"}')
+    (tmp_path / "trace.json").write_text('{"version": 2, "id": "a"}')
     assert "there is no n_train and no data_fingerprint" in failed(capsys, *command, tmp_path)
 
 
@@ -361,7 +361,7 @@ def test_the_help_of_each_command_has_an_example_that_parses(command, capsys):
 def test_help_and_version_do_not_wait_for_torch():
     code = """
 import sys
-from lightning_tracin.commands import main
+from lightning_tracin.cli.command import main
 for arguments in (["--help"], ["--version"], ["top", "--help"]):
     try:
         main(arguments)
@@ -376,7 +376,7 @@ print("slow:", [name for name in ("torch", "pytorch_lightning", "pandas") if nam
 def test_what_needs_no_model_does_not_wait_for_lightning(file):
     code = f"""
 import sys
-from lightning_tracin.commands import main
+from lightning_tracin.cli.command import main
 assert main(["top", {file!r}]) == 0
 print([name for name in ("pytorch_lightning", "transformers", "pandas") if name in sys.modules], file=sys.stderr)
 """

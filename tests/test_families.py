@@ -13,6 +13,7 @@ import torch
 from brute_force import BruteForce, dense_gradients, relative_error, untie, with_bias
 from families import FAMILIES, FIRST, N_TRAIN, Family, Module, ScaledLoss, bert_classifier, classes, labelled_texts
 from torch.utils.data import DataLoader
+from toy import site_of
 
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInWE, Trainer
 
@@ -78,8 +79,8 @@ class Fitted:
         return self.trainer.influence(loader or self.test, method=method, trace=self.path / dtype)
 
     def layer_of(self, method: Any) -> str:
-        name = getattr(method, "name", method)
-        return self.module.embedding if name == "tracin-we" else self.module.last
+        at_words = method in ("tracin-we", TracInWE) or isinstance(method, TracInWE)
+        return self.module.embedding if at_words else self.module.last
 
     def reference(self, method: Any) -> BruteForce:
         layer = self.layer_of(method)
@@ -139,7 +140,8 @@ def test_scores_are_those_of_brute_force(fitted, method, dtype):
 
 @every_family_and_method
 def test_recorded_rates_are_means_over_the_steps_since_the_checkpoint_before(fitted, method):
-    recorded = [each.learning_rate_of(method) for each in Trace(fitted.path / "float32").checkpoints]
+    checkpoints = Trace(fitted.path / "float32").checkpoints
+    recorded = [each.learning_rate_of(site_of(each, method)) for each in checkpoints]
     assert recorded == pytest.approx(fitted.module.mean_rates(fitted.layer_of(method)))
 
 

@@ -27,9 +27,7 @@ def cut_short(path):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short])
-@pytest.mark.parametrize(
-    "name", ["words/00000.safetensors", "weights.safetensors", "second-moments-words.safetensors"]
-)
+@pytest.mark.parametrize("name", ["words/00000.safetensors", "weights.safetensors", "second-moments-words.safetensors"])
 def test_a_damaged_file_is_named(tmp_path, trace, name, damage):
     shutil.copytree(trace, tmp_path / "trace")
     damage(Trace(tmp_path / "trace").checkpoints[1].path / name)

@@ -370,7 +370,8 @@ def test_what_is_stored_can_be_read_by_hand(toy):
 
     path = toy.callbacks[0].trace.path
     header = json.loads((path / "trace.json").read_text())
-    assert header["layers"] == {"tracin-we": "embedding", "tracin-last": "head"}
+    found = [(site["name"], site["layer"], site["shape"]) for site in header["sites"]]
+    assert found == [("tracin-we", "embedding", "words"), ("tracin-last", "head", "factors")]
     shard = load_file(path / "checkpoints" / "step-000000005" / "words" / "00000.safetensors")
     tokens = torch.repeat_interleave(shard["tokens"], shard["offsets"].diff())
     ids = texts().tensors[0]

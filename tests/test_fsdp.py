@@ -12,7 +12,7 @@ from brute_force import BruteForce, dense_gradients, relative_error, untie
 from fsdp_processes import FITS, HALF, LENGTH, TESTS, UNEVEN, Normed, Plain, Recomputing, Reproducible, Tied
 from test_fit import mean_rate
 from test_processes import run
-from toy import RATE, Toy, loader, quiet, texts
+from toy import RATE, Toy, loader, quiet, site_of, texts
 
 from lightning_tracin import Trace, TracInWE
 from lightning_tracin.bridge.strategy import require_strategy
@@ -89,7 +89,8 @@ def test_what_is_recorded_is_what_ddp_learns(fits, name):
     """Weights, Adam's second moments, rates and the names of the trained parameters."""
     folder, *_ = fits
     trace, whole = Trace(folder / name), Trace(folder / "ddp checkpoint")
-    assert trace.layers == whole.layers == LAYERS
+    assert trace.sites == whole.sites
+    assert {site.name: site.layer for site in trace.sites} == LAYERS
     assert len(trace.checkpoints) == len(whole.checkpoints) == 2
     for found, expected in zip(trace.checkpoints, whole.checkpoints, strict=True):
         assert (found.step, found.epoch, found.groups, found.steps) == (
@@ -103,7 +104,7 @@ def test_what_is_recorded_is_what_ddp_learns(fits, name):
         for parameter, value in of_ddp.items():
             torch.testing.assert_close(weights[parameter], value, rtol=1e-4, atol=1e-6)
         for method in METHODS:
-            moments, of_whole = found.second_moments(method), expected.second_moments(method)
+            moments, of_whole = (each.second_moments(site_of(each, method)) for each in (found, expected))
             torch.testing.assert_close(moments.values, of_whole.values, rtol=1e-4, atol=1e-12)
             assert moments.eps == of_whole.eps
             assert (moments.rows is None) == (of_whole.rows is None)
@@ -169,7 +170,7 @@ def test_gradients_taken_in_training_are_those_of_the_examples(fits, method):
     for pair in zip(*fits_of, strict=True):
         found, expected = (
             torch.cat([shards.read(shard).example_norms() for shard in range(len(shards))])
-            for shards in (each.gradients(method) for each in pair)
+            for shards in (each.gradients(site_of(each, method)) for each in pair)
         )
         came = found > 0
         n_came += int(came.sum())

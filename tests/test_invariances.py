@@ -218,7 +218,7 @@ def test_texts_of_about_one_length_come_together_once_lengths_are_known(
     alone = loader(build(), batch_size=1, collate_fn=to_the_longest)
     (tmp_path / "alone").mkdir()
     path = shutil.copytree(tmp_path / "trace", tmp_path / "alone" / "trace")
-    for folder in (*path.glob("checkpoints/*/tracin-*/"), path / "texts"):
+    for folder in (*path.glob("checkpoints/*/*/"), path / "texts"):
         shutil.rmtree(folder)
     expected, found = (
         quiet().influence(loader(test_texts()), Toy(), train_dataloaders=alone, trace=each, method=methods[0]).scores
@@ -298,8 +298,8 @@ def test_scores_are_symmetric_under_swapping_the_sides(tmp_path, method):
     for own, other in zip(fit.callbacks[0].trace.checkpoints, swapped.callbacks[0].trace.checkpoints, strict=True):
         for name in ("weights.safetensors", "checkpoint.json"):
             shutil.copy(own.path / name, other.path / name)
-        for gradients in METHODS:
-            shutil.rmtree(other.path / gradients)
+        for site in swapped.callbacks[0].trace.sites:
+            shutil.rmtree(other.path / site.key)
     backward = swapped.influence(loader(), train_dataloaders=loader(test_texts()), method=method).scores
     torch.testing.assert_close(forward, backward.T, rtol=1e-4, atol=1e-8)
 
@@ -391,7 +391,7 @@ def test_asking_twice_gives_the_same(toy):
 def test_shards_are_as_many_as_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "_SHARD_EXAMPLES", 7)
     trace = fitted(tmp_path / "trace").callbacks[0].trace
-    assert {len(list(each.path.glob("tracin-we/*.safetensors"))) for each in trace.checkpoints} == {3}
+    assert {len(list(each.path.glob("words/*.safetensors"))) for each in trace.checkpoints} == {3}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -417,7 +417,7 @@ def test_storing_the_top_words_scores_like_choosing_them(toy, tmp_path):
 
 def test_on_demand_scores_like_at_the_checkpoint(toy, tmp_path):
     fit = fitted(tmp_path / "trace", cache="on_demand")
-    assert not list(tmp_path.rglob("tracin-*"))
+    assert not [folder for site in fit.callbacks[0].trace.sites for folder in tmp_path.rglob(site.key)]
     for method in METHODS:
         torch.testing.assert_close(
             fit.influence(loader(test_texts()), method=method).scores,

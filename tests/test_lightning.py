@@ -18,12 +18,11 @@ from pytorch_lightning.utilities import CombinedLoader
 from tokenizers import Tokenizer, models
 from torch import nn
 from torch.nn import functional
-from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
+from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, site_of, test_texts, texts
 from transformers import PreTrainedTokenizerFast
 
-from lightning_tracin import Trace, TracInCallback, TracInMixin, influence
+from lightning_tracin import InfluenceTrainerMixin, Trace, TracInCallback, TracInMixin, influence
 from lightning_tracin.bridge.training_set import TrainingSet
-from lightning_tracin.querying.trainer import InfluenceTrainerMixin
 
 
 class TwinToy(TracInMixin, twin.LightningModule):
@@ -175,7 +174,7 @@ def test_true_precisions(tmp_path, precision, tolerance):
 
 def recomputed(path):
     """The trace without its gradients, so that they are computed again."""
-    for folder in path.glob("checkpoints/*/tracin-*"):
+    for folder in (*path.glob("checkpoints/*/words"), *path.glob("checkpoints/*/linear-*")):
         shutil.rmtree(folder)
     return path
 
@@ -326,7 +325,7 @@ trainer:
     monkeypatch.chdir(tmp_path)
     LightningCLI(Toy, Data, args=["fit", "--config", str(tmp_path / "fit.yaml")])
     trace = Trace(tmp_path / "trace")
-    assert (trace.kept.dtype, trace.kept.top_words, list(trace.layers)) == ("float32", 3, ["tracin-we"])
+    assert (trace.dtype, [(site.name, site.top_words) for site in trace.sites]) == ("float32", [("tracin-we", 3)])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -352,7 +351,7 @@ def test_the_command_line_of_lightning_pytorch_takes_the_callback_too(tmp_path, 
     )
     trace = Trace(tmp_path / "trace")
     assert [each.step for each in trace.checkpoints] == [5]
-    assert not trace.checkpoints[0].has_gradients("tracin-we")
+    assert not trace.checkpoints[0].has_gradients(site_of(trace, "tracin-we"))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import pytorch_lightning as pl
 import torch
-from toy import Toy, fitted, loader, quiet, test_texts
+from toy import Toy, fitted, loader, quiet, site_of, test_texts
 
 from lightning_tracin import Trace, TracInCallback
 from lightning_tracin.querying import filling
+from lightning_tracin.storage.verification import verify
 
 REFUSED = r"Another fit or query writes into the trace in .*/trace now.*another dirpath, or wait"
 
@@ -44,7 +45,7 @@ def scores_of(path, **options):
 
 
 def whole(path) -> bool:
-    return not any(problem for _, problem in Trace(path).verify())
+    return not any(problem for _, problem in verify(Trace(path)))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -162,7 +163,8 @@ def test_a_query_inside_a_fit_may_fill_its_trace(tmp_path):
     path = tmp_path / "trace"
     fit_with(path, lambda: found.append(scores_of(path, train_dataloaders=loader())), cache="on_demand")
     assert found[0].abs().sum() > 0
-    assert [checkpoint.has_gradients("tracin-we") for checkpoint in Trace(path).checkpoints] == [True, False]
+    trace = Trace(path)
+    assert [each.has_gradients(site_of(trace, "tracin-we")) for each in trace.checkpoints] == [True, False]
 
 
 def test_a_fit_does_not_write_into_a_trace_that_was_put_in_place_of_its_own(tmp_path):

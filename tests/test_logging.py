@@ -270,8 +270,8 @@ def test_given_examples_cost_their_own_batches_only(tmp_path):
 def warned(monkeypatch):
     """What the log warns of."""
     messages = []
-    for module in ("callback", "validation"):
-        monkeypatch.setattr(f"lightning_tracin.{module}.rank_zero_warn", messages.append)
+    for module in ("beginning", "validation"):
+        monkeypatch.setattr(f"lightning_tracin.recording.{module}.rank_zero_warn", messages.append)
     return messages
 
 
@@ -596,7 +596,7 @@ class Unheard(Logger):
 @pytest.mark.parametrize("has_folder", [True, False])
 def test_a_logger_of_which_nothing_is_known_gets_lines_of_json(tmp_path, has_folder, monkeypatch):
     said = []
-    monkeypatch.setattr("lightning_tracin.validation.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_tracin.recording.validation_log.rank_zero_info", said.append)
     root = {"trainer": {"default_root_dir": tmp_path / "root"}}
     trainer = fit(tmp_path, logger=Unheard(str(tmp_path / "own") if has_folder else None), **root)
     file = tmp_path / ("own" if has_folder else "root") / "unheard" / "version_7" / "influential.jsonl"

@@ -13,10 +13,10 @@ from lightning_tracin.gradients.predictions import PredictionProbe
 def predicted(module, batch, last=None):
     """What is seen in the pass that gives the losses."""
     module.eval()
-    outputs = PredictionProbe(module, last)
-    with outputs.watched(), torch.no_grad():
+    probe = PredictionProbe(module, last)
+    with probe.watched(), torch.no_grad():
         losses = module.influence_loss(batch)
-    return outputs.predictions(len(losses), labels_of(batch))
+    return probe.predictions(len(losses), labels_of(batch))
 
 
 def batch_of(name):

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from processes_apart import Normed
 from test_fit import Reproducible
-from toy import N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
+from toy import N_TRAIN, Toy, fitted, loader, quiet, site_of, test_texts, texts
 from two_processes import CACHES
 
 from lightning_tracin import Trace, TracInCallback, TracInWE
@@ -87,7 +87,7 @@ def test_gradients_stored_by_two_are_those_that_one_computes(two, tmp_path, meth
         stored = {}
         for cache in ("checkpoint", "on_demand"):
             own = next(each for each in Trace(folder / cache).checkpoints if each.step == checkpoint.step)
-            shards = own.gradients(method)
+            shards = own.gradients(site_of(own, method))
             assert len(shards) == 2
             stored[cache] = torch.cat([shards.read(shard).example_norms() for shard in range(2)])
         torch.testing.assert_close(stored["checkpoint"], stored["on_demand"], rtol=1e-5, atol=1e-9)
@@ -185,7 +185,7 @@ def test_both_processes_compute_at_the_statistics_that_are_recorded(apart, tmp_p
     folder, *_ = apart
     shutil.copytree(folder / "normed", tmp_path / "normed")
     for checkpoint in Trace(tmp_path / "normed").checkpoints:
-        shutil.rmtree(checkpoint.path / "tracin-we")
+        shutil.rmtree(checkpoint.path / "words")
     again = scores_in(tmp_path / "normed", Normed, train_dataloaders=loader())
     torch.testing.assert_close(scores_in(folder / "normed", Normed), again, rtol=1e-5, atol=1e-9)
 
@@ -200,7 +200,7 @@ def test_gradients_of_training_are_those_of_the_examples(apart, method):
     for pair in zip(training, checkpoint, strict=True):
         found, expected = (
             torch.cat([shards.read(shard).example_norms() for shard in range(len(shards))])
-            for shards in (each.gradients(method) for each in pair)
+            for shards in (each.gradients(site_of(each, method)) for each in pair)
         )
         came = found > 0
         n_came += int(came.sum())
@@ -237,11 +237,12 @@ def test_three_processes_of_torchrun_with_two_examples(tmp_path):
 def test_of_an_example_that_came_to_two_processes_the_later_record_counts(tmp_path):
     """The second process has an older record of example 0 than the first."""
     blocks = [
-        WordGradients(1, *torch.tensor([[0], [5]]), torch.tensor([norm]), torch.ones(1, 1)) for norm in (2.0, 1.0)
+        WordGradients(1, torch.tensor([0]), torch.tensor([norm]), torch.ones(1, 1), tokens=torch.tensor([5]))
+        for norm in (2.0, 1.0)
     ]
     runs = [Runs(tmp_path / str(rank), 1, dtype="float32") for rank in range(2)]
     for when, each, block in zip((7, 3), runs, blocks, strict=True):
-        each.add(torch.tensor([0]), {"tracin-we": block}, when)
+        each.add(torch.tensor([0]), {"words": block}, when)
     gathered = []
     for each in runs:
 
@@ -250,7 +251,7 @@ def test_of_an_example_that_came_to_two_processes_the_later_record_counts(tmp_pa
                 gathered.append(value)
                 return gathered
 
-        arranged = list(each.arranged("tracin-we", 1, Both(0, 2)))
+        arranged = list(each.arranged("words", 1, Both(0, 2)))
     assert arranged[0].norms.tolist() == [2.0]
 
 

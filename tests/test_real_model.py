@@ -6,6 +6,7 @@ import pytest
 import torch
 from brute_force import relative_error
 from torch.utils.data import DataLoader
+from toy import site_of
 from transformers import AutoTokenizer
 
 from examples import topics
@@ -55,7 +56,9 @@ def test_scores_of_minilm_are_those_of_dense_gradients(tmp_path, method, layer):
         of_layer = model.model.get_submodule(layer)
         of_train = dense_gradients(model, loader(train, 1), of_layer)
         for row, of_test in enumerate(dense_gradients(model, loader(test, 1), of_layer)):
-            expected[row] += checkpoint.learning_rate_of(method) * (of_train.double() @ of_test.double())
+            expected[row] += checkpoint.learning_rate_of(site_of(checkpoint, method)) * (
+                of_train.double() @ of_test.double()
+            )
     assert relative_error(scores, expected) < 1e-5
 
 

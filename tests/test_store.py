@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_gradients import dense, random_linear, random_words
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from random_gradients import dense, random_linear, random_words
 
+from lightning_tracin.gradients.sites import encoded_bytes
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.storage import files
-from lightning_tracin.gradients.sites import encoded_bytes
 from lightning_tracin.storage.shards import Shards, ShardWriter
 
 

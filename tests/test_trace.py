@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from test_fit import Failing, Reproducible, resumable
-from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
+from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, site_of, test_texts, texts
 
 from lightning_tracin import InfluenceResult, Trace, TracInCallback
 from lightning_tracin.storage import files
@@ -85,7 +85,9 @@ class Biases(Toy):
 
 def test_the_rate_of_a_layer_is_that_of_its_weight(tmp_path):
     for checkpoint in fitted(tmp_path / "trace", Biases()).callbacks[0].trace.checkpoints:
-        assert [checkpoint.learning_rate_of(method) for method in METHODS] == pytest.approx([0.1, 0.1])
+        assert [checkpoint.learning_rate_of(site_of(checkpoint, method)) for method in METHODS] == pytest.approx(
+            [0.1, 0.1]
+        )
 
 
 class Generating(torch.utils.data.Dataset):
@@ -128,8 +130,9 @@ def test_rates_are_the_mean_of_those_that_were_used(tmp_path, module, accumulate
     for checkpoint in checkpoints:
         for method, layer in zip(METHODS, ("embedding", "head"), strict=True):
             expected = recorder.mean(layer, before, checkpoint.step)
-            assert checkpoint.learning_rate_of(method) == pytest.approx(expected), (checkpoint.step, method)
-        assert checkpoint.learning_rate == checkpoint.learning_rate_of("tracin-we")
+            found = checkpoint.learning_rate_of(site_of(checkpoint, method))
+            assert found == pytest.approx(expected), (checkpoint.step, method)
+        assert checkpoint.learning_rate == checkpoint.learning_rate_of(site_of(checkpoint, "tracin-we"))
         before = checkpoint.step
 
 
@@ -252,11 +255,11 @@ def test_a_fast_dev_run_leaves_the_trace_of_an_earlier_fit_alone(tmp_path):
 def test_filling_on_demand_that_is_cut_off_is_taken_up_again(tmp_path, error):
     fit = fitted(tmp_path / "trace", cache="on_demand")
     # In the middle of the second checkpoint's pass.
-    data = Failing(fit.callbacks[0].trace.checkpoints[0].path / "tracin-we", 9, error)
+    data = Failing(fit.callbacks[0].trace.checkpoints[0].path / "words", 9, error)
     with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
         fit.influence(loader(test_texts()), train_dataloaders=loader(data))
     trace = Trace(tmp_path / "trace")
-    assert [each.has_gradients("tracin-we") for each in trace.checkpoints] == [True, False]
+    assert [each.has_gradients(site_of(trace, "tracin-we")) for each in trace.checkpoints] == [True, False]
     assert not list(tmp_path.rglob("*.partial"))
     scores = fit.influence(loader(test_texts())).scores
     expected = fitted(tmp_path / "other").influence(loader(test_texts())).scores

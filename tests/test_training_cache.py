@@ -29,7 +29,7 @@ from torch.utils.data import (
 from toy import CLASSES, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import Trace, TracInCallback
-from lightning_tracin.recording import callback, training_cache
+from lightning_tracin.recording import space, training_cache
 from lightning_tracin.storage import runs
 
 METHODS = ("tracin-we", "tracin-last")
@@ -222,7 +222,7 @@ def test_many_runs_and_shards(tmp_path, monkeypatch, expected, run_bytes, dtype)
 
 def test_examples_that_no_batch_held_count_zero(tmp_path, expected, monkeypatch):
     said = []
-    monkeypatch.setattr("lightning_tracin.training_cache.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_tracin.recording.training_cache.rank_zero_info", said.append)
     sampler = WeightedRandomSampler(torch.arange(1.0, N_TRAIN + 1), N_TRAIN)
     drawn = set()
 
@@ -603,13 +603,14 @@ def test_many_epochs_between_checkpoints_take_no_more_space_than_was_asked_for(t
 
     class Watching(pl.Callback):
         def on_train_batch_end(self, *_):
-            lay.append(bytes_of_tensors(tmp_path / "trace" / "running.partial", "tracin-*"))
+            running = tmp_path / "trace" / "running.partial"
+            lay.append(bytes_of_tensors(running, "words*") + bytes_of_tensors(running, "linear-*"))
 
     def asked(*given):
         needed.append(runs.bytes_at_most(*given))
         return needed[-1]
 
-    monkeypatch.setattr(callback, "bytes_at_most", asked)
+    monkeypatch.setattr(space, "bytes_at_most", asked)
     options = {"cache": "training", "every_n_epochs": epochs, "dtype": "float32"}
     recorded = TracInCallback(tmp_path / "trace", **options)
     fit = quiet(callbacks=[recorded, Watching()], max_epochs=epochs)
