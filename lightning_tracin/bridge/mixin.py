@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.batches import shallow, tensors_of
-from lightning_tracin.gradients.capture import Losses
 from lightning_tracin.gradients.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
 from lightning_tracin.gradients.losses import hugging_face_losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
+from lightning_tracin.gradients.per_example import Losses
 from lightning_tracin.parallel.fsdp import forwarded, unwrapped
 
 

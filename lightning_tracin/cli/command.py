@@ -14,6 +14,7 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -146,13 +147,12 @@ def _info(arguments: Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return 0
-    kept = [content["dtype"], *(f"{name} {content[name]}" for name in ("top_words", "projection") if content[name])]
     facts = {
         "trace": content["path"],
         "model": content["model_class"],
         "training examples": f"{content['n_train']:,}",
-        "layers": ", ".join(f"{layer} ({method})" for method, layer in content["layers"].items()),
-        "gradients": ", ".join(kept),
+        **{f"site {site['name']}": _described(site) for site in content["sites"]},
+        "gradients": content["dtype"],
         "texts": "stored" if content["has_texts"] else "not stored",
         "size": decimal(content["bytes"]),
     }
@@ -169,12 +169,12 @@ def _trace_content(trace: lightning_tracin.Trace) -> dict[str, Any]:
         {
             "step": each.step,
             "epoch": each.epoch,
-            "learning_rates": {method: each.learning_rate_of(method) for method in trace.layers},
-            "gradients": [method for method in trace.layers if each.has_gradients(method)],
+            "learning_rates": {site.name: each.learning_rate_of(site) for site in trace.sites},
+            "gradients": [site.name for site in trace.sites if each.has_gradients(site)],
             "bytes": {
                 "weights": _bytes(each.path / "weights.safetensors"),
                 "second_moments": sum(map(_bytes, each.path.glob("second-moments-*.safetensors"))),
-                **{method: _bytes(each.path / method) for method in trace.layers},
+                **{site.name: _bytes(each.path / site.key) for site in trace.sites},
             },
         }
         for each in trace.checkpoints
@@ -184,26 +184,30 @@ def _trace_content(trace: lightning_tracin.Trace) -> dict[str, Any]:
         "id": trace.id,
         "model_class": trace.model_class,
         "n_train": trace.n_train,
-        "layers": trace.layers,
-        "dtype": trace.kept.dtype,
-        "top_words": trace.kept.top_words,
-        "projection": trace.kept.projection,
+        "sites": [asdict(site) for site in trace.sites],
+        "dtype": trace.dtype,
         "has_texts": trace.has_texts,
         "checkpoints": checkpoints,
         "bytes": _bytes(trace.path),
     }
 
 
+def _described(site: dict[str, Any]) -> str:
+    """A site's layer, and what is stored there."""
+    kept = [f"{name} {site[name]}" for name in ("top_words", "projection") if site[name]]
+    return ", ".join([site["layer"], *([] if site["shape"] == "words" else [f"as {site['shape']}"]), *kept])
+
+
 def _checkpoint_table(content: dict[str, Any]) -> Table:
     """The checkpoints of a trace, a row each."""
-    methods = list(content["layers"])
+    names = [site["name"] for site in content["sites"]]
     table = Table(box=None, pad_edge=False)
-    for column in ("step", "epoch", "learning rate", "weights", "moments", *methods):
+    for column in ("step", "epoch", "learning rate", "weights", "moments", *names):
         table.add_column(column, justify="right")
     for each in content["checkpoints"]:
         sizes = {name: decimal(size) for name, size in each["bytes"].items()}
-        stored = [sizes[method] if method in each["gradients"] else "not stored" for method in methods]
-        rate = f"{each['learning_rates'][methods[0]]:.3g}"
+        stored = [sizes[name] if name in each["gradients"] else "not stored" for name in names]
+        rate = f"{each['learning_rates'][names[0]]:.3g}"
         table.add_row(str(each["step"]), str(each["epoch"]), rate, sizes["weights"], sizes["second_moments"], *stored)
     return table
 
@@ -272,11 +276,13 @@ def _export(arguments: Namespace) -> int:
 
 def _verify(arguments: Namespace) -> int:
     """Name what is wrong with a trace's files."""
+    from lightning_tracin.storage.verification import verify
+
     trace = lightning_tracin.Trace(arguments.trace)
     problems = []
     n_files = n_bytes = 0
     with _progress(_bytes(trace.path)) as advance:
-        for path, problem in trace.verify():
+        for path, problem in verify(trace):
             if problem is not None:
                 problems.append(problem)
             n_files += 1

@@ -128,8 +128,8 @@ class InfluenceCLIMixin:
         callbacks = [each for each in self.trainer.callbacks if isinstance(each, TracInCallback)]
         if len(callbacks) != 1:
             return None
-        if callbacks[0].dirpath is not None:
-            return callbacks[0].dirpath
+        if callbacks[0].plan.dirpath is not None:
+            return callbacks[0].plan.dirpath
         beside = [Path(os.fspath(path)).parent / "trace" for path in self.config[subcommand].config or ()]
         return next((path for path in beside if (path / "trace.json").exists()), None)
 

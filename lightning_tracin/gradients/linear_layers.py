@@ -49,7 +49,7 @@ def factors_of_call(layer: nn.Module, value: Tensor, delta: Tensor, owners: Tens
         windows = _windows(layer, value)  # (P, groups, in / groups * kernel)
         if layer.groups > 1:
             n_out = deltas.shape[1] // layer.groups
-            of_group = torch.block_diag(*[torch.ones(n_out)] * layer.groups).to(deltas)  # (groups, out)
+            of_group = torch.eye(layer.groups).repeat_interleave(n_out, dim=1).to(deltas)  # (groups, out)
             deltas = (deltas[:, None] * of_group).reshape(-1, deltas.shape[1])
             owners = owners.repeat_interleave(layer.groups)
         inputs = windows.reshape(-1, windows.shape[-1])

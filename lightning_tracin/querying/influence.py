@@ -139,7 +139,7 @@ def self_influence(
     if module is not None:
         spread_weights(trainer, module, [], datamodule)
     hooks = datamodule or (None if module is None else attached_datamodule(trainer, module))
-    query = Query(trainer, module, opened, chosen, hooks, processes)  # type: ignore[arg-type]
+    query = Query(trainer, module, opened, chosen, hooks, processes)
     with weights_kept(module) if module is not None else nullcontext():
         checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
     with processes.synchronized():
