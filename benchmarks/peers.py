@@ -228,7 +228,8 @@ def _loading(work: Work, trace: Trace, method: str) -> Callable[[nn.Module, str]
     def load(_: nn.Module, number: str) -> float:
         checkpoint = trace.checkpoints[int(number)]
         work.module.load_state_dict(checkpoint.weights())
-        return checkpoint.learning_rate_of(method)
+        site = next(site for site in checkpoint.sites if site.name == method)
+        return checkpoint.learning_rate_of(site)
 
     return load
 

@@ -19,9 +19,10 @@ import torch
 from benchmarks.measure import Row, in_turns, median_ratio, parser, peak_megabytes, report
 from benchmarks.workload import HIDDEN, word_gradients
 from lightning_tracin import TracInWE
-from lightning_tracin.gradients.ragged import DTYPES
+from lightning_tracin.gradients.rows import DTYPES
+from lightning_tracin.gradients.sites import encoded_bytes
 from lightning_tracin.scoring.strongest import merge_top, top_of
-from lightning_tracin.storage.shards import Shards, ShardWriter, encoded_bytes, fitting_shard_examples
+from lightning_tracin.storage.shards import Shards, ShardWriter, fitting_shard_examples
 
 _BLOCK = 500
 

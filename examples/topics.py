@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         )
         result.show(row, k=3, console=console)
 
-    scores = {each.name: trainer.self_influence(method=each) for each in (TracInWE(), TracInLast())}
+    scores = {name: trainer.self_influence(method=name) for name in ("tracin-we", "tracin-last")}
     flipped_table = found_table(flipped, scores)
     n_compared = min(40, len(test))
     comparison = compared(
