@@ -1,4 +1,4 @@
-"""The HTML page of a result: one file that needs nothing else.
+"""The HTML page: one file that needs nothing else.
 
 Explanations become one JSON document inside the page, in which every word and every training example stands once;
 ``page.js`` draws what is looked at.
@@ -25,11 +25,13 @@ from lightning_tracin.storage.files import appearing_file
 
 _FOLDER = Path(__file__).parent
 
-_UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")  # what ends a script early, and halves of characters
+_UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")  # These end a script early, or are halves of characters.
 
-_TERM_STEPS = 9999  # a pair's largest term, in the steps that its terms are rounded to
+_TERM_STEPS = 9999  # The largest term of a pair is this many of the steps that its terms are rounded to.
 
-_UNREAD, _UNKNOWN = 160, 2000  # characters of what the model was not given; of a text whose words are not known
+_UNREAD = 160  # So many characters are shown of the part of a text that the model was not given.
+
+_UNKNOWN = 2000  # So many characters are shown of a text whose words are not known.
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Page:
 
     Attributes:
         title: its heading.
-        facts: what stands below: the method, numbers of examples.
-        notes: what is missing, and why and what to do about it.
+        facts: what stands below it, such as the numbers of examples.
+        notes: what is missing, why, and what would bring it.
         n_train: number of training examples.
         explanations: of every test example, in the order of rows.
         suspects: the training examples that push themselves most, strongest first; None where that is not known.
@@ -55,42 +57,6 @@ class Page:
     suspects: Sequence[Influential] | None
     suspects_by: str
     word_table: WordTable | None
-
-
-def counts_of(n_test: int, n_train: int, n_checkpoints: int) -> list[str]:
-    """What was computed, counted."""
-    counts = {"test example": n_test, "training example": n_train, "checkpoint": n_checkpoints}
-    return [f"{number:,} {name}{'' if number == 1 else 's'}" for name, number in counts.items()]
-
-
-def notes_of(*, has_test_texts: bool, has_raw_texts: bool, has_predictions: bool, n_kept: int | None) -> list[str]:
-    """What a page could show besides, and what would bring it.
-
-    Args:
-        has_test_texts: whether anything is known of the texts of the test examples.
-        has_raw_texts: whether the texts were given as they were written.
-        has_predictions: whether it is known what the model says of the test examples.
-        n_kept: how many proponents and opponents were kept, where more were asked for.
-    """
-    notes = []
-    if not has_test_texts:
-        notes.append(
-            "The words of the test examples were not kept, for this method does not need them: "
-            "result.with_texts(test=...) brings their texts."
-        )
-    if not has_predictions:
-        notes.append(
-            "What the model says of the test examples is not known: it is seen where the loss comes from one linear "
-            "layer, or where the module returns an object with logits, one prediction for each example."
-        )
-    if n_kept is not None:
-        notes.append(f"Only the {n_kept} strongest were kept: call influence with a larger k to list more.")
-    if not has_raw_texts:
-        notes.append(
-            "Texts are put together from tokens: result.with_texts(train=..., test=...) brings them as they were "
-            "written."
-        )
-    return notes
 
 
 def write_page(page: Page, path: str | Path) -> Path:

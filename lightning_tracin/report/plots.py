@@ -1,4 +1,4 @@
-"""Charts of a result with matplotlib: scores, words, labels and self-influence.
+"""Charts with matplotlib: scores, words, labels and self-influence.
 
 Each function draws on the axes that it is given, or on a new figure, and returns both; nothing of matplotlib's own
 settings is changed. Words and labels are printed as they are, whatever signs they hold.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -29,33 +30,28 @@ _N_BARS = 15
 
 _NAME_LENGTH = 24
 
-_AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}  # a $ in a word begins no formula
+_AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}  # A $ in a word begins no formula.
 
 _SCORE = "influence score (positive: lowered the test example's loss)"
 
-_FURTHER_FONTS = (  # for signs that matplotlib's own font lacks, where one of them is installed
+_FURTHER_FONTS = (  # Where installed, they have the signs that matplotlib's own font lacks.
     *(f"Noto Sans CJK {region}" for region in ("SC", "JP", "KR")),
     *(f"Noto Sans {script}" for script in ("Devanagari", "Arabic", "Hebrew", "Thai", "Bengali", "Tamil")),
     *("WenQuanYi Zen Hei", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Hiragino Sans", "Arial Unicode MS"),
 )
 
 
-def check_plot(kind: str, test_index: int | None, train_index: int | None, k: int) -> None:
-    """Check the arguments of :meth:`InfluenceResult.plot`, and that there is matplotlib, before anything is computed.
+def pyplot() -> ModuleType:
+    """Matplotlib's pyplot, imported when a chart is asked for.
 
     Raises:
-        ValueError: if they do not go together.
         ModuleNotFoundError: without matplotlib.
     """
-    if kind not in ("scores", "words", "labels", "self_influence"):
-        raise ValueError(f"kind must be 'scores', 'words', 'labels' or 'self_influence', but got {kind!r}.")
-    if train_index is not None and (kind != "words" or test_index is None):
-        raise ValueError(f"train_index goes with kind='words' and a test_index, but got kind={kind!r}, {test_index=}.")
-    if test_index is not None and kind == "self_influence":
-        raise ValueError("kind='self_influence' is about training examples alone: leave out test_index.")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, but got {k}.")
-    _pyplot()
+    try:
+        from matplotlib import pyplot as imported
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plot needs matplotlib: pip install lightning-tracin[plot]") from error
+    return imported
 
 
 def plot_scores(scores: Tensor, title: str = "Scores", ax: Axes | None = None) -> tuple[Figure, Axes]:
@@ -153,13 +149,15 @@ def _histogram(ax: Axes, values: Tensor) -> None:
     """Bars of how many values lie between equally distant edges, multiples of the distance: no bar is of both signs."""
     numbers = values.double().numpy()
     largest, extent = float(np.abs(numbers).max()), float(np.ptp(numbers))
-    width = (extent if extent > 1e-6 * largest else largest or 1.0) / _N_BINS  # what differs by rounding is one bar
+    width = (
+        extent if extent > 1e-6 * largest else largest or 1.0
+    ) / _N_BINS  # Values that differ by rounding alone are one bar.
     edges = width * np.arange(np.floor(numbers.min() / width), np.floor(numbers.max() / width) + 2)
     counts, _ = np.histogram(numbers, edges)
     colours = [FOR if edge >= 0 else AGAINST for edge in edges[:-1]]
     ax.bar(edges[:-1], counts, width, align="edge", color=colours, edgecolor="white", linewidth=0.3)
     ax.set_yscale("log")
-    ax.set_ylim(bottom=0.7)  # a bar of one is to be seen
+    ax.set_ylim(bottom=0.7)  # On a logarithmic scale from 1, a bar of height 1 would not be seen.
 
 
 def _name_bars(ax: Axes, names: Sequence[str]) -> None:
@@ -185,13 +183,5 @@ def _label(ax: Axes, title: str, *, xlabel: str, ylabel: str = "") -> None:
 def _figure(ax: Axes | None, height: float) -> tuple[Figure, Axes]:
     """The axes to draw on, and their figure; a new one without."""
     if ax is None:
-        return _pyplot().subplots(figsize=(7, height), layout="constrained")  # type: ignore[no-any-return]
+        return pyplot().subplots(figsize=(7, height), layout="constrained")  # type: ignore[no-any-return]
     return cast("Figure", ax.figure), ax
-
-
-def _pyplot() -> Any:
-    try:
-        from matplotlib import pyplot
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plot needs matplotlib: pip install lightning-tracin[plot]") from error
-    return pyplot

@@ -1,1 +1,7 @@
-"""FIXME."""
+"""From scores to what people read.
+
+Here lives InfluenceResult, in layers that each add a subject: what is kept in a file (stored_result), what the scores
+say by themselves (ranked_result), what they mean in words (explained_result), and how that is shown (result). These
+read the evidence that a trace has, and join tokens into words. This folder hands plain data to ``report``, which draws
+it; it imports ``report``, ``scoring``, ``storage`` and ``gradients``, and nothing of Lightning.
+"""

@@ -1,4 +1,4 @@
-"""Reads examples: from token ids and a label to what people see."""
+"""Reader: from token ids, labels and predictions to what people read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RawText: TypeAlias = str | tuple[str, str]
 
 @dataclass(frozen=True)
 class Reader:
-    """What token ids and labels are called.
+    """Knows what to print for token ids and labels.
 
     Attributes:
         words_of_ids: what to print for each token id.
@@ -35,7 +35,7 @@ class Reader:
         index: int,
         ids: Sequence[int],
         label: float | None,
-        texts: Sequence[RawText] | None,
+        raw_texts: Sequence[RawText] | None,
         *,
         prediction: float | None = None,
         confidence: float | None = None,
@@ -46,12 +46,22 @@ class Reader:
             index: its index in its data set.
             ids: its token ids.
             label: its label, if it has one.
-            texts: the raw text of each example of its data set, if they are at hand.
+            raw_texts: the raw text of each example of its data set, if they are at hand.
             prediction: what the model says of it, if that is known.
             confidence: the probability that the model gives to that.
         """
-        words, unread = self._words(ids, texts, index)
-        return Example(index, words, self.label(label), self.label(prediction), confidence, unread, tuple(ids))
+        words, unread = self.words(ids), ""
+        if raw_texts is not None:
+            words, unread = self._words_of_raw_text(raw_texts[index], index, ids, words)
+        return Example(index, tuple(words), self.label(label), self.label(prediction), confidence, unread, tuple(ids))
+
+    def words(self, ids: Sequence[int]) -> list[Word]:
+        """The words that an example's tokens are joined into."""
+        return words_of([self.token(token) for token in ids], self._marks)
+
+    def token(self, token: int) -> str:
+        """What to print for a token id: the id itself where nothing else is known."""
+        return self.words_of_ids.get(token, str(token))
 
     def label(self, value: float | None) -> str | None:
         """What to print for a label or a prediction."""
@@ -59,21 +69,21 @@ class Reader:
             return None
         return self.label_names.get(int(value), str(int(value))) if value.is_integer() else f"{value:.3g}"
 
-    def _words(self, ids: Sequence[int], texts: Sequence[RawText] | None, index: int) -> tuple[tuple[Word, ...], str]:
-        """The words of an example, and what its raw text goes on with after them."""
-        words = words_of([self.words_of_ids.get(token, str(token)) for token in ids], self._marks)
-        if texts is None:
-            return tuple(words), ""
-        found = spans_of(self.tokenizer, texts[index], ids)
+    def _words_of_raw_text(
+        self, raw_text: RawText, index: int, ids: Sequence[int], words: list[Word]
+    ) -> tuple[list[Word], str]:
+        """The same words as the raw text spells them, and what the text goes on with after the last of them."""
+        found = spans_of(self.tokenizer, raw_text, ids)
         if found is None:
             rank_zero_warn(
                 f"The text given for example {index} is not what its token ids were made of: tokens are shown."
             )
-            return tuple(words), ""
+            return words, ""
         text, spans = found
         end = max((span[1] for span in spans if span is not None), default=0)
-        return tuple(words_in(text, spans, words)), text[end:]
+        return words_in(text, spans, words), text[end:]
 
     @cached_property
     def _marks(self) -> Marks:
+        """The marks of the whole vocabulary, which one example alone may not show."""
         return marks_of(self.words_of_ids.values())

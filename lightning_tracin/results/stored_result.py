@@ -30,7 +30,7 @@ _WORD_TENSORS = ("examples", "tokens", "norms", "directions")
 
 @dataclass(repr=False, eq=False)
 class StoredResult:
-    """What a result consists of.
+    """What a result consists of, and its file.
 
     Attributes:
         method: what the scores are.

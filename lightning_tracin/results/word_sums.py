@@ -1,4 +1,4 @@
-"""Which words carry a whole test set: each word's influence on every class, summed over all pairs of examples.
+"""Each word's influence on every class of a whole test set, summed over all pairs of examples.
 
 A word's term is a product of two gradient rows, so over the test examples of a class it is the product of a training
 row with the *sum* of their rows. A class is multiplied like one test example that holds the rows of all of its members,
@@ -7,7 +7,7 @@ and nothing has to be known of single pairs: one pass over the stored gradients 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,11 +16,10 @@ from torch import Tensor
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.report.word_table import WordTable
-from lightning_tracin.results.words import marks_of, words_of
-from lightning_tracin.scoring.terms import Term
-from lightning_tracin.storage.trace import Trace
+from lightning_tracin.results.evidence import Evidence
+from lightning_tracin.results.reader import Reader
 
-_PIECE = 2**24  # products that are in memory at once
+_PIECE = 2**24  # At most so many products are in memory at once.
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,7 @@ def groups_of(values: Tensor, name: Callable[[float], str | None]) -> Groups:
 
 
 def word_table_of(
-    trace: Trace,
-    terms: Sequence[Term],
-    tests: Sequence[Sequence[WordGradients]],
-    classes: Groups,
-    tokens: Mapping[int, str],
-    name_label: Callable[[float], str | None],
-    *,
-    n: int | None,
-    min_examples: int,
+    evidence: Evidence, classes: Groups, reader: Reader, *, n: int | None, min_examples: int
 ) -> WordTable:
     """Sum the terms of all pairs by word, class and label, shard by shard.
 
@@ -81,87 +72,102 @@ def word_table_of(
     in the text that was stored (a mask that falls elsewhere each time) stands for itself.
 
     Args:
-        trace: has the training examples' texts.
-        terms: of the word embedding table at each checkpoint.
-        tests: the prepared gradients of blocks of test examples, of each block at each checkpoint.
+        evidence: has the gradients of both sides, and the training examples' texts.
         classes: of the test examples.
-        tokens: what to print for token ids.
-        name_label: what to print for a training example's label.
+        reader: what to print for token ids and labels.
         n: how many words to list; None for all.
         min_examples: leave out words that fewer training examples hold.
     """
+    terms, trace = evidence.word_terms, evidence.trace
     stored = [term.shards for term in terms]
-    summed = [_summed([of_block[number] for of_block in tests], classes) for number in range(len(terms))]
+    tests = [
+        _summed([of_block[checkpoint] for of_block in evidence.test_gradients], classes)
+        for checkpoint in range(len(terms))
+    ]
     shards = [range(*stored[0].bounds(shard)) for shard in range(len(stored[0]))]
-    labels = groups_of(torch.cat([trace.texts(examples).labels for examples in shards]), name_label)
-    tally = _Tally(tokens, torch.zeros(0, len(classes.names), dtype=torch.float64))
+    labels = groups_of(torch.cat([trace.texts(examples).labels for examples in shards]), reader.label)
+    tally = _Tally(reader, torch.zeros(0, len(classes.names), dtype=torch.float64))
     for shard, examples in enumerate(shards):
         texts = trace.texts(examples)
-        of_label = labels.of[examples.start : examples.stop]
-        places = tally.enter(texts, of_label)
-        for term, test, gradients in zip(terms, summed, stored, strict=True):
+        label_of = labels.of[examples.start : examples.stop]
+        entry_of = tally.enter(texts, label_of)
+        for term, test, gradients in zip(terms, tests, stored, strict=True):
             for train in _pieces(term.prepared_training(gradients.read(shard)), len(classes.names)):
-                as_examples = replace(train, n_examples=len(train.tokens), examples=torch.arange(len(train.tokens)))
-                products = term.weight * term.method.dot(test, as_examples, term.moments).T.double()
-                tally.add(texts, places, of_label, train, products)
+                # With each row as an example of its own, a product of examples is the term of a single word.
+                rows = replace(train, n_examples=len(train.tokens), examples=torch.arange(len(train.tokens)))
+                products = term.weight * term.method.dot(test, rows, term.moments).T.double()
+                tally.add(texts, entry_of, label_of, train, products)
     return tally.table(classes, labels, n, min_examples)
 
 
 @dataclass
 class _Tally:
-    """What has been summed so far, in an entry for each word and label that were come upon.
+    """Running sums, with one entry for each word and label that occur together.
 
     Attributes:
-        tokens: what to print for token ids.
+        reader: what to print for token ids.
         sums: (n_entries, n_classes) float64.
         counts: (n_entries,) int64, the training examples that hold the word and have the label.
-        numbers: of the entries, by word and label.
+        entries: the number of each word's and label's entry.
         special: the words that the tokenizer has added.
     """
 
-    tokens: Mapping[int, str]
+    reader: Reader
     sums: Tensor
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    numbers: dict[tuple[str, int], int] = field(default_factory=dict)
+    entries: dict[tuple[str, int], int] = field(default_factory=dict)
     special: set[str] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        self._marks = marks_of(self.tokens.values())
-
     def enter(self, texts: Texts, labels: Tensor) -> Tensor:
-        """Come upon a block of training examples, with their labels (n_examples,); the entry of each position (P,)."""
-        entries: list[int] = []
+        """Count the words of a block of training examples.
+
+        Args:
+            texts: the block.
+            labels: (n_examples,) the label's number of each example.
+
+        Returns:
+            (P,) the entry of each position of the texts.
+        """
+        entry_of: list[int] = []
         for ids, label in zip(texts.ids_by_example(), labels.tolist(), strict=True):
-            entries += self._entries(ids, label)
-        found = torch.tensor(entries, dtype=torch.long)
+            entry_of += self._entries_of(ids, label)
+        found = torch.tensor(entry_of, dtype=torch.long)
         held = torch.unique(torch.stack([texts.examples, found]), dim=1)[1]
         self._grow()
         self.counts += torch.bincount(held, minlength=len(self.counts))
         return found
 
-    def add(self, texts: Texts, entries: Tensor, labels: Tensor, train: WordGradients, terms: Tensor) -> None:
-        """Add the terms (R, n_classes) of the rows of a block to the words that their tokens are parts of."""
+    def add(self, texts: Texts, entry_of: Tensor, labels: Tensor, train: WordGradients, terms: Tensor) -> None:
+        """Add the terms of a block's gradient rows to the words that their tokens are parts of.
+
+        Args:
+            texts: the block.
+            entry_of: (P,) the entry of each position of the texts.
+            labels: (n_examples,) the label's number of each example.
+            train: R gradient rows of the block.
+            terms: (R, n_classes) float64.
+        """
         occurrences = texts.ids * texts.n_examples + texts.examples
-        rows = train.tokens * train.n_examples + train.examples
-        row = torch.searchsorted(rows, occurrences).clamp(max=max(len(rows) - 1, 0))
-        found = torch.nonzero(rows[row] == occurrences)[:, 0] if len(rows) else row[:0]
+        keys = train.tokens * train.n_examples + train.examples
+        row = torch.searchsorted(keys, occurrences).clamp(max=max(len(keys) - 1, 0))
+        found = torch.nonzero(keys[row] == occurrences)[:, 0] if len(keys) else row[:0]
         row = row[found]
-        times = torch.bincount(row, minlength=len(rows))
-        self.sums.index_add_(0, entries[found], terms[row] / times[row, None])
+        times = torch.bincount(row, minlength=len(keys))
+        self.sums.index_add_(0, entry_of[found], terms[row] / times[row, None])
         left = torch.nonzero((times == 0) & (terms != 0).any(1))[:, 0]
         own = [
-            self._entries([token], label)[0]
+            self._entries_of([token], label)[0]
             for token, label in zip(train.tokens[left].tolist(), labels[train.examples[left]].tolist(), strict=True)
         ]
         self._grow()
         self.sums.index_add_(0, torch.tensor(own, dtype=torch.long), terms[left])
 
     def table(self, classes: Groups, labels: Groups, n: int | None, min_examples: int) -> WordTable:
-        """The n strongest words."""
-        words = list(dict.fromkeys(word for word, _ in self.numbers))
+        """The n strongest words, or all (None), of those that enough training examples hold."""
+        words = list(dict.fromkeys(word for word, _ in self.entries))
         places = {word: place for place, word in enumerate(words)}
-        word_of = torch.tensor([places[word] for word, _ in self.numbers], dtype=torch.long)
-        label_of = torch.tensor([label for _, label in self.numbers], dtype=torch.long)
+        word_of = torch.tensor([places[word] for word, _ in self.entries], dtype=torch.long)
+        label_of = torch.tensor([label for _, label in self.entries], dtype=torch.long)
         strengths = torch.zeros(len(words), dtype=torch.float64).index_add_(0, word_of, self.sums.abs().sum(1))
         held_by = torch.zeros(len(words), dtype=torch.long).index_add_(0, word_of, self.counts)
         order = torch.argsort(strengths, descending=True, stable=True)
@@ -188,27 +194,27 @@ class _Tally:
             n_left=int((strengths > 0).sum()) - len(listed),
         )
 
-    def _entries(self, ids: Sequence[int], label: int) -> list[int]:
-        """The entry of each token of an example."""
-        entries = [0] * len(ids)
-        for word in words_of([self.tokens.get(token, str(token)) for token in ids], self._marks):
-            number = self.numbers.setdefault((word.text, label), len(self.numbers))
+    def _entries_of(self, ids: Sequence[int], label: int) -> list[int]:
+        """The entry of each token of an example; words that have none yet are given one."""
+        entry_of = [0] * len(ids)
+        for word in self.reader.words(ids):
+            entry = self.entries.setdefault((word.text, label), len(self.entries))
             for place in word.places:
-                entries[place] = number
+                entry_of[place] = entry
             if word.special:
                 self.special.add(word.text)
-        return entries
+        return entry_of
 
     def _grow(self) -> None:
-        """Make room for the entries that are new."""
-        new = len(self.numbers) - len(self.counts)
+        """Add zeros for the entries that are new."""
+        new = len(self.entries) - len(self.counts)
         if new:
             self.sums = torch.cat([self.sums, self.sums.new_zeros(new, self.sums.shape[1])])
             self.counts = torch.cat([self.counts, self.counts.new_zeros(new)])
 
 
 def _summed(blocks: Sequence[WordGradients], classes: Groups) -> WordGradients:
-    """Each class as one example, which has the sum of its members' rows; of blocks of test examples in turn."""
+    """One example for each class, whose row of a token is the sum of that token's rows in all test examples of it."""
     first = torch.tensor([0, *(block.n_examples for block in blocks)]).cumsum(0).tolist()
     sums = [
         WordGradients.from_positions(
@@ -219,9 +225,11 @@ def _summed(blocks: Sequence[WordGradients], classes: Groups) -> WordGradients:
         )
         for block, start in zip(blocks, first, strict=False)
     ]
+    if len(sums) == 1:
+        return sums[0]
     rows = torch.cat([each.directions * each.norms[:, None] for each in sums])
     examples, tokens = (torch.cat([getattr(each, name) for each in sums]) for name in ("examples", "tokens"))
-    return sums[0] if len(sums) == 1 else WordGradients.from_positions(len(classes.names), examples, tokens, rows)
+    return WordGradients.from_positions(len(classes.names), examples, tokens, rows)
 
 
 def _pieces(train: WordGradients, n_classes: int) -> Iterator[WordGradients]:

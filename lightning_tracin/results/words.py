@@ -28,7 +28,7 @@ _SPECIAL = re.compile(r"\[[A-Z][A-Z0-9_]*\]|<(?!0x)/?[|\w][^<>\s]*>")
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
-_UNSPACED = (  # scripts that put no space between words
+_UNSPACED = (  # These ranges of characters are the scripts that put no space between words.
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x1000, 0x109F),  # Burmese
     (0x1780, 0x17FF),  # Khmer
@@ -84,14 +84,14 @@ def words_of(tokens: Sequence[str], marks: Marks) -> list[Word]:
         ['[CLS]', 'tariffs', ',', '2']
     """
     words: list[_Growing] = []
-    open_word = False  # whether the next token may go on with the last word
+    open_word = False  # This says whether the next token may go on with the last word.
     for place, token in enumerate(tokens):
         if is_special(token):
             words.append(_Growing(token.encode(), " ", [place], special=True))
             open_word = False
             continue
         spaced, content, open_after = _read(token, marks)
-        if marks is not None and content.isspace():  # a token of spaces alone belongs to the word that follows
+        if marks is not None and content.isspace():  # A token of spaces alone belongs to the word that follows.
             if words and not words[-1].content:
                 words[-1].places.append(place)
             else:
@@ -105,7 +105,7 @@ def words_of(tokens: Sequence[str], marks: Marks) -> list[Word]:
         else:
             words.append(_Growing(content, " " if spaced or not open_word else "", [place]))
         open_word = open_after
-    if len(words) > 1 and not words[-1].content and not words[-2].special:  # the text ends with spaces
+    if len(words) > 1 and not words[-1].content and not words[-2].special:  # The text ends with spaces.
         words[-2].places += words.pop().places
     return _tidied([each.finished() for each in words], spell=marks == "##")
 
@@ -222,9 +222,9 @@ def _read(token: str, marks: Marks) -> tuple[bool, bytes, bool]:
 def _goes_on(word: _Growing, content: bytes, marks: Marks) -> bool:
     """Whether what follows a word without a space belongs to it."""
     before, after = word.content.decode(errors="replace")[-1], content.decode(errors="replace")[:1]
-    if "�" in (before, after):  # half a character
+    if "�" in (before, after):  # A token ended in the middle of a character.
         return True
-    if unicodedata.category(after).startswith("M"):  # an accent
+    if unicodedata.category(after).startswith("M"):  # An accent belongs to the letter before it.
         return True
     if is_unspaced(before) or is_unspaced(after):
         return False

@@ -1,0 +1,268 @@
+"""ExplainedResult: what the scores mean in words, read of the trace when it is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_tracin.report.explanation import Example, Explanation, Influential
+from lightning_tracin.report.word_table import WordTable
+from lightning_tracin.results.evidence import Evidence, TokenTerms
+from lightning_tracin.results.ranked_result import RankedResult
+from lightning_tracin.results.reader import RawText, Reader
+from lightning_tracin.results.word_sums import groups_of, word_table_of
+from lightning_tracin.results.words import shares_of_words
+from lightning_tracin.scoring.methods import word_part
+from lightning_tracin.scoring.self_influence import self_influences
+from lightning_tracin.scoring.strongest import TopK
+from lightning_tracin.storage.scratch import Scratch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_CHUNK = 32  # The pairs of this many test examples are explained at once, so memory does not grow with their number.
+
+
+@dataclass(repr=False, eq=False)
+class ExplainedResult(RankedResult):
+    """A result whose pairs are explained: by the texts and labels of the examples, and by the words that they share.
+
+    Attributes:
+        tokenizer: what turns token ids into words again; without one, pieces are shown as they are.
+        raw_test: the texts of the test examples as they were before the tokenizer (:meth:`with_texts`).
+        raw_train: those of the training examples.
+        scratch: has the temporary files that test gradients may lie in, and keeps them as long as the result.
+    """
+
+    tokenizer: Any = None
+    raw_test: Sequence[RawText] | None = None
+    raw_train: Sequence[RawText] | None = None
+    scratch: Scratch | None = None
+
+    def with_texts(
+        self,
+        train: Sequence[RawText] | None = None,
+        test: Sequence[RawText] | None = None,
+        *,
+        tokenizer: Any = None,
+    ) -> Self:
+        """The same result, shown in the raw texts' own case, spelling and spaces.
+
+        Without them, examples are put together again from their tokens. Raw texts are not saved with the result.
+
+        Args:
+            train: the text of each training example, or a pair of texts, by index in the training data set.
+            test: the same of the test data set.
+            tokenizer: the fast tokenizer that made the token ids; by default the one that was found on the module or
+                its datamodule when influence was computed.
+
+        Raises:
+            ValueError: if there is no tokenizer that tells offsets, or not a text for each example.
+        """
+        tokenizer = tokenizer or self.tokenizer
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                "with_texts needs the fast tokenizer that made the token ids, to find the tokens in the texts, but got "
+                f"{type(tokenizer).__name__}. Pass tokenizer=..."
+            )
+        needed = {"train": self.n_train, "test": int(self.test_indices.max()) + 1}
+        for name, texts in (("train", train), ("test", test)):
+            if texts is not None and len(texts) < needed[name]:
+                raise ValueError(f"{name} must have a text for each of {needed[name]} examples, but has {len(texts)}.")
+        return replace(self, tokenizer=tokenizer, raw_train=train, raw_test=test)
+
+    def explanations(self, test_indices: Sequence[int] | None = None, k: int = 5) -> Iterator[Explanation]:
+        """Test examples and their k strongest proponents and opponents, in words.
+
+        Args:
+            test_indices: rows of the scores; all by default.
+            k: how many of each; fewer where fewer were kept.
+
+        Raises:
+            IndexError: if there is no such test example.
+        """
+        rows = list(range(len(self.test_indices)) if test_indices is None else test_indices)
+        for row in rows:
+            self._check_test_index(row)
+        yield from self._explanations_from(Evidence.find(self), rows, k)
+
+    def words(self, test_index: int, train_index: int) -> list[tuple[str, float]]:
+        """The term of each shared word in a pair's score (Yeh et al. 2022, section 4).
+
+        The pieces of a word are put together. A token that the training example holds more than once, or in several
+        of its words, has one term, which is divided equally among its occurrences. Words that print alike are one
+        entry; all add up to the pair's score.
+
+        Args:
+            test_index: row of the scores.
+            train_index: index in the training data set.
+
+        Returns:
+            (word, term), strongest magnitude first.
+
+        Raises:
+            ValueError: if the method is not TracIn-WE.
+            FileNotFoundError: if the trace that the scores were computed from is gone.
+        """
+        self._check_test_index(test_index)
+        train_index = int(train_index)
+        if not 0 <= train_index < self.n_train:
+            raise IndexError(f"There are training examples 0 to {self.n_train - 1}, but got {train_index}.")
+        self._require_words()
+        (named,) = self._named_terms(test_index, [train_index])
+        return sorted(named.items(), key=lambda word: -abs(word[1]))
+
+    def word_table(self, n: int | None = 50, *, min_examples: int = 0) -> WordTable:
+        """What each word of the training examples adds to the scores of all test examples, by class and label.
+
+        It is summed over all pairs, also where only the k strongest were kept, in one pass over the stored gradients.
+        Words are put together of their pieces as in :meth:`words`; raw texts are not used.
+
+        Args:
+            n: how many words, strongest first; None for all.
+            min_examples: leave out words that fewer training examples hold.
+
+        Returns:
+            A table to print, or to take numbers from. Test examples are grouped by what the model says of them, or by
+            their labels where that is not known. Scores are about the loss: where the model is mistaken, a positive
+            influence speaks for the example's own label.
+
+        Raises:
+            ValueError: if the method is not TracIn-WE, or n is under 1.
+            FileNotFoundError: if the trace that the scores were computed from is gone.
+        """
+        self._require_words()
+        if n is not None and n < 1:
+            raise ValueError(f"n must be None or at least 1, but got {n}.")
+        return self._word_table(Evidence.require(self), n, min_examples)
+
+    def self_influence(self) -> Tensor:
+        """Every training example's influence on itself: high for mislabelled and for atypical examples.
+
+        Returns:
+            (n_train,) float32, by the method and the checkpoints of this result.
+
+        Raises:
+            FileNotFoundError: if the trace that the scores were computed from is gone.
+        """
+        return self_influences(Evidence.require(self).checkpoints, self.method)
+
+    @property
+    def _has_words(self) -> bool:
+        """Whether the method has word terms."""
+        return word_part(self.method) is not None
+
+    def _require_words(self) -> None:
+        """Check that the method has word terms."""
+        if not self._has_words:
+            raise ValueError(
+                f"{self.method} has no word terms: they are a property of the word embedding layer (TracInWE)."
+            )
+
+    def _explanations_from(self, evidence: Evidence | None, rows: Sequence[int], k: int) -> Iterator[Explanation]:
+        """Explanations without texts of training examples where there is no evidence, nor terms of words."""
+        k = min(k, self._n_kept)
+        sides = (self.proponents(k), self.opponents(k))
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            pairs = {row: torch.cat([top.indices[row] for top in sides]).tolist() for row in chunk}
+            examples = self._examples_in(evidence, sorted({index for of_row in pairs.values() for index in of_row}))
+            terms = evidence.terms_of_pairs(pairs) if evidence is not None and self._has_words else {}
+            for row in chunk:
+                yield self._explanation(row, sides, examples, terms.get(row, {}))
+
+    def _named_terms(self, row: int, train_indices: Sequence[int]) -> list[dict[str, float]]:
+        """What each word adds to the score of a test example with each of some training examples.
+
+        A token that a training example held at a checkpoint but not when its text was stored, as where a collate
+        function masks at random, stands for itself.
+        """
+        evidence = Evidence.require(self)
+        terms, examples = evidence.terms_of_pairs({row: train_indices})[row], self._examples_in(evidence, train_indices)
+        found: list[dict[str, float]] = []
+        for index in train_indices:
+            example, of_tokens = examples[index], terms[index]
+            named: dict[str, float] = defaultdict(float)
+            shares = shares_of_words(example.words, example.ids, of_tokens)
+            for word, share in zip(example.words, shares, strict=True):
+                if any(example.ids[place] in of_tokens for place in word.places):
+                    named[word.text] += share
+            for token, term in of_tokens.items():
+                if token not in example.ids:
+                    named[self._reader.token(token)] += term
+            found.append(named)
+        return found
+
+    def _word_table(self, evidence: Evidence, n: int | None, min_examples: int) -> WordTable:
+        """The word table; its classes are what the model says of test examples, or their labels if that is unknown."""
+        said, confidence = self.predictions.T
+        values = torch.where(torch.isnan(confidence), self.test_texts.labels, said)
+        classes = groups_of(values, self._reader.label)
+        return word_table_of(evidence, classes, self._reader, n=n, min_examples=min_examples)
+
+    def _explanation(
+        self,
+        row: int,
+        sides: Sequence[TopK],
+        examples: Mapping[int, Example],
+        terms: Mapping[int, TokenTerms],
+    ) -> Explanation:
+        """The explanation of one test example.
+
+        Args:
+            row: its row of the scores.
+            sides: the proponents and the opponents of all test examples.
+            examples: what training examples say, by index.
+            terms: of its pair with each training example; empty where there are none.
+        """
+        proponents, opponents = (
+            tuple(
+                self._influential(row, score, examples[index], terms.get(index))
+                for score, index in zip(top.values[row].tolist(), top.indices[row].tolist(), strict=True)
+            )
+            for top in sides
+        )
+        summed: TokenTerms = defaultdict(float)
+        for influential in proponents:
+            for token, term in terms.get(influential.example.index, {}).items():
+                summed[token] += term
+        test = self._test_example(row)
+        of_words = tuple(shares_of_words(test.words, test.ids, summed)) if terms else ()
+        return Explanation(row, test, of_words, proponents, opponents)
+
+    def _influential(self, row: int, score: float, example: Example, terms: TokenTerms | None) -> Influential:
+        """A training example that pushed a test example, with the terms of its words where those are known."""
+        of_words = () if terms is None else tuple(shares_of_words(example.words, example.ids, terms))
+        return Influential(example, score, self._share(row, score), of_words)
+
+    def _test_example(self, row: int) -> Example:
+        """What a test example says, and what the model says of it."""
+        prediction, confidence = (None if math.isnan(each) else each for each in self.predictions[row].tolist())
+        ids, label = self.test_texts.ids_of(row), self.test_texts.label_of(row)
+        index = int(self.test_indices[row])
+        return self._reader.example(index, ids, label, self.raw_test, prediction=prediction, confidence=confidence)
+
+    def _train_examples(self, indices: Sequence[int]) -> dict[int, Example]:
+        """What training examples say, by index; nothing where the trace is gone."""
+        return self._examples_in(Evidence.find(self), indices)
+
+    def _examples_in(self, evidence: Evidence | None, indices: Sequence[int]) -> dict[int, Example]:
+        """What training examples say, by index, as the evidence has it; nothing where there is none."""
+        if evidence is None or not indices:
+            return {index: Example(index, (), None) for index in indices}
+        texts = evidence.trace.texts(indices)
+        return {
+            index: self._reader.example(index, ids, texts.label_of(place), self.raw_train)
+            for place, (index, ids) in enumerate(zip(indices, texts.ids_by_example(), strict=True))
+        }
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return Reader(self.words_of_ids, self.label_names, self.tokenizer)

@@ -1,0 +1,62 @@
+"""What is missing from a result or from its page, why, and what would bring it, each in a sentence or two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning_tracin.scoring.methods import Method, word_part
+from lightning_tracin.scoring.naming import described
+
+
+def notes_of_result(method: Method, words_of_ids: Mapping[int, str], *, has_evidence: bool) -> list[str]:
+    """What cannot be shown of a result.
+
+    Args:
+        method: what the scores are.
+        words_of_ids: what is printed for token ids.
+        has_evidence: whether the trace that the scores were computed from is at hand.
+    """
+    notes = []
+    if not has_evidence:
+        notes.append(
+            "The trace of these scores is not at hand, or another fit took its place: training examples are shown "
+            "by their index alone. Load the result where its trace is for their texts, labels and words."
+        )
+    if word_part(method) is None:
+        notes.append(f'{described(method)} does not tell words; method="tracin-we" does.')
+    if words_of_ids and all(word == str(token) for token, word in words_of_ids.items()):
+        notes.append(
+            "Token ids are shown for words: there is no tokenizer on the module or its datamodule. Name it "
+            "self.tokenizer, or override influence_words."
+        )
+    return notes
+
+
+def notes_of_page(*, has_test_texts: bool, has_raw_texts: bool, has_predictions: bool, n_kept: int | None) -> list[str]:
+    """What a page could show besides.
+
+    Args:
+        has_test_texts: whether anything is known of the texts of the test examples.
+        has_raw_texts: whether the texts were given as they were written.
+        has_predictions: whether it is known what the model says of the test examples.
+        n_kept: how many proponents and opponents were kept, where more were asked for.
+    """
+    notes = []
+    if not has_test_texts:
+        notes.append(
+            "The words of the test examples were not kept, for this method does not need them: "
+            "result.with_texts(test=...) brings their texts."
+        )
+    if not has_predictions:
+        notes.append(
+            "What the model says of the test examples is not known: it is seen where the loss comes from one linear "
+            "layer, or where the module returns an object with logits, one prediction for each example."
+        )
+    if n_kept is not None:
+        notes.append(f"Only the {n_kept} strongest were kept: call influence with a larger k to list more.")
+    if not has_raw_texts:
+        notes.append(
+            "Texts are put together from tokens: result.with_texts(train=..., test=...) brings them as they were "
+            "written."
+        )
+    return notes
