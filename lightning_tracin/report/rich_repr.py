@@ -1,4 +1,4 @@
-"""How results show themselves: as text, in a notebook, as a pandas table."""
+"""How tables and results show themselves: as text, in a notebook, as a pandas table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RichRepr(JupyterMixin):
     """What rich can print: ``print`` gives its text, and a notebook shows it with its colours."""
 
     def __str__(self) -> str:
-        console = Console(force_jupyter=False)  # in a notebook, capturing would also display
+        console = Console(force_jupyter=False)  # In a notebook, capturing would also display.
         with console.capture() as captured:
             console.print(self)
         return captured.get()

@@ -13,11 +13,12 @@ from rich.text import Text
 from lightning_tracin.report.explanation import Example, Explanation, Influential
 from lightning_tracin.report.palette import TERMINAL_AGAINST, TERMINAL_FOR
 
-_STRONG, _MEDIUM, _WEAK = 0.2, 0.07, 0.02  # shares of the sum of the terms' magnitudes
+# A word is shaded by its term's share of the sum of all terms' magnitudes, from these on.
+_STRONG, _MEDIUM, _WEAK = 0.2, 0.07, 0.02
 
-_LINES = 4  # of a training example's text
+_LINES = 4  # A training example's text takes this many lines.
 
-_UNREAD = 80  # characters of a text that the model was not given
+_UNREAD = 80  # So many characters are shown of the part of a text that the model was not given.
 
 
 def explained(explanation: Explanation) -> RenderableType:
