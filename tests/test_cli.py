@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
 import sys
 from importlib import import_module
@@ -12,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI as TwinCLI
 from test_lightning import TwinToy
-from toy import N_TEST, N_TRAIN, Data, Toy, loader, quiet, test_texts
+from toy import N_TEST, N_TRAIN, Data, Toy, environment, loader, quiet, test_texts
 
 from lightning_tracin import InfluenceResult, InfluenceTrainerMixin, Trace, TracInCallback, TracInLast, TracInWE
 from lightning_tracin.cli import InfluenceCLIMixin, TracInCLI
@@ -79,10 +78,8 @@ def project(recorded, monkeypatch):
 
 
 def run_main(folder, *arguments: str) -> str:
-    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    command = [sys.executable, "main.py", *arguments]
-    environment = {**os.environ, "PYTHONPATH": search, "COLUMNS": "100"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    command, variables = [sys.executable, "main.py", *arguments], environment(COLUMNS="100")
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

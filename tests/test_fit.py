@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -18,7 +17,20 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
-from toy import DECAY, N_TRAIN, RATE, STEPS_PER_EPOCH, Toy, fitted, loader, quiet, site_of, test_texts, texts
+from toy import (
+    DECAY,
+    N_TRAIN,
+    RATE,
+    STEPS_PER_EPOCH,
+    Toy,
+    environment,
+    fitted,
+    loader,
+    quiet,
+    site_of,
+    test_texts,
+    texts,
+)
 
 from lightning_tracin import Trace, TracInCallback, TracInWE
 
@@ -241,7 +253,7 @@ def test_another_process_reads_the_same_scores(toy, tmp_path):
         "torch.save(quiet().influence(loader(test_texts()), Toy(), trace=sys.argv[1]).scores, sys.argv[2])\n"
     )
     arguments = [sys.executable, "-c", script, str(toy.callbacks[0].trace.path), str(tmp_path / "scores.pt")]
-    subprocess.run(arguments, check=True, cwd=Path(__file__).parent, capture_output=True)
+    subprocess.run(arguments, check=True, env=environment(), capture_output=True)
     torch.testing.assert_close(torch.load(tmp_path / "scores.pt", weights_only=True), expected, rtol=1e-6, atol=0)
 
 

@@ -242,7 +242,7 @@ def test_lengths_are_read_once_and_draw_no_random_number(num_workers):
 
 
 def test_a_data_set_of_one_length_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr("lightning_tracin.bridge.fingerprint._SAMPLED", 4)
+    monkeypatch.setattr("lightning_tracin.bridge.training_set._SAMPLED", 4)
     data = Ragged()
     data.padded = TensorDataset(torch.ones(N_TRAIN, 7, dtype=torch.long), torch.zeros(N_TRAIN))
     assert TrainingSet(loader(data)).lengths(range(N_TRAIN)) is None

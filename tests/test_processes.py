@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from processes_apart import Normed
 from test_fit import Reproducible
-from toy import N_TRAIN, Toy, fitted, loader, quiet, site_of, test_texts, texts
+from toy import N_TRAIN, Toy, environment, fitted, loader, quiet, site_of, test_texts, texts
 from two_processes import CACHES
 
 from lightning_tracin import Trace, TracInCallback, TracInWE
@@ -28,15 +27,15 @@ METHODS = ("tracin-we", "tracin-last")
 
 
 def run(folder, *arguments, script="two_processes.py", launcher=(), timeout=240):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    variables = environment(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1")
     for name in ("MASTER_PORT", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "PL_GLOBAL_SEED"):
-        environment.pop(name, None)
+        variables.pop(name, None)
     return subprocess.run(
         [sys.executable, *launcher, str(Path(__file__).with_name(script)), str(folder), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=environment,
+        env=variables,
         check=False,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytorch_lightning as pl
 import torch
@@ -105,6 +106,11 @@ def site_of(owner, name: str):
     """The site of a trace or a checkpoint that the callback's ``methods`` asked for by a name."""
     (found,) = (site for site in owner.sites if site.name == name)
     return found
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """For a process that finds what this one does: the package under test, and the modules here."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **changes}
 
 
 def leave() -> None:
