@@ -61,11 +61,17 @@ def check_file(path: Path, checksum: str) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not as it was written.
     """
-    try:
-        status = path.stat()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing. {_REPAIR}") from error
+    status = _status(path)
     _check(path, status.st_size, status.st_mtime_ns, checksum)
+
+
+def size_of(path: Path) -> int:
+    """The size of a file in bytes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    return _status(path).st_size
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -92,6 +98,13 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. Restore the file from a copy, or fit again.") from error
     return content
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing. {_REPAIR}") from error
 
 
 @cache

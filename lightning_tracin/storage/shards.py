@@ -22,7 +22,7 @@ from lightning_tracin.gradients.rows import Dtype, unit_rows
 from lightning_tracin.gradients.sites import BLOCKS
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.parallel.processes import ALONE, Processes
-from lightning_tracin.storage.files import read_json, read_tensors, write_json, write_tensors
+from lightning_tracin.storage.files import read_json, read_tensors, size_of, write_json, write_tensors
 from lightning_tracin.storage.row_buffer import RowBuffer
 
 # The rows of one word lie together, so queries are faster the larger shards are; a few must fit beside a model.
@@ -173,7 +173,7 @@ class Shards:
     @property
     def nbytes(self) -> int:
         """Bytes of all shards."""
-        return sum(file.stat().st_size for file, _ in self.files)
+        return sum(size_of(file) for file, _ in self.files)
 
     def bounds(self, shard: int) -> tuple[int, int]:
         """First example of a shard, and one past its last."""

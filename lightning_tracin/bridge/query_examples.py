@@ -1,4 +1,4 @@
-"""The training set as numbered examples: read in the order that is asked for, and recognised when it comes again."""
+"""The test examples of a query: the loader that they come in, and the part that each process reads, block by block."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def only_test_loader(loaders: Any) -> Any:
     return loader
 
 
-def test_blocks(loader: Any, n_examples: int | None, processes: Processes) -> list[Any]:
+def example_blocks(loader: Any, n_examples: int | None, processes: Processes) -> list[Any]:
     """Loaders over this process's part of the test examples, block by block.
 
     One process reads a stream, or batches that a sampler of the user's own composes, in one block. Lightning's own way
@@ -74,7 +74,7 @@ def _n_yielded(loader: DataLoader[Any]) -> int:
 
 
 def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
-    """A batch of the first few examples that the first process's loader, as :func:`own_part` gives it, begins with.
+    """A batch of the first few examples that the first process's loader, as :func:`example_blocks` gives it, begins with.
 
     Args:
         loader: this process's; one of :meth:`TrainingSet.loader_over` serves too.
