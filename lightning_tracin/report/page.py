@@ -1,7 +1,7 @@
 """The HTML page: one file that needs nothing else.
 
 Explanations become one JSON document inside the page, in which every word and every training example stands once;
-``page.js`` draws what is looked at.
+``page.js`` and ``page_views.js``, which are one script in the page, draw what is looked at.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from lightning_tracin.report.word_table import WordTable
 from lightning_tracin.storage.files import appearing_file
 
 _FOLDER = Path(__file__).parent
+
+_ASSETS = ("page.js", "page_views.js", "page.css")
 
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")  # These end a script early, or are halves of characters.
 
@@ -84,7 +86,9 @@ def page_html(page: Page) -> str:
     environment = Environment(
         loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    script, style = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    of_tests, of_views, style = ((_FOLDER / name).read_text(encoding="utf-8") for name in _ASSETS)
+    # Inside a function, the names of the scripts stay out of the page's global scope.
+    script = f'"use strict";\n(() => {{\n{of_tests}\n{of_views}}})();\n'
     return environment.get_template("page.html.j2").render(
         title=page.title,
         facts=page.facts,
