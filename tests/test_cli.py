@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import lightning.pytorch as twin
@@ -13,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI as TwinCLI
 from test_lightning import TwinToy
 from toy import N_TEST, N_TRAIN, Data, Toy, environment, loader, quiet, test_texts
 
-from lightning_tracin import InfluenceResult, InfluenceTrainerMixin, Trace, TracInCallback, TracInLast, TracInWE
+from lightning_tracin import InfluenceResult, InfluenceTrainerMixin, Trace, TracInCallback, TracInLast, TracInWE, cli
 from lightning_tracin.cli import InfluenceCLIMixin, TracInCLI
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -239,5 +238,6 @@ def test_the_mixin_serves_the_command_line_of_lightning_pytorch(tmp_path, monkey
 def test_without_jsonargparse_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     monkeypatch.delitem(sys.modules, "lightning_tracin.cli.subcommands")
+    monkeypatch.delattr(cli, "subcommands")
     with pytest.raises(ModuleNotFoundError, match=r"pip install lightning-tracin\[cli\]"):
-        import_module("lightning_tracin.cli")
+        cli.TracInCLI  # noqa: B018
