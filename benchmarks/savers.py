@@ -1,7 +1,8 @@
 """What saves space, and what it costs: MiniLM-L6 on BBC News, one fit that stores its gradients in every way.
 
-At the word embedding table, and at a linear layer that is applied to every token: by its two factors at each position, or
-projected at random on both sides to one matrix for each example."""
+At the word embedding table, and at a linear layer that is applied to every token: by its two factors at each position,
+or projected at random on both sides to one matrix for each example.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training set as numbered examples: read in the order that is asked for, and recognised when it comes again."""
+"""Recognising a data set by some of its examples, and how long those are."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _SAMPLED = 64  # examples that the fingerprint looks at
 
 
 def lengths_of(items: Sequence[Any]) -> list[int]:
+    """Each example's :func:`length_of`: a collate function of its own."""
     return [length_of(item) for item in items]
 
 
@@ -36,6 +37,7 @@ def length_of(item: Any) -> int:
 
 
 def fingerprint_of(dataset: Any, n_examples: int, *, read: bool) -> str:
+    """A hash of a data set's number of examples and, where they may be read and are the same twice, of some of them."""
     found = [_sample_hash(dataset, n_examples) for _ in range(2)] if read else []
     if len(set(found)) == 1:
         return found[0]

@@ -1,4 +1,4 @@
-"""The training set as numbered examples: read in the order that is asked for, and recognised when it comes again."""
+"""Data loaders over chosen examples, with the options of a loader that is given."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class ModuleGradients:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: pl.LightningModule,
         wanted: Sequence[Site],
         *,
         recorded: Sequence[Site] = (),

@@ -74,7 +74,7 @@ def _n_yielded(loader: DataLoader[Any]) -> int:
 
 
 def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
-    """A batch of the first few examples that the first process's loader, as :func:`example_blocks` gives it, begins with.
+    """A batch of the first few examples that the first process's loader, one of :func:`example_blocks`, begins with.
 
     Args:
         loader: this process's; one of :meth:`TrainingSet.loader_over` serves too.

@@ -1,10 +1,4 @@
-"""The processes of a fit or a query: which of them this is, and what all of them know.
-
-The engine is torch.distributed, as Lightning's strategy has set it up. Each process stores and scores its own shards.
-
-Whatever processes tell each other, they tell along with it whether they have failed. So an error in one of them ends
-all of them with that error, and none waits for one that has left.
-"""
+"""The strategy of a trainer: which processes it has, and whether a trace can be made or asked with it."""
 
 from __future__ import annotations
 

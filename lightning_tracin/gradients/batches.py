@@ -57,6 +57,7 @@ def row_of(batch: Any, row: int, size: int) -> Any:
 
 
 def described_batch(value: Any) -> str:
+    """What a batch, or an output, is, for a message."""
     if isinstance(value, Mapping):
         return f"{type(value).__name__} with {sorted(map(str, value))}"
     if isinstance(value, Tensor):

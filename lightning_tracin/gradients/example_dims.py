@@ -1,4 +1,4 @@
-"""Which dimension of a layer's call counts the examples of the batch: the first, or the second where time comes first."""
+"""Which dimension of a layer's call counts the batch's examples: the first, or the second where time comes first."""
 
 from __future__ import annotations
 

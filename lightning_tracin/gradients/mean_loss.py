@@ -94,8 +94,8 @@ class MeanLoss:
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(
-                f"The training_step of {type(self.module).__name__} returned {described_batch(output)}, not one mean loss. "
-                f"{_use_mixin()}."
+                f"The training_step of {type(self.module).__name__} returned {described_batch(output)}, not one mean "
+                f"loss. {_use_mixin()}."
             )
         return loss.reshape(())
 

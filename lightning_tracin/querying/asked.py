@@ -17,6 +17,11 @@ from lightning_tracin.storage.trace import Trace
 
 
 def module_asked(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.LightningModule:
+    """The module that is passed, or that of the last fit.
+
+    Raises:
+        ValueError: if there is none.
+    """
     module = given_module(model) or trainer.lightning_module
     if module is None:
         raise ValueError("This trainer has not fitted a model in this process: pass model=..., and trace=...")

@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_tracin.bridge.collated_order import check_order
 from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.bridge.queries import Queries, result_of, weights_kept
+from lightning_tracin.bridge.query_examples import example_blocks, only_test_loader
 from lightning_tracin.bridge.strategy import launched, require_results
-from lightning_tracin.bridge.test_loader import only_test_loader, test_blocks
 from lightning_tracin.gradients.rows import DTYPES
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.querying.asked import (
@@ -170,4 +170,4 @@ def _blocks(query: Query, checkpoints: Sequence[Checkpoint], loader: Any) -> lis
         per_example = whole * stored / query.trace.n_train
         whole_loader = query.trainer.limit_predict_batches == 1.0
         n_examples = max(1, int(_BLOCK_BYTES / max(per_example, 1.0))) if whole_loader else None
-        return test_blocks(loader, n_examples, query.processes)
+        return example_blocks(loader, n_examples, query.processes)

@@ -19,7 +19,7 @@ import pytorch_lightning as pl
 from lightning_tracin.bridge.compat import PROGRESS_BARS, DualPredictionWriter, batch_to_device
 from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.progress import labelled
-from lightning_tracin.bridge.test_loader import spare_batch
+from lightning_tracin.bridge.query_examples import spare_batch
 from lightning_tracin.gradients.capture import Captured, usable_in_autograd
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.parallel.fsdp import is_fsdp, load_whole, synchronized_batches

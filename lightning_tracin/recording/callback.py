@@ -53,9 +53,10 @@ class TracInCallback(DualCallback):
         dtype: what gradients are stored in. "float16" scales each row by its own float32 norm: exact to about 1e-3
             of a score however small gradients are. "float32" takes twice the space.
         top_words: store only each example's k words of largest gradient norm.
-        projection: a number p: store word gradients projected at random to so many numbers for each word. A pair (a, b):
-            store the gradients of linear layers projected to (a, b) matrices (the gradient at the output to a, the input
-            to b), where that is smaller. Norms stay as they are: scores become estimates, self-influence stays exact.
+        projection: a number p stores word gradients projected at random to so many numbers for each word; a pair (a, b)
+            stores the gradients of linear layers projected to (a, b) matrices (the gradient at the output to a, the
+            input to b), where that is smaller. Norms stay as they are: scores become estimates, self-influence stays
+            exact.
         log_examples: how many validation examples, those of the highest loss, are logged in every validation of the fit
             with the training examples that pushed them; or the indices of those to log from each validation loader (in
             the data set; in the loader's order where that shuffles or is a stream). 0 logs none.
@@ -67,12 +68,13 @@ class TracInCallback(DualCallback):
 
     With ``log_examples``, each validation hands a table to all of the trainer's loggers, and the curves
     ``tracin/same_label``, ``tracin/concentration`` and ``tracin/suspected_label_errors`` (see
-    :func:`lightning_tracin.recording.validation_log.summary`). Its examples are chosen while it runs, and scored, by the first of
-    ``methods``, before training goes on: over all checkpoints up to then, that of the same epoch's end included. Where
-    there is no checkpoint yet, they wait for the first one. They are logged under the step and epoch of their
-    validation. Validation batches must be of the form that ``training_step`` takes. It costs a second forward pass of
-    each validation batch (of the batches with the examples, where indices are given; without the mixin, of each example
-    by itself). Each validation also takes, for every checkpoint so far, a backward pass of each logged example and one
+    :func:`lightning_tracin.recording.validation_log.summary`). Its examples are chosen while it runs, and scored
+    before training goes on: at the word embedding table if ``methods`` has it, else at the last layer, else at the
+    first that they name; over all checkpoints up to then, that of the same epoch's end included. Where there is no
+    checkpoint yet, they wait for the first one. They are logged under the step and epoch of their validation.
+    Validation batches must be of the form that ``training_step`` takes. It costs a second forward pass of each
+    validation batch (of the batches with the examples, where indices are given; without the mixin, of each example by
+    itself). Each validation also takes, for every checkpoint so far, a backward pass of each logged example and one
     reading of the stored gradients: it grows with the number of checkpoints, not with that of validation examples.
 
     Raises:

@@ -83,8 +83,8 @@ def projection_sizes(value: Any) -> int | tuple[int, int] | None:
     sizes = tuple(value) if isinstance(value, (list, tuple)) else ()
     if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
         raise ValueError(
-            "projection must be a number for word gradients, or a pair of numbers for linear layers (of the gradient at "
-            f"the output, and of the input), but got {value!r}."
+            "projection must be a number for word gradients, or a pair of numbers for linear layers (of the gradient "
+            f"at the output, and of the input), but got {value!r}."
         )
     return (sizes[0], sizes[1])
 

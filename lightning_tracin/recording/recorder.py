@@ -193,7 +193,6 @@ class Recorder:
     def _store_gradients(self, trainer: pl.Trainer, checkpoint: Checkpoint, processes: Processes) -> None:
         """Store every training example's gradients at the module's present weights."""
         trace, training_set, module = self.fit.trace, self.fit.training_set, self.gradients.module
-        assert isinstance(module, pl.LightningModule)
         order = reading_order(trace, training_set, processes)
         loader = training_set.loader_over(order)
         fsdp = is_fsdp(module)

@@ -99,7 +99,7 @@ class ValidationLog:
             ValueError: if a gradient is not finite.
         """
         site = self._trace.sites[0]
-        module: Any = self._gradients.module
+        module = self._gradients.module
         test = Queries(module, method_at(site), self._trace)
         gradients = self._gradients.at([site], test.probe)
         with weights_kept(module):

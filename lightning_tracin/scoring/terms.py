@@ -61,8 +61,8 @@ def terms_at(checkpoint: Checkpoint, method: Method) -> list[Term]:
         if site.projection is not None and own.precondition is not None:
             sizes = " and ".join(map(str, site.projection))
             raise ValueError(
-                f"The trace keeps {'word ' * site.has_words}gradients projected to {sizes} numbers, which Adam's second "
-                'moments cannot be applied to. Fit without projection for precondition="adam".'
+                f"The trace keeps {'word ' * site.has_words}gradients projected to {sizes} numbers, which Adam's "
+                'second moments cannot be applied to. Fit without projection for precondition="adam".'
             )
         moments = checkpoint.second_moments(site) if own.precondition == "adam" else None
         found.append(Term(own, site, summand.factor * checkpoint.learning_rate_of(site), moments, checkpoint))

@@ -1,6 +1,6 @@
 """What waits to be written: rows that come in small blocks, and lie in memory that is allotted once and used again.
 
-StorageOptions each for itself, thousands of small tensors would lie between those that a training step makes and frees, and what
+Kept each for itself, thousands of small tensors would lie between those that a training step makes and frees, and what
 these leave free could not hold anything larger: the process would grow with the training set (heap fragmentation).
 """
 

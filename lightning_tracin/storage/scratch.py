@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +19,7 @@ class Scratch:
     """A temporary folder, made when it is needed, whose files are memory-mapped: they take no memory while not used."""
 
     def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
         self._n_blocks = 0
 
     def put(self, block: _Block) -> _Block:
@@ -27,8 +29,9 @@ class Scratch:
             OSError: if the file cannot be written.
         """
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="lightning_tracin-", ignore_cleanup_errors=True)
-        path = Path(self._folder.name) / f"{self._n_blocks:06d}.safetensors"
+            self._folder = Path(tempfile.mkdtemp(prefix="lightning_tracin-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / f"{self._n_blocks:06d}.safetensors"
         self._n_blocks += 1
         tensors, _ = read_tensors(path, write_tensors(path, block.columns))
         columns: dict[str, Any] = dict(tensors)
