@@ -10,8 +10,6 @@ import pytorch_lightning as pl
 import torch
 from processes_apart import BrokenTest, Normed, Still, error_of
 from pytorch_lightning.strategies import FSDPStrategy
-from test_fit import Reproducible
-from test_training_untouched import Stepping
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,9 +18,15 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Subset
 from toy import CLASSES, RATE, Toy, leave, loader, quiet, texts
+from variants import Reproducible, Stepping
 
-from lightning_tracin import TracInCallback, TracInMixin
+from lightning_tracin import TracInCallback, TracInLayer, TracInMixin, TracInSum, TracInWE
 
+CACHES = ("checkpoint", "on_demand", "training")
+AT_LAYERS = {
+    "layer": TracInLayer("hidden"),
+    "sum": TracInSum((TracInWE(), TracInLayer("hidden", normalize="cosine"))),
+}
 UNEVEN = 17  # training examples: one process has a batch more than the other
 TESTS = 5
 LENGTH = 5  # so that Tied is called on as many positions as a batch has examples
@@ -198,6 +202,11 @@ def main(folder):
         without, _ = fit(None, kind, sharding, **options)
         assert with_callback.keys() == without.keys()
         found[f"{name} untouched"] = all(torch.equal(with_callback[each], value) for each, value in without.items())
+    for cache in CACHES:
+        methods = ("tracin-we", "tracin-last", "hid*")
+        _, trainer = fit(folder / f"layers {cache}", Toy, WRAPPED, cache=cache, methods=methods)
+        for name, method in AT_LAYERS.items():
+            found[f"layers {cache} {name}"] = queried(trainer, method=method)
     found["spread"] = error_of(queried, whole, trainer.lightning_module, trace=folder / "whole")
     fresh = quiet(strategy=OnCPU(process_group_backend="gloo", **WRAPPED), devices=2)
     found["fresh"] = queried(fresh, Toy(), trace=folder / "whole")

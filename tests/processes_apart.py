@@ -12,10 +12,10 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
-from test_fit import Reproducible
 from torch import nn
 from torch.utils.data import Subset
 from toy import Toy, leave, loader, quiet, test_texts, texts
+from variants import Reproducible
 
 from lightning_tracin import TracInCallback
 from lightning_tracin.storage import shards

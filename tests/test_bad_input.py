@@ -9,35 +9,19 @@ from collections import namedtuple
 import pytest
 import pytorch_lightning as pl
 import torch
+from mistakes import Endless, Plain, cross_entropy, empty, poisoned, with_loss
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInLast, TracInMixin, TracInWE
-from lightning_tracin.bridge import test_loader
+from lightning_tracin.bridge.query_examples import example_blocks, spare_batch
 from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage import files, shards
-
-
-def with_loss(loss):
-    """A Toy whose influence_loss is another, and whose training is as before."""
-
-    class Other(Toy):
-        def influence_loss(self, batch):
-            return loss(self, batch)
-
-        def training_step(self, batch, batch_idx):
-            return functional.cross_entropy(self(batch[0]), batch[1])
-
-    return Other()
-
-
-def cross_entropy(module, batch, **options):
-    return functional.cross_entropy(module(batch[0]), batch[1], **options)
 
 
 @pytest.mark.parametrize(
@@ -58,22 +42,6 @@ def test_a_loss_that_is_not_one_for_each_example(tmp_path, loss, message):
     with pytest.raises(ValueError, match=message):
         fitted(tmp_path / "trace", with_loss(loss))
     assert not (tmp_path / "trace").exists()
-
-
-class Plain(pl.LightningModule):
-    """No mixin; its training_step returns what it is told to."""
-
-    def __init__(self, loss):
-        super().__init__()
-        self.embedding = nn.Embedding(40, 8, padding_idx=0)
-        self.head = nn.Linear(8, 3)
-        self.loss = loss
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(self.head(self.embedding(batch[0]).mean(1)), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -211,22 +179,6 @@ def test_an_embedding_bag_has_no_words(tmp_path):
         fitted(tmp_path / "trace", Bag())
 
 
-def poisoned(index, value=torch.nan):
-    """Losses that are not finite for the example whose label is 9."""
-
-    def loss(module, batch):
-        ids, labels = batch
-        losses = functional.cross_entropy(module(ids), labels.clamp(max=2), reduction="none")
-        return losses * torch.where(labels == 9, value, 1.0)
-
-    data = texts()
-    data.tensors[1][index] = 9
-
-    module = with_loss(loss)
-    module.training_step = lambda batch, batch_idx: functional.cross_entropy(module(batch[0]), batch[1].clamp(max=2))
-    return module, data
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
 @pytest.mark.parametrize("index", [1, 13])
 def test_a_training_gradient_that_is_not_finite_is_named(tmp_path, index, value):
@@ -286,15 +238,6 @@ def test_a_stream_that_tells_a_wrong_number_of_examples(tmp_path, told):
     found = f"more than {told}" if told < N_TRAIN else str(N_TRAIN)
     with pytest.raises(ValueError, match=f"has {told} examples, but a pass over it gave {found}: "):
         fitted(tmp_path / "trace", data=DataLoader(Wrong(), batch_size=N_TRAIN + 1))
-
-
-class Endless(IterableDataset):
-    def __iter__(self):
-        return iter(texts())
-
-
-def empty():
-    return TensorDataset(torch.zeros(0, 7, dtype=torch.long), torch.zeros(0, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
@@ -570,7 +513,7 @@ def test_products_that_overflow(tmp_path):
 
 
 def test_a_spare_batch_of_a_loader_with_workers_and_a_timeout():
-    ids, _ = test_loader.spare_batch(loader(num_workers=1, timeout=60), ALONE)
+    ids, _ = spare_batch(loader(num_workers=1, timeout=60), ALONE)
     assert torch.equal(ids, texts().tensors[0][:8])
 
 
@@ -690,7 +633,7 @@ def test_a_stream_cannot_be_divided_among_processes():
     with pytest.raises(ValueError, match="is a stream, which several processes cannot divide"):
         TrainingSet(loader(Stream())).check_divisible(Processes(0, 2))
     with pytest.raises(ValueError, match="come in a stream, which several processes cannot divide"):
-        test_loader.test_blocks(loader(Stream()), None, Processes(0, 2))
+        example_blocks(loader(Stream()), None, Processes(0, 2))
 
 
 def test_a_trace_of_another_model_is_refused_before_anything_is_computed(toy, trace):

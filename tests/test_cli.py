@@ -9,8 +9,8 @@ import lightning.pytorch as twin
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI as TwinCLI
-from test_lightning import TwinToy
 from toy import N_TEST, N_TRAIN, Data, Toy, environment, loader, quiet, test_texts
+from twin_toy import TwinToy
 
 from lightning_tracin import InfluenceResult, InfluenceTrainerMixin, Trace, TracInCallback, TracInLast, TracInWE, cli
 from lightning_tracin.cli import InfluenceCLIMixin, TracInCLI

@@ -12,7 +12,7 @@ from pkgutil import resolve_name
 
 import pandas as pd
 import pytest
-from test_store import flipped, truncated
+from stored_files import flipped, truncated
 from toy import CLASSES, N_TEST, N_TRAIN, fitted, loader, test_texts
 
 import lightning_tracin

@@ -11,52 +11,27 @@ import sys
 import pytest
 import pytorch_lightning as pl
 import torch
-import torchmetrics
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import Dataset
 from toy import (
-    DECAY,
     N_TRAIN,
-    RATE,
     STEPS_PER_EPOCH,
     Toy,
     environment,
     fitted,
     loader,
+    mean_rate,
     quiet,
+    same_weights,
     site_of,
     test_texts,
     texts,
 )
+from variants import Failing, Plain, resumable
 
 from lightning_tracin import Trace, TracInCallback, TracInWE
-
-
-class Plain(pl.LightningModule):
-    """No mixin; logs and measures in training_step, and keeps a part in eval mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(40, 8, padding_idx=0)
-        self.dropout = nn.Dropout(0.3)
-        self.frozen_dropout = nn.Dropout(0.5).eval()
-        self.head = nn.Linear(8, 3)
-        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
-
-    def training_step(self, batch, batch_idx):
-        ids, labels = batch
-        logits = self.head(self.frozen_dropout(self.dropout(self.embedding(ids).mean(1))))
-        self.accuracy(logits.softmax(-1), labels)
-        loss = functional.cross_entropy(logits, labels)
-        self.log("loss", loss, on_step=True, on_epoch=True)
-        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
-        return {"loss": loss}
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
 class Watcher(Callback):
@@ -67,15 +42,6 @@ class Watcher(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.weights.append(copy.deepcopy(pl_module.state_dict()))
-
-
-def mean_rate(first, last, rate=RATE):
-    """Mean of the schedule over optimizer steps first..last - 1."""
-    return sum(rate * DECAY**step for step in range(first, last)) / (last - first)
-
-
-def same_weights(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("module", [Toy, Plain])
@@ -257,25 +223,6 @@ def test_another_process_reads_the_same_scores(toy, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "scores.pt", weights_only=True), expected, rtol=1e-6, atol=0)
 
 
-class Reproducible(Toy):
-    """No dropout: a resumed fit draws other random numbers. Its predictions are nothing but a shape."""
-
-    def __init__(self):
-        super().__init__()
-        self.dropout.p = 0.0
-
-    def predict_step(self, batch, batch_idx):
-        return self(batch[0])
-
-
-def resumable(path, epochs, dtype="float32", **fit):
-    pl.seed_everything(0, verbose=False)
-    saver = ModelCheckpoint(path.parent / f"saved-{path.name}", save_top_k=-1, filename="{step}")
-    trainer = quiet(callbacks=[TracInCallback(path, dtype=dtype), saver], max_epochs=epochs, enable_checkpointing=True)
-    trainer.fit(Reproducible(), loader(), **fit)
-    return trainer
-
-
 @pytest.mark.parametrize("step", [5, 10], ids=["before the last checkpoint", "at the last checkpoint"])
 def test_a_resumed_fit_continues_its_trace(tmp_path, step):
     whole = resumable(tmp_path / "whole", 4)
@@ -329,22 +276,6 @@ def test_overwriting_replaces_the_trace_and_nothing_else(tmp_path):
     assert trace.id != before
     assert len(trace.checkpoints) == 1
     assert (tmp_path / "trace" / "notes.txt").read_text() == "mine"
-
-
-class Failing(Dataset):
-    """Raises at the n-th access after a folder is there."""
-
-    def __init__(self, folder, after, error):
-        self.folder, self.left, self.error = folder, after, error
-
-    def __len__(self):
-        return N_TRAIN
-
-    def __getitem__(self, index):
-        self.left -= self.folder.exists()
-        if self.left == 0:
-            raise self.error
-        return texts()[index]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "interrupt"])

@@ -9,10 +9,22 @@ import shutil
 import pytest
 import torch
 from brute_force import BruteForce, dense_gradients, relative_error, untie
-from fsdp_processes import FITS, HALF, LENGTH, TESTS, UNEVEN, Normed, Plain, Recomputing, Reproducible, Tied
-from test_fit import mean_rate
+from fsdp_processes import (
+    AT_LAYERS,
+    CACHES,
+    FITS,
+    HALF,
+    LENGTH,
+    TESTS,
+    UNEVEN,
+    Normed,
+    Plain,
+    Recomputing,
+    Reproducible,
+    Tied,
+)
 from test_processes import run
-from toy import RATE, Toy, loader, quiet, site_of, texts
+from toy import RATE, Toy, loader, mean_rate, quiet, site_of, texts
 
 from lightning_tracin import Trace, TracInWE
 from lightning_tracin.bridge.strategy import require_strategy
@@ -35,7 +47,7 @@ def fits(tmp_path_factory):
     return folder, *(json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1))
 
 
-def brute_force(trace, kind, method, rates):
+def brute_force(trace, kind, layer, rates):
     """One example at a time, at the recorded weights."""
 
     def gradients(checkpoint, examples):
@@ -47,7 +59,7 @@ def brute_force(trace, kind, method, rates):
         if kind is Plain:
             module.log = lambda *_: None
         singles = loader(examples, batch_size=1)
-        return dense_gradients(module, getattr(module, LAYERS[method]), singles, lambda batch: loss(batch).sum())
+        return dense_gradients(module, getattr(module, layer), singles, lambda batch: loss(batch).sum())
 
     test, train = ([gradients(each, side) for each in Trace(trace).checkpoints] for side in (TEST, TRAIN))
     return BruteForce(rates, test, train)
@@ -79,7 +91,7 @@ def test_one_process_finds_in_the_trace_what_brute_force_finds_at_its_weights(fi
     kind = Toy if name in LEARNING else (FITS | HALF)[name][0]
     rates = [RATE, RATE] if kind in (Plain, Tied) else [mean_rate(0, 2), mean_rate(2, 4)]
     scores = scores_in(folder / name, kind, method=method)
-    expected = brute_force(folder / name, kind, method, rates).scores()
+    expected = brute_force(folder / name, kind, LAYERS[method], rates).scores()
     assert scores.shape == (5, UNEVEN)
     assert relative_error(scores, expected) < (ROUNDED if name in HALF else 1e-5)
 
@@ -109,6 +121,19 @@ def test_what_is_recorded_is_what_ddp_learns(fits, name):
             assert moments.eps == of_whole.eps
             assert (moments.rows is None) == (of_whole.rows is None)
             assert moments.rows is None or torch.equal(moments.rows, of_whole.rows)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", AT_LAYERS)
+def test_any_layer_is_recorded_and_scored(fits, cache, name):
+    folder, *found = fits
+    alone = scores_in(folder / f"layers {cache}", method=AT_LAYERS[name])
+    for each in found:
+        torch.testing.assert_close(torch.tensor(each[f"layers {cache} {name}"]), alone, rtol=1e-5, atol=1e-9)
+    if (cache, name) == ("checkpoint", "layer"):
+        rates = [mean_rate(0, 2), mean_rate(2, 4)]
+        expected = brute_force(folder / f"layers {cache}", Toy, "hidden", rates).scores()
+        assert relative_error(alone, expected) < 1e-5
 
 
 def test_preconditioned_scores_are_those_of_ddp(fits):
@@ -208,7 +233,7 @@ def test_both_processes_compute_at_the_statistics_that_are_recorded(fits, tmp_pa
     folder, *_ = fits
     shutil.copytree(folder / "normed", tmp_path / "normed")
     for checkpoint in Trace(tmp_path / "normed").checkpoints:
-        shutil.rmtree(checkpoint.path / "tracin-we")
+        shutil.rmtree(checkpoint.path / "words")
     again = scores_in(tmp_path / "normed", Normed, train_dataloaders=loader(TRAIN))
     torch.testing.assert_close(scores_in(folder / "normed", Normed), again, rtol=1e-5, atol=1e-9)
 

@@ -16,31 +16,12 @@ from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities import CombinedLoader
 from tokenizers import Tokenizer, models
-from torch import nn
-from torch.nn import functional
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, site_of, test_texts, texts
 from transformers import PreTrainedTokenizerFast
+from twin_toy import TwinToy
 
-from lightning_tracin import InfluenceTrainerMixin, Trace, TracInCallback, TracInMixin, influence
+from lightning_tracin import InfluenceTrainerMixin, Trace, TracInCallback, influence
 from lightning_tracin.bridge.training_set import TrainingSet
-
-
-class TwinToy(TracInMixin, twin.LightningModule):
-    """A module of lightning.pytorch."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(40, 8, padding_idx=0)
-        self.head = nn.Linear(8, 3)
-
-    def influence_loss(self, batch):
-        return functional.cross_entropy(self.head(self.embedding(batch[0]).mean(1)), batch[1], reduction="none")
-
-    def training_step(self, batch, batch_idx):
-        return self.influence_loss(batch).mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 class TwinTrainer(InfluenceTrainerMixin, twin.Trainer):

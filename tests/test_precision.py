@@ -11,8 +11,8 @@ import torch
 from brute_force import BruteForce, dense_gradients, relative_error, untie
 from families import FAMILIES
 from random_gradients import dense, random_linear, random_words
-from test_training_cache import without_dropout
 from toy import CLASSES, VOCABULARY, Toy, fitted, loader, quiet, site_of, test_texts, texts
+from variants import without_dropout
 
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInWE
 from lightning_tracin.gradients.precision import full_precision

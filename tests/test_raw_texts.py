@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_words import TEXTS, trained
+from spellings import TEXTS, trained
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_words import TEXTS, trained
+from spellings import TEXTS, trained
 from transformers import BertConfig, BertForSequenceClassification
 
 README = Path(__file__).parent.parent / "README.md"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from random_gradients import dense, random_linear, random_words
+from stored_files import bytes_of_tensors
 
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.storage import runs
@@ -62,12 +63,6 @@ def test_of_an_example_that_came_again_the_last_record_is_arranged(tmp_path, mon
 def test_runs_without_an_example_cannot_be_arranged(tmp_path):
     with pytest.raises(ValueError, match="no training batch has given gradients that are finite"):
         list(Runs(tmp_path / "runs", 23, dtype="float32").arranged("words", 2))
-
-
-def bytes_of_tensors(folder, names="*.safetensors") -> int:
-    """What the tensors in a folder's files take, without the files' headers."""
-    contents = [file.read_bytes() for file in folder.rglob(names)]
-    return sum(len(content) - 8 - int.from_bytes(content[:8], "little") for content in contents)
 
 
 N_MANY = 400

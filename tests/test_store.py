@@ -7,6 +7,7 @@ import torch
 from random_gradients import dense, random_linear, random_words
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from stored_files import flipped, truncated
 
 from lightning_tracin.gradients.sites import encoded_bytes
 from lightning_tracin.gradients.texts import Texts
@@ -125,16 +126,6 @@ def test_a_shard_that_cannot_be_written_is_an_error_of_the_writer(tmp_path, monk
         with pytest.raises(OSError, match=r"00000\.safetensors could not be written.*No space left"):
             writer.close()
     assert list(tmp_path.iterdir()) == []
-
-
-def flipped(path, bit):
-    content = bytearray(path.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
-
-
-def truncated(path, n_bytes):
-    path.write_bytes(path.read_bytes()[:n_bytes])
 
 
 @pytest.mark.parametrize(

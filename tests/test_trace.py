@@ -9,8 +9,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from test_fit import Failing, Reproducible, resumable
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, site_of, test_texts, texts
+from variants import Failing, Reproducible, resumable
 
 from lightning_tracin import InfluenceResult, Trace, TracInCallback
 from lightning_tracin.storage import files

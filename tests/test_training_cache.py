@@ -15,8 +15,8 @@ from families import FAMILIES
 from families import N_TRAIN as N_FAMILY
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
-from test_runs import bytes_of_tensors
-from test_training_untouched import Stepping
+from still_fits import METHODS, Still, assert_expected, build, scores_of
+from stored_files import bytes_of_tensors
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -26,34 +26,12 @@ from torch.utils.data import (
     WeightedRandomSampler,
     default_collate,
 )
-from toy import CLASSES, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
+from toy import CLASSES, N_TRAIN, VOCABULARY, fitted, loader, quiet, test_texts, texts
+from variants import Stepping, without_dropout
 
 from lightning_tracin import Trace, TracInCallback
 from lightning_tracin.recording import space, training_cache
 from lightning_tracin.storage import runs
-
-METHODS = ("tracin-we", "tracin-last")
-
-
-class Still(Toy):
-    """Learns nothing, drops nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.dropout = nn.Dropout(0.0)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-12)
-
-
-def build(kind=Still):
-    pl.seed_everything(5, verbose=False)
-    return kind()
-
-
-def scores_of(fit, method):
-    """Scores of the toy's test examples, in units of the rate."""
-    return fit.influence(loader(test_texts()), method=method).scores * 1e12
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +39,6 @@ def expected(tmp_path_factory):
     """By method: the scores of one checkpoint's pass."""
     fit = fitted(tmp_path_factory.mktemp("pass") / "trace", build(), trainer={"max_epochs": 1})
     return {method: scores_of(fit, method) for method in METHODS}
-
-
-def assert_expected(fit, expected, epochs=1, *, rtol=1e-5):
-    for method in METHODS:
-        torch.testing.assert_close(scores_of(fit, method), epochs * expected[method], rtol=rtol, atol=1e-7)
 
 
 LOADERS = {
@@ -274,16 +247,6 @@ def test_of_several_backward_passes_of_one_batch_the_last_counts(tmp_path, expec
     assert_expected(fit, expected, rtol=1e-4)
 
 
-def without_dropout(module):
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if isinstance(getattr(part, name, None), float):
-                setattr(part, name, 0.0)
-    return module
-
-
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"bert-dropout", "cnn", "without-mixin"}))
 def test_every_family_of_models(tmp_path, monkeypatch, name):
     family = FAMILIES[name]
@@ -341,12 +304,12 @@ def test_loaders_that_are_given_again_at_a_reload(tmp_path, expected, workers):
     loaders = [loader(shuffle=True, num_workers=workers, persistent_workers=workers > 0) for _ in range(2)]
     samplers = [each.batch_sampler for each in loaders]
 
-    class StorageOptions(pl.LightningDataModule):
+    class Kept(pl.LightningDataModule):
         def train_dataloader(self):
             return loaders[self.trainer.current_epoch // 2]
 
     trainer = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}
-    fit = fitted(tmp_path / "trace", build(), StorageOptions(), cache="training", trainer=trainer)
+    fit = fitted(tmp_path / "trace", build(), Kept(), cache="training", trainer=trainer)
     assert_expected(fit, expected, epochs=4)
     assert [each.batch_sampler for each in loaders] == samplers
 

@@ -11,12 +11,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from test_fit import Plain, same_weights
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 from torchmetrics import MeanMetric
-from toy import CLASSES, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
+from toy import CLASSES, N_TRAIN, Toy, fitted, loader, quiet, same_weights, test_texts, texts
+from variants import Plain, Stepping
 
 from lightning_tracin import TracInCallback
 
@@ -60,25 +60,6 @@ class Frozen(Toy):
     def on_train_epoch_start(self):
         self.hidden.eval()
         self.hidden.requires_grad_(False)
-
-
-class Stepping(Toy):
-    """Optimizes by hand, and clips."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        self.manual_backward(super().training_step(batch, batch_idx) / 2)
-        if batch_idx % 2:
-            self.clip_gradients(optimizer, 0.1, "norm")
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 0.01)
 
 
 def outcome(build, callbacks, data, validation=None, **options):

@@ -121,3 +121,12 @@ def leave() -> None:
     """
     torch.distributed.barrier()
     os._exit(0)
+
+
+def mean_rate(first, last, rate=RATE):
+    """Mean of the schedule over optimizer steps first..last - 1."""
+    return sum(rate * DECAY**step for step in range(first, last)) / (last - first)
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

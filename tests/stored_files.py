@@ -1,0 +1,19 @@
+"""Files on disk: damaged, and measured."""
+
+from __future__ import annotations
+
+
+def flipped(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def truncated(path, n_bytes):
+    path.write_bytes(path.read_bytes()[:n_bytes])
+
+
+def bytes_of_tensors(folder, names="*.safetensors") -> int:
+    """What the tensors in a folder's files take, without the files' headers."""
+    contents = [file.read_bytes() for file in folder.rglob(names)]
+    return sum(len(content) - 8 - int.from_bytes(content[:8], "little") for content in contents)
