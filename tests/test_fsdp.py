@@ -28,7 +28,7 @@ from toy import RATE, Toy, loader, mean_rate, quiet, site_of, texts
 
 from lightning_tracin import Trace, TracInWE
 from lightning_tracin.bridge.strategy import require_strategy
-from lightning_tracin.parallel.fsdp import joined
+from lightning_tracin.parallel.fsdp import gathered_tensor
 
 METHODS = ("tracin-we", "tracin-last")
 LAYERS = {"tracin-we": "embedding", "tracin-last": "head"}
@@ -281,7 +281,7 @@ def test_replicas_of_pieces_are_left_out():
         def gather(self, own):
             return [(moments.flatten()[:4], moments.shape), (moments.flatten()[4:], None)] * 2
 
-    assert torch.equal(joined(moments.flatten()[4:], None, Sent()), moments)
+    assert torch.equal(gathered_tensor(moments.flatten()[4:], None, Sent()), moments)
 
 
 def test_strategies_that_spread_the_weights_otherwise_are_refused():

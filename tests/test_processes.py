@@ -13,9 +13,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from processes_apart import Normed
-from test_fit import Reproducible
 from toy import N_TRAIN, Toy, environment, fitted, loader, quiet, site_of, test_texts, texts
 from two_processes import CACHES
+from two_processes import METHODS as ASKED
+from variants import Reproducible
 
 from lightning_tracin import Trace, TracInCallback, TracInWE
 from lightning_tracin.gradients.word_gradients import WordGradients
@@ -65,7 +66,7 @@ def test_training_is_what_it_is_without_the_callback(two, cache):
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ASKED, ids=str)
 def test_one_process_finds_in_the_trace_of_two_what_they_found(two, cache, method):
     folder, found, _ = two
     alone = {"model": Toy(), "trace": folder / cache, "method": method}
@@ -257,7 +258,7 @@ def test_of_an_example_that_came_to_two_processes_the_later_record_counts(tmp_pa
 def test_a_folder_that_another_process_does_not_see(monkeypatch):
     monkeypatch.setattr(processes, "_SECONDS", 0.2)
     with pytest.raises(FileNotFoundError, match="on a file system that all nodes share"):
-        processes.await_seen(lambda: False, "The first process has begun a trace")
+        processes.wait_until_visible(lambda: False, "The first process has begun a trace")
 
 
 @pytest.mark.parametrize(("fault", "message"), [("nan", "is NaN or infinite"), ("killed", "")])

@@ -11,8 +11,14 @@ import pytorch_lightning as pl
 import torch
 from toy import N_TRAIN, Toy, leave, loader, quiet, test_texts
 
-from lightning_tracin import TracInCallback, TracInWE
+from lightning_tracin import TracInCallback, TracInLayer, TracInSum, TracInWE
 
+METHODS = (
+    "tracin-we",
+    "tracin-last",
+    TracInLayer("hidden"),
+    TracInSum((TracInWE(normalize="cosine"), TracInLayer("hidden")), mix=(1, 0.5)),
+)
 CACHES = ("checkpoint", "training", "on_demand")
 TWO = {"strategy": "ddp", "devices": 2}
 
@@ -44,13 +50,14 @@ def main(folder: Path, fault: str = "") -> None:
     for cache in (*CACHES, None):
         pl.seed_everything(0, verbose=False)
         module = Toy()
-        callbacks = [] if cache is None else [TracInCallback(folder / cache, dtype="float32", cache=cache)]
+        recorded = {"dtype": "float32", "cache": cache, "methods": ("tracin-we", "tracin-last", "hidden")}
+        callbacks = [] if cache is None else [TracInCallback(folder / cache, **recorded)]
         fit = quiet(callbacks=callbacks, **TWO)
         fit.fit(module, loader(shuffle=True))
         results |= {f"{cache} {name}": value for name, value in module.state_dict().items()}
         if cache is None:
             break
-        for method in ("tracin-we", "tracin-last"):
+        for method in METHODS:
             result = fit.influence(loader(test_texts(), batch_size=4), method=method)
             results[f"{cache} {method}"] = result.scores
             results[f"{cache} {method} own"] = fit.self_influence(method=method)

@@ -13,11 +13,11 @@ from lightning_tracin.bridge.mixin import label_names_of, tokenizer_of, words_of
 from lightning_tracin.gradients.batches import labels_of
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.predictions import PredictionProbe
-from lightning_tracin.gradients.rows import distinct
+from lightning_tracin.gradients.rows import unique_tokens
 from lightning_tracin.gradients.sites import last_site
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.gradients.word_gradients import WordGradients
-from lightning_tracin.parallel.fsdp import is_fsdp, parts_kept
+from lightning_tracin.parallel.fsdp import is_fsdp, local_weights_restored
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method
@@ -38,8 +38,10 @@ class Queries:
     """
 
     def __init__(self, module: nn.Module, method: Method, trace: Trace) -> None:
+        self.module = module
         self.method = method
         self.trace = trace
+        self.label_names = label_names_of(module)
         self.probe = probe_of(module, trace)
         self.predictions = torch.empty(0, 2, dtype=torch.float64)
         self.indices = torch.empty(0, dtype=torch.long)
@@ -47,7 +49,6 @@ class Queries:
         self.vocabulary: dict[int, str] = {}
         self.checkpoints: list[Checkpoint] = []
         self.scores: Scores | None = None
-        self._module = module
         self._terms: list[Term] = []
         self._gradients: list[Any] = []
         self._taken: list[int] = []
@@ -82,8 +83,8 @@ class Queries:
         self._predictions.append(self.probe.predictions(len(captured), labels_of(batch)))
         self._counted = not indices
         if not self.checkpoints:
-            new = [token for token in distinct(captured.token_ids) if token not in self.vocabulary]
-            self.vocabulary.update(words_of_batch(self._module, batch, new))
+            new = [token for token in unique_tokens(captured.token_ids) if token not in self.vocabulary]
+            self.vocabulary.update(words_of_batch(self.module, batch, new))
 
     def finish_checkpoint(self, checkpoint: Checkpoint, processes: Processes) -> None:
         """Arrange what any process has taken at a checkpoint in the order of the data set.
@@ -167,7 +168,7 @@ def result_of(blocks: Sequence[Queries], gradients: Sequence[list[WordGradients]
         test_texts=Texts.cat([block.texts for block in blocks]),
         test_gradients=[each for each in gradients if each],
         words_of_ids=vocabulary,
-        label_names=label_names_of(first._module),
+        label_names=first.label_names,
         predictions=torch.cat([block.predictions for block in blocks]),
         trace=first.trace,
         checkpoint_ids=[each.id for each in first.checkpoints],
@@ -175,7 +176,7 @@ def result_of(blocks: Sequence[Queries], gradients: Sequence[list[WordGradients]
         strongest_proponents=scores.proponents,
         strongest_opponents=scores.opponents,
         totals=scores.totals,
-        tokenizer=tokenizer_of(first._module),
+        tokenizer=tokenizer_of(first.module),
         scratch=scratch,
     )
 
@@ -190,7 +191,7 @@ def probe_of(module: nn.Module, trace: Trace) -> PredictionProbe:
 def weights_kept(module: nn.Module) -> Iterator[None]:
     """Give a module back the weights and the training flags that it had."""
     if is_fsdp(module):
-        with parts_kept(module):
+        with local_weights_restored(module):
             yield
         return
     state = {name: value.cpu().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}

@@ -16,8 +16,8 @@ from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.gradients.batches import labels_of
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.sites import Site
-from lightning_tracin.parallel.fsdp import is_fsdp, whole_state
-from lightning_tracin.parallel.processes import Processes, await_seen
+from lightning_tracin.parallel.fsdp import is_fsdp, full_state_dict
+from lightning_tracin.parallel.processes import Processes, wait_until_visible
 from lightning_tracin.querying.asked import has_training_set, last_fits, loader_of_datamodule
 from lightning_tracin.querying.passes import Pass, Query, attribute_set, run_pass
 from lightning_tracin.scoring.methods import Method
@@ -44,11 +44,10 @@ def ready_checkpoints(
     """
     trace, processes = query.trace, query.processes
     with processes.synchronized():
-        _await_checkpoints(trace, query.method, processes)
-        checkpoints = trace.checkpoints
+        checkpoints = _checkpoints_of_first(trace, query.method, processes)
         sites = _check_recorded(trace, query.method, checkpoints)
         if module is not None:
-            state = whole_state(module)
+            state = full_state_dict(module)
             if processes.first or not is_fsdp(module):
                 trace.check_model(state, type(module).__name__)
         missing = [each for each in checkpoints if not all(map(each.has_gradients, sites))]
@@ -84,16 +83,25 @@ def _training_set(
     return next((each.training_set for each in fits if each.trace.id == query.trace.id), None)
 
 
-def _await_checkpoints(trace: Trace, method: Method, processes: Processes) -> None:
-    """Wait until this process sees the checkpoints and gradients in the trace that the first one sees."""
+def _checkpoints_of_first(trace: Trace, method: Method, processes: Processes) -> list[Checkpoint]:
+    """The trace's checkpoints, when this process sees those, and the gradients there, that the first one sees."""
+    sites = sites_of(method, trace.sites)
+    checkpoints = trace.checkpoints
 
-    def seen() -> list[Any]:
-        sites = sites_of(method, trace.sites)
-        return [(each.id, [each.has_gradients(site) for site in sites]) for each in trace.checkpoints]
+    def stored() -> list[Any]:
+        return [(each.id, [each.has_gradients(site) for site in sites]) for each in checkpoints]
 
-    of_first = processes.gather(seen())[0]
-    if processes.size > 1:
-        await_seen(lambda: seen() == of_first, f"The first process sees {len(of_first)} checkpoints in {trace.path}")
+    of_first = processes.gather(stored())[0]
+
+    def seen() -> bool:
+        nonlocal checkpoints
+        if stored() == of_first:
+            return True
+        checkpoints = trace.checkpoints
+        return stored() == of_first
+
+    wait_until_visible(seen, f"The first process sees {len(of_first)} checkpoints in {trace.path}")
+    return checkpoints
 
 
 def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoint]) -> list[Site]:
@@ -117,7 +125,7 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
             if processes.first:
                 contexts.enter_context(locked(trace.path, within_fit=True))
                 trace.check_in_place()
-            _await_checkpoints(trace, query.method, processes)
+            _checkpoints_of_first(trace, query.method, processes)
             missing = [
                 each for each in missing if not all(map(each.has_gradients, sites))
             ]  # others may have stored some

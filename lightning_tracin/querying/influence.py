@@ -31,7 +31,7 @@ from lightning_tracin.querying.passes import Pass, Query, run_pass
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of
-from lightning_tracin.scoring.self_influence import self_influences
+from lightning_tracin.scoring.score import self_influences
 from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.scoring.terms import sites_of
 from lightning_tracin.storage.checkpoint import Checkpoint
@@ -95,8 +95,9 @@ def influence(
     with weights_kept(module):
         checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
         loaders = _blocks(query, checkpoints, loader)
-        for block_loader in loaders:
-            block = _answered(query, checkpoints, block_loader, n_kept)
+        for number, block_loader in enumerate(loaders, start=1):
+            block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
+            block = _answered(query, checkpoints, block_loader, n_kept, block_name)
             words = block.word_gradients()
             gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
             block.drop_gradients()
@@ -146,13 +147,13 @@ def self_influence(
         return self_influences(checkpoints, chosen, processes)
 
 
-def _answered(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, k: int | None) -> Queries:
-    """A block of test examples, scored."""
+def _answered(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, k: int | None, block_name: str) -> Queries:
+    """A block of test examples, scored; its name follows the checkpoint's number in the progress bar."""
     test = Queries(query.module, query.method, query.trace)
     sites = sites_of(query.method, query.trace.sites)
     gradients = ModuleGradients(query.module, sites, recorded=query.trace.sites, probe=test.probe)
     for number, checkpoint in enumerate(checkpoints, start=1):
-        description = f"Test gradients {number}/{len(checkpoints)}"
+        description = f"Test gradients {number}/{len(checkpoints)}{block_name}"
         run_pass(query, checkpoint, Pass(loader, gradients, test.take, description))
         with query.processes.synchronized():
             test.finish_checkpoint(checkpoint, query.processes)

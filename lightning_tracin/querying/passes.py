@@ -20,10 +20,10 @@ from lightning_tracin.bridge.compat import PROGRESS_BARS, DualPredictionWriter, 
 from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.progress import labelled
 from lightning_tracin.bridge.query_examples import spare_batch
-from lightning_tracin.gradients.capture import Captured, usable_in_autograd
+from lightning_tracin.gradients.capture import Captured, without_inference_tensors
 from lightning_tracin.gradients.eval_mode import gradients_enabled
-from lightning_tracin.parallel.fsdp import is_fsdp, load_whole, synchronized_batches
-from lightning_tracin.parallel.processes import Processes, mark_told
+from lightning_tracin.parallel.fsdp import is_fsdp, load_full_state_dict, synchronized_batches
+from lightning_tracin.parallel.processes import Processes, mark_shared
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.trace import Trace
@@ -99,7 +99,7 @@ def run_pass(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
                 trainer.predict(module, datamodule=serving(query.datamodule, of.loader), return_predictions=False)
         except Exception as error:
             if not writer.started:
-                mark_told(error)
+                mark_shared(error)
                 raise
             failure = error
     with processes.synchronized():
@@ -112,7 +112,7 @@ def _run_in_step(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
     trainer, module, processes = query.trainer, query.module, query.processes
     with processes.synchronized():
         weights = checkpoint.weights()
-    load_whole(module, weights)
+    load_full_state_dict(module, weights)
     limit = trainer.limit_predict_batches
     n_batches = min(len(of.loader), limit) if isinstance(limit, int) else int(len(of.loader) * limit)
     indices = iter(of.loader.batch_sampler or of.loader.sampler)
@@ -138,7 +138,7 @@ def _gradient_step(gradients: ModuleGradients, batch: Any, batch_idx: int) -> Ca
     """Stands in for ``predict_step``: the gradients of a batch, in spite of predict's inference mode."""
     module = gradients.module
     with gradients_enabled(module):
-        batch = usable_in_autograd(batch)
+        batch = without_inference_tensors(batch)
         gradients.check_first(batch)
         try:
             return gradients.capture(batch)
