@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from toy import STEPS_PER_EPOCH, Toy, loader, mean_rate, quiet, test_texts, texts
 
 from lightning_tracin import TracInCallback
+from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
 
 SCALARS = ("tracin/same_label", "tracin/concentration", "tracin/suspected_label_errors")
 
@@ -103,3 +104,14 @@ def assert_scores(rows, scores, k=3):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-10)
             by_index = scores[index].double()[[row["train_index"] for row in own]]
             torch.testing.assert_close(found, by_index, rtol=1e-4, atol=1e-10)
+
+
+def explanation_of(label, prediction, proponents, opponents=(), confidence=0.9):
+    """One whose influential examples are given by label and score."""
+    word = Word("a|b", "", (0,))
+
+    def pushed(label, score):
+        return Influential(Example(3, (word,), label), score, abs(score) / 10, (score,))
+
+    test = Example(0, (Word("so_so", "", (0,)), Word("<b>", " ", (1,))), label, prediction, confidence)
+    return Explanation(0, test, (), *(tuple(pushed(*each) for each in side) for side in (proponents, opponents)))

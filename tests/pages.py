@@ -73,3 +73,13 @@ def hostile_page():
 def data_of(html):
     """The JSON in a page, as a browser finds it."""
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script', html, re.S)[1])
+
+
+def number(text):
+    """What a number on the page says."""
+    return float(text.replace("−", "-"))
+
+
+def shown(page):
+    """The indices of the test examples in the list."""
+    return [int(text) for text in page.locator(".row .number").all_inner_texts()]

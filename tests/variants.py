@@ -9,13 +9,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
-from toy import (
-    N_TRAIN,
-    Toy,
-    loader,
-    quiet,
-    texts,
-)
+from toy import N_TRAIN, Toy, loader, quiet, texts
 
 from lightning_tracin import TracInCallback
 

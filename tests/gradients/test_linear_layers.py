@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from brute_force import relative_error, with_bias
+from lightning_tracin.storage.second_moments import SecondMoments
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,7 +14,6 @@ from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.layers import SiteLayers
 from lightning_tracin.gradients.linear_layers import as_matrix
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
-from lightning_tracin.gradients.second_moments import SecondMoments
 from lightning_tracin.gradients.sites import Site, StorageOptions
 from lightning_tracin.scoring.methods import TracInLayer
 

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_gradients import JOINS, dense, random_linear, random_words
+from random_gradients import dense, random_linear, random_words
 
 from lightning_tracin.gradients.rows import unit_rows
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.gradients.word_gradients import WordGradients
-from lightning_tracin.scoring.methods import TracInLast, TracInWE
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-9, 1e-25, 1e25])
@@ -33,35 +32,6 @@ def test_rows_of_a_token_that_occurs_twice_are_summed():
 def test_words_whose_gradient_is_zero_are_left_out():
     words = WordGradients.from_positions(1, torch.tensor([0, 0]), torch.tensor([3, 5]), torch.tensor([[0.0], [2.0]]))
     assert words.tokens.tolist() == [5]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-@pytest.mark.parametrize(("n_test", "n_train", "vocabulary"), JOINS)
-def test_joining_words_equals_dense_products(n_test, n_train, vocabulary, dtype):
-    method = TracInWE()
-    test, test_table = random_words(n_test, vocabulary)
-    train, _ = random_words(n_train, vocabulary)
-    train = train.as_dtype(dtype)
-    scores = method.dot(method.prepare(test, None, "test"), method.prepare(train, None, "train"), None)
-    expected = torch.einsum("avh,bvh->ab", test_table, dense(train, vocabulary))
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_examples_without_a_common_word_score_zero():
-    method = TracInWE()
-    test = WordGradients.from_positions(1, torch.tensor([0]), torch.tensor([1]), torch.ones(1, 2))
-    train = WordGradients.from_positions(1, torch.tensor([0]), torch.tensor([2]), torch.ones(1, 2))
-    assert method.dot(test, train, None).tolist() == [[0.0]]
-
-
-@pytest.mark.parametrize("positions", [1, 4])
-def test_linear_products_equal_products_of_dense_gradients(positions):
-    method = TracInLast()
-    test, test_table = random_linear(3, positions)
-    train, train_table = random_linear(5, positions)
-    expected = torch.einsum("aoi,boi->ab", test_table, train_table)
-    torch.testing.assert_close(method.dot(test, train, None).double(), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(train.example_norms().double(), train_table.flatten(1).norm(dim=1), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
@@ -98,12 +68,3 @@ def test_texts_can_be_cut_joined_and_arranged():
 def test_norms_of_tiny_gradients_do_not_vanish():
     words, table = random_words(4, scale=1e-25)
     torch.testing.assert_close(words.example_norms().double(), table.flatten(1).norm(dim=1), rtol=1e-4, atol=0)
-
-
-def test_gradients_too_small_to_be_normalised_count_nothing():
-    method = TracInWE(normalize="cosine")
-    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * 1e-39
-    words = method.prepare(
-        WordGradients.from_positions(2, torch.tensor([0, 1]), torch.tensor([5, 5]), rows), None, "test"
-    )
-    assert method.dot(words, words, None).tolist() == [[0, 0], [0, 0]]

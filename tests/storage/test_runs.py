@@ -88,7 +88,7 @@ def test_however_often_examples_come_little_more_lies_there_than_counts(tmp_path
             norms[index] = norm
         peak = max(peak, bytes_of_tensors(tmp_path))
     one_pass = N_MANY * 2 * 4 * (3 + 5 + 4)  # at each of two positions: example and two norms, input, delta
-    assert one_pass < peak < runs.bytes_at_most(one_pass, 30, 1)
+    assert one_pass < peak < runs.max_run_bytes(one_pass, 30, 1)
     assert came.count() == int((norms > 0).sum())
     found = [type(block).cat([block]).example_norms() for block in came.arranged("linear", 64)]
     torch.testing.assert_close(torch.cat(found), norms)

@@ -14,7 +14,7 @@ from toy import CLASSES, N_TEST, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet
 
 from lightning_tracin import TracInCallback, TracInMixin
 from lightning_tracin.gradients.capture import capture
-from lightning_tracin.gradients.layers import on_module
+from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.gradients.sites import Site
 
 METHODS = ["tracin-we", "tracin-last"]
@@ -169,7 +169,7 @@ def test_time_first_is_told_though_the_first_example_is_one_word():
     for kind in (BatchFirst, TimeFirst):
         pl.seed_everything(0, verbose=False)
         module = kind()
-        sites = on_module(module, [Site("words", "tracin-we", "embedding", "words")])
+        sites = sites_on_module(module, [Site("words", "tracin-we", "embedding", "words")])
         found.append(capture(module.influence_loss, [ids, labels], sites).gradients["words"])
     assert torch.equal(found[0].examples, found[1].examples)
     assert torch.equal(found[0].tokens, found[1].tokens)

@@ -13,7 +13,7 @@ import torch
 from spellings import TEXTS, trained
 from transformers import BertConfig, BertForSequenceClassification
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_from_your_own_data_to_a_page(tmp_path):

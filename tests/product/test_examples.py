@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 
 from examples import sentiment, spam, topics
 
-FOLDER = Path(__file__).parents[1] / "examples"
+FOLDER = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import struct
-import time
-from pathlib import Path
 
-import lightning.pytorch as twin
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning.pytorch.loggers import CSVLogger as TwinCSVLogger
 from logged_fits import (
-    SCALARS,
     Validated,
     assert_scores,
     at_checkpoint,
@@ -22,25 +16,18 @@ from logged_fits import (
     fit,
     logged,
     metrics,
-    read,
     steps_of,
 )
-from logging_processes import validation_texts
-from processes_apart import Normed
 from pytorch_lightning.cli import LightningCLI
-from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_processes import run
+from pytorch_lightning.loggers import CSVLogger
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from toy import EPOCHS, N_TEST, STEPS_PER_EPOCH, Toy, loader, quiet, test_texts, texts
-from twin_toy import TwinToy
 from variants import Plain, Reproducible
 
 from lightning_tracin import Trace, TracInCallback
 from lightning_tracin.recording import loggers
 from lightning_tracin.recording.validation_log import is_suspected, summary
-from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
 
 
 def test_every_validation_is_logged_with_what_brute_force_says(tmp_path):
@@ -366,189 +353,6 @@ def test_a_resumed_fit_goes_on_logging_over_all_checkpoints(tmp_path):
     assert_scores(rows, brute_scores(callback.trace, 2, kind=Validating))
 
 
-def test_tensorboard_shows_the_table_as_markdown(tmp_path):
-    trainer = fit(tmp_path, logger=[TensorBoardLogger(tmp_path), CSVLogger(tmp_path / "csv")])
-    rows = read(Path(trainer.loggers[1].log_dir) / "influential.jsonl")
-    events = EventAccumulator(trainer.loggers[0].log_dir, size_guidance={"tensors": 0, "scalars": 0})
-    events.Reload()
-    tables = events.Tensors("tracin/influential/text_summary")
-    assert [each.step for each in tables] == steps_of(rows)
-    for table in tables:
-        text = table.tensor_proto.string_val[0].decode()
-        own = [row for row in rows if row["step"] == table.step]
-        lines = [line for line in text.splitlines() if line.startswith(("| proponent", "| opponent"))]
-        for row, line in zip(own, lines, strict=True):
-            kind, score, _, train, label, words, content = [cell.strip() for cell in line.strip("|").split("|")]
-            assert kind == f"{row['role']} {row['rank']}"
-            assert float(score) == pytest.approx(row["score"], rel=0.01)
-            assert (int(train), label, words, content) == (
-                row["train_index"],
-                row["train_label"],
-                row["words"],
-                row["train_text"],
-            )
-        for _, index in examples_of(own):
-            assert f"**Validation example {index}**, label **" in text
-    for name in SCALARS:
-        assert [each.step for each in events.Scalars(name)] == steps_of(rows)
-    assert [each.step for each in events.Scalars("val_loss")] == steps_of(rows)
-
-
-def wandb_records(file):
-    """What a W&B run has written: a file of the LevelDB log format, with a protobuf message in each record."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, place, parts = file.read_bytes(), 7, b""
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4) and place <= len(data):  # whole, or the last part
-            yield Record.FromString(parts)
-            parts = b""
-
-
-def wandb_history(file):
-    """The rows that a W&B run has logged; its own process may go on writing for a while."""
-    stop = time.monotonic() + 60
-    while not any(each.WhichOneof("record_type") == "exit" for each in wandb_records(file)):
-        assert time.monotonic() < stop, f"{file} does not end"
-        time.sleep(0.1)
-    rows = [each.history.item for each in wandb_records(file) if each.WhichOneof("record_type") == "history"]
-    return [{"/".join(item.nested_key): json.loads(item.value_json) for item in items} for items in rows]
-
-
-def test_wandb_shows_a_table_at_the_step_of_the_validation(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    logger = WandbLogger(project="tracin", save_dir=tmp_path)
-    trainer = fit(tmp_path, logger=[logger, CSVLogger(tmp_path / "csv")])
-    rows = read(Path(trainer.loggers[1].log_dir) / "influential.jsonl")
-    folder = Path(logger.experiment.dir)
-    logger.experiment.finish()
-    history = wandb_history(next(folder.parent.glob("*.wandb")))
-    tables = [row for row in history if "tracin/influential/path" in row]
-    assert [row["trainer/global_step"] for row in tables] == steps_of(rows)
-    for entry in tables:
-        table = json.loads((folder / entry["tracin/influential/path"]).read_text())
-        found = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
-        assert found == [row for row in rows if row["step"] == entry["trainer/global_step"]]
-    for name in (*SCALARS, "val_loss"):
-        assert [row["trainer/global_step"] for row in history if name in row] == steps_of(rows)
-    assert [row["_step"] for row in history] == list(range(len(history)))  # none was refused
-
-
-@pytest.mark.filterwarnings("ignore:.*'str' dtypes are included by select_dtypes:DeprecationWarning")
-def test_mlflow_keeps_a_table_of_all_validations(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny brings no other store
-    logger = MLFlowLogger("tracin", tracking_uri=f"file:{tmp_path}/runs")
-    trainer = fit(tmp_path, logger=[logger, CSVLogger(tmp_path / "csv")])
-    rows = read(Path(trainer.loggers[1].log_dir) / "influential.jsonl")
-    table = json.loads(next((tmp_path / "runs").rglob("tracin/influential.json")).read_text())
-    found = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
-    for line, row in zip(found, rows, strict=True):
-        assert line.keys() == row.keys()
-        for name, value in row.items():  # MLflow rounds, and turns labels that look like numbers into such
-            assert (
-                line[name] == pytest.approx(value, abs=1e-9)
-                if isinstance(value, float)
-                else str(line[name]) == str(value)
-            )
-    for name in SCALARS:
-        history = logger.experiment.get_metric_history(logger.run_id, name)
-        assert [each.step for each in history] == steps_of(rows)
-
-
-class CometLogger(Logger):
-    """A stand-in: it has the name of Comet's logger, and its experiment is a fake that keeps what it is given."""
-
-    name = "comet"
-    version = "1"
-
-    def __init__(self):
-        super().__init__()
-        self.experiment = self
-        self.tables, self.metrics = [], []
-
-    def log_table(self, filename, tabular_data=None, headers=False):
-        self.tables.append((filename, tabular_data, headers))
-
-    def log_metrics(self, metrics, step=None):
-        self.metrics.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *_):
-        pass
-
-
-def test_comet_is_given_tables(tmp_path):
-    comet = CometLogger()
-    trainer = fit(tmp_path, logger=[comet, CSVLogger(tmp_path / "csv")])
-    rows = read(Path(trainer.loggers[1].log_dir) / "influential.jsonl")
-    assert [name for name, *_ in comet.tables] == [f"tracin-influential-step-{step:09d}.csv" for step in steps_of(rows)]
-    found = [dict(zip(headers, line, strict=True)) for _, lines, headers in comet.tables for line in lines]
-    assert found == rows
-    assert [step for step, values in comet.metrics if set(SCALARS) <= values.keys()] == steps_of(rows)
-
-
-class Unheard(Logger):
-    """A logger of another package: nothing is known of it."""
-
-    name = "unheard"
-    version = 7
-
-    def __init__(self, save_dir=None):
-        super().__init__()
-        self.folder = save_dir
-
-    @property
-    def save_dir(self):
-        return self.folder
-
-    def log_metrics(self, metrics, step=None):
-        pass
-
-    def log_hyperparams(self, *_):
-        pass
-
-
-@pytest.mark.parametrize("has_folder", [True, False])
-def test_a_logger_of_which_nothing_is_known_gets_lines_of_json(tmp_path, has_folder, monkeypatch):
-    said = []
-    monkeypatch.setattr("lightning_tracin.recording.validation_log.rank_zero_info", said.append)
-    root = {"trainer": {"default_root_dir": tmp_path / "root"}}
-    trainer = fit(tmp_path, logger=Unheard(str(tmp_path / "own") if has_folder else None), **root)
-    file = tmp_path / ("own" if has_folder else "root") / "unheard" / "version_7" / "influential.jsonl"
-    assert_scores([row for row in read(file) if row["epoch"] == 1], brute_scores(trainer.callbacks[0].trace, EPOCHS))
-    assert said == [f"Unheard takes no tables: influential examples are in {file}."]
-
-
-def test_loggers_and_trainers_of_lightning_pytorch(tmp_path):
-    class TwinValidated(TwinToy):
-        def validation_step(self, batch, batch_idx):
-            pass
-
-    trainer = fit(tmp_path, TwinValidated(), logger=TwinCSVLogger(tmp_path), kind=twin.Trainer)
-    rows = [row for row in logged(trainer) if row["epoch"] == 1]
-    result = quiet().influence(loader(test_texts()), _as_pytorch_lightning(trainer), trace=tmp_path / "trace")
-    assert_scores(rows, result.scores)
-
-
-def _as_pytorch_lightning(trainer):
-    class Same(TwinToy.__mro__[1], pl.LightningModule):
-        __init__ = pl.LightningModule.__init__
-        influence_loss = TwinToy.influence_loss
-        training_step = TwinToy.training_step
-
-    module = Same()
-    module.embedding, module.head = trainer.lightning_module.embedding, trainer.lightning_module.head
-    return module
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("examples", [1, [0, 3]], ids=str)
 def test_log_examples_on_the_command_line(tmp_path, monkeypatch, examples):
@@ -572,26 +376,15 @@ def test_log_examples_on_the_command_line(tmp_path, monkeypatch, examples):
     assert len(examples_of(rows)) == 1 if examples == 1 else examples_of(rows) == [(0, 0), (0, 3)]
 
 
-def explanation(label, prediction, proponents, opponents=(), confidence=0.9):
-    """One whose influential examples are given by label and score."""
-    word = Word("a|b", "", (0,))
-
-    def pushed(label, score):
-        return Influential(Example(3, (word,), label), score, abs(score) / 10, (score,))
-
-    test = Example(0, (Word("so_so", "", (0,)), Word("<b>", " ", (1,))), label, prediction, confidence)
-    return Explanation(0, test, (), *(tuple(pushed(*each) for each in side) for side in (proponents, opponents)))
-
-
 @pytest.mark.parametrize(
     ("found", "suspected"),
     [
-        (explanation("good", "bad", [("bad", 3.0), ("good", 1.0)]), True),
-        (explanation("good", "bad", [("good", 1.0)], [("bad", -3.0)]), True),
-        (explanation("good", "bad", [("good", 3.0)], [("bad", -1.0)]), False),
-        (explanation("good", "good", [("bad", 3.0)]), False),
-        (explanation("good", "bad", [(None, 3.0)]), False),
-        (explanation("good", None, [("bad", 3.0)], confidence=None), False),
+        (explanation_of("good", "bad", [("bad", 3.0), ("good", 1.0)]), True),
+        (explanation_of("good", "bad", [("good", 1.0)], [("bad", -3.0)]), True),
+        (explanation_of("good", "bad", [("good", 3.0)], [("bad", -1.0)]), False),
+        (explanation_of("good", "good", [("bad", 3.0)]), False),
+        (explanation_of("good", "bad", [(None, 3.0)]), False),
+        (explanation_of("good", None, [("bad", 3.0)], confidence=None), False),
     ],
 )
 def test_suspected_label_errors(found, suspected):
@@ -601,44 +394,17 @@ def test_suspected_label_errors(found, suspected):
 
 def test_curves_leave_out_what_is_not_known():
     positive = [("good", 3.0), ("bad", 1.0), ("bad", -1.0)]
-    metrics = summary([explanation("good", "good", positive), explanation("bad", "good", [("bad", 4.0)])])
+    metrics = summary([explanation_of("good", "good", positive), explanation_of("bad", "good", [("bad", 4.0)])])
     assert metrics == {
         "tracin/same_label": pytest.approx(2 / 3),
         "tracin/concentration": pytest.approx(0.4),
         "tracin/suspected_label_errors": 0.0,
     }
-    regression = explanation("0.3", "0.2", [("0.1", 3.0)], confidence=None)
+    regression = explanation_of("0.3", "0.2", [("0.1", 3.0)], confidence=None)
     assert summary([regression]) == {"tracin/concentration": pytest.approx(0.3)}
-    nothing = explanation(None, None, [(None, 0.0)], [(None, 0.0)], confidence=None)
+    nothing = explanation_of(None, None, [(None, 0.0)], [(None, 0.0)], confidence=None)
     assert summary([nothing]) == {}
     assert loggers.rows_of([nothing], [(0, 1.0)], step=0, epoch=0) == []
-
-
-def test_markdown_is_not_broken_by_what_texts_hold():
-    rows = loggers.rows_of([explanation("g|d", "b`d", [("x*y", 3.0)])], [(1, 2.5)], step=4, epoch=1)
-    text = loggers.markdown(rows)
-    assert r"of loader 1, label **g\|d**, prediction **b\`d** (90%), loss 2.5" in text
-    assert r"so\_so &lt;b>" in text
-    assert r"| proponent 1 | +3 | 30.0% | 3 | x\*y | a\|b +3 | a\|b |" in text
-
-
-def test_long_texts_are_cut():
-    words = tuple(Word("word", " ", (place,)) for place in range(200))
-    test = Example(0, words, "a")
-    found = Explanation(0, test, (), (Influential(test, 1.0, None),), ())
-    row = loggers.rows_of([found], [(0, 1.0)], step=0, epoch=0)[0]
-    assert row["text"].endswith("word ...")
-    assert len(row["text"]) <= 300
-    assert row["words"] == ""
-
-
-def test_mlflow_without_pandas_is_refused_before_training(tmp_path, monkeypatch):
-    class MLFlowLogger(Unheard):
-        pass
-
-    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install lightning-tracin\[pandas\]"):
-        fit(tmp_path, logger=MLFlowLogger(str(tmp_path)))
 
 
 def test_a_shuffled_validation_loader_numbers_by_its_order(tmp_path):
@@ -653,61 +419,6 @@ def test_a_shuffled_validation_loader_numbers_by_its_order(tmp_path):
     }
     assert {row["index"] for row in rows} == set(range(N_TEST))
     assert all(row["loss"] == pytest.approx(by_text[row["text"]], rel=1e-5) for row in rows)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What fits of two processes left."""
-    folder = tmp_path_factory.mktemp("two")
-    done = run(folder, script="logging_processes.py", timeout=200)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def rows_of_two(folder, name):
-    """The one table that two processes wrote."""
-    (file,) = (folder / name).rglob("influential.jsonl")
-    return read(file)
-
-
-@pytest.mark.parametrize("name", ["highest", "all"])
-def test_two_processes_log_what_one_finds_in_their_trace(two, name):
-    rows = rows_of_two(two, name)
-    trace = Trace(two / name / "trace")
-    assert [row["epoch"] for row in rows] == sorted(row["epoch"] for row in rows)
-    for epoch in range(EPOCHS):
-        own = [row for row in rows if row["epoch"] == epoch]
-        losses, _ = at_checkpoint(trace, epoch, validation_texts())
-        assert examples_of(own) == [
-            (0, index) for index in losses.argsort(descending=True)[: 3 if name == "highest" else 7]
-        ]
-        for row in own:
-            assert row["loss"] == pytest.approx(float(losses[row["index"]]), rel=1e-5)
-            assert row["text"] == " ".join(str(int(token)) for token in validation_texts()[row["index"]][0] if token)
-    result = quiet().influence(loader(validation_texts()), Toy(), trace=trace)
-    assert_scores(own, result.scores)
-
-
-def test_given_examples_of_two_processes(two):
-    rows = rows_of_two(two, "given")
-    assert examples_of(rows) == [(0, 6), (0, 0), (0, 1)]
-    result = quiet().influence(loader(validation_texts()), Toy(), trace=two / "given" / "trace")
-    assert_scores([row for row in rows if row["epoch"] == 1], result.scores)
-
-
-def test_training_of_two_processes_is_what_it_is_without_a_log(two):
-    first, second = (torch.load(two / f"weights-{rank}.pt", weights_only=True) for rank in (0, 1))
-    for left in (first, second):
-        for name in ("highest", "all", "given", "normed"):
-            without = "normed without" if name == "normed" else "without"
-            for weight in (Normed() if name == "normed" else Toy()).state_dict():
-                assert torch.equal(left[f"{name} {weight}"], left[f"{without} {weight}"]), (name, weight)
-
-
-def test_an_error_in_the_validation_of_one_process_is_raised_in_both(two):
-    for rank in (0, 1):
-        assert "no losses here" in (two / f"error-{rank}.txt").read_text()
-    assert {row["epoch"] for row in rows_of_two(two, "broken")} == {0}
 
 
 def test_mixed_precision(tmp_path):

@@ -14,7 +14,7 @@ from lightning_tracin import TracInMixin
 from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.gradients.capture import capture
 from lightning_tracin.gradients.eval_mode import gradients_enabled
-from lightning_tracin.gradients.layers import on_module
+from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.gradients.sites import Site
 
 WORDS = Site("words", "tracin-we", "embedding", "words")
@@ -87,7 +87,7 @@ def test_parameters_learn_again_after_an_error():
     batch = texts(7, length=7).tensors
     dims = {}
     with gradients_enabled(module):
-        places = on_module(module, [WORDS])
+        places = sites_on_module(module, [WORDS])
         capture(module.influence_loss, batch, places, dims=dims, module=module)
         module.embedding.requires_grad_(False)
         with pytest.raises(ValueError, match="one unreduced loss for each example"):

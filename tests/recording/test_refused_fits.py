@@ -1,0 +1,316 @@
+"""Each mistake gets one clear error, early, and nothing that was stored is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mistakes import Endless, Plain, cross_entropy, empty, poisoned, with_loss
+from pytorch_lightning.utilities import CombinedLoader
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset
+from toy import N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
+
+from lightning_tracin import Trace, TracInCallback, TracInLast, TracInMixin, TracInWE
+from lightning_tracin.storage import shards
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda m, b: cross_entropy(m, b), r"shape \(B,\), but got shape \(\)"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[:, None], r"but got shape \(4, 1\)"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[:, None].expand(-1, 7), r"but got shape \(4, 7\)"),
+        (lambda m, b: cross_entropy(m, b, reduction="none").tolist(), "but got list"),
+        (lambda m, b: b[1], "float tensor"),
+        (lambda m, b: cross_entropy(m, b, reduction="none").detach(), "detaches them"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[:2], "is the number of losses, 2"),
+        (lambda m, b: cross_entropy(m, b, reduction="none") * m(b[0]).mean(), "depends on the other examples"),
+    ],
+    ids=["scalar", "(B, 1)", "(B, T)", "list", "integers", "detached", "too few", "of the whole batch"],
+)
+def test_a_loss_that_is_not_one_for_each_example(tmp_path, loss, message):
+    with pytest.raises(ValueError, match=message):
+        fitted(tmp_path / "trace", with_loss(loss))
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda logits, labels: functional.cross_entropy(logits, labels, reduction="sum"), "not a mean of independent"),
+        (lambda logits, labels: functional.cross_entropy(logits, labels, weight=torch.arange(1.0, 4)), "not a mean of"),
+        (lambda logits, labels: functional.cross_entropy(logits @ logits.T, torch.arange(len(labels))), "not a mean"),
+    ],
+    ids=["sum", "weighted", "contrastive"],
+)
+def test_a_training_step_that_is_not_a_mean_of_independent_losses(tmp_path, loss, message):
+    with pytest.raises(ValueError, match=rf"(?s){message}.*TracInMixin"):
+        fitted(tmp_path / "trace", Plain(loss))
+
+
+def to_the_longest(items):
+    ids, labels = torch.utils.data.default_collate(items)
+    return ids[:, : int((ids != 0).sum(1).max())], labels
+
+
+class ReadsPadding(Toy):
+    """Takes the mean over padding too."""
+
+    def forward(self, ids):
+        return 5 * self.head(torch.tanh(self.hidden(self.embedding(ids).mean(1))))
+
+
+class PlainReadsPadding(ReadsPadding):
+    influence_loss = None
+
+    def training_step(self, batch, batch_idx):
+        return functional.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, b: cross_entropy(m, b, reduction="none") / len(b[1]),
+        lambda m, b: cross_entropy(m, b, reduction="none") * len(b[1]) / (b[0] != 0).sum(),
+    ],
+    ids=["by the batch's examples", "by the batch's tokens"],
+)
+def test_a_loss_that_is_divided_by_what_the_batch_holds(tmp_path, loss):
+    with pytest.raises(
+        ValueError, match=r"the loss of training example \d+ is .* in a batch of 4, but .* in one of half"
+    ):
+        fitted(tmp_path / "trace", with_loss(loss))
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("kind", [ReadsPadding, PlainReadsPadding])
+def test_a_model_that_reads_padding_is_warned_of(tmp_path, kind):
+    with pytest.warns(UserWarning, match="seems to read padding: (the loss of training example|losses are)"):
+        fitted(tmp_path / "trace", kind(), loader(collate_fn=to_the_longest))
+
+
+def test_losses_that_are_drawn_at_random_say_nothing_of_their_batch(tmp_path):
+    def masking(items):
+        ids, labels = torch.utils.data.default_collate(items)
+        return torch.where(torch.rand(ids.shape) < 0.3, 1, ids), labels
+
+    fitted(tmp_path / "masked", data=loader(collate_fn=masking))
+    fitted(tmp_path / "noisy", with_loss(lambda m, b: cross_entropy(m, b, reduction="none") * torch.rand(len(b[1]))))
+
+
+def test_a_training_step_that_optimizes_by_hand(tmp_path):
+    module = Plain(functional.cross_entropy)
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match=r"(?s)optimizes manually.*TracInMixin"):
+        fitted(tmp_path / "trace", module)
+
+
+def test_the_default_loss_of_a_module_that_is_not_hugging_face(tmp_path):
+    class Defaulting(Toy):
+        influence_loss = TracInMixin.influence_loss
+
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(self, batch)
+
+    with pytest.raises(ValueError, match=r"(?s)no loss for each example.*Override influence_loss"):
+        fitted(tmp_path / "trace", Defaulting())
+
+
+def test_no_embedding_layer(tmp_path):
+    module = Toy()
+    module.embedding = nn.Sequential()
+    with pytest.raises(ValueError, match=r'has no embedding layer.*methods=\("tracin-last",\)'):
+        fitted(tmp_path / "trace", module)
+
+
+def test_two_embedding_layers(tmp_path):
+    module = Toy()
+    module.positions = nn.Embedding(7, 8)
+    with pytest.raises(ValueError, match=r"embedding \(\(40, 8\)\), positions \(\(7, 8\)\).*influence_embedding_layer"):
+        fitted(tmp_path / "trace", module)
+
+
+def test_two_heads(tmp_path):
+    class TwoHeads(Toy):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(8, 3)
+
+        def influence_loss(self, batch):
+            words = self.embedding(batch[0]).mean(1)
+            return functional.cross_entropy(self.head(words) + self.other(words), batch[1], reduction="none")
+
+    with pytest.raises(ValueError, match=r"(?s)head \(.*other \(.*influence_last_layer|other \(.*head \("):
+        fitted(tmp_path / "trace", TwoHeads())
+
+
+def test_a_named_layer_that_is_not_one(tmp_path):
+    class Wrong(Toy):
+        def influence_last_layer(self):
+            return self.dropout
+
+    with pytest.raises(ValueError, match=r"must return an nn\.Linear, but returned Dropout"):
+        fitted(tmp_path / "trace", Wrong())
+
+
+def test_an_embedding_bag_has_no_words(tmp_path):
+    class Bag(Toy):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.EmbeddingBag(40, 8)
+
+        def forward(self, ids):
+            return self.head(self.embedding(ids))
+
+        def influence_embedding_layer(self):
+            return self.embedding
+
+    with pytest.raises(ValueError, match="EmbeddingBag has no gradient for each word"):
+        fitted(tmp_path / "trace", Bag())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("index", [1, 13])
+def test_a_training_gradient_that_is_not_finite_is_named(tmp_path, index, value):
+    module, data = poisoned(index, value)
+    with pytest.raises(ValueError, match=rf"training example {index} is NaN or infinite"):
+        fitted(tmp_path / "trace", module, loader(data, shuffle=True))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_gradient_that_becomes_nan_late_keeps_the_checkpoints_before_it(tmp_path):
+    class Late(Toy):
+        def influence_loss(self, batch):
+            losses = super().influence_loss(batch)
+            if self.training or self.trainer.current_epoch == 0:
+                return losses
+            return torch.where((batch[0] == texts()[17][0]).all(1), torch.nan, losses)
+
+    with pytest.raises(ValueError, match="training example 17 is NaN or infinite"):
+        fitted(tmp_path / "trace", Late())
+    assert [each.step for each in Trace(tmp_path / "trace").checkpoints] == [5]
+    assert not list(tmp_path.rglob("*.partial"))
+    assert quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace").scores.abs().sum() > 0
+
+
+@pytest.mark.parametrize("told", [N_TRAIN - 1, N_TRAIN + 1])
+def test_a_stream_that_tells_a_wrong_number_of_examples(tmp_path, told):
+    class Wrong(IterableDataset):
+        def __len__(self):
+            return told
+
+        def __iter__(self):
+            return iter(texts())
+
+    found = f"more than {told}" if told < N_TRAIN else str(N_TRAIN)
+    with pytest.raises(ValueError, match=f"has {told} examples, but a pass over it gave {found}: "):
+        fitted(tmp_path / "trace", data=DataLoader(Wrong(), batch_size=N_TRAIN + 1))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: loader(Endless()), "does not tell how many examples"),
+        (lambda: [loader(), loader()], "one training loader, but got 2"),
+        (lambda: {"a": loader(), "b": loader()}, "one training loader, but got 2"),
+        (lambda: CombinedLoader([loader(), loader()], "max_size"), "one training loader, but got 2"),
+        (lambda: [loader()], "comes in a list.*Pass the loader itself"),
+        (lambda: {"a": loader()}, "comes in a dict.*Pass the loader itself"),
+        (lambda: CombinedLoader({"a": loader()}), "comes in a dict.*Pass the loader itself"),
+        (lambda: DataLoader(texts(), batch_size=None), "does not batch"),
+        (lambda: [[torch.ones(2, 3)], [torch.ones(2, 3)]], "one training loader|must come in a"),
+    ],
+    ids=[
+        "unknown length",
+        "list",
+        "dict",
+        "combined",
+        "list of one",
+        "dict of one",
+        "combined dict of one",
+        "unbatched",
+        "list of batches",
+    ],
+)
+def test_training_data_that_cannot_be_numbered(tmp_path, data, message):
+    class Any(Toy):
+        def training_step(self, batch, batch_idx):
+            return self.embedding.weight.sum()
+
+    with pytest.raises((ValueError, TypeError), match=message):
+        fitted(tmp_path / "trace", Any(), data())
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_collate_function_that_drops_examples(tmp_path):
+    def drop(rows):
+        return torch.utils.data.default_collate(rows[:-1])
+
+    with pytest.raises(ValueError, match=r"has 20 examples, but a pass over it gave 15"):
+        fitted(tmp_path / "trace", data=loader(collate_fn=drop))
+
+
+def doubled(items):
+    return torch.utils.data.default_collate([*items, *items])
+
+
+def without_the_last(items):
+    return torch.utils.data.default_collate(items[:-1])
+
+
+@pytest.mark.parametrize("shard_examples", [8, 100])
+@pytest.mark.parametrize(("collate", "found"), [(doubled, "more than 20"), (without_the_last, "15")])
+def test_a_collate_function_that_adds_or_drops_examples(tmp_path, monkeypatch, collate, found, shard_examples):
+    monkeypatch.setattr(shards, "_SHARD_EXAMPLES", shard_examples)
+    with pytest.raises(ValueError, match=f"has 20 examples, but a pass over it gave {found}: the collate function"):
+        fitted(tmp_path, data=loader(collate_fn=collate))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: TracInCallback(cache="always"),
+            "cache must be 'checkpoint', 'training' or 'on_demand', but got 'always'",
+        ),
+        (lambda: TracInCallback(methods="tracin-we"), "methods must be some of"),
+        (lambda: TracInCallback(methods=()), "methods must be some of"),
+        (lambda: TracInCallback(dtype="float8"), "dtype must be one of"),
+        (lambda: TracInCallback(top_words=0), "top_words must be None or at least 1, but got 0"),
+        (lambda: TracInCallback(every_n_epochs=0), "every_n_epochs must be at least 1, but got 0"),
+        (lambda: TracInCallback(every_n_train_steps=0), "every_n_train_steps must be None or at least 1, but got 0"),
+        (
+            lambda: TracInWE(exclude_tokens=["[CLS]"]),
+            r"exclude_tokens must be token ids.*all_special_ids, but got \['\[CLS\]'\]",
+        ),
+        (lambda: TracInWE(exclude_tokens=3), "exclude_tokens must be token ids, such as tokenizer.all_special_ids"),
+        (lambda: TracInWE(top_words=0), "top_words must be None or at least 1, but got 0"),
+        (lambda: TracInWE(normalize="test"), "normalize must be None, 'train' or 'cosine', but got 'test'"),
+        (lambda: TracInLast(precondition="sgd"), "precondition must be None or 'adam', but got 'sgd'"),
+    ],
+)
+def test_wrong_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_unknown_layer(tmp_path):
+    with pytest.raises(ValueError, match=r"methods names 'tracin', but Toy has no .* of that name. The nearest are: "):
+        fitted(tmp_path / "trace", methods=("tracin",))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_fit_without_a_training_example(tmp_path):
+    trainer = fitted(tmp_path / "trace", data=loader(empty()))
+    with pytest.raises(ValueError, match="There is no trace"):
+        trainer.influence(loader(test_texts()))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_dirpath_that_is_not_a_folder(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file"):
+        fitted(tmp_path / place, overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
