@@ -16,6 +16,7 @@ from logged_fits import (
     assert_scores,
     brute_scores,
     examples_of,
+    explanation_of,
     fit,
     logged,
     read,

@@ -13,6 +13,7 @@ from logged_fits import (
     at_checkpoint,
     brute_scores,
     examples_of,
+    explanation_of,
     fit,
     logged,
     metrics,
