@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from launched import run
 from logged_fits import (
     assert_scores,
     at_checkpoint,
@@ -12,7 +13,6 @@ from logged_fits import (
 )
 from logging_processes import validation_texts
 from processes_apart import Normed
-from test_processes import run
 from toy import EPOCHS, Toy, loader, quiet
 
 from lightning_tracin import Trace

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from launched import run
 from processes_apart import Normed
-from toy import N_TRAIN, Toy, environment, fitted, loader, quiet, site_of, test_texts, texts
+from toy import N_TRAIN, Toy, fitted, loader, quiet, site_of, test_texts, texts
 from two_processes import CACHES
 from two_processes import METHODS as ASKED
 from variants import Reproducible
@@ -25,20 +23,6 @@ from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.storage.runs import Runs
 
 METHODS = ("tracin-we", "tracin-last")
-
-
-def run(folder, *arguments, script="two_processes.py", launcher=(), timeout=240):
-    variables = environment(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1")
-    for name in ("MASTER_PORT", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "PL_GLOBAL_SEED"):
-        variables.pop(name, None)
-    return subprocess.run(
-        [sys.executable, *launcher, str(Path(__file__).with_name(script)), str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=variables,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

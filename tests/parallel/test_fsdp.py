@@ -23,7 +23,7 @@ from fsdp_processes import (
     Reproducible,
     Tied,
 )
-from test_processes import run
+from launched import run
 from toy import RATE, Toy, loader, mean_rate, quiet, site_of, texts
 
 from lightning_tracin import Trace, TracInWE
