@@ -1,4 +1,4 @@
-"""A script that test_logging.py runs in two processes: fits whose validations are logged."""
+"""A script that test_logging_of_two.py runs in two processes: fits whose validations are logged."""
 
 from __future__ import annotations
 

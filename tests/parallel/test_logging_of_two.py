@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from launched import run
-from logged_fits import (
-    assert_scores,
-    at_checkpoint,
-    examples_of,
-    read,
-)
+from logged_fits import assert_scores, at_checkpoint, examples_of, read
 from logging_processes import validation_texts
 from processes_apart import Normed
 from toy import EPOCHS, Toy, loader, quiet

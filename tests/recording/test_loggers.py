@@ -11,17 +11,7 @@ import lightning.pytorch as twin
 import pytest
 import pytorch_lightning as pl
 from lightning.pytorch.loggers import CSVLogger as TwinCSVLogger
-from logged_fits import (
-    SCALARS,
-    assert_scores,
-    brute_scores,
-    examples_of,
-    explanation_of,
-    fit,
-    logged,
-    read,
-    steps_of,
-)
+from logged_fits import SCALARS, assert_scores, brute_scores, examples_of, explanation_of, fit, logged, read, steps_of
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import EPOCHS, loader, quiet, test_texts

@@ -17,13 +17,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from still_fits import METHODS, Still, assert_expected, build, scores_of
 from stored_files import bytes_of_tensors
 from torch import nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    RandomSampler,
-    WeightedRandomSampler,
-    default_collate,
-)
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler, default_collate
 from toy import N_TRAIN, VOCABULARY, fitted, loader, quiet, test_texts, texts
 from variants import without_dropout
 

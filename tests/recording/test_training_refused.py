@@ -7,11 +7,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from still_fits import Still, build
 from torch import nn
-from torch.utils.data import (
-    DataLoader,
-    IterableDataset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 from toy import CLASSES, N_TRAIN, fitted, loader, quiet, texts
 from variants import Stepping
 
