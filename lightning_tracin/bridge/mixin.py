@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_tracin.gradients.batches import shallow, tensors_of
+from lightning_tracin.gradients.batches import shallow_copy, tensors_of
 from lightning_tracin.gradients.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
-from lightning_tracin.gradients.losses import hugging_face_losses
+from lightning_tracin.gradients.losses import Losses, hugging_face_losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
-from lightning_tracin.gradients.per_example import Losses
-from lightning_tracin.parallel.fsdp import forwarded, unwrapped
+from lightning_tracin.parallel.fsdp import call_in_forward_pass, unwrapped
 
 
 class TracInMixin:
@@ -91,7 +90,7 @@ def losses_of(module: nn.Module) -> Losses:
     own = getattr(module, "influence_loss", None)
     if not callable(own):
         return MeanLoss(module)
-    return lambda batch: forwarded(module, own, shallow(batch))
+    return lambda batch: call_in_forward_pass(module, own, shallow_copy(batch))
 
 
 def embedding_layer_of(module: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_tracin.bridge.mixin import losses_of
 from lightning_tracin.gradients.capture import Captured, capture, find_example_dims
 from lightning_tracin.gradients.eval_mode import gradients_enabled
-from lightning_tracin.gradients.layers import on_module
+from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.gradients.sites import Site, words_site
@@ -72,22 +72,22 @@ class ModuleGradients:
         """
         if isinstance(self._own_losses, MeanLoss):
             self._own_losses.check(batch)
-            first, *_ = on_module(self.module, self.sites)
+            first, *_ = sites_on_module(self.module, self.sites)
             self._own_losses.check_batch_first(batch, first.layers)
 
     def find_dims(self, batch: Any) -> None:
         """Learn from a batch which dimensions count the examples, by a pass of its own, as FSDP needs it."""
-        layers = [layer for each in on_module(self.module, self.sites) for layer in each.layers]
+        layers = [layer for each in sites_on_module(self.module, self.sites) for layer in each.layers]
         self._dims |= find_example_dims(self._losses, batch, layers, independent=self._is_independent)
 
     def capture(self, batch: Any) -> Captured:
         """The gradients of a batch's examples, inside of :func:`inside_fit` or of ``gradients_enabled``."""
         fsdp = is_fsdp(self.module)
-        reading = () if fsdp else on_module(self.module, self._read)
+        reading = () if fsdp else sites_on_module(self.module, self._read)
         return capture(
             self._losses,
             batch,
-            on_module(self.module, self.sites),
+            sites_on_module(self.module, self.sites),
             reading_layers=[layer for each in reading for layer in each.layers],
             dims=self._dims,
             module=None if fsdp else self.module,

@@ -1,4 +1,4 @@
-"""Batches of any form: their tensors, their labels, and the examples cut out of them."""
+"""Batches of any form: their size, tensors and labels, and batches of one example cut out of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def labels_of(batch: Any) -> Tensor | None:
-    """The batch's labels, where they can be told: by name in a mapping, the last entry of a pair."""
+    """The batch's labels: ``labels`` or ``label`` of a mapping, the last of several entries; None if there are none."""
     if isinstance(batch, Mapping):
         labels = batch.get("labels", batch.get("label"))
     else:
@@ -19,8 +19,8 @@ def labels_of(batch: Any) -> Tensor | None:
     return labels if isinstance(labels, Tensor) else None
 
 
-def shallow(batch: Any) -> Any:
-    """A batch of the same entries, to be kept, or to be handed to who may take entries out of it."""
+def shallow_copy(batch: Any) -> Any:
+    """A shallow copy of a mapping or list, so that entries removed from it stay in the original batch."""
     return copy(batch) if isinstance(batch, (Mapping, list)) else batch
 
 
@@ -37,7 +37,13 @@ def tensors_of(batch: Any) -> list[Tensor]:
 
 
 def row_of(batch: Any, row: int, size: int) -> Any:
-    """The batch of one example; whatever has one entry for each example is cut, the rest is kept."""
+    """The batch of one example: entries by example are cut to that example, others stay as they are.
+
+    Args:
+        batch: a tensor, mapping, sequence or named tuple, nested to any depth.
+        row: the example's place in the batch.
+        size: number of examples in the batch.
+    """
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -57,7 +63,7 @@ def row_of(batch: Any, row: int, size: int) -> Any:
 
 
 def described_batch(value: Any) -> str:
-    """What a batch, or an output, is, for a message."""
+    """The form of a batch or of a module's output, in words for an error message."""
     if isinstance(value, Mapping):
         return f"{type(value).__name__} with {sorted(map(str, value))}"
     if isinstance(value, Tensor):

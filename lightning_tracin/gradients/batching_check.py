@@ -1,4 +1,4 @@
-"""The check that an example's loss does not depend on which others are in its batch."""
+"""The check that an example's loss does not depend on the other examples of its batch."""
 
 from __future__ import annotations
 
@@ -10,56 +10,60 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.batches import tensors_of
-from lightning_tracin.gradients.losses import is_half
+from lightning_tracin.gradients.losses import Losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
-from lightning_tracin.gradients.precision import full_precision
+from lightning_tracin.gradients.precision import full_precision, uses_half_precision
 
 
 @full_precision()
 def check_batching(
     module: nn.Module,
-    losses: Callable[[Any], Tensor],
+    losses: Losses,
     batch_of: Callable[[Sequence[int]], Any],
     indices: Sequence[int],
-    whole: Any,
-    of_whole: Tensor,
+    batch: Any,
+    expected: Tensor,
 ) -> None:
-    """Check that the losses of a few examples do not depend on which others are in their batch.
+    """Check that the losses of a few examples do not depend on the other examples of their batch.
 
-    They are batched once more as a whole, and in two halves, one of which may be padded less. Where the whole differs
-    from what it was (the collate function masks words at random, say), nothing can be told.
+    The examples are collated again, once into the same batch and once into two halves, of which one may have less
+    padding. If the same batch has other losses than before (the collate function masks words at random, say), the
+    check proves nothing and passes.
 
     Args:
         module: the module, in eval mode.
-        losses: from a batch to its examples' losses.
-        batch_of: from indices of examples to their batch, on the module's device.
-        indices: of the examples.
-        whole: their batch.
-        of_whole: (len(indices),) the losses in it, on the CPU.
+        losses: the function from a batch to its examples' losses.
+        batch_of: the function from indices of examples to their batch, on the module's device.
+        indices: the examples' indices.
+        batch: the examples' batch.
+        expected: (len(indices),) the losses of that batch, on the CPU.
 
     Raises:
-        ValueError: if a loss depends on how many others there are.
+        ValueError: if an example's loss differs between the batch and its half. If the halves are padded less, or only
+            the mean loss is known, there is a warning in its place.
     """
     if len(indices) < 2:
         return
     with torch.no_grad():
-        batches = [batch_of(each) for each in (indices, indices[::2], indices[1::2])]
-        again, *of_halves = [losses(batch).float().cpu() for batch in batches]
-    if not len(of_whole) == len(again) == sum(map(len, of_halves)) == len(indices):
-        return  # the collate function drops or adds examples, which is told later
-    joined = of_whole.new_empty(len(indices))
-    joined[::2], joined[1::2] = of_halves
-    if isinstance(losses, MeanLoss):  # which gives the mean alone
-        of_whole, again, joined = (each.mean()[None] for each in (of_whole, again, joined))
-    worst = int((joined - of_whole).abs().argmax())
-    tolerance = 5e-2 if is_half(module) else 1e-3
-    repeats, same = (torch.allclose(each, of_whole, rtol=tolerance, atol=1e-6) for each in (again, joined))
-    if same or not repeats:
+        batches = [batch_of(subset) for subset in (indices, indices[::2], indices[1::2])]
+        repeated, *losses_of_halves = [losses(each).float().cpu() for each in batches]
+    if not len(expected) == len(repeated) == sum(map(len, losses_of_halves)) == len(indices):
+        return  # the collate function drops or adds examples, which the training pass reports
+    halved = expected.new_empty(len(indices))
+    halved[::2], halved[1::2] = losses_of_halves
+    if isinstance(losses, MeanLoss):  # each loss is the mean of its batch
+        expected, repeated, halved = (values.mean()[None] for values in (expected, repeated, halved))
+    worst = int((halved - expected).abs().argmax())
+    tolerance = 5e-2 if uses_half_precision(module) else 1e-3
+    is_repeatable, is_independent = (
+        torch.allclose(values, expected, rtol=tolerance, atol=1e-6) for values in (repeated, halved)
+    )
+    if is_independent or not is_repeatable:
         return
     name, size = type(module).__name__, len(indices)
     which = "losses are" if isinstance(losses, MeanLoss) else f"the loss of training example {indices[worst]} is"
-    found = f"{which} {float(of_whole[worst]):.4g} in a batch of {size}, but {float(joined[worst]):.4g} in one of half"
-    if isinstance(losses, MeanLoss) or _widths(batches[1 + worst % 2]) != _widths(whole):
+    found = f"{which} {float(expected[worst]):.4g} in a batch of {size}, but {float(halved[worst]):.4g} in one of half"
+    if isinstance(losses, MeanLoss) or _widths(batches[1 + worst % 2]) != _widths(batch):
         rank_zero_warn(
             f"{name} seems to read padding: {found} of them, which is padded less. Scores then depend on how examples "
             "are batched. Mask the padding, or pack it (torch.nn.utils.rnn.pack_padded_sequence)."

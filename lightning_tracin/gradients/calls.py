@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.linear_layers import features_last
-from lightning_tracin.gradients.per_example import Losses, checked
+from lightning_tracin.gradients.losses import Losses, checked_losses
 
 
 @dataclass
@@ -57,15 +57,15 @@ def recorded_calls(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> I
     calls: list[Call] = []
     with ExitStack() as hooks:
         for layer in layers:
-            hooks.enter_context(hooked(layer, calls, cut=False))
-        per_example = checked(losses(batch))
+            hooks.enter_context(recording_hook(layer, calls, cut=False))
+        per_example = checked_losses(losses(batch))
         require_called([layers], calls)
         require_dependent(per_example)
         yield per_example, list(calls)
 
 
 @contextmanager
-def hooked(layer: nn.Module, calls: list[Call], *, cut: bool, differentiate: bool = True) -> Iterator[None]:
+def recording_hook(layer: nn.Module, calls: list[Call], *, cut: bool, differentiate: bool = True) -> Iterator[None]:
     """Record the layer's calls; with ``cut`` nothing before its output is differentiated.
 
     Without ``differentiate`` its output stays as it is, and has no gradient.

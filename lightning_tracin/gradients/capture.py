@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from lightning_tracin.gradients.calls import (
     Call,
     frozen_parameters,
-    hooked,
     recorded_calls,
+    recording_hook,
     require_called,
     require_dependent,
 )
-from lightning_tracin.gradients.example_dims import examples_of_positions, tell_example_dims
+from lightning_tracin.gradients.example_dims import detect_example_dims, examples_of_positions
 from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.layers import SiteLayers
-from lightning_tracin.gradients.per_example import Losses, checked
+from lightning_tracin.gradients.losses import Losses, checked_losses
 from lightning_tracin.gradients.positions import linear_positions, word_positions
 from lightning_tracin.gradients.sites import Gradients
 from lightning_tracin.gradients.texts import Texts
@@ -107,23 +107,23 @@ def capture(
             hooks.enter_context(frozen_parameters(module))
         for each in sites:
             for layer in each.layers:
-                hooks.enter_context(hooked(layer, calls, cut=each.site.has_words))
+                hooks.enter_context(recording_hook(layer, calls, cut=each.site.has_words))
         for layer in reading_layers:
-            hooks.enter_context(hooked(layer, read, cut=False, differentiate=not frozen))
-        per_example = checked(losses(batch))
+            hooks.enter_context(recording_hook(layer, read, cut=False, differentiate=not frozen))
+        per_example = checked_losses(losses(batch))
         calls, read = list(calls), list(read)  # recomputation adds no more to these
         require_called([each.layers for each in sites], calls)
         if not frozen:  # else the first batch did
             require_dependent(per_example)
-        dims_here = tell_example_dims(per_example, [*calls, *read], known, check=independent and not known)
+        dims_here = detect_example_dims(per_example, [*calls, *read], known, check=independent and not known)
         if per_example.requires_grad:
             gradients = torch.autograd.grad(per_example.sum(), [call.output for call in calls], allow_unused=True)
             for call, gradient in zip(calls, gradients, strict=True):
                 call.gradient = gradient
-    return collected(per_example.detach().float().cpu(), batch, sites, calls, dims_here, read=read)
+    return captured_from_calls(per_example.detach().float().cpu(), batch, sites, calls, dims_here, read=read)
 
 
-def collected(
+def captured_from_calls(
     losses: Tensor,
     batch: Any,
     sites: Sequence[SiteLayers],
@@ -172,10 +172,10 @@ def find_example_dims(
     the training step that follows. With ``independent``, it also checks what :func:`capture` checks of a first batch.
     """
     with recorded_calls(losses, batch, layers) as (per_example, calls):
-        return tell_example_dims(per_example, calls, {}, check=independent, always=True)
+        return detect_example_dims(per_example, calls, {}, check=independent, always=True)
 
 
-def usable_in_autograd(batch: Any) -> Any:
+def without_inference_tensors(batch: Any) -> Any:
     """The batch with inference tensors, which autograd refuses, replaced by copies."""
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 

@@ -42,7 +42,7 @@ def gradients_enabled(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def weights_filled(module: nn.Module) -> Iterator[None]:
+def zero_weights_filled(module: nn.Module) -> Iterator[None]:
     """Fill weights that are zero as a whole (a new head) with small numbers, the same ones each time.
 
     Where they are zero, so are gradients behind them, or all losses are alike: a check would tell nothing.

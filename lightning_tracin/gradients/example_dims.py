@@ -11,7 +11,7 @@ from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.linear_layers import features_last
 
 
-def tell_example_dims(
+def detect_example_dims(
     losses: Tensor, calls: Sequence[Call], known: dict[nn.Module, int], *, check: bool, always: bool = False
 ) -> dict[nn.Module, int]:
     """For each layer, the dimension of its calls in a batch that counts the examples.

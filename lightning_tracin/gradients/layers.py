@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_tracin.gradients.linear_layers import LINEAR_LAYERS, is_linear
 from lightning_tracin.gradients.sites import Site
-from lightning_tracin.parallel.fsdp import clean, unwrapped
+from lightning_tracin.parallel.fsdp import unwrapped, unwrapped_name
 
 EMBEDDING_ADVICE = "Return the word embedding layer from influence_embedding_layer() of the module"
 
@@ -44,7 +44,7 @@ def find_embedding_layer(module: nn.Module) -> nn.Module:
     )
 
 
-def layers_of_table(module: nn.Module, layer: nn.Module) -> list[nn.Module]:
+def layers_sharing_table(module: nn.Module, layer: nn.Module) -> list[nn.Module]:
     """The layer, and the other embedding layers of the module whose table is the same tensor (encoder and decoder)."""
     weight = getattr(layer, "weight", None)
     inside = set(layer.modules())  # peft's layer holds the one that it wraps
@@ -65,7 +65,7 @@ class SiteLayers:
     layers: tuple[nn.Module, ...]
 
 
-def on_module(module: nn.Module, sites: Sequence[Site]) -> list[SiteLayers]:
+def sites_on_module(module: nn.Module, sites: Sequence[Site]) -> list[SiteLayers]:
     """Sites with their layers in a module.
 
     Raises:
@@ -74,7 +74,7 @@ def on_module(module: nn.Module, sites: Sequence[Site]) -> list[SiteLayers]:
     found = []
     for site in sites:
         layer = named_layer(module, site.layer)
-        found.append(SiteLayers(site, tuple(layers_of_table(module, layer)) if site.has_words else (layer,)))
+        found.append(SiteLayers(site, tuple(layers_sharing_table(module, layer)) if site.has_words else (layer,)))
     return found
 
 
@@ -84,7 +84,7 @@ def linear_layers_named(module: nn.Module, pattern: str) -> list[str]:
     Raises:
         ValueError: if there is none; the message lists what is there.
     """
-    linear = [clean(name) for name, part in module.named_modules() if is_linear(part)]
+    linear = [unwrapped_name(name) for name, part in module.named_modules() if is_linear(part)]
     found = list(dict.fromkeys(name for name in linear if fnmatchcase(name, pattern)))
     if found:
         return found
@@ -193,7 +193,7 @@ def layer_name(module: nn.Module, layer: nn.Module) -> str:
     name: str
     for name, part in module.named_modules():
         if part is layer:
-            return clean(name)
+            return unwrapped_name(name)
     raise ValueError(f"The layer {layer} is not a part of {type(module).__name__}; return one that is.")
 
 

@@ -1,44 +1,64 @@
-"""One loss for each example, from a Hugging Face output."""
+"""One loss for each example: their form, and the losses of a module that returns a Hugging Face output."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_tracin.gradients.batches import described_batch, labels_of
-from lightning_tracin.parallel.fsdp import cast_to
+
+#: A function from a batch to the losses of its examples, (B,). A module's mean loss is that mean repeated B times.
+Losses: TypeAlias = Callable[[Any], Tensor]
 
 OVERRIDE = "Override influence_loss(batch) to return one unreduced loss for each example, shape (B,)"
 
-# Classes of transformers whose logits at a position predict the next token, so that the labels are shifted by one.
+# Classes of transformers whose logits at a position predict the next token, so that labels are shifted by one position.
 _CAUSAL = re.compile(r"CausalLM|LMHeadModel|DoubleHeads|WithLMHead$")
 
-_IGNORED = -100  # transformers' label of a position that has no loss
+_IGNORED = -100  # the label by which transformers marks a position without a loss
+
+
+def checked_losses(losses: object) -> Tensor:
+    """The losses of a batch, after a check that there is one for each example.
+
+    Raises:
+        ValueError: if they are not a float tensor of shape (B,), or if B is 0.
+    """
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
+        got = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            "influence_loss must return one unreduced loss for each example of the batch, a float tensor of shape "
+            f"(B,), but got {got}. Use reduction='none', and average over an example's own tokens or outputs only."
+        )
+    if len(losses) == 0:
+        raise ValueError("influence_loss returned no loss: the batch is empty.")
+    return losses
 
 
 def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
     """The losses of a batch's examples, for a module whose forward returns a Hugging Face output with ``logits``.
 
-    Classification, multi-label classification, regression, token classification, masked and causal language models
-    are told apart by the labels' shape and the config's ``problem_type``, as transformers does. An example with
-    many labels (tokens, classes, targets) has their mean as its loss: what the model itself returns for a batch of
-    one. Where the output carries the batch's own loss, the result is checked against it.
+    The labels' shape and the config's ``problem_type`` select the loss, as in transformers: classification, multi-label
+    classification, regression, token classification, masked or causal language modelling. The loss of an example with
+    many labels (tokens, classes, targets) is the mean over them, which the model itself returns for a batch of one. If
+    the output contains the batch's loss, the mean of the result is checked against it.
 
     Args:
-        module: its forward takes the batch, or the batch's entries by name.
+        module: a module whose forward takes the batch, or the batch's entries by name.
         batch: a mapping with ``labels`` (or ``label``).
 
     Returns:
         (B,) float tensor.
 
     Raises:
-        ValueError: if the batch, the output or the loss is not of such a form; the message names ``influence_loss``.
+        ValueError: if the batch or the output has another form, or the model computes another loss; the message names
+            ``influence_loss``.
     """
     labels = labels_of(batch)
     if not isinstance(batch, Mapping) or labels is None:
@@ -57,23 +77,24 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
     problem_type = getattr(getattr(model, "config", None), "problem_type", None)
     values, counted = _elementwise(logits.float(), labels, problem_type=problem_type, causal=_is_causal(model))
     values, counted = values.flatten(1), counted.flatten(1)
-    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(own, Tensor) and own.dim() == 0 and bool(counted.any()):
+    model_loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(model_loss, Tensor) and model_loss.dim() == 0 and bool(counted.any()):
         mean = values.sum() / counted.sum()
-        rounded = 1e-3 if own.element_size() > 2 else 2e-2
-        if not torch.isclose(mean.detach(), own.detach().float(), rtol=rounded, atol=1e-5):
+        tolerance = 1e-3 if model_loss.element_size() > 2 else 2e-2
+        if not torch.isclose(mean.detach(), model_loss.detach().float(), rtol=tolerance, atol=1e-5):
             raise ValueError(
-                f"The model's own loss is {own.item():.6g}, but the mean of its examples' losses, as far as their "
-                f"logits and labels tell, is {mean.item():.6g}: {type(model).__name__} computes its loss in another "
-                f"way. {OVERRIDE}."
+                f"The model's own loss is {model_loss.item():.6g}, but the mean of its examples' losses, as far as "
+                f"their logits and labels tell, is {mean.item():.6g}: {type(model).__name__} computes its loss in "
+                f"another way. {OVERRIDE}."
             )
     return values.sum(1) / counted.sum(1).clamp(min=1)
 
 
 def label_counts(module: nn.Module, batch: Any) -> Tensor | None:
-    """How many tokens of each example have a label, (B,): a model's own loss is a mean over all of them.
+    """The number of labelled tokens of each example, (B,), over all of which a model's own loss is a mean.
 
-    None where examples have one label each, or it is not for :func:`hugging_face_losses` to say.
+    Returns:
+        None if each example has one label, or if the module contains no model of transformers.
     """
     labels = labels_of(batch)
     model = hugging_face_model(module)
@@ -82,22 +103,25 @@ def label_counts(module: nn.Module, batch: Any) -> Tensor | None:
     return (labels[:, 1:] if _is_causal(model) else labels).ne(_IGNORED).flatten(1).sum(1)
 
 
+def hugging_face_model(module: nn.Module) -> nn.Module | None:
+    """The model of transformers inside the module, through any wrappers; None if there is none.
+
+    The name of a base class identifies it, so that transformers need not be installed.
+    """
+    for submodule in module.modules():
+        if any(base.__name__ == "PreTrainedModel" for base in type(submodule).__mro__):
+            return submodule
+    return None
+
+
 def _is_causal(model: nn.Module | None) -> bool:
-    """Whether a model of transformers shifts its labels by one."""
+    """Whether a model of transformers shifts its labels by one position."""
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return bool(_CAUSAL.search(type(model).__name__)) and not encoder_decoder
 
 
-def is_half(module: nn.Module) -> bool:
-    """Whether a module computes in numbers of 16 bits: by autocast, by its weights, or by what FSDP casts them to."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return True
-    kinds = {parameter.dtype for parameter in module.parameters()} | cast_to(module)
-    return not kinds.isdisjoint((torch.bfloat16, torch.float16))
-
-
 def _elementwise(logits: Tensor, labels: Tensor, *, problem_type: str | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """The loss at each label, (B, ...), and which of the labels count, of the same shape."""
+    """The loss at each label, (B, ...), and a mask of the labels that count, of the same shape."""
     regression = problem_type == "regression" or (problem_type is None and logits.dim() == 2 and logits.shape[1] == 1)
     if regression and labels.numel() == logits.numel():
         values = (logits - labels.view_as(logits).float()) ** 2
@@ -120,7 +144,7 @@ def _elementwise(logits: Tensor, labels: Tensor, *, problem_type: str | None, ca
 
 
 def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """Call the module with the whole batch, or with those of its entries that forward takes by name."""
+    """Call the module with the whole batch, or with the entries that its forward takes by name."""
     parameters = inspect.signature(module.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return module(**batch)
@@ -128,11 +152,3 @@ def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
     if named & batch.keys():
         return module(**{name: value for name, value in batch.items() if name in named})
     return module(batch)
-
-
-def hugging_face_model(module: nn.Module) -> nn.Module | None:
-    """The model of transformers inside the module, whatever wraps it; told by its base class, without the import."""
-    for part in module.modules():
-        if any(base.__name__ == "PreTrainedModel" for base in type(part).__mro__):
-            return part
-    return None

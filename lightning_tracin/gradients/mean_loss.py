@@ -1,4 +1,4 @@
-"""The losses of a module that only returns their mean, and the check that it is one."""
+"""The losses of a module whose ``training_step`` returns only their mean, and the checks that this requires."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_tracin.gradients.batches import batch_size, described_batch, row_of, shallow
-from lightning_tracin.gradients.losses import is_half
-from lightning_tracin.gradients.precision import full_precision
-from lightning_tracin.parallel.fsdp import forwarded
+from lightning_tracin.gradients.batches import batch_size, described_batch, row_of, shallow_copy
+from lightning_tracin.gradients.precision import full_precision, uses_half_precision
+from lightning_tracin.parallel.fsdp import call_in_forward_pass
 
 
 class MeanLoss:
-    """The losses of a module that only has a ``training_step`` which returns their mean.
+    """The losses of a module whose ``training_step`` returns only their mean.
 
     The gradient of the sum of the examples' losses is B times the gradient of their mean, so the mean repeated B times
-    stands for them. That it *is* the mean of independent losses is checked by :meth:`check`, on a first batch.
+    takes the place of the losses. :meth:`check` verifies on a first batch that it is a mean of independent losses.
 
     Args:
         module: a LightningModule with automatic optimization.
@@ -32,44 +31,54 @@ class MeanLoss:
         self.module = module
 
     def __call__(self, batch: Any) -> Tensor:
-        """The mean loss of a batch, repeated for each of its examples, (B,)."""
-        return forwarded(self.module, self._training_loss, batch).expand(_size(batch))
+        """The mean loss of a batch, repeated for each of its examples, (B,).
+
+        Raises:
+            ValueError: if ``training_step`` fails outside of training, or does not return one mean loss.
+        """
+        return call_in_forward_pass(self.module, self._training_loss, batch).expand(_size(batch))
 
     def rows(self, batch: Any) -> list[Any]:
-        """The examples of a batch, each as a batch of its own."""
+        """The examples of a batch, each as a batch of one."""
         size = _size(batch)
         return [row_of(batch, row, size) for row in range(size)]
 
     @full_precision()
     def check(self, batch: Any) -> None:
-        """Check that the loss of the batch is the mean of the losses of its rows.
+        """Check that the loss of the batch is the mean of its examples' losses, each computed in a batch of one.
 
         Raises:
-            ValueError: if it is not, or cannot be computed; the message names ``TracInMixin``.
+            ValueError: if it is not, or if a loss cannot be computed; the message names ``TracInMixin``.
         """
         with torch.no_grad():
-            whole = float(forwarded(self.module, self._training_loss, batch))
-            rows = [float(forwarded(self.module, self._training_loss, row)) for row in self.rows(batch)]
-        mean = sum(rows) / len(rows)
-        tolerance = 2e-2 if is_half(self.module) else 1e-4
-        if not abs(whole - mean) <= tolerance * max(abs(whole), abs(mean)) + 1e-7:
+            batch_loss = float(call_in_forward_pass(self.module, self._training_loss, batch))
+            losses = [float(call_in_forward_pass(self.module, self._training_loss, row)) for row in self.rows(batch)]
+        mean = sum(losses) / len(losses)
+        tolerance = 2e-2 if uses_half_precision(self.module) else 1e-4
+        if not abs(batch_loss - mean) <= tolerance * max(abs(batch_loss), abs(mean)) + 1e-7:
             raise ValueError(
-                f"The training_step of {type(self.module).__name__} returned {whole:.6g} for a batch of {len(rows)} "
-                f"examples, but {mean:.6g} is the mean of what it returned for each of them alone: its loss is not a "
-                f"mean of independent losses. {_use_mixin()}."
+                f"The training_step of {type(self.module).__name__} returned {batch_loss:.6g} for a batch of "
+                f"{len(losses)} examples, but {mean:.6g} is the mean of what it returned for each of them alone: its "
+                f"loss is not a mean of independent losses. {_use_mixin()}."
             )
 
     def check_batch_first(self, batch: Any, layers: Sequence[nn.Module]) -> None:
-        """Check that layers are called with the examples in the first dimension; with only a mean, nothing tells later.
+        """Check that layers are called with the examples in the first dimension.
+
+        Gradients of a mean loss cannot show which dimension counts the examples, so it has to be the first one.
+
+        Args:
+            batch: a batch; its first example is run.
+            layers: the layers that gradients are taken at.
 
         Raises:
-            ValueError: if one is called with time first.
+            ValueError: if a layer is called with time in the first dimension.
         """
         shapes: list[torch.Size] = []
         with ExitStack() as hooks, torch.no_grad():
             for layer in layers:
                 hooks.callback(layer.register_forward_hook(lambda _, __, output: shapes.append(output.shape)).remove)
-            forwarded(self.module, self._training_loss, row_of(batch, 0, _size(batch)))
+            call_in_forward_pass(self.module, self._training_loss, row_of(batch, 0, _size(batch)))
         if any(len(shape) > 2 and shape[0] > 1 == shape[1] for shape in shapes):
             raise ValueError(
                 f"{type(self.module).__name__} calls a layer with time in the first dimension, where the mean that its "
@@ -77,16 +86,22 @@ class MeanLoss:
             )
 
     def _training_loss(self, batch: Any) -> Tensor:
+        """The loss that ``training_step`` returns for a batch, as a scalar."""
         if not getattr(self.module, "automatic_optimization", True):
             raise ValueError(f"{type(self.module).__name__} optimizes manually in training_step. {_use_mixin()}.")
         module = _stand_in(self.module)
-        for name in ("log", "log_dict"):  # there is nothing to log outside of training
+        for name in ("log", "log_dict"):  # Lightning refuses to log outside of its loops
             module.__dict__[name] = lambda *_, **__: None
         step = module.training_step
-        batch = shallow(batch)
+        batch = shallow_copy(batch)
         try:
             output = step(batch, 0) if len(inspect.signature(step).parameters) > 1 else step(batch)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:  # it looks for what only training has
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            TypeError,
+        ) as error:  # it may need what only training sets up
             why = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"The training_step of {type(self.module).__name__} cannot be called by itself: {why}. {_use_mixin()}."
@@ -101,9 +116,9 @@ class MeanLoss:
 
 
 def _stand_in(module: nn.Module) -> Any:
-    """A module that shares another's layers and weights, and keeps what a ``training_step`` remembers to itself.
+    """A copy of a module that shares its layers and weights, but none of the state that a ``training_step`` may change.
 
-    Its attributes, lists, buffers and metrics are its own.
+    Attributes, lists, dictionaries, sets, buffers and metrics are copied.
     """
     copied: Any = object.__new__(type(module))
     for name, value in vars(module).items():
@@ -113,12 +128,17 @@ def _stand_in(module: nn.Module) -> Any:
     for name, child in module.named_children():
         if isinstance(child, (Metric, MetricCollection)):
             copied._modules[name] = deepcopy(child)
-        elif any(isinstance(part, Metric) for part in child.modules()):
+        elif any(isinstance(submodule, Metric) for submodule in child.modules()):
             copied._modules[name] = _stand_in(child)
     return copied
 
 
 def _size(batch: Any) -> int:
+    """The number of examples in a batch.
+
+    Raises:
+        ValueError: if the batch contains no tensor that has one entry for each example.
+    """
     size = batch_size(batch)
     if size is None:
         raise ValueError(f"Cannot tell how many examples a batch of {described_batch(batch)} holds. {_use_mixin()}.")

@@ -1,8 +1,8 @@
-"""How exactly torch multiplies float32 numbers.
+"""The precision in which a module computes, and in which torch multiplies float32 numbers.
 
-``torch.set_float32_matmul_precision``, which Lightning advises on GPUs with Tensor Cores, lets float32 products be
-computed from 8 or 11 bits of each number, on a GPU by TF32 and on a CPU that has instructions for it by bfloat16. The
-model may use that; scores may not: they would be wrong by parts in a thousand, and words would not add up to them.
+``torch.set_float32_matmul_precision``, which Lightning advises on GPUs with Tensor Cores, lets torch multiply float32
+numbers with 11 or 8 bits of each: as TF32 on a GPU, as bfloat16 on a CPU that supports it. A model may compute in that
+precision. Scores may not: their relative error would be about 1e-3, and word terms would not add up to them.
 """
 
 from __future__ import annotations
@@ -12,23 +12,26 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+
+from lightning_tracin.parallel.fsdp import mixed_precision_dtypes
 
 _REDUCED = ("tf32", "bf16")
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Multiply float32 numbers in float32, whatever is set; also a decorator.
+    """Multiply float32 numbers in float32, regardless of torch's settings; usable as a context or as a decorator.
 
-    The setting is the whole process's: do not enter it in a thread while another one trains.
+    The settings belong to the process: do not enter this context in one thread while another thread trains.
     """
     with ExitStack() as stack:
-        if _allows_tf32(torch.backends.cudnn):  # convolutions and recurrent layers; so it is by default
+        if _allows_tf32(torch.backends.cudnn):  # torch's default for convolutions and recurrent layers
             torch.backends.cudnn.allow_tf32 = False
             stack.callback(setattr, torch.backends.cudnn, "allow_tf32", True)
         products = [getattr(backend, "matmul", None) for backend in (torch.backends.mkldnn, torch.backends.cuda)]
         convolutions = [getattr(torch.backends.mkldnn, name, None) for name in ("conv", "rnn")]
-        operations = [each for each in (*products, *convolutions) if hasattr(each, "fp32_precision")]
+        operations = [setting for setting in (*products, *convolutions) if hasattr(setting, "fp32_precision")]
         for operation in operations:
             _set_full(operation, stack)
         if not operations:  # before torch 2.9
@@ -37,18 +40,26 @@ def full_precision() -> Iterator[None]:
         yield
 
 
+def uses_half_precision(module: nn.Module) -> bool:
+    """Whether a module computes in 16 bits: under autocast, by its weights' type, or by FSDP's mixed precision."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return True
+    dtypes = {parameter.dtype for parameter in module.parameters()} | mixed_precision_dtypes(module)
+    return not dtypes.isdisjoint((torch.bfloat16, torch.float16))
+
+
 def _set_full(operation: Any, stack: ExitStack) -> None:
-    """Let an operation compute in full, until the stack is left."""
-    found = operation.fp32_precision
-    if found in _REDUCED:
-        operation.fp32_precision = "none"
-        inherited = operation.fp32_precision == found
-        stack.callback(setattr, operation, "fp32_precision", "none" if inherited else found)
+    """Let an operation compute in full float32 precision until the stack is closed."""
+    precision = operation.fp32_precision
+    if precision in _REDUCED:
+        operation.fp32_precision = "none"  # with "none", the attribute reads as the setting that it inherits
+        is_inherited = operation.fp32_precision == precision
+        stack.callback(setattr, operation, "fp32_precision", "none" if is_inherited else precision)
         operation.fp32_precision = "ieee"
 
 
 def _allows_tf32(cudnn: Any) -> bool:
-    """Whether cuDNN may use TF32; before torch 2.9 it has one setting."""
+    """Whether cuDNN may use TF32. Torch before 2.9 has one setting for convolutions and recurrent layers."""
     if not hasattr(cudnn, "conv"):
         return bool(cudnn.allow_tf32)
     return bool(cudnn.conv.fp32_precision == cudnn.rnn.fp32_precision == "tf32")

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.layers import named_layer
-from lightning_tracin.gradients.losses import hugging_face_model
-from lightning_tracin.gradients.per_example import Losses
+from lightning_tracin.gradients.losses import Losses, hugging_face_model
 
 
 class PredictionProbe:

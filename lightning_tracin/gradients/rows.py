@@ -55,6 +55,6 @@ def projected(rows: Tensor, size: int, seed: int = 0) -> Tensor:
     return (rows.double() @ projection_matrix(rows.shape[1], size, seed).double()).float()
 
 
-def distinct(tokens: Tensor) -> list[int]:
+def unique_tokens(tokens: Tensor) -> list[int]:
     """The token ids that occur, each once, ascending."""
     return [int(token) for token in torch.unique(tokens)]

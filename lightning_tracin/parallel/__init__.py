@@ -1,5 +1,6 @@
-"""Several processes, and weights that are spread over them.
+"""Several processes that work together, and weights that FSDP shards over them.
 
-``processes`` lets the processes of a fit or a query agree, and fail together; ``fsdp`` reads and writes what
-FullyShardedDataParallel has spread out. The engine is torch.distributed. This folder imports nothing of the project.
+``processes`` exchanges values between the processes of a fit or a query and makes an error in one of them fail all;
+``fsdp`` reads and writes weights that FullyShardedDataParallel has sharded. Both use torch.distributed. This folder
+imports nothing else of the project.
 """

@@ -1,9 +1,10 @@
-"""The processes of a fit or a query: which of them this is, and what all of them know.
+"""The processes of a fit or a query: their ranks, the values that they exchange, and errors that fail all of them.
 
-The engine is torch.distributed, as Lightning's strategy has set it up. Each process stores and scores its own shards.
+They communicate through torch.distributed, as Lightning's strategy has initialised it. Each process stores and scores
+its own shards.
 
-Whatever processes tell each other, they tell along with it whether they have failed. So an error in one of them ends
-all of them with that error, and none waits for one that has left.
+Every exchange carries an error flag beside the value. An error in one process is therefore raised in all of them at
+their next exchange, and none waits for a process that has left.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-# What an error is raised as where it comes from another process; any other is a RuntimeError.
+# An error of one of these classes keeps its class in the other processes; any other becomes a RuntimeError there.
 _ERRORS = {
     kind.__name__: kind
     for kind in (ValueError, TypeError, OSError, BlockingIOError, FileExistsError, FileNotFoundError)
 }
 
-_SECONDS = 60.0  # that a shared file system may take to show one node what another has written
+# How long a shared file system may take to show one node the files that another node wrote.
+_VISIBILITY_SECONDS = 60.0
+
+_SHARED_MARK = "lightning_tracin_shared"  # attribute of an error that must not be sent to other processes
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Processes:
     """The processes that work together.
 
     Attributes:
-        rank: the number of this one.
-        size: how many there are.
+        rank: number of this process, from 0.
+        size: number of processes.
     """
 
     rank: int = 0
@@ -39,53 +43,57 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is the process of rank 0, which writes the files that all processes share."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank, on each of them; every process must call it.
+        """All-gather: the values of all processes in the order of the ranks. Every process must call it.
 
         Args:
-            value: anything that can be sent; tensors on the CPU.
+            value: any object that can be pickled; tensors must be on the CPU.
 
         Raises:
-            Exception: as another process did, which then has not come to send a value.
+            Exception: the error of another process, if one failed before it sent its value.
         """
         return [value] if self.size == 1 else self._exchange(None, value)
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """A barrier: block until every process has called it."""
         self.gather(None)
 
     @contextmanager
     def synchronized(self) -> Iterator[None]:
-        """Leave a block of code when all processes are through, or with an error if any of them has failed.
+        """End a block of code in all processes together: when all have finished it, or with the error of one.
 
-        Blocks may be nested, and may gather.
+        Blocks may be nested, and may call :meth:`gather`.
 
         Raises:
-            Exception: what this process raised; else the same as another process did.
+            Exception: the error of this process, or else that of another.
         """
         try:
             yield
         except Exception as error:
-            if self.size > 1 and not _is_told(error):
-                mark_told(error)
-                with suppress(Exception):  # others have failed too, or are gone: what is raised here counts
+            if self.size > 1 and not _is_shared(error):
+                mark_shared(error)
+                with suppress(Exception):  # the exchange fails if others failed too; this process raises its own error
                     self._exchange((type(error).__name__, str(error)), None)
             raise
         self.wait()
 
     def require_same(self, what: str, value: Any) -> None:
-        """Check that all processes have come upon the same.
+        """Check that all processes have the same value.
+
+        Args:
+            what: the value's name, for the message.
+            value: the value of this process.
 
         Raises:
-            ValueError: if they have not.
+            ValueError: if a process has another value than the first one.
         """
-        found = self.gather(value)
-        differing = next((rank for rank, each in enumerate(found) if each != found[0]), None)
+        values = self.gather(value)
+        differing = next((rank for rank, other in enumerate(values) if other != values[0]), None)
         if differing is not None:
-            raise mark_told(
+            raise mark_shared(
                 ValueError(
                     f"Processes 0 and {differing} have different {what}. Let each of them load the same examples in "
                     "the same order: call seed_everything before anything that splits or shuffles them at random."
@@ -93,44 +101,49 @@ class Processes:
             )
 
     def share(self, number: int) -> range:
-        """This process's run of ``number`` things: runs are in the order of the ranks, and differ by one at most."""
+        """This process's contiguous share of ``range(number)``, by rank; the shares' sizes differ by one at most."""
         return range(*(-(-number * rank // self.size) for rank in (self.rank, self.rank + 1)))
 
     def _exchange(self, error: tuple[str, str] | None, value: Any) -> list[Any]:
-        sent: list[Any] = [None] * self.size
-        dist.all_gather_object(sent, (error, value))
-        for rank, (failed, _) in enumerate(sent):
-            if failed is not None:
-                name, text = failed
+        messages: list[Any] = [None] * self.size
+        dist.all_gather_object(messages, (error, value))
+        for rank, (remote_error, _) in enumerate(messages):
+            if remote_error is not None:
+                name, text = remote_error
                 text = text if name in _ERRORS else f"{name}: {text}"
-                raise mark_told(_ERRORS.get(name, RuntimeError)(f"{text} (In process {rank} of {self.size}.)"))
-        return [value for _, value in sent]
+                raise mark_shared(_ERRORS.get(name, RuntimeError)(f"{text} (In process {rank} of {self.size}.)"))
+        return [value for _, value in messages]
 
 
+#: The only process of a fit or a query without a distributed strategy.
 ALONE = Processes()
 
 
-def mark_told(error: Exception) -> Exception:
-    """Mark an error that the other processes must not be told: they know it, or are where they do not listen."""
-    error.__dict__["lightning_tracin_told"] = True
+def mark_shared(error: Exception) -> Exception:
+    """Mark an error that must not be sent to the other processes: all raise it, or none waits for an exchange."""
+    error.__dict__[_SHARED_MARK] = True
     return error
 
 
-def _is_told(error: Exception) -> bool:
-    return "lightning_tracin_told" in error.__dict__
+def wait_until_visible(is_visible: Callable[[], bool], what: str) -> None:
+    """Wait until this process sees the files that another process wrote to a shared folder.
 
-
-def await_seen(seen: Callable[[], bool], what: str) -> None:
-    """Wait until this process sees, in a shared folder, what another has written.
+    Args:
+        is_visible: whether the files are there.
+        what: a clause for the message: who has written which files.
 
     Raises:
-        FileNotFoundError: if it does not within a minute.
+        FileNotFoundError: if they are not visible within a minute.
     """
-    stop = time.monotonic() + _SECONDS
-    while not seen():
+    stop = time.monotonic() + _VISIBILITY_SECONDS
+    while not is_visible():
         if time.monotonic() > stop:
             raise FileNotFoundError(
                 f"{what}, but this one does not see it. All processes need the same folder: pass a dirpath on a file "
                 "system that all nodes share."
             )
         time.sleep(0.1)
+
+
+def _is_shared(error: Exception) -> bool:
+    return _SHARED_MARK in error.__dict__

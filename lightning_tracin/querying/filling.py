@@ -16,7 +16,7 @@ from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.gradients.batches import labels_of
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.sites import Site
-from lightning_tracin.parallel.fsdp import is_fsdp, full_state_dict
+from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp
 from lightning_tracin.parallel.processes import Processes, wait_until_visible
 from lightning_tracin.querying.asked import has_training_set, last_fits, loader_of_datamodule
 from lightning_tracin.querying.passes import Pass, Query, attribute_set, run_pass

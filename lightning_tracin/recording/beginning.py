@@ -14,10 +14,10 @@ from lightning_tracin.bridge.collated_order import check_order
 from lightning_tracin.bridge.module_gradients import inside_fit
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
-from lightning_tracin.gradients.eval_mode import weights_filled
+from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.sites import Site
-from lightning_tracin.parallel.fsdp import require_automatic, require_spread, whole_state
-from lightning_tracin.parallel.processes import Processes, await_seen
+from lightning_tracin.parallel.fsdp import full_state_dict, require_automatic_optimization, require_sharded
+from lightning_tracin.parallel.processes import Processes, wait_until_visible
 from lightning_tracin.recording.first_batch import bytes_per_example, look_at_first_batch, stored_sites
 from lightning_tracin.recording.loggers import logger_folder
 from lightning_tracin.recording.plan import RecordingPlan
@@ -56,8 +56,8 @@ def begin(
     processes = processes_of(trainer)
     form = None
     with processes.synchronized():
-        require_spread(module)
-        require_automatic(module)
+        require_sharded(module)
+        require_automatic_optimization(module)
         path = _locked_path(trainer, plan, resumed, processes, writing)
         goes_on = processes.gather(_goes_on(path, plan, resumed) if processes.first else None)[0]
         training_set = TrainingSet(trainer.train_dataloader)
@@ -70,7 +70,7 @@ def begin(
         sites = stored_sites(first, plan.options)
         if plan.cache == "training":
             form = _training_form(trainer, module, sites, first.batch, first.captured)
-        state = whole_state(module)
+        state = full_state_dict(module)
         if processes.first:
             require_space(trainer, plan, path, state, first, training_set)
     with processes.synchronized():
@@ -108,7 +108,7 @@ def _training_form(
 ) -> TrainingForm:
     """How training's own gradients are made of those of the examples' losses, if they can be used."""
     _require_whole_epoch(trainer)
-    with inside_fit(trainer, module), weights_filled(module):
+    with inside_fit(trainer, module), zero_weights_filled(module):
         return check_training(module, sites, batch, captured)
 
 
@@ -225,5 +225,5 @@ def _opened(path: Path, processes: Processes) -> Trace:
         def seen() -> bool:
             return (path / "trace.json").exists() and Trace(path).id == begun
 
-        await_seen(seen, f"The first process has begun a trace in {path.absolute()}")
+        wait_until_visible(seen, f"The first process has begun a trace in {path.absolute()}")
         return Trace(path)

@@ -14,9 +14,9 @@ from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.gradients.batching_check import check_batching
 from lightning_tracin.gradients.capture import Captured
-from lightning_tracin.gradients.eval_mode import weights_filled
+from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.layers import called_layers, layer_name, linear_layers_named, named_layer
-from lightning_tracin.gradients.per_example import Losses, checked
+from lightning_tracin.gradients.losses import Losses, checked_losses
 from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.gradients.sites import Site, StorageOptions, encoded_bytes
 from lightning_tracin.parallel.fsdp import is_fsdp
@@ -52,7 +52,7 @@ def look_at_first_batch(
         ValueError: if it cannot; the message says why, and what to do.
     """
     losses = losses_of(module)
-    with inside_fit(trainer, module), weights_filled(module):
+    with inside_fit(trainer, module), zero_weights_filled(module):
         batch = batch_to_device(trainer, module, training_set.first_batch())
         gradients = ModuleGradients(module, _sites(module, losses, batch, methods))
         if is_fsdp(module):
@@ -101,7 +101,7 @@ def _sites(module: pl.LightningModule, losses: Losses, batch: Any, methods: Sequ
     if _WORDS in methods:
         sites.append(Site("words", _WORDS, layer_name(module, embedding_layer_of(module)), "words"))
     if _LAST in methods:
-        layer = last_layer_of(module, lambda: checked(losses(batch)))
+        layer = last_layer_of(module, lambda: checked_losses(losses(batch)))
         sites.append(Site("linear-0", _LAST, layer_name(module, layer), "factors", is_last=True))
     for name in methods:
         if name not in (_WORDS, _LAST):
@@ -116,7 +116,7 @@ def _layers_asked_for(
     names = linear_layers_named(module, name)
     if names != [name]:
         layers = [named_layer(module, each) for each in names]
-        called = called_layers(lambda: checked(losses(batch)), layers)
+        called = called_layers(lambda: checked_losses(losses(batch)), layers)
         names = [each for each, layer in zip(names, layers, strict=True) if layer in called]
         if not names:
             raise ValueError(f"No layer that methods={name!r} stands for is called when a loss is computed.")

@@ -19,7 +19,7 @@ from lightning_tracin.bridge.progress import progress_task
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
 from lightning_tracin.gradients.batches import labels_of
-from lightning_tracin.parallel.fsdp import clean, is_fsdp, synchronized_batches
+from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches, unwrapped_name
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.plan import RecordingPlan
 from lightning_tracin.recording.sampled_indices import SampledLoader
@@ -223,9 +223,9 @@ def _buffers_of(checkpoint: Checkpoint, module: torch.nn.Module, processes: Proc
     if not processes.first and any(True for _ in module.buffers()):
         recorded = checkpoint.weights()
         for name, buffer in module.named_buffers():
-            if clean(name) in recorded:
+            if unwrapped_name(name) in recorded:
                 own.append((buffer, buffer.clone()))
-                buffer.copy_(recorded[clean(name)])
+                buffer.copy_(recorded[unwrapped_name(name)])
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.gradients.sites import StorageOptions
 from lightning_tracin.recording.first_batch import FirstBatch, bytes_per_example
 from lightning_tracin.recording.plan import RecordingPlan
-from lightning_tracin.storage.runs import bytes_at_most
+from lightning_tracin.storage.runs import max_run_bytes
 
 
 def require_space(
@@ -40,7 +40,7 @@ def require_space(
         one_pass = cached * bytes_per_example(first, options) * len(training_set)
         beside = 0.0  # what came since the last checkpoint
         if plan.cache == "training":
-            beside = bytes_at_most(one_pass, _passes_between(trainer, plan, training_set), trainer.world_size)
+            beside = max_run_bytes(one_pass, _passes_between(trainer, plan, training_set), trainer.world_size)
         return checkpoints * (weights + one_pass) + beside
 
     existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())

@@ -21,12 +21,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tracin.bridge.mixin import words_of_batch
-from lightning_tracin.gradients.batches import labels_of, shallow
+from lightning_tracin.gradients.batches import labels_of, shallow_copy
 from lightning_tracin.gradients.calls import Call
-from lightning_tracin.gradients.capture import collected
-from lightning_tracin.gradients.layers import on_module
+from lightning_tracin.gradients.capture import captured_from_calls
+from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.gradients.ragged import Ragged
-from lightning_tracin.gradients.rows import distinct
+from lightning_tracin.gradients.rows import unique_tokens
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.training_form import USE_CHECKPOINT, TrainingForm
 from lightning_tracin.storage.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ class TrainingCache:
         self._module = module
         self._processes = processes
         self._trace = trace
-        self._sites = on_module(module, trace.sites)
+        self._sites = sites_on_module(module, trace.sites)
         self._form = form
         self._folder = trace.path / "running.partial" / f"process-{processes.rank}"
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -73,7 +73,7 @@ class TrainingCache:
             indices: the data set indices of its examples.
             batch: what the module is called with.
         """
-        batch = shallow(batch)  # training_step may take it apart
+        batch = shallow_copy(batch)  # training_step may take it apart
         self._indices, self._batch, self._calls, self._taken = indices, batch, [], None
         self._n_batches += 1
 
@@ -179,7 +179,7 @@ class TrainingCache:
     def _learn_words(self, batch: Any, calls: Sequence[Call]) -> None:
         """Keep what to print for token ids that are new."""
         tables = [layer for each in self._sites if each.site.has_words for layer in each.layers]
-        read = {token for call in calls if call.layer in tables for token in distinct(call.inputs)}
+        read = {token for call in calls if call.layer in tables for token in unique_tokens(call.inputs)}
         self._vocabulary.update(words_of_batch(self._module, batch, sorted(read - self._vocabulary.keys())))
 
     def _take(self, job: _Job) -> None:
@@ -191,7 +191,7 @@ class TrainingCache:
                 f"In a training batch of {len(indices)} examples the layers were called on {sorted(sizes)} of them: "
                 "the collate function drops or adds examples, so that they cannot be numbered."
             )
-        captured = collected(torch.zeros(len(indices)), job.batch, self._sites, job.calls, dims)
+        captured = captured_from_calls(torch.zeros(len(indices)), job.batch, self._sites, job.calls, dims)
         bad = captured.first_not_finite()
         if bad is not None:
             if job.scaled:

@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_tracin.bridge.mixin import losses_of
 from lightning_tracin.gradients.capture import Captured, capture, find_example_dims
-from lightning_tracin.gradients.layers import on_module
-from lightning_tracin.gradients.losses import is_half, label_counts
+from lightning_tracin.gradients.layers import sites_on_module
+from lightning_tracin.gradients.losses import label_counts
 from lightning_tracin.gradients.mean_loss import MeanLoss
-from lightning_tracin.gradients.precision import full_precision
+from lightning_tracin.gradients.precision import full_precision, uses_half_precision
 from lightning_tracin.gradients.sites import Site
 
 USE_CHECKPOINT = 'Use cache="checkpoint".'
@@ -70,14 +70,14 @@ def check_training(module: nn.Module, sites: Sequence[Site], batch: Any, of_loss
             f'{name} has batch norm, which in training mixes the examples of a batch: what cache="training" stores for '
             'an example is then partly of its neighbours. cache="checkpoint" is free of that.'
         )
-    places = on_module(module, sites)
+    places = sites_on_module(module, sites)
     losses = losses_of(module)
     dims = find_example_dims(losses, batch, [layer for each in places for layer in each.layers], independent=False)
     if isinstance(losses, MeanLoss):
         return TrainingForm(dims, by_labels=False)  # the mean is what it checks on its own
     of_training = capture(MeanLoss(module), batch, places, dims=dims)
     expected, found = (torch.stack(_norms(captured)) for captured in (of_losses, of_training))
-    tolerance = 5e-2 if is_half(module) else 1e-3
+    tolerance = 5e-2 if uses_half_precision(module) else 1e-3
     for by_labels in (True, False):
         form = TrainingForm(dims, by_labels)
         weighted = expected * form.shares(module, batch, len(of_losses)) * len(of_losses)

@@ -20,8 +20,8 @@ from torch.utils.data import DistributedSampler
 
 from lightning_tracin.bridge.mixin import losses_of
 from lightning_tracin.gradients.batches import batch_size, labels_of, row_of
+from lightning_tracin.gradients.losses import checked_losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
-from lightning_tracin.gradients.per_example import checked
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.parallel.processes import Processes
 
@@ -141,7 +141,7 @@ class Choice:
         predictions = []
         for part in self._losses.rows(batch) if isinstance(self._losses, MeanLoss) else [batch]:
             with self._probe.watched():
-                losses.append(checked(self._losses(part)).detach().float().cpu())
+                losses.append(checked_losses(self._losses(part)).detach().float().cpu())
             predictions.append(self._probe.predictions(len(losses[-1]), labels_of(part)))
         return torch.cat(losses), torch.cat(predictions)
 
@@ -181,7 +181,7 @@ class Choice:
         """Check that an example has the loss, cut out of its batch, that it had inside."""
         failure = None
         try:
-            alone = checked(self._losses(row)).float().cpu()
+            alone = checked_losses(self._losses(row)).float().cpu()
             found = f"a loss of {alone.tolist()}"
             same = len(alone) == 1 and bool(torch.isclose(alone[0], loss, rtol=0.05, atol=1e-3))
         except Exception as error:  # from anywhere in the model, which is given what it is not made for

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from lightning_tracin.report.explanation import Example, Explanation, Influential
 from lightning_tracin.report.word_table import WordTable
-from lightning_tracin.storage.files import appearing_file
+from lightning_tracin.storage.files import atomic_file
 
 _FOLDER = Path(__file__).parent
 
@@ -74,7 +74,7 @@ def write_page(page: Page, path: str | Path) -> Path:
     html = page_html(page)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with appearing_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(html, encoding="utf-8")
     except OSError as error:
         raise OSError(f"The page could not be written to {path}: {error.strerror}. Pass the path of a file.") from error

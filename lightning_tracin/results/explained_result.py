@@ -20,7 +20,7 @@ from lightning_tracin.results.reader import RawText, Reader
 from lightning_tracin.results.word_sums import groups_of, word_table_of
 from lightning_tracin.results.words import shares_of_words
 from lightning_tracin.scoring.methods import word_part
-from lightning_tracin.scoring.self_influence import self_influences
+from lightning_tracin.scoring.score import self_influences
 from lightning_tracin.scoring.strongest import TopK
 from lightning_tracin.storage.scratch import Scratch
 

@@ -20,7 +20,7 @@ from lightning_tracin.results.explained_result import ExplainedResult
 from lightning_tracin.results.notes import notes_of_page, notes_of_result
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import described, is_constant_on_itself, without_normalizing
-from lightning_tracin.scoring.self_influence import self_influences
+from lightning_tracin.scoring.score import self_influences
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,11 +19,11 @@ from torch import Tensor
 from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.rows import unit_rows
-from lightning_tracin.gradients.second_moments import SecondMoments
 from lightning_tracin.gradients.sites import Site, last_site, words_site
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.scoring.linear_products import dot_factors, dot_matrices, dot_weighted_factors
 from lightning_tracin.scoring.word_products import dot_words
+from lightning_tracin.storage.second_moments import SecondMoments
 
 Side: TypeAlias = Literal["test", "train"]
 Normalize: TypeAlias = Literal["train", "cosine"] | None

@@ -1,4 +1,7 @@
-"""Test gradients against stored ones, shard by shard: no more than one shard is in memory."""
+"""Scores from stored gradients, shard by shard: of test examples, and of training examples on themselves.
+
+No more than one shard is in memory at a time. Each process scores its share of the shards.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tracin.parallel.processes import Processes
+from lightning_tracin.parallel.processes import ALONE, Processes
+from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.strongest import TopK, merge_top, top_of
-from lightning_tracin.scoring.terms import Term
+from lightning_tracin.scoring.terms import Term, terms_at
+from lightning_tracin.storage.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of some test examples.
+    """The scores of training examples on some test examples.
 
     Attributes:
-        totals: (n_test, 2) float64, the sums of each test example's positive and of its negative scores.
-        scores: (n_test, n_train) float32, or None if only the strongest were kept.
-        proponents: the strongest, if no more were kept.
-        opponents: the strongest, if no more were kept.
+        totals: (n_test, 2) float64, the sum of each test example's positive scores and that of its negative scores.
+        scores: (n_test, n_train) float32; None if only the strongest were kept.
+        proponents: the strongest positive ones; None if all scores were kept.
+        opponents: the strongest negative ones; None if all scores were kept.
     """
 
     totals: Tensor
@@ -33,12 +38,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class PreparedTests:
-    """The test side of a query.
+    """A query's test examples, prepared for multiplication.
 
     Attributes:
-        indices: (n_test,) of the examples in their data set.
-        terms: what is added up to scores.
-        gradients: of the test examples, prepared for each of the terms.
+        indices: (n_test,) their indices in their data set.
+        terms: the terms that add up to a score, one for each checkpoint and summand.
+        gradients: for each term, the prepared gradients of all test examples.
     """
 
     indices: Tensor
@@ -47,29 +52,27 @@ class PreparedTests:
 
 
 def score(tests: PreparedTests, k: int | None, processes: Processes, device: torch.device) -> Scores:
-    """Score all training examples on some test examples.
-
-    Each process scores its share of the shards, and all have the result.
+    """Score all training examples on some test examples; every process returns the scores of all.
 
     Args:
         tests: the test examples.
-        k: keep only the k strongest proponents and opponents of each test example.
-        processes: those that each score their share.
-        device: what multiplies.
+        k: keep only the k strongest proponents and opponents of each test example; None keeps all scores.
+        processes: the processes that share the shards; every one of them must call it.
+        device: the device that multiplies.
 
     Raises:
-        ValueError: if scores are not finite.
+        ValueError: if scores overflow, or a file of the trace is damaged.
     """
     n_test = len(tests.indices)
-    stored = [term.shards for term in tests.terms]
+    shards_by_term = [term.shards for term in tests.terms]
     on_device = [gradients.to(device) for gradients in tests.gradients]
     columns: list[Tensor] = [torch.zeros(n_test, 0)]
     strongest: list[tuple[TopK, TopK]] = []
     totals = torch.zeros(n_test, 2, dtype=torch.float64)
-    for shard in processes.share(len(stored[0])):
-        start, stop = stored[0].bounds(shard)
+    for shard in processes.share(len(shards_by_term[0])):
+        start, stop = shards_by_term[0].bounds(shard)
         scores = torch.zeros(n_test, stop - start, dtype=torch.float32, device=device)
-        for term, gradients, shards in zip(tests.terms, on_device, stored, strict=True):
+        for term, gradients, shards in zip(tests.terms, on_device, shards_by_term, strict=True):
             block = term.prepared_training(shards.read(shard))
             scores += term.weight * term.method.dot(gradients, block, term.moments)
         totals += torch.stack([scores.clamp(min=0).sum(1), scores.clamp(max=0).sum(1)], 1).cpu()
@@ -86,23 +89,50 @@ def score(tests: PreparedTests, k: int | None, processes: Processes, device: tor
     totals = torch.stack(processes.gather(totals)).sum(0)
     if k is None:
         return Scores(totals, torch.cat(processes.gather(torch.cat(columns, dim=1)), dim=1))
-    parts = [part for of_process in processes.gather(strongest) for part in of_process]
-    return Scores(totals, None, *merge_top(parts, k))
+    candidates = [pair for pairs in processes.gather(strongest) for pair in pairs]
+    return Scores(totals, None, *merge_top(candidates, k))
 
 
-def joined_scores(parts: Sequence[Scores]) -> Scores:
-    """The scores of several blocks of test examples, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    totals = torch.cat([part.totals for part in parts])
-    matrices = [part.scores for part in parts if part.scores is not None]
+def joined_scores(blocks: Sequence[Scores]) -> Scores:
+    """The scores of several blocks of test examples, concatenated."""
+    if len(blocks) == 1:
+        return blocks[0]
+    totals = torch.cat([block.totals for block in blocks])
+    matrices = [block.scores for block in blocks if block.scores is not None]
     if matrices:
         return Scores(totals, torch.cat(matrices))
     proponents, opponents = (
-        TopK(torch.cat([top.values for top in side]), torch.cat([top.indices for top in side]))
-        for side in (
-            [part.proponents for part in parts if part.proponents is not None],
-            [part.opponents for part in parts if part.opponents is not None],
+        TopK(torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops]))
+        for tops in (
+            [block.proponents for block in blocks if block.proponents is not None],
+            [block.opponents for block in blocks if block.opponents is not None],
         )
     )
     return Scores(totals, None, proponents, opponents)
+
+
+def self_influences(checkpoints: Sequence[Checkpoint], method: Method, processes: Processes = ALONE) -> Tensor:
+    """Every training example's influence on itself.
+
+    Args:
+        checkpoints: checkpoints that have the method's gradients, at least one.
+        method: the method that scores.
+        processes: the processes that share the shards; every one of them must call it.
+
+    Returns:
+        (n_train,) float32.
+
+    Raises:
+        ValueError: if the fit did not record what the method needs, or a file of the trace is damaged.
+    """
+    terms = [term for checkpoint in checkpoints for term in terms_at(checkpoint, method)]
+    scores = torch.zeros(terms[0].shards.n_examples, dtype=torch.float32)
+    for term in terms:
+        shards = term.shards
+        for shard in processes.share(len(shards)):
+            block = shards.read(shard)
+            as_test, as_training = (term.method.prepare(block, term.moments, side) for side in ("test", "train"))
+            norms = [term.method.norms(prepared, term.moments) for prepared in (as_test, as_training)]
+            # Both sides are multiples of one gradient, so their product is that of their norms.
+            scores[slice(*shards.bounds(shard))] += term.weight * norms[0] * norms[1]
+    return torch.stack(processes.gather(scores)).sum(0)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_tracin.gradients.second_moments import SecondMoments
 from lightning_tracin.gradients.sites import Gradients, Site
 from lightning_tracin.scoring.methods import Method, SiteMethod
 from lightning_tracin.scoring.naming import recorded_site
 from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.second_moments import SecondMoments
 from lightning_tracin.storage.shards import Shards
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_tracin.parallel.processes import ALONE, Processes, await_seen
+from lightning_tracin.parallel.processes import ALONE, Processes, wait_until_visible
 
 PARTIAL = ".partial"
 
@@ -31,7 +31,7 @@ _REPAIR = (
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file that appears whole or not at all, and return its checksum."""
-    with appearing_file(path) as partial:
+    with atomic_file(path) as partial:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
             save_file(contiguous, partial, metadata=dict(metadata or {}))
@@ -76,7 +76,7 @@ def size_of(path: Path) -> int:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that appears whole or not at all."""
-    with appearing_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -126,7 +126,7 @@ def _hash_of_file(path: Path) -> str:
 
 
 @contextmanager
-def appearing_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A file to write, which takes its name when it is on disk and vanishes when it cannot be written."""
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -140,7 +140,7 @@ def appearing_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def appearing_folder(folder: Path, processes: Processes = ALONE) -> Iterator[Path]:
+def atomic_folder(folder: Path, processes: Processes = ALONE) -> Iterator[Path]:
     """A folder to fill, which takes its name when all processes are done and vanishes when one of them fails."""
     partial = folder.with_name(folder.name + PARTIAL)
     with processes.synchronized():
@@ -154,7 +154,7 @@ def appearing_folder(folder: Path, processes: Processes = ALONE) -> Iterator[Pat
             if processes.first:
                 partial.replace(folder)
         with processes.synchronized():
-            await_seen(folder.exists, f"The first process has written {folder}")
+            wait_until_visible(folder.exists, f"The first process has written {folder}")
     except BaseException:
         if processes.first:
             shutil.rmtree(partial, ignore_errors=True)

@@ -223,7 +223,7 @@ class _Run:
         return slice(*torch.searchsorted(self.indices, torch.tensor([start, stop])).tolist())
 
 
-def bytes_at_most(bytes_of_pass: float, passes: float, n_processes: int) -> float:
+def max_run_bytes(bytes_of_pass: float, passes: float, n_processes: int) -> float:
     """What the runs of all processes may take together before a checkpoint clears them.
 
     There is no more than came. Nor is there more in each process than two records for each example that came to it, and

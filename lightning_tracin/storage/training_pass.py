@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.gradients.capture import Captured
-from lightning_tracin.gradients.rows import distinct
+from lightning_tracin.gradients.rows import unique_tokens
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.checkpoint import Checkpoint
-from lightning_tracin.storage.files import appearing_folder
+from lightning_tracin.storage.files import atomic_folder
 from lightning_tracin.storage.shards import Shards, ShardWriter
 from lightning_tracin.storage.trace import Trace
 
@@ -34,7 +34,7 @@ class NumberedExamples(Protocol):
         """(len(indices),) how much text examples hold, to compare with each other; None where that is not known."""
 
 
-def own_part(trace: Trace, processes: Processes) -> range:
+def own_examples(trace: Trace, processes: Processes) -> range:
     """The training examples that a process stores: whole shards."""
     shards = processes.share(-(-trace.n_train // trace.shard_examples))
     return range(*(min(shard * trace.shard_examples, trace.n_train) for shard in (shards.start, shards.stop)))
@@ -49,7 +49,7 @@ def reading_order(trace: Trace, examples: NumberedExamples, processes: Processes
     Raises:
         ValueError: if the stored texts are damaged.
     """
-    part = own_part(trace, processes)
+    part = own_examples(trace, processes)
     if examples.iterable:
         return part
     lengths = _stored_lengths(trace, part)
@@ -68,9 +68,9 @@ def shard_writer(
     trace: Trace, folder: Path, processes: Processes = ALONE, order: Sequence[int] | None = None
 ) -> Iterator[ShardWriter]:
     """A writer of a process's shards into a folder that appears when it is complete."""
-    first_shard = own_part(trace, processes).start // trace.shard_examples
+    first_shard = own_examples(trace, processes).start // trace.shard_examples
     with (
-        appearing_folder(folder, processes) as appearing,
+        atomic_folder(folder, processes) as appearing,
         ShardWriter(
             appearing,
             dtype=trace.dtype,
@@ -138,7 +138,7 @@ class TrainingPass:
         """The token ids of a batch whose words are not known yet, each once."""
         if self._texts is None:
             return []
-        return [token for token in distinct(captured.token_ids) if token not in self._vocabulary]
+        return [token for token in unique_tokens(captured.token_ids) if token not in self._vocabulary]
 
     def add(self, captured: Captured, labels: Tensor | None, words: Mapping[int, str]) -> None:
         """Store the next examples.

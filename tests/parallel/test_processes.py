@@ -240,7 +240,7 @@ def test_of_an_example_that_came_to_two_processes_the_later_record_counts(tmp_pa
 
 
 def test_a_folder_that_another_process_does_not_see(monkeypatch):
-    monkeypatch.setattr(processes, "_SECONDS", 0.2)
+    monkeypatch.setattr(processes, "_VISIBILITY_SECONDS", 0.2)
     with pytest.raises(FileNotFoundError, match="on a file system that all nodes share"):
         processes.wait_until_visible(lambda: False, "The first process has begun a trace")
 
