@@ -20,8 +20,8 @@ from benchmarks.measure import Row, in_turns, median_ratio, parser, peak_megabyt
 from benchmarks.workload import HIDDEN, word_gradients
 from lightning_tracin import TracInWE
 from lightning_tracin.gradients.rows import DTYPES
-from lightning_tracin.gradients.sites import encoded_bytes
 from lightning_tracin.scoring.strongest import merge_top, top_of
+from lightning_tracin.storage.encoding import encoded_bytes
 from lightning_tracin.storage.shards import Shards, ShardWriter, fitting_shard_examples
 
 _BLOCK = 500

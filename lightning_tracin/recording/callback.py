@@ -15,7 +15,6 @@ from lightning_tracin.bridge.compat import DualCallback
 from lightning_tracin.bridge.strategy import require_strategy, spreads
 from lightning_tracin.bridge.training_set import RecordedFit
 from lightning_tracin.gradients.rows import Dtype
-from lightning_tracin.gradients.sites import StorageOptions
 from lightning_tracin.recording.beginning import begin
 from lightning_tracin.recording.loggers import check_loggers
 from lightning_tracin.recording.plan import (
@@ -27,6 +26,7 @@ from lightning_tracin.recording.plan import (
 )
 from lightning_tracin.recording.recorder import Recorder
 from lightning_tracin.recording.sampled_indices import SampledLoader
+from lightning_tracin.storage.encoding import StorageOptions
 from lightning_tracin.storage.trace import Trace
 
 

@@ -18,8 +18,9 @@ from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.layers import called_layers, layer_name, linear_layers_named, named_layer
 from lightning_tracin.gradients.losses import Losses, checked_losses
 from lightning_tracin.gradients.precision import full_precision
-from lightning_tracin.gradients.sites import Site, StorageOptions, encoded_bytes
+from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import is_fsdp
+from lightning_tracin.storage.encoding import StorageOptions, encoded_bytes
 
 # What stands for a site whose layer the module names itself; any other name is that of a layer.
 _WORDS, _LAST = "tracin-we", "tracin-last"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lightning_tracin.gradients.rows import DTYPES
-from lightning_tracin.gradients.sites import StorageOptions
+from lightning_tracin.storage.encoding import StorageOptions
 
 Cache: TypeAlias = Literal["checkpoint", "training", "on_demand"]
 

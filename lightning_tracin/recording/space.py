@@ -14,9 +14,9 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from lightning_tracin.bridge.training_set import TrainingSet
-from lightning_tracin.gradients.sites import StorageOptions
 from lightning_tracin.recording.first_batch import FirstBatch, bytes_per_example
 from lightning_tracin.recording.plan import RecordingPlan
+from lightning_tracin.storage.encoding import StorageOptions
 from lightning_tracin.storage.runs import max_run_bytes
 
 

@@ -7,7 +7,7 @@ are sorted by token, so that a query touches only the rows of the words that it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.ragged import Ragged
-from lightning_tracin.gradients.rows import Dtype, unit_rows
-from lightning_tracin.gradients.sites import BLOCKS
-from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.gradients.rows import Dtype
 from lightning_tracin.parallel.processes import ALONE, Processes
+from lightning_tracin.storage.encoding import decode, encode
 from lightning_tracin.storage.files import read_json, read_tensors, size_of, write_json, write_tensors
 from lightning_tracin.storage.row_buffer import RowBuffer
 
@@ -219,31 +217,6 @@ def fitting_shard_examples(bytes_per_example: float, n_examples: int, processes:
     """How many examples make a shard of about 256 MiB, or of less, so that every process has one."""
     fitting = min(_SHARD_EXAMPLES, int(_SHARD_BYTES / max(bytes_per_example, 1)))
     return max(1, min(fitting, -(-n_examples // processes.size) if processes.size > 1 else fitting))
-
-
-def encode(block: Ragged) -> dict[str, Tensor]:
-    """The tensors that a shard of this block holds on disk: whole numbers in 32 bits, and each token once."""
-    columns = {name: column.int() if column.dtype == torch.int64 else column for name, column in block.columns.items()}
-    if isinstance(block, WordGradients):
-        tokens, counts = torch.unique_consecutive(columns["tokens"], return_counts=True)
-        columns |= {"tokens": tokens, "offsets": torch.cat([counts.new_zeros(1), counts.cumsum(0)])}
-    return columns
-
-
-def decode(kind: str, stored: Mapping[str, Tensor], rows: Tensor | slice, n_examples: int) -> Ragged:
-    """The block that a shard's tensors hold, of the given rows only."""
-    block_type = BLOCKS[kind]
-    columns = {
-        name: column if name in block_type.PER_EXAMPLE else column[rows]
-        for name, column in stored.items()
-        if name not in ("tokens", "offsets")
-    }
-    if "offsets" in stored:
-        columns["tokens"] = torch.repeat_interleave(stored["tokens"], stored["offsets"].diff())[rows]
-    columns = {name: column.long() if column.dtype == torch.int32 else column for name, column in columns.items()}
-    if block_type is FactorGradients and columns["inputs"].dtype == torch.int8:
-        columns |= {name: unit_rows(columns[name].float())[1] for name in ("inputs", "deltas")}
-    return block_type(n_examples=n_examples, **columns)
 
 
 def _shard(folder: Path, number: int) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from brute_force import relative_error, with_bias
-from lightning_tracin.storage.second_moments import SecondMoments
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,8 +13,10 @@ from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.layers import SiteLayers
 from lightning_tracin.gradients.linear_layers import as_matrix
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
-from lightning_tracin.gradients.sites import Site, StorageOptions
+from lightning_tracin.gradients.sites import Site
 from lightning_tracin.scoring.methods import TracInLayer
+from lightning_tracin.storage.encoding import StorageOptions
+from lightning_tracin.storage.second_moments import SecondMoments
 
 B, T, IN, OUT = 3, 7, 4, 6
 SEQUENCE, IMAGE, TOKENS = (B, IN, T), (B, IN, 5, 6), (B, T, IN)

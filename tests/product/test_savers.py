@@ -8,7 +8,8 @@ from random_gradients import random_words
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import TracInCallback, TracInWE
-from lightning_tracin.gradients.sites import Site, StorageOptions, encoded_bytes
+from lightning_tracin.gradients.sites import Site
+from lightning_tracin.storage.encoding import StorageOptions, encoded_bytes
 
 
 def recall_at_10(found, exact):

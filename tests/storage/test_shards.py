@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from stored_files import flipped, truncated
 
-from lightning_tracin.gradients.sites import encoded_bytes
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.storage import files
+from lightning_tracin.storage.encoding import encoded_bytes
 from lightning_tracin.storage.shards import Shards, ShardWriter
 
 

@@ -1,0 +1,100 @@
+"""How blocks of gradients and texts are encoded on disk, and the options that make them smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_tracin.gradients.factor_gradients import FactorGradients
+from lightning_tracin.gradients.ragged import Ragged
+from lightning_tracin.gradients.rows import Dtype, unit_rows
+from lightning_tracin.gradients.sites import BLOCKS, Gradients, Site
+from lightning_tracin.gradients.word_gradients import WordGradients
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """The options that save space, as ``TracInCallback`` takes them.
+
+    Attributes:
+        dtype: the type that directions are stored in.
+        top_words: number of words of largest gradient norm that are stored of each example; None for all.
+        projection: random projection of directions: a size for the gradients of words, or a pair (a, b) for the
+            gradients of linear layers at the output and at the input; None for no projection.
+    """
+
+    dtype: Dtype
+    top_words: int | None = None
+    projection: int | tuple[int, int] | None = None
+
+    def applied(self, site: Site, sample: Gradients) -> Site:
+        """The site in the smallest form that these options allow.
+
+        Args:
+            site: the site as it was captured.
+            sample: the gradients of a few examples there, which show what each form would take on disk.
+
+        Raises:
+            ValueError: if a projection would not make word gradients smaller.
+        """
+        if isinstance(sample, WordGradients):
+            hidden = sample.directions.shape[1]
+            size = self.projection if isinstance(self.projection, int) else None
+            if size is not None and size >= hidden:
+                raise ValueError(
+                    f"projection={size} saves nothing: word gradients have {hidden} numbers for each word."
+                )
+            return replace(site, top_words=self.top_words, projection=None if size is None else (size,))
+        pair = self.projection if isinstance(self.projection, tuple) else None
+        forms = [replace(site, shape="factors"), replace(site, shape="matrix", projection=pair)]
+        return min(forms, key=lambda form: encoded_bytes(form.stored(sample), self.dtype))
+
+
+def encode(block: Ragged) -> dict[str, Tensor]:
+    """The tensors of a block as a shard stores them: integers in 32 bits, and each run of equal tokens once."""
+    columns = integers_in_32_bits(block.columns)
+    if isinstance(block, WordGradients):
+        tokens, counts = torch.unique_consecutive(columns["tokens"], return_counts=True)
+        columns |= {"tokens": tokens, "offsets": torch.cat([counts.new_zeros(1), counts.cumsum(0)])}
+    return columns
+
+
+def decode(kind: str, stored: Mapping[str, Tensor], rows: Tensor | slice, n_examples: int) -> Ragged:
+    """The block that :func:`encode` encoded, with the given rows only.
+
+    Args:
+        kind: "words", "factors", "matrix" or "texts".
+        stored: the tensors of a shard.
+        rows: row numbers, or a slice, which leaves the rows memory-mapped.
+        n_examples: number of examples in the shard.
+    """
+    block_type = BLOCKS[kind]
+    columns = {
+        name: column if name in block_type.PER_EXAMPLE else column[rows]
+        for name, column in stored.items()
+        if name not in ("tokens", "offsets")
+    }
+    if "offsets" in stored:
+        columns["tokens"] = torch.repeat_interleave(stored["tokens"], stored["offsets"].diff())[rows]
+    columns = integers_in_64_bits(columns)
+    if block_type is FactorGradients and columns["inputs"].dtype == torch.int8:
+        columns |= {name: unit_rows(columns[name].float())[1] for name in ("inputs", "deltas")}
+    return block_type(n_examples=n_examples, **columns)
+
+
+def encoded_bytes(block: Ragged, dtype: Dtype) -> int:
+    """The number of bytes that a block's tensors take on disk, with directions of the given type."""
+    return sum(tensor.nbytes for tensor in encode(block.as_dtype(dtype)).values())
+
+
+def integers_in_32_bits(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The columns as they are stored: int64 becomes int32, other types stay."""
+    return {name: column.int() if column.dtype == torch.int64 else column for name, column in columns.items()}
+
+
+def integers_in_64_bits(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The columns as they are in memory: int32 becomes int64, other types stay."""
+    return {name: column.long() if column.dtype == torch.int32 else column for name, column in columns.items()}
