@@ -204,9 +204,9 @@ def main(folder):
         found[f"{name} untouched"] = all(torch.equal(with_callback[each], value) for each, value in without.items())
     for cache in CACHES:
         methods = ("tracin-we", "tracin-last", "hid*")
-        _, trainer = fit(folder / f"layers {cache}", Toy, WRAPPED, cache=cache, methods=methods)
+        _, layered = fit(folder / f"layers {cache}", Toy, WRAPPED, cache=cache, methods=methods)
         for name, method in AT_LAYERS.items():
-            found[f"layers {cache} {name}"] = queried(trainer, method=method)
+            found[f"layers {cache} {name}"] = queried(layered, method=method)
     found["spread"] = error_of(queried, whole, trainer.lightning_module, trace=folder / "whole")
     fresh = quiet(strategy=OnCPU(process_group_backend="gloo", **WRAPPED), devices=2)
     found["fresh"] = queried(fresh, Toy(), trace=folder / "whole")

@@ -68,3 +68,9 @@ def on_training_loader(trainer: pl.Trainer, see: Callable[[Any], None] | None) -
 def learns_nothing(trainer: Any) -> bool:
     """Whether an epoch of the fit has no backward passes: the one in which SWA renews the statistics of batch norm."""
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))
+
+
+def launches_by_multiprocessing(trainer: Any) -> bool:
+    """Whether the trainer spawns or forks its processes anew for each fit, rather than running the script in each."""
+    kinds = type(trainer.strategy.launcher).__mro__  # Lightning has the class twice, once in either package
+    return any(kind.__name__ == "_MultiProcessingLauncher" for kind in kinds)

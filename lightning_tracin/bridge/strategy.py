@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from lightning_tracin.bridge.compat import launches_by_multiprocessing
 from lightning_tracin.parallel.processes import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -83,4 +84,4 @@ def require_results(trainer: pl.Trainer) -> None:
 
 
 def _spawns(trainer: pl.Trainer) -> bool:
-    return _is_of(trainer.strategy.launcher, "_MultiProcessingLauncher")
+    return launches_by_multiprocessing(trainer)

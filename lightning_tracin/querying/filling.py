@@ -98,7 +98,7 @@ def _checkpoints_of_first(trace: Trace, method: Method, processes: Processes) ->
         if stored() == of_first:
             return True
         checkpoints = trace.checkpoints
-        return stored() == of_first
+        return bool(stored() == of_first)
 
     wait_until_visible(seen, f"The first process sees {len(of_first)} checkpoints in {trace.path}")
     return checkpoints

@@ -64,7 +64,8 @@ def influence(
         train_dataloaders: one loader of the training set of the fit. It is needed only where gradients are not
             stored yet (``cache="on_demand"``); by default that of the last fit in this process.
         trace: what the fit recorded, or its folder; by default that of the last fit in this process.
-        method: "tracin-we", "tracin-last", or a :class:`TracInWE` or :class:`TracInLast` with options.
+        method: "tracin-we", "tracin-last", or a :class:`TracInWE`, :class:`TracInLast`, :class:`TracInLayer` or
+            :class:`TracInSum` with options.
         k: keep only the k strongest proponents and opponents of each test example. Memory then does not grow with
             the training set.
 

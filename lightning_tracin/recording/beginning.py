@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,24 +173,35 @@ def _goes_on(path: Path, plan: RecordingPlan, resumed: Mapping[str, Any]) -> boo
 def _require_same_sites(trace: Trace, sites: tuple[Site, ...], plan: RecordingPlan) -> None:
     """Check that a fit goes on with a trace with the arguments that it was begun with.
 
+    Which shape takes less space at a linear layer was decided when the trace was begun. Another first batch, such as
+    one with other words masked, might decide otherwise, so that the shape itself is not compared.
+
     Raises:
         ValueError: if it does not.
     """
-    if (trace.sites, trace.dtype) != (sites, plan.options.dtype):
-        raise ValueError(
-            f"The trace in {trace.path} was begun with {trace.dtype} gradients at {_listed(trace.sites)}, but this fit "
-            f"would go on with {plan.options.dtype} gradients at {_listed(sites)}. Resume with the same arguments."
-        )
+    if trace.dtype == plan.options.dtype and _asked_for(trace.sites) == _asked_for(sites):
+        projections = {site.projection for site in (*trace.sites, *sites) if site.shape == "matrix"}
+        if len(projections) < 2:
+            return
+    raise ValueError(
+        f"The trace in {trace.path} was begun with {trace.dtype} gradients at {_listed(trace.sites)}, but this fit "
+        f"would go on with {plan.options.dtype} gradients at {_listed(sites)}. Resume with the same arguments."
+    )
+
+
+def _asked_for(sites: tuple[Site, ...]) -> list[Site]:
+    """Sites without the shape that was chosen for linear layers."""
+    return [site if site.has_words else replace(site, shape="factors", projection=None) for site in sites]
 
 
 def _listed(sites: tuple[Site, ...]) -> str:
     """Sites in words."""
-    kept = {
-        site.layer: [f"top_words={site.top_words}"] * bool(site.top_words)
-        + [f"projection={site.projection}"] * bool(site.projection)
-        for site in sites
-    }
-    return ", ".join(f"{layer} ({', '.join(options)})" if options else layer for layer, options in kept.items())
+    listed = []
+    for site in sites:
+        options = {"top_words": site.top_words, "projection": site.projection}
+        named = [f"{name}={value}" for name, value in options.items() if value]
+        listed.append(f"{site.layer} ({', '.join(named)})" if named else site.layer)
+    return ", ".join(listed)
 
 
 def _steps_to_go_on_with(trace: Trace, resumed: Mapping[str, Any], processes: Processes) -> list[Step]:

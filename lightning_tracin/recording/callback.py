@@ -132,7 +132,7 @@ class TracInCallback(DualCallback):
     @property
     def state_key(self) -> str:
         """Tells apart the callbacks of one trainer that write to different folders."""
-        return self._generate_state_key(dirpath=str(self.plan.dirpath))
+        return f"{type(self).__qualname__}(dirpath={str(self.plan.dirpath)!r})"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start afresh for a fit; other stages leave the trace alone."""

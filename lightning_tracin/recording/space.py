@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from lightning_tracin.bridge.training_set import TrainingSet
+from lightning_tracin.gradients.sites import words_site
 from lightning_tracin.recording.first_batch import FirstBatch, bytes_per_example
 from lightning_tracin.recording.plan import RecordingPlan
 from lightning_tracin.storage.encoding import StorageOptions
@@ -48,12 +49,14 @@ def require_space(
     need = needed(plan.options, plan.cache != "on_demand")
     if need <= free:
         return
-    smaller = replace(plan.options, dtype="float16", top_words=plan.options.top_words or 10)
-    savers = [
-        f'top_words={smaller.top_words} with dtype="float16" would need {_gigabytes(needed(smaller))}',
-        f'dtype="float16" {_gigabytes(needed(replace(plan.options, dtype="float16")))}',
-        f'cache="on_demand" {_gigabytes(needed(plan.options, cached=False))} until influence is asked for',
-    ]
+    half = replace(plan.options, dtype="float16")
+    smaller = {'dtype="float16"': half}
+    if words_site(first.gradients.sites) is not None and plan.options.top_words is None:
+        smaller['top_words=10 with dtype="float16"'] = replace(half, top_words=10)
+    if not all(site.has_words for site in first.gradients.sites) and plan.options.projection is None:
+        smaller['projection=(32, 128) with dtype="float16"'] = replace(half, projection=(32, 128))
+    savers = [f"{name} would need {_gigabytes(needed(options))}" for name, options in smaller.items()]
+    savers.append(f'cache="on_demand" {_gigabytes(needed(plan.options, cached=False))} until influence is asked for')
     raise OSError(
         errno.ENOSPC,
         f"The trace in {path} needs about {_gigabytes(need)} for {checkpoints} checkpoints of {len(training_set)} "

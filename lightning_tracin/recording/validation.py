@@ -1,8 +1,4 @@
-"""Validations inside a fit: the examples to explain, and the training examples that pushed them so far.
-
-A validation runs before the checkpoint of its epoch is taken. So its examples are chosen, with their rows of the
-batches, while it runs, and explained when there is something to explain them from.
-"""
+"""Choosing examples of a validation, as its batches come, with their rows of the batches."""
 
 from __future__ import annotations
 

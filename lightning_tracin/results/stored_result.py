@@ -125,10 +125,11 @@ class StoredResult:
         if content is None:
             raise ValueError(f"{path} holds no InfluenceResult.")
         header = json.loads(content)
-        if header["version"] > FORMAT_VERSION:
+        if header["version"] != FORMAT_VERSION:
+            remedy = "Update lightning_tracin" if header["version"] > FORMAT_VERSION else "Ask trainer.influence again"
             raise ValueError(
-                f"{path} is of format version {header['version']}, but this lightning_tracin reads up to "
-                f"{FORMAT_VERSION}. Update lightning_tracin."
+                f"{path} is of format version {header['version']}, but this lightning_tracin reads version "
+                f"{FORMAT_VERSION}. {remedy}."
             )
         opened = _find_trace(header, Path(path).parent) if trace is None else _trace_of(header, Path(trace))
         n_test = len(tensors["test_indices"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from families import FAMILIES
 from pytorch_lightning.loggers import CSVLogger
@@ -12,6 +13,7 @@ from torch import nn
 from toy import Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInLayer, TracInSum, TracInWE
+from lightning_tracin.storage.encoding import StorageOptions
 
 
 class WithUnused(Toy):
@@ -181,3 +183,25 @@ def test_the_first_site_explains_validations(tmp_path):
     for row in last:
         assert result.proponents(1).indices[row["index"], 0] == row["train_index"]
         assert result.proponents(1).values[row["index"], 0] == pytest.approx(row["score"], rel=1e-4)
+
+
+def test_a_resumed_fit_keeps_the_shape_that_was_chosen(tmp_path, monkeypatch):
+    """Another first batch, with other words masked, might take another one for smaller."""
+    family = FAMILIES["bert-tokens"]
+
+    def fit(epochs, **options):
+        trainer = quiet(callbacks=[TracInCallback(tmp_path / "trace", dtype="float32", **options)], max_epochs=epochs)
+        pl.seed_everything(0, verbose=False)
+        trainer.fit(family.build(), family.train_loader(), ckpt_path=tmp_path / "last.ckpt" if epochs > 1 else None)
+        return trainer
+
+    fit(1).save_checkpoint(tmp_path / "last.ckpt")
+    shapes = [site.shape for site in Trace(tmp_path / "trace").sites]
+    assert shapes == ["words", "matrix"]
+    with pytest.raises(ValueError, match="Resume with the same arguments"):
+        fit(2, projection=(2, 4))
+    monkeypatch.setattr(StorageOptions, "applied", lambda options, site, example: site)  # factors
+    trainer = fit(2)
+    assert [site.shape for site in Trace(tmp_path / "trace").sites] == shapes
+    assert len(Trace(tmp_path / "trace").checkpoints) == 2
+    assert trainer.influence(family.test_loader(), method="tracin-last").scores.any()
