@@ -81,11 +81,12 @@ def test_a_result_in_memory_whose_trace_is_lost_shows_no_text_and_never_that_of_
     assert f"{float(expected.values[0, 0]):+.3g}" in printed
 
 
-def test_a_result_of_a_newer_version(result, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored_result, "FORMAT_VERSION", 99)
+@pytest.mark.parametrize(("version", "remedy"), [(99, "Update lightning_tracin"), (1, "Ask trainer.influence again")])
+def test_a_result_of_another_version(result, tmp_path, monkeypatch, version, remedy):
+    monkeypatch.setattr(stored_result, "FORMAT_VERSION", version)
     path = result.save(tmp_path / "result.safetensors")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"format version 99.*Update lightning_tracin"):
+    with pytest.raises(ValueError, match=rf"format version {version}, .*{remedy}"):
         InfluenceResult.load(path)
 
 
