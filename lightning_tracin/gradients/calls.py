@@ -1,4 +1,4 @@
-"""Calls of layers, as forward hooks see them: what a layer was called with, and the gradient at its output."""
+"""Calls of layers, recorded by forward hooks: input, output, and the gradient of the loss at the output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from lightning_tracin.gradients.losses import Losses, checked_losses
 
 @dataclass
 class Call:
-    """One call of a layer in a forward pass, and the gradient at its output once a backward pass has given one."""
+    """One call of a layer in a forward pass.
+
+    Attributes:
+        layer: the layer that was called.
+        inputs: a copy of its input; token ids (B, T) for an embedding layer.
+        output: its output, at which the gradient is taken.
+        gradient: the gradient of the sum of the losses at the output; None before the backward pass, and if no loss
+            depends on this call.
+    """
 
     layer: nn.Module
     inputs: Tensor
@@ -25,34 +33,37 @@ class Call:
 
     @classmethod
     def of(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
-        """From what a forward hook is given.
+        """A call from the arguments of a forward hook; the first tensor that the layer was given counts as its input.
 
         Raises:
             ValueError: if the layer does not take a tensor and return a tensor.
         """
-        value = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+        value = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Tensor)), None)
         if value is None or not isinstance(output, Tensor):
             raise ValueError(f"The layer {layer} must take a tensor and return a tensor; it returned {type(output)}.")
         return cls(layer, value.detach().clone(), output)
 
     @property
     def positions(self) -> torch.Size:
-        """The shape of the positions that the layer was called on."""
+        """The shape of the positions that the layer was called on: that of its output without the features."""
         return features_last(self.layer, self.output).shape[:-1]
 
     @property
     def gradient_by_position(self) -> Tensor:
-        """The gradient at the output, features last; zeros where none has come."""
+        """The gradient at the output, features last; zeros if no loss depends on this call."""
         gradient = torch.zeros_like(self.output) if self.gradient is None else self.gradient
         return features_last(self.layer, gradient)
 
 
 @contextmanager
 def recorded_calls(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> Iterator[tuple[Tensor, list[Call]]]:
-    """The losses of a batch, and the calls of layers that led to them.
+    """The losses of a batch, (B,), and the calls of some layers that computed them.
 
-    Hooks stay for the backward pass: where that computes a part again (activation checkpointing), it must find the
-    layers as they were.
+    The hooks stay in place until the context ends, so that a backward pass that recomputes activations (activation
+    checkpointing) meets the same hooks as the forward pass.
+
+    Raises:
+        ValueError: if no layer was called, or the losses are not (B,) or cannot be differentiated.
     """
     calls: list[Call] = []
     with ExitStack() as hooks:
@@ -66,13 +77,17 @@ def recorded_calls(losses: Losses, batch: Any, layers: Sequence[nn.Module]) -> I
 
 @contextmanager
 def recording_hook(layer: nn.Module, calls: list[Call], *, cut: bool, differentiate: bool = True) -> Iterator[None]:
-    """Record the layer's calls; with ``cut`` nothing before its output is differentiated.
+    """Append every call of a layer to ``calls`` while the context lasts.
 
-    Without ``differentiate`` its output stays as it is, and has no gradient.
+    Args:
+        layer: the layer.
+        calls: the list to append to.
+        cut: whether to detach the output from the graph before it, which then need not be differentiated.
+        differentiate: whether to make the output differentiable; otherwise it stays as it is, without a gradient.
     """
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not torch.is_grad_enabled():  # the losses cannot depend on it
+        if not torch.is_grad_enabled():  # the losses cannot depend on this call
             return output
         call = Call.of(layer, args, kwargs, output)
         if not differentiate:
@@ -82,7 +97,7 @@ def recording_hook(layer: nn.Module, calls: list[Call], *, cut: bool, differenti
             output = output.detach().requires_grad_()
         call.output = output
         calls.append(call)
-        copy: Tensor = output.clone()  # the model may change it in place; the gradient is taken at the output itself
+        copy: Tensor = output.clone()  # the model may modify its copy in place; the gradient is taken at the original
         return copy
 
     handle = layer.register_forward_hook(record, with_kwargs=True)
@@ -94,22 +109,25 @@ def recording_hook(layer: nn.Module, calls: list[Call], *, cut: bool, differenti
 
 @contextmanager
 def frozen_parameters(module: nn.Module) -> Iterator[None]:
-    """Give no parameter a gradient: what only that would need is not kept, nor a graph before the hooked layers."""
-    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """Set ``requires_grad`` of all parameters to False until the context ends.
+
+    Autograd then stores no activations for the gradients of weights, and no graph before the hooked layers.
+    """
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        for parameter in learned:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in learned:
+        for parameter in trainable:
             parameter.requires_grad_()
 
 
 def require_called(groups: Sequence[Sequence[nn.Module]], calls: Sequence[Call]) -> None:
-    """Check that of each group of layers at least one was called.
+    """Check that at least one layer of each group was called.
 
     Raises:
-        ValueError: if none was.
+        ValueError: if no layer of a group was.
     """
     called = {call.layer for call in calls}
     for layers in groups:
@@ -124,7 +142,7 @@ def require_dependent(losses: Tensor) -> None:
     """Check that losses can be differentiated.
 
     Raises:
-        ValueError: if they cannot.
+        ValueError: if they are detached from the layers' outputs.
     """
     if not losses.requires_grad:
         raise ValueError(

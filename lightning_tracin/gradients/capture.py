@@ -1,8 +1,8 @@
-"""From one backward pass to the gradient of every example in a batch.
+"""The gradients of all examples of a batch, captured in one forward and one backward pass.
 
-One forward pass gives the loss of each example, one backward pass of their sum gives the gradient at the output of
-every layer that is asked for. Neither needs a parameter that requires a gradient, so frozen, tied, quantised and
-LoRA-wrapped weights all serve, and no parameter's ``.grad`` is touched.
+The forward pass gives the loss of each example, and the backward pass of their sum gives the gradient at the output of
+every layer that a site names. Neither needs a parameter that requires a gradient, so weights may be frozen, tied,
+quantised or wrapped by LoRA, and no parameter's ``.grad`` changes.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from lightning_tracin.gradients.word_gradients import WordGradients
 
 @dataclass(frozen=True)
 class Captured:
-    """What one batch gave.
+    """The losses, tokens and gradients of a batch of B examples, on the CPU.
 
     Attributes:
         losses: (B,) float32.
-        token_owners: (P,) the example of each position that the embedding layer read, padding left out.
-        token_ids: (P,) its token id, in reading order inside an example.
-        gradients: at each site, by its key: of words by rows, of linear layers by factors.
+        token_owners: (P,) the example of each position that the embedding layer read, without padding.
+        token_ids: (P,) the token id at each of these positions, in reading order inside an example.
+        gradients: the gradients by the key of their site: one row for each word, or factors at linear layers.
     """
 
     losses: Tensor
@@ -54,19 +54,20 @@ class Captured:
         return len(self.losses)
 
     def first_not_finite(self) -> int | None:
-        """The first example whose loss or gradient is NaN or infinite, by its place in the batch."""
-        bad = ~torch.isfinite(self.losses)
+        """The place in the batch of the first example with a NaN or infinite loss or gradient; None if all are finite."""
+        not_finite = ~torch.isfinite(self.losses)
         for block in self.gradients.values():
             norms = block.input_norms * block.delta_norms if isinstance(block, FactorGradients) else block.norms
-            bad[block.examples[~torch.isfinite(norms)]] = True
-        return int(torch.nonzero(bad)[0, 0]) if bool(bad.any()) else None
+            not_finite[block.examples[~torch.isfinite(norms)]] = True
+        return int(torch.nonzero(not_finite)[0, 0]) if bool(not_finite.any()) else None
 
     def texts(self, labels: Tensor | None) -> Texts:
-        """What the examples say; labels (B, ...) count if they are one number for each."""
-        single = labels is not None and labels.shape == (len(self),)
-        numbers = labels.detach().cpu().double() if single and labels is not None else None
-        unknown = torch.full((len(self),), torch.nan, dtype=torch.float64)
-        return Texts(len(self), self.token_owners, self.token_ids, unknown if numbers is None else numbers)
+        """The examples' token ids and labels; labels that are not one number for each example, (B,), become NaN."""
+        if labels is not None and labels.shape == (len(self),):
+            numbers = labels.detach().cpu().double()
+        else:
+            numbers = torch.full((len(self),), torch.nan, dtype=torch.float64)
+        return Texts(len(self), self.token_owners, self.token_ids, numbers)
 
 
 def capture(
@@ -79,48 +80,52 @@ def capture(
     module: nn.Module | None = None,
     independent: bool = True,
 ) -> Captured:
-    """The gradients of a batch's examples, by one forward and one backward pass.
+    """The gradients of a batch's examples, from one forward and one backward pass.
 
-    Call it inside :func:`~lightning_tracin.gradients.eval_mode.gradients_enabled`. Results lie on the CPU.
+    Call it inside :func:`~lightning_tracin.gradients.eval_mode.gradients_enabled`. The results are on the CPU.
 
     Args:
-        losses: from the batch to its examples' losses.
-        batch: what the module's ``training_step`` takes, on the module's device.
-        sites: where gradients are taken. All calls of a site's layers in a forward pass, and all positions, add up.
-        reading_layers: embedding layers of which only the token ids are wanted.
-        dims: for each layer, the dimension of its calls that counts the examples, as far as earlier batches told; what
-            this one tells is added. The first batch, for which it is empty, is checked by one more backward pass.
-        module: whose parameters need no gradients once ``dims`` knows all layers: the graph then holds less.
-        independent: whether to check the first batch: that the first loss depends on its own example alone.
+        losses: the function from a batch to its examples' losses.
+        batch: an argument of the module's ``training_step``, on the module's device.
+        sites: where gradients are taken, summed over all calls of a site's layers and over all positions.
+        reading_layers: embedding layers of which only the token ids are needed.
+        dims: for each layer, the dimension of its calls that counts the examples, as far as earlier batches determined
+            it; this batch adds to it. A batch for which it is empty takes one more backward pass.
+        module: the module whose parameters are frozen once ``dims`` has all layers, so that the graph is smaller; None
+            to leave them as they are.
+        independent: whether to check, on a batch for which ``dims`` is empty, that the first example's loss does not
+            depend on other examples.
 
     Raises:
-        ValueError: if the losses are not of shape (B,), if the first example's depends on others, or if a layer was not
-            called as expected.
+        ValueError: if the losses are not of shape (B,), if the first example's loss depends on others, or if a layer
+            was not called as expected.
     """
     calls: list[Call] = []
-    read: list[Call] = []
+    reading_calls: list[Call] = []
     known = {} if dims is None else dims
-    layers = [layer for each in sites for layer in each.layers]
+    layers = [layer for site_layers in sites for layer in site_layers.layers]
     frozen = module is not None and all(layer in known for layer in (*layers, *reading_layers))
     with ExitStack() as hooks:
         if module is not None and frozen:
             hooks.enter_context(frozen_parameters(module))
-        for each in sites:
-            for layer in each.layers:
-                hooks.enter_context(recording_hook(layer, calls, cut=each.site.has_words))
+        for site_layers in sites:
+            for layer in site_layers.layers:
+                hooks.enter_context(recording_hook(layer, calls, cut=site_layers.site.has_words))
         for layer in reading_layers:
-            hooks.enter_context(recording_hook(layer, read, cut=False, differentiate=not frozen))
+            hooks.enter_context(recording_hook(layer, reading_calls, cut=False, differentiate=not frozen))
         per_example = checked_losses(losses(batch))
-        calls, read = list(calls), list(read)  # recomputation adds no more to these
-        require_called([each.layers for each in sites], calls)
-        if not frozen:  # else the first batch did
+        calls, reading_calls = list(calls), list(reading_calls)  # copies: recomputation appends to the originals
+        require_called([site_layers.layers for site_layers in sites], calls)
+        if not frozen:  # a frozen batch is not the first one, which has been checked
             require_dependent(per_example)
-        dims_here = detect_example_dims(per_example, [*calls, *read], known, check=independent and not known)
+        batch_dims = detect_example_dims(per_example, [*calls, *reading_calls], known, check=independent and not known)
         if per_example.requires_grad:
             gradients = torch.autograd.grad(per_example.sum(), [call.output for call in calls], allow_unused=True)
             for call, gradient in zip(calls, gradients, strict=True):
                 call.gradient = gradient
-    return captured_from_calls(per_example.detach().float().cpu(), batch, sites, calls, dims_here, read=read)
+    return captured_from_calls(
+        per_example.detach().float().cpu(), batch, sites, calls, batch_dims, reading_calls=reading_calls
+    )
 
 
 def captured_from_calls(
@@ -130,36 +135,39 @@ def captured_from_calls(
     calls: Sequence[Call],
     dims: Mapping[nn.Module, int],
     *,
-    read: Sequence[Call] = (),
+    reading_calls: Sequence[Call] = (),
 ) -> Captured:
-    """What the calls of a batch's forward pass give once a backward pass has given them gradients.
+    """The gradients of a batch's examples from the calls of layers, after the backward pass.
 
     Args:
-        losses: (B,) the losses of the batch's examples.
-        batch: what the module was called with; its attention masks say what is padding.
-        sites: whose layers were called.
-        calls: of the sites' layers.
+        losses: (B,) the losses of the batch's examples, on the CPU.
+        batch: the batch that the module was called with; its attention masks mark padding.
+        sites: the sites whose layers were called.
+        calls: the calls of the sites' layers, with their gradients.
         dims: for each layer, the dimension of its calls that counts the examples: 0, or 1 (time first).
-        read: calls of embedding layers of which only the token ids are wanted; they need no gradients.
+        reading_calls: calls of embedding layers of which only the token ids are needed; they need no gradients.
     """
 
-    def owners_of(some: Sequence[Call]) -> list[Tensor]:
-        return [examples_of_positions(len(losses), call.positions, dims[call.layer]) for call in some]
+    def owners_of(layer_calls: Sequence[Call]) -> list[Tensor]:
+        return [examples_of_positions(len(losses), call.positions, dims[call.layer]) for call in layer_calls]
 
     token_owners = token_ids = torch.empty(0, dtype=torch.long)
     gradients: dict[str, Gradients] = {}
-    for each in sites:
-        own = _reached([call for call in calls if call.layer in each.layers])
-        if each.site.has_words:
-            token_owners, token_ids, rows = word_positions(own, owners_of(own), batch)
-            gradients[each.site.key] = WordGradients.from_positions(len(losses), token_owners, token_ids, rows)
+    for site_layers in sites:
+        key = site_layers.site.key
+        site_calls = _differentiated([call for call in calls if call.layer in site_layers.layers])
+        if site_layers.site.has_words:
+            token_owners, token_ids, rows = word_positions(site_calls, owners_of(site_calls), batch)
+            gradients[key] = WordGradients.from_positions(len(losses), token_owners, token_ids, rows)
         else:
-            gradients[each.site.key] = FactorGradients.from_positions(
-                len(losses), *linear_positions(own, owners_of(own))
-            )
-    if read:
-        narrow = [replace(call, output=call.output[..., :1], gradient=call.output[..., :1].detach()) for call in read]
-        token_owners, token_ids, _ = word_positions(narrow, owners_of(read), batch)
+            positions = linear_positions(site_calls, owners_of(site_calls))
+            gradients[key] = FactorGradients.from_positions(len(losses), *positions)
+    if reading_calls:
+        # One feature is enough to find the tokens, and takes less memory.
+        narrow = [
+            replace(call, output=call.output[..., :1], gradient=call.output[..., :1].detach()) for call in reading_calls
+        ]
+        token_owners, token_ids, _ = word_positions(narrow, owners_of(reading_calls), batch)
     return Captured(losses, token_owners, token_ids, gradients)
 
 
@@ -168,18 +176,27 @@ def find_example_dims(
 ) -> dict[nn.Module, int]:
     """For each layer, the dimension of its calls that counts the examples: 0, or 1 (time first).
 
-    By a backward pass, needed or not: after a forward pass without one, FSDP in mixed precision loses the gradients of
-    the training step that follows. With ``independent``, it also checks what :func:`capture` checks of a first batch.
+    It always runs one backward pass: after a forward pass without one, FSDP in mixed precision loses the gradients of
+    the next training step.
+
+    Args:
+        losses: the function from a batch to its examples' losses.
+        batch: a batch on the module's device.
+        layers: the layers; at least one of them must be called.
+        independent: whether to check that the first example's loss does not depend on other examples.
+
+    Raises:
+        ValueError: as :func:`capture` does.
     """
     with recorded_calls(losses, batch, layers) as (per_example, calls):
         return detect_example_dims(per_example, calls, {}, check=independent, always=True)
 
 
 def without_inference_tensors(batch: Any) -> Any:
-    """The batch with inference tensors, which autograd refuses, replaced by copies."""
+    """The batch with copies in place of inference tensors, which autograd cannot save for a backward pass."""
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
-def _reached(calls: list[Call]) -> list[Call]:
-    """The calls that the losses depend on; if there are none, all of them, with gradients of zero."""
+def _differentiated(calls: list[Call]) -> list[Call]:
+    """The calls that the losses depend on; all calls, with gradients of zero, if the losses depend on none."""
     return [call for call in calls if call.gradient is not None] or calls

@@ -12,21 +12,21 @@ from torch import Tensor
 from lightning_tracin.gradients.ragged import Ragged
 from lightning_tracin.gradients.rows import DTYPES, Dtype, rows_in_bytes, unit_rows
 
-_ENTRIES = 2**24  # numbers that a batch of examples is spread out to at once
+_ENTRIES = 2**24  # numbers in the dense tensors of one group of examples
 
 
 @dataclass(frozen=True)
 class FactorGradients(Ragged):
     """Gradients of ``n_examples`` losses at a linear layer, as the two factors of each position's outer product.
 
-    The gradient of example i is the sum over its positions of ``delta ⊗ input``; it is not formed. A classifier's head
-    has one position for each example, a layer applied to every token has many. A layer with a bias has a 1 appended to
-    its input, so that the bias is one more column of the weight.
+    The gradient of example i is the sum over its positions of ``delta ⊗ input``, a matrix that is formed only where it
+    is needed. A classifier's head has one position for each example, a layer applied to every token has many. A layer
+    with a bias has a 1 appended to its input, so that the bias is the last column of the weight.
 
     Attributes:
-        input_norms: (R,) float32.
+        input_norms: (R,) float32, the norm of each position's input.
         inputs: (R, in) or (R, in + 1), each position's input divided by its norm.
-        delta_norms: (R,) float32.
+        delta_norms: (R,) float32, the norm of each position's gradient at the layer's output.
         deltas: (R, out), each position's gradient at the layer's output divided by its norm.
     """
 
@@ -39,7 +39,7 @@ class FactorGradients(Ragged):
 
     @classmethod
     def from_positions(cls, n_examples: int, examples: Tensor, inputs: Tensor, deltas: Tensor) -> FactorGradients:
-        """From raw factors; positions whose gradient is zero (unlabelled, padding) are left out.
+        """Gradients from unnormalised factors; positions with a gradient of zero (unlabelled, padding) are left out.
 
         Args:
             n_examples: number of examples in the batch.
@@ -47,37 +47,41 @@ class FactorGradients(Ragged):
             inputs: (P, in) the layer's input, a 1 appended if the layer has a bias.
             deltas: (P, out) the gradient at the layer's output.
         """
-        reached = torch.nonzero(deltas.any(1))[:, 0]  # of a [CLS] classifier's last block few are
+        reached = torch.nonzero(deltas.any(1))[:, 0]  # in the last block of a [CLS] classifier these are few
         if len(reached) < len(deltas):
             examples, inputs, deltas = examples[reached], inputs[reached], deltas[reached]
         delta_norms, deltas = unit_rows(deltas.float())
         input_norms, inputs = unit_rows(inputs.float())
         factors = cls(n_examples, examples, input_norms, inputs, delta_norms, deltas)
-        kept = (delta_norms != 0) & (input_norms != 0)
-        return factors if bool(kept.all()) else factors.select(torch.nonzero(kept)[:, 0])
+        is_nonzero = (delta_norms != 0) & (input_norms != 0)
+        return factors if bool(is_nonzero.all()) else factors.select(torch.nonzero(is_nonzero)[:, 0])
 
     @property
     def whole_inputs(self) -> Tensor:
-        """(R, in) the inputs with their norms, float32."""
+        """(R, in) float32, the inputs multiplied by their norms."""
         return self.inputs.float() * self.input_norms[:, None]
 
     @property
     def whole_deltas(self) -> Tensor:
-        """(R, out) the gradients at the output with their norms, float32."""
+        """(R, out) float32, the gradients at the output multiplied by their norms."""
         return self.deltas.float() * self.delta_norms[:, None]
 
     def as_dtype(self, dtype: Dtype) -> FactorGradients:
-        """Unit factors in another type; "int8" scales each by its largest entry."""
+        """The same gradients with unit factors in another type; "int8" scales each vector by its largest entry."""
         if dtype == "int8":
             return replace(self, inputs=rows_in_bytes(self.inputs)[0], deltas=rows_in_bytes(self.deltas)[0])
         return replace(self, inputs=self.inputs.to(DTYPES[dtype]), deltas=self.deltas.to(DTYPES[dtype]))
 
     def scaled(self, factors: Tensor) -> FactorGradients:
-        """Every example's gradient times its own factor, (n_examples,)."""
+        """Every example's gradient multiplied by its own factor, from ``factors`` (n_examples,)."""
         return replace(self, delta_norms=self.delta_norms * factors[self.examples])
 
     def example_norms(self, weights: Tensor | None = None) -> Tensor:
-        """(n_examples,) norm of each example's whole gradient G: the root of Σ weights · G², weights (out, in)."""
+        """(n_examples,) float32, the norm of each example's gradient G.
+
+        Args:
+            weights: (out, in); with them, the norm is the root of Σ weights · G².
+        """
         products = self.input_norms.double() * self.delta_norms.double()
         counts = self.rows_by_example()
         if weights is None and not bool((counts > 1).any()):
@@ -96,9 +100,9 @@ class FactorGradients(Ragged):
         return squares.sqrt().float()
 
     def matrices(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The examples' whole gradients, some at a time.
+        """The examples' gradients as matrices, for a group of examples at a time.
 
-        They are computed in float64, which neither autocast nor a setting of torch rounds.
+        They are computed in float64, which neither autocast nor torch's matmul precision rounds.
 
         Yields:
             Numbers of examples that have positions, (b,), and their gradients, (b, out, in) float64.
@@ -110,14 +114,14 @@ class FactorGradients(Ragged):
             yield examples, deltas.mT @ inputs
 
     def padded(self, entries: Callable[[int], int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Examples that have about as many positions, some at a time, with their positions side by side.
+        """The examples in groups of similar numbers of positions, padded to the longest of the group.
 
         Args:
-            entries: how many numbers an example is spread out to, by its number of positions.
+            entries: the size of an example's dense tensors, from its number of positions; it limits the groups.
 
         Yields:
-            Numbers of examples (b,), their positions (b, length), and a mask (b, length), False where an example has
-            no more positions and its first one stands in for those that it lacks.
+            Numbers of examples (b,), the rows of their positions (b, length), and a mask (b, length) that is False for
+            padding, where an example's first row is repeated.
         """
         counts = self.rows_by_example()
         starts = counts.cumsum(0) - counts
@@ -126,7 +130,7 @@ class FactorGradients(Ragged):
         lengths = counts[order].tolist()
         start = 0
         while start < len(lengths):
-            # the batch's longest example is its last one
+            # Examples are in ascending order of length, so a group's last one sets its width.
             stop = start + 1
             while stop < len(lengths) and (stop + 1 - start) * entries(lengths[stop]) <= _ENTRIES:
                 stop += 1

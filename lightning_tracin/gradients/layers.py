@@ -1,4 +1,4 @@
-"""Finding the layers that gradients are taken at, and naming them."""
+"""The layers that gradients are taken at: found in a module, by name and by their place in the graph."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ LAST_ADVICE = "Return the last layer from influence_last_layer() of the module"
 
 
 def find_embedding_layer(module: nn.Module) -> nn.Module:
-    """The word embedding layer: a Hugging Face model's own answer, else the only ``nn.Embedding``.
+    """The word embedding layer: a Hugging Face model's ``get_input_embeddings()``, or else the only ``nn.Embedding``.
 
     Raises:
         ValueError: if there is none, or more than one; the message lists the candidates by name.
     """
     candidates = _hugging_face_embeddings(module) or [
-        part for part in module.modules() if isinstance(part, nn.Embedding)
+        layer for layer in module.modules() if isinstance(layer, nn.Embedding)
     ]
-    unique = list({id(getattr(part, "weight", part)): part for part in candidates}.values())
+    unique = list({id(getattr(layer, "weight", layer)): layer for layer in candidates}.values())
     if len(unique) == 1:
         return unique[0]
     if not unique:
@@ -45,20 +45,20 @@ def find_embedding_layer(module: nn.Module) -> nn.Module:
 
 
 def layers_sharing_table(module: nn.Module, layer: nn.Module) -> list[nn.Module]:
-    """The layer, and the other embedding layers of the module whose table is the same tensor (encoder and decoder)."""
+    """The layer, and the module's other embedding layers that share its weight (as encoder and decoder may)."""
     weight = getattr(layer, "weight", None)
-    inside = set(layer.modules())  # peft's layer holds the one that it wraps
-    tied = [part for part in module.modules() if isinstance(part, nn.Embedding) and part.weight is weight]
-    return [layer, *(part for part in tied if part not in inside)]
+    inside = set(layer.modules())  # a layer of peft contains the layer that it wraps
+    tied = [other for other in module.modules() if isinstance(other, nn.Embedding) and other.weight is weight]
+    return [layer, *(other for other in tied if other not in inside)]
 
 
 @dataclass(frozen=True)
 class SiteLayers:
-    """A site on a module.
+    """A site with its layers in a module.
 
     Attributes:
         site: the site.
-        layers: its layer; at the word embedding table, all layers that share the table.
+        layers: its layer; for the word embedding table, all layers that share the table.
     """
 
     site: Site
@@ -71,24 +71,25 @@ def sites_on_module(module: nn.Module, sites: Sequence[Site]) -> list[SiteLayers
     Raises:
         AttributeError: if the module has no layer of a site's name.
     """
-    found = []
+    with_layers = []
     for site in sites:
         layer = named_layer(module, site.layer)
-        found.append(SiteLayers(site, tuple(layers_sharing_table(module, layer)) if site.has_words else (layer,)))
-    return found
+        layers = tuple(layers_sharing_table(module, layer)) if site.has_words else (layer,)
+        with_layers.append(SiteLayers(site, layers))
+    return with_layers
 
 
 def linear_layers_named(module: nn.Module, pattern: str) -> list[str]:
-    """The dotted names of the linear and convolution layers that a name, or a pattern with ``*``, stands for.
+    """The dotted names of the linear and convolution layers that match a name, or a pattern with ``*``.
 
     Raises:
-        ValueError: if there is none; the message lists what is there.
+        ValueError: if none matches; the message lists the nearest names.
     """
-    linear = [unwrapped_name(name) for name, part in module.named_modules() if is_linear(part)]
-    found = list(dict.fromkeys(name for name in linear if fnmatchcase(name, pattern)))
-    if found:
-        return found
-    inside = [name for name in linear if name.startswith(f"{pattern}.")]  # peft's layers hold several
+    linear = [unwrapped_name(name) for name, layer in module.named_modules() if is_linear(layer)]
+    matching = list(dict.fromkeys(name for name in linear if fnmatchcase(name, pattern)))
+    if matching:
+        return matching
+    inside = [name for name in linear if name.startswith(f"{pattern}.")]  # a layer of peft contains several
     near = inside or get_close_matches(pattern, linear, n=3, cutoff=0) or ["none"]
     raise ValueError(
         f"methods names {pattern!r}, but {type(module).__name__} has no {LINEAR_LAYERS} of that name. "
@@ -97,7 +98,7 @@ def linear_layers_named(module: nn.Module, pattern: str) -> list[str]:
 
 
 def called_layers(losses: Callable[[], Tensor], layers: Sequence[nn.Module]) -> set[nn.Module]:
-    """Of some layers those that are called when losses are computed."""
+    """Those of some layers that are called when the losses are computed, in one forward pass without gradients."""
     called: set[nn.Module] = set()
     with ExitStack() as hooks, torch.no_grad():
         for layer in layers:
@@ -107,28 +108,33 @@ def called_layers(losses: Callable[[], Tensor], layers: Sequence[nn.Module]) -> 
 
 
 def find_last_layer(module: nn.Module) -> nn.Linear:
-    """The last linear layer: a Hugging Face model's output embedding, else the ``nn.Linear`` registered last.
+    """The last linear layer: a Hugging Face model's output embedding, or else the ``nn.Linear`` registered last.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the module has no ``nn.Linear``.
     """
-    for part in module.modules():
-        outputs = _called(part, "get_output_embeddings")
+    for submodule in module.modules():
+        outputs = _layer_from_getter(submodule, "get_output_embeddings")
         if isinstance(outputs, nn.Module) and isinstance(unwrapped(outputs), nn.Linear):
             return unwrapped(outputs)  # type: ignore[return-value]
-    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     if not linears:
         raise ValueError(f"{type(module).__name__} has no nn.Linear, which TracIn-Last needs. {LAST_ADVICE}.")
     return linears[-1]
 
 
 def find_layers_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> list[nn.Linear]:
-    """The linear layers whose output reaches the loss through no other linear layer, from one forward pass.
+    """The linear layers whose output reaches the losses through no other linear layer.
 
-    This is what "last" means when layers are registered in another order than they run in.
+    One forward pass records the layers' outputs, and a walk through the autograd graph, back from the losses, stops at
+    the first of them on each path. So the result does not depend on the order in which layers are registered.
+
+    Args:
+        module: the module.
+        losses: computes the losses of a batch, with autograd on.
 
     Raises:
-        ValueError: if a checkpoint with ``use_reentrant=True``, which hides its layers, comes before them.
+        ValueError: if the walk meets ``torch.utils.checkpoint`` with ``use_reentrant=True``, which hides its layers.
     """
     layer_of: dict[Any, nn.Linear] = {}
 
@@ -139,34 +145,38 @@ def find_layers_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> 
         layer_of[output.grad_fn] = layer  # type: ignore[assignment]
         return output
 
-    handles = [part.register_forward_hook(record) for part in module.modules() if isinstance(part, nn.Linear)]
+    handles = [layer.register_forward_hook(record) for layer in module.modules() if isinstance(layer, nn.Linear)]
     try:
         total = losses().sum()
     finally:
         for handle in handles:
             handle.remove()
-    found: dict[int, nn.Linear] = {}
-    seen: set[Any] = set()
+    last_layers: dict[int, nn.Linear] = {}
+    visited: set[Any] = set()
     nodes = [total.grad_fn]
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
         if node.name() == "CheckpointFunctionBackward":
             raise ValueError(
                 f"{type(module).__name__} computes a part in torch.utils.checkpoint with use_reentrant=True, where "
                 "gradients of examples cannot be taken. Use use_reentrant=False."
             )
-        seen.add(node)
+        visited.add(node)
         if node in layer_of:
-            found[id(layer_of[node])] = layer_of[node]
+            last_layers[id(layer_of[node])] = layer_of[node]
         else:
-            nodes.extend(following for following, _ in node.next_functions)
-    return list(found.values())
+            nodes.extend(earlier for earlier, _ in node.next_functions)
+    return list(last_layers.values())
 
 
 def only_layer_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> nn.Linear:
-    """The linear layer that alone feeds the loss.
+    """The only linear layer that feeds the losses directly.
+
+    Args:
+        module: the module.
+        losses: computes the losses of a batch, with autograd on.
 
     Raises:
         ValueError: if there is none, or several; the message lists them by name.
@@ -191,51 +201,52 @@ def layer_name(module: nn.Module, layer: nn.Module) -> str:
         ValueError: if the layer is not part of the module.
     """
     name: str
-    for name, part in module.named_modules():
-        if part is layer:
+    for name, submodule in module.named_modules():
+        if submodule is layer:
             return unwrapped_name(name)
     raise ValueError(f"The layer {layer} is not a part of {type(module).__name__}; return one that is.")
 
 
 def named_layer(module: nn.Module, name: str) -> nn.Module:
-    """The layer of a dotted name that :func:`layer_name` gave, whatever is put around it or around what holds it.
+    """The layer of a dotted name that :func:`layer_name` gave, through any wrappers of FSDP and checkpointing.
 
     Raises:
-        AttributeError: if there is none.
+        AttributeError: if the module has no layer of that name.
     """
     layer = module
-    for part in name.split("."):
-        layer = unwrapped(layer).get_submodule(part)
+    for component in name.split("."):
+        layer = unwrapped(layer).get_submodule(component)
     return unwrapped(layer)
 
 
 def _hugging_face_embeddings(module: nn.Module) -> list[nn.Module]:
-    """What the outermost parts that have ``get_input_embeddings`` say it is."""
-    answers: list[nn.Module] = []
+    """The embedding layers that ``get_input_embeddings`` of the outermost Hugging Face models returns."""
+    layers: list[nn.Module] = []
     inside: set[int] = set()
-    for part in module.modules():
-        if id(part) in inside:
+    for submodule in module.modules():
+        if id(submodule) in inside:
             continue
-        layer = _called(part, "get_input_embeddings")
+        layer = _layer_from_getter(submodule, "get_input_embeddings")
         weight = getattr(layer, "weight", None)
-        if isinstance(layer, nn.Module) and isinstance(weight, Tensor) and weight.dim() <= 2:  # 1: FSDP's part of it
-            answers.append(unwrapped(layer))
-            inside.update(id(child) for child in part.modules())
-    return answers
+        if isinstance(layer, nn.Module) and isinstance(weight, Tensor) and weight.dim() <= 2:  # 1: a shard of FSDP
+            layers.append(unwrapped(layer))
+            inside.update(id(child) for child in submodule.modules())
+    return layers
 
 
-def _called(part: nn.Module, method: str) -> Any:
-    """What a Hugging Face model's getter returns; None where it has no such layer."""
-    getter = getattr(part, method, None)
+def _layer_from_getter(model: nn.Module, method: str) -> Any:
+    """The layer that a Hugging Face model's getter returns; None if the model has no such getter or layer."""
+    getter = getattr(model, method, None)
     if not callable(getter):
         return None
     try:
         return getter()
-    except (NotImplementedError, AttributeError):  # how transformers says that a model has none
+    except (NotImplementedError, AttributeError):  # transformers raises these for a model without such a layer
         return None
 
 
 def _listed(module: nn.Module, layers: list[nn.Module]) -> str:
+    """The layers' names and the shapes of their weights, for an error message."""
     return ", ".join(
         f"{layer_name(module, layer)} ({tuple(weight.shape)})"
         if isinstance(weight := getattr(layer, "weight", None), torch.Tensor)

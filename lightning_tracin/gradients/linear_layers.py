@@ -1,7 +1,7 @@
-"""Layers that are linear in their weight, and the factors of the gradient at each of their calls.
+"""Layers that are linear in their weight, and the two factors of the weight's gradient at each of their calls.
 
-A convolution is a linear layer on the windows that it slides over. With several groups each group counts as a position
-of its own, whose gradient at the output is zero outside of the group.
+A convolution is a linear layer on its unfolded windows. In a grouped convolution, each group of a window counts as a
+position of its own, whose gradient at the output is zero outside of the group.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ LINEAR_LAYERS = "nn.Linear, nn.Conv1d, nn.Conv2d or transformers' Conv1D"
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether gradients can be taken at a layer as two factors."""
+    """Whether the weight's gradient at a layer can be given by two factors for each position."""
     return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) or _is_transposed(layer)
 
 
 def features_last(layer: nn.Module, output: Tensor) -> Tensor:
-    """A layer's output, or the gradient there, with the features in the last dimension and positions before."""
+    """A layer's output, or the gradient there, with the features in the last dimension and positions before it."""
     return output.movedim(1, -1) if _is_convolution(layer) and output.dim() > 2 else output
 
 
 def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A layer's weight, or anything of its shape, as (out, in), in the order of the factors."""
+    """A layer's weight, or a tensor of its shape, as a matrix (out, in) in the order of the factors."""
     if _is_transposed(layer):
         return weight.T
     return weight.flatten(1) if weight.dim() > 2 else weight
@@ -37,20 +37,20 @@ def factors_of_call(layer: nn.Module, value: Tensor, delta: Tensor, owners: Tens
 
     Args:
         layer: a linear layer.
-        value: what it was called with.
-        delta: the gradient at its output, features last.
-        owners: the example of each position, of the shape of ``delta`` without its last dimension.
+        value: the input of the call.
+        delta: the gradient at the output, features last.
+        owners: the example of each position, in the shape of ``delta`` without its last dimension.
 
     Returns:
-        The example (P,), the input with a 1 appended where there is a bias (P, in), and delta (P, out).
+        The example (P,), the input (P, in), with a 1 appended if the layer has a bias, and the gradient (P, out).
     """
     owners, deltas = owners.reshape(-1), delta.reshape(-1, delta.shape[-1])
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         windows = _windows(layer, value)  # (P, groups, in / groups * kernel)
         if layer.groups > 1:
             n_out = deltas.shape[1] // layer.groups
-            of_group = torch.eye(layer.groups).repeat_interleave(n_out, dim=1).to(deltas)  # (groups, out)
-            deltas = (deltas[:, None] * of_group).reshape(-1, deltas.shape[1])
+            group_mask = torch.eye(layer.groups).repeat_interleave(n_out, dim=1).to(deltas)  # (groups, out)
+            deltas = (deltas[:, None] * group_mask).reshape(-1, deltas.shape[1])
             owners = owners.repeat_interleave(layer.groups)
         inputs = windows.reshape(-1, windows.shape[-1])
     else:
@@ -61,13 +61,13 @@ def factors_of_call(layer: nn.Module, value: Tensor, delta: Tensor, owners: Tens
 
 
 def _windows(layer: nn.Conv1d | nn.Conv2d, value: Tensor) -> Tensor:
-    """The windows that a convolution slides over, (positions, groups, in / groups * kernel), example by example."""
+    """The unfolded windows of a convolution, (positions, groups, in / groups * kernel), example by example."""
     values = value if isinstance(layer, nn.Conv2d) else value[:, :, None]
     kernel, stride, dilation = (_pair(layer, getattr(layer, name)) for name in ("kernel_size", "stride", "dilation"))
     margins = _margins(layer, kernel, dilation)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     if any(margins):
-        # padding by reflection wants as many dimensions as it pads
+        # torch pads by reflection only with as many spatial dimensions as margins.
         one_row = isinstance(layer, nn.Conv1d) and mode != "constant"
         values = (
             functional.pad(values[:, :, 0], margins[:2], mode)[:, :, None]
@@ -79,7 +79,7 @@ def _windows(layer: nn.Conv1d | nn.Conv2d, value: Tensor) -> Tensor:
 
 
 def _margins(layer: nn.Conv1d | nn.Conv2d, kernel: tuple[int, int], dilation: tuple[int, int]) -> list[int]:
-    """How far each side is padded: left, right, top, bottom."""
+    """The padding of each side: left, right, top, bottom."""
     if layer.padding == "valid":
         return [0, 0, 0, 0]
     margins: list[int] = []
@@ -88,14 +88,14 @@ def _margins(layer: nn.Conv1d | nn.Conv2d, kernel: tuple[int, int], dilation: tu
             total = dilation[dim] * (kernel[dim] - 1)
             margins += [total // 2, total - total // 2]
         else:
-            own: Any = layer.padding
-            size = own[0] if isinstance(layer, nn.Conv1d) else own[dim]
+            padding: Any = layer.padding
+            size = padding[0] if isinstance(layer, nn.Conv1d) else padding[dim]
             margins += [size, size] if dim == 1 or isinstance(layer, nn.Conv2d) else [0, 0]
     return margins
 
 
 def _pair(layer: nn.Module, sizes: tuple[int, ...]) -> tuple[int, int]:
-    """The sizes of a convolution in two dimensions; one over a sequence has one row."""
+    """A convolution's sizes in two dimensions; a convolution over a sequence has a height of 1."""
     return (1, sizes[0]) if isinstance(layer, nn.Conv1d) else (sizes[0], sizes[1])
 
 
@@ -104,6 +104,6 @@ def _is_convolution(layer: nn.Module) -> bool:
 
 
 def _is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer is transformers' Conv1D, a linear layer whose weight is (in, out); told without the import."""
+    """Whether a layer is transformers' Conv1D, whose weight is (in, out); by name, without importing transformers."""
     kind = type(layer)
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")

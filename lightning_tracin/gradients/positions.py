@@ -1,4 +1,4 @@
-"""The positions that layers were called on, over all calls in a forward pass, example by example."""
+"""The positions of all calls of a layer in a forward pass, joined and sorted by example."""
 
 from __future__ import annotations
 
@@ -15,55 +15,78 @@ _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention
 
 
 def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Example, token id and gradient of every position that is not padding, over all calls of the embedding layer."""
-    parts = []
+    """The positions, without padding, of all calls of the layers that read the word embedding table.
+
+    Args:
+        calls: the calls, with their gradients.
+        owners_of_calls: for each call, the example of each position.
+        batch: the batch; attention masks in it mark padding, as does the layer's ``padding_idx``.
+
+    Returns:
+        The example (P,), token id (P,) and gradient (P, H) of each position, on the CPU.
+
+    Raises:
+        ValueError: if a call does not map token ids (B, T) to vectors (B, T, H).
+    """
+    call_positions = []
     for call, owners in zip(calls, owners_of_calls, strict=True):
         ids, output = call.inputs, call.output
-        padding = getattr(getattr(call.layer, "base_layer", call.layer), "padding_idx", None)  # peft wraps the layer
+        padding = getattr(
+            getattr(call.layer, "base_layer", call.layer), "padding_idx", None
+        )  # peft keeps the wrapped layer there
         if ids.is_floating_point() or output.shape[:-1] != ids.shape:
             raise ValueError(
                 f"The embedding layer must turn ids of shape (B, T) into vectors of shape (B, T, H), but turned "
                 f"{ids.dtype} {tuple(ids.shape)} into {tuple(output.shape)}. Return the word embedding layer from "
                 "influence_embedding_layer (an EmbeddingBag has no gradient for each word)."
             )
-        keep = torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
+        is_token = torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
         mask = _attention_mask(batch, ids)
         if mask is not None:
-            keep &= mask != 0
-        kept = torch.nonzero(keep.cpu().reshape(-1))[:, 0]
+            is_token &= mask != 0
+        places = torch.nonzero(is_token.cpu().reshape(-1))[:, 0]
         gradient = call.gradient_by_position.float().cpu().reshape(-1, output.shape[-1])
-        if len(kept) < len(gradient):  # a copy of all rows is dear
-            gradient = gradient[kept]
-        parts.append((owners.reshape(-1)[kept], ids.cpu().reshape(-1)[kept].long(), gradient))
-    return _by_example(parts)
+        if len(places) < len(gradient):  # without padding, indexing would copy all rows for nothing
+            gradient = gradient[places]
+        call_positions.append((owners.reshape(-1)[places], ids.cpu().reshape(-1)[places].long(), gradient))
+    return _by_example(call_positions)
 
 
 def linear_positions(calls: Sequence[Call], owners_of_calls: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Example, input (a 1 appended where there is a bias) and delta of every position, over all calls of the layer."""
-    parts = []
+    """The positions of all calls of a linear layer.
+
+    Args:
+        calls: the calls, with their gradients.
+        owners_of_calls: for each call, the example of each position.
+
+    Returns:
+        The example (P,), the input (P, in), with a 1 appended if the layer has a bias, and the gradient at the output
+        (P, out) of each position, on the CPU.
+    """
+    call_positions = []
     for call, owners in zip(calls, owners_of_calls, strict=True):
         delta = call.gradient_by_position.float().cpu()
-        parts.append(factors_of_call(call.layer, call.inputs.float().cpu(), delta, owners))
-    return _by_example(parts)
+        call_positions.append(factors_of_call(call.layer, call.inputs.float().cpu(), delta, owners))
+    return _by_example(call_positions)
 
 
-def _by_example(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """The positions of all calls, example by example, each in the order of its calls and positions."""
-    if len(parts) == 1 and bool((parts[0][0].diff() >= 0).all()):
-        return parts[0]
-    owners, first, second = (torch.cat(columns) for columns in zip(*parts, strict=True))
+def _by_example(call_positions: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The positions of all calls sorted by example; inside of an example, in the order of the calls and positions."""
+    if len(call_positions) == 1 and bool((call_positions[0][0].diff() >= 0).all()):
+        return call_positions[0]
+    owners, first, second = (torch.cat(columns) for columns in zip(*call_positions, strict=True))
     order = torch.argsort(owners, stable=True)
     return owners[order], first[order], second[order]
 
 
 def _attention_mask(batch: Any, ids: Tensor) -> Tensor | None:
-    """The attention mask that belongs to the ids that the embedding layer was called with."""
+    """The batch's attention mask for the token ids of a call; None if the batch has no mask for them."""
     if not isinstance(batch, Mapping):
         return None
     for ids_name, mask_name in _MASKS.items():
-        named, mask = batch.get(ids_name), batch.get(mask_name)
-        if not isinstance(named, Tensor) or not isinstance(mask, Tensor):
+        batch_ids, mask = batch.get(ids_name), batch.get(mask_name)
+        if not isinstance(batch_ids, Tensor) or not isinstance(mask, Tensor):
             continue
-        if mask.shape == ids.shape == named.shape and torch.equal(named, ids):
+        if mask.shape == ids.shape == batch_ids.shape and torch.equal(batch_ids, ids):
             return mask
     return None

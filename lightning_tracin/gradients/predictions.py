@@ -1,4 +1,4 @@
-"""What a model says of an example, seen in the forward pass that gives its loss."""
+"""A model's predictions, observed by hooks in the forward pass that computes the losses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_tracin.gradients.losses import Losses, hugging_face_model
 
 
 class PredictionProbe:
-    """The outputs of the parts of a module that tell what it predicts.
+    """Reads predictions from the outputs of a module's layers.
 
-    They are believed in this order: the linear layer that alone feeds the loss, the model of transformers inside the
-    module, and the module itself where it returns ``logits`` as such a model does.
+    The logits come from the first of these that gives one row for each example: the only linear layer that feeds the
+    loss directly, the model of transformers inside the module, and the module itself if its output has ``logits``.
 
     Args:
         module: the module.
-        last_layer: name of the linear layer that alone feeds the loss, if it is known.
+        last_layer: name of the only linear layer that feeds the loss directly; None if it is not known.
     """
 
     def __init__(self, module: nn.Module, last_layer: str | None) -> None:
@@ -30,23 +30,23 @@ class PredictionProbe:
         self._name = last_layer
         self._last_layer: nn.Module | None = None
         self._hugging_face: nn.Module | None = None
-        self._seen: dict[nn.Module, list[Any]] = {}
+        self._outputs: dict[nn.Module, list[Any]] = {}
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """See what the parts return, as they are called."""
-        # found anew each time: a module's setup may have built them again
+        """Record the outputs of the observed modules while the context lasts."""
+        # The modules are looked up each time, because a module's setup hook may have rebuilt them.
         self._last_layer = None if self._name is None else named_layer(self._module, self._name)
         self._hugging_face = hugging_face_model(self._module)
-        parts = (self._last_layer, self._hugging_face, self._module)
-        self._seen = {part: [] for part in parts if part is not None}
+        observed = (self._last_layer, self._hugging_face, self._module)
+        self._outputs = {submodule: [] for submodule in observed if submodule is not None}
         with ExitStack() as hooks:
-            for part, seen in self._seen.items():
-                hooks.callback(part.register_forward_hook(partial(_see, seen)).remove)
+            for submodule, outputs in self._outputs.items():
+                hooks.callback(submodule.register_forward_hook(partial(_append_output, outputs)).remove)
             yield
 
     def watching(self, losses: Losses) -> Losses:
-        """The losses, in whose forward pass the parts are seen; a backward pass may call some again (checkpointing)."""
+        """The same losses, whose forward pass is observed; a backward pass, which may recompute layers, is not."""
 
         def watched(batch: Any) -> Tensor:
             with self.watched():
@@ -55,45 +55,46 @@ class PredictionProbe:
         return watched
 
     def predictions(self, n_examples: int, labels: Tensor | None) -> Tensor:
-        """What was predicted for each example of the batch that was seen.
+        """The prediction for each example of the batch that was observed.
 
         Args:
-            n_examples: in the batch.
-            labels: of the batch; they tell classification from regression.
+            n_examples: number of examples in the batch.
+            labels: the batch's labels, whose type distinguishes classification from regression; None if unknown.
 
         Returns:
-            (n_examples, 2) float64: the class and its probability, or a value and NaN; NaN where there is not one
-            prediction for each example (tokens, several labels).
+            (n_examples, 2) float64: the class and its probability, or a regression's value and NaN. All are NaN if
+            there is not exactly one prediction for each example (token classification, several labels).
         """
-        logits = next((found for part in self._seen if (found := self._logits(part, n_examples)) is not None), None)
+        candidates = (self._logits(submodule, n_examples) for submodule in self._outputs)
+        logits = next((candidate for candidate in candidates if candidate is not None), None)
         unknown = torch.full((n_examples, 2), torch.nan, dtype=torch.float64)
         if logits is None or (labels is not None and labels.dim() > 1 and labels.shape[-1] > 1):
             return unknown
         if logits.shape[1] > 1:
-            likeliest = _probabilities(logits).max(1)
-            return torch.stack([likeliest.indices.double(), likeliest.values], 1)
+            most_likely = _probabilities(logits).max(1)
+            return torch.stack([most_likely.indices.double(), most_likely.values], 1)
         if self._hugging_face is None and labels is not None and not labels.is_floating_point():
             positive = logits[:, 0].sigmoid()
             return torch.stack([(positive > 0.5).double(), torch.maximum(positive, 1 - positive)], 1)
         return torch.stack([logits[:, 0], unknown[:, 1]], 1)
 
-    def _logits(self, part: nn.Module, n_examples: int) -> Tensor | None:
-        """(n_examples, number of classes) float64, if a part was called once and returned such."""
-        if len(self._seen[part]) != 1:
+    def _logits(self, submodule: nn.Module, n_examples: int) -> Tensor | None:
+        """(n_examples, n_classes) float64; None if a module was not called exactly once, or has another output."""
+        if len(self._outputs[submodule]) != 1:
             return None
-        output = self._seen[part][0]
-        if part is not self._last_layer:
+        output = self._outputs[submodule][0]
+        if submodule is not self._last_layer:
             output = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() not in (1, 2):
             return None
         return output.detach().double().cpu().reshape(n_examples, -1) if len(output) == n_examples else None
 
 
-def _see(seen: list[Any], _: nn.Module, __: Any, output: Any) -> None:
-    seen.append(output)
+def _append_output(outputs: list[Any], _: nn.Module, __: Any, output: Any) -> None:
+    outputs.append(output)
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    """The probability of each class; what sums up to 1 already is taken as it is."""
+    """The probability of each class; rows that already are probabilities, which add up to 1, stay as they are."""
     is_distribution = bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
     return logits if is_distribution else logits.softmax(1)

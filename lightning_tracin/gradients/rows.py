@@ -1,7 +1,7 @@
-"""Rows of numbers as unit directions beside their norms, and the types that directions are kept in.
+"""Vectors as unit directions and norms: normalisation, quantisation and random projection.
 
-The norm is what methods scale, select and rank by; the direction is what is multiplied, and what can be stored in half
-precision, or in a byte for each number, however small the gradient is.
+Methods scale, select and rank by norms, and multiply directions. Directions of length 1 can be stored in half precision
+or as int8, however small the gradient is.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: What directions are kept in.
+#: The names of the types that directions are stored in.
 Dtype: TypeAlias = Literal["float32", "float16", "int8"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
 def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Split (R, H) rows into norms (R,) and unit vectors (R, H), exactly also where squares would underflow."""
+    """Split rows (R, H) into norms (R,) and unit vectors (R, H), also if the squares of entries would underflow."""
     if rows.numel() == 0:
         return rows.new_zeros(rows.shape[0]), rows
     largest = rows.abs().amax(dim=1)
@@ -29,7 +29,11 @@ def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rows_in_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (R, H) as int8, scaled so that each row's largest entry is 127, and the norms of those (R,)."""
+    """Quantise rows (R, H) to int8, with 127 for each row's largest magnitude.
+
+    Returns:
+        (R, H) int8, and the norms (R,) of these rows before they are cast, float32.
+    """
     rows = rows.float()
     if rows.numel() == 0:
         return rows.to(torch.int8), rows.new_zeros(rows.shape[0])
@@ -39,16 +43,17 @@ def rows_in_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def projection_matrix(width: int, size: int, seed: int = 0) -> Tensor:
-    """A fixed matrix (width, size) of normal numbers, float32, which almost keeps the angles between rows."""
-    numbers = np.random.RandomState(seed).standard_normal((width, size))  # a stream that never changes
+    """A fixed Gaussian matrix (width, size), float32: a random projection that nearly preserves angles between rows."""
+    # The stream of RandomState is the same in every version of NumPy, so stored projections stay comparable.
+    numbers = np.random.RandomState(seed).standard_normal((width, size))
     return torch.from_numpy(numbers).float()
 
 
 def projected(rows: Tensor, size: int, seed: int = 0) -> Tensor:
-    """Rows (R, width) times the fixed matrix of a seed, (R, size); the rows themselves where they are no wider.
+    """Rows (R, width) multiplied by the projection matrix of a seed, (R, size); unprojected if ``size`` >= width.
 
-    The product is computed in float64, which neither autocast nor a setting of torch rounds: it may run in a thread
-    beside training.
+    The product is computed in float64, which neither autocast nor torch's matmul precision rounds: it may run in a
+    thread beside training, where the settings of the process must not be changed.
     """
     if size >= rows.shape[1]:
         return rows.float()
@@ -56,5 +61,5 @@ def projected(rows: Tensor, size: int, seed: int = 0) -> Tensor:
 
 
 def unique_tokens(tokens: Tensor) -> list[int]:
-    """The token ids that occur, each once, ascending."""
+    """The distinct token ids of a tensor, ascending."""
     return [int(token) for token in torch.unique(tokens)]

@@ -28,33 +28,33 @@ class WordGradients(DirectedRows):
 
     @classmethod
     def from_positions(cls, n_examples: int, examples: Tensor, tokens: Tensor, gradients: Tensor) -> WordGradients:
-        """Sum the gradients at the embedding's output, one for each position, into one row per word and example.
+        """Sum the gradients at the embedding's output over positions, into one row for each word of each example.
 
         Args:
             n_examples: number of examples in the batch.
             examples: (P,) the example of each position.
             tokens: (P,) the token id at each position.
-            gradients: (P, H) the gradient at each position. Words whose sum is zero are left out.
+            gradients: (P, H) the gradient at each position. Words with a sum of zero are left out.
         """
-        keys, row_of = torch.unique(tokens * n_examples + examples, return_inverse=True)
+        keys, row_of_position = torch.unique(tokens * n_examples + examples, return_inverse=True)
         rows = torch.zeros(len(keys), gradients.shape[1], device=gradients.device, dtype=torch.float32)
-        rows.index_add_(0, row_of, gradients.float())
+        rows.index_add_(0, row_of_position, gradients.float())
         norms, directions = unit_rows(rows)
         words = cls(n_examples, keys % n_examples, norms, directions, tokens=keys // n_examples)
         return words if bool((norms != 0).all()) else words.select(norms != 0)
 
     def projected(self, size: int) -> WordGradients:
-        """Directions projected at random to so many numbers, of length 1; norms stay those of the whole gradients."""
+        """The same gradients with unit directions of ``size`` numbers, by random projection; norms stay as they are."""
         _, directions = unit_rows(projected(self.directions, size))
         return replace(self, directions=directions)
 
     def without(self, tokens: Sequence[int]) -> WordGradients:
-        """The rows of some tokens set to zero, without a copy of the others."""
-        left_out = torch.isin(self.tokens, torch.tensor(list(tokens)))
-        return replace(self, norms=torch.where(left_out, 0.0, self.norms))
+        """The same gradients with norms of zero for some tokens; directions are not copied."""
+        is_excluded = torch.isin(self.tokens, torch.tensor(list(tokens)))
+        return replace(self, norms=torch.where(is_excluded, 0.0, self.norms))
 
     def top_words(self, k: int) -> WordGradients:
-        """Each example's ``k`` rows of largest norm (ties go to the smaller token id)."""
+        """Each example's ``k`` rows of largest norm; of equal norms, those of smaller token ids."""
         by_norm = torch.argsort(self.norms, descending=True, stable=True)
         order = by_norm[torch.argsort(self.examples[by_norm], stable=True)]
         counts = self.rows_by_example()
