@@ -108,6 +108,7 @@ def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoi
     """Check that the fit recorded what a method needs, as far as it is stored; the sites that it needs."""
     if not checkpoints:
         raise ValueError(f"The trace in {trace.path} has no checkpoint yet: there is nothing to score from.")
+    trace.check_whole(checkpoints)
     sites = sites_of(method, trace.sites)
     for checkpoint in checkpoints:
         terms_at(checkpoint, method)  # raises where the method needs second moments and there are none

@@ -21,7 +21,7 @@ from lightning_tracin.parallel.fsdp import full_state_dict, require_automatic_op
 from lightning_tracin.parallel.processes import Processes, wait_until_visible
 from lightning_tracin.recording.first_batch import bytes_per_example, look_at_first_batch, stored_sites
 from lightning_tracin.recording.loggers import logger_folder
-from lightning_tracin.recording.plan import RecordingPlan
+from lightning_tracin.recording.plan import RecordingPlan, local_path
 from lightning_tracin.recording.recorder import Recorder
 from lightning_tracin.recording.space import require_space
 from lightning_tracin.recording.training_cache import TrainingCache
@@ -29,6 +29,7 @@ from lightning_tracin.recording.training_form import TrainingForm, check_trainin
 from lightning_tracin.recording.validation_log import ValidationLog
 from lightning_tracin.storage.checkpoint import Step
 from lightning_tracin.storage.lock import locked
+from lightning_tracin.storage.own_files import has_trace, require_free, require_unlinked
 from lightning_tracin.storage.shards import fitting_shard_examples
 from lightning_tracin.storage.trace import Trace, TraceHeader, model_fingerprint
 
@@ -59,8 +60,8 @@ def begin(
     with processes.synchronized():
         require_sharded(module)
         require_automatic_optimization(module)
-        path = _locked_path(trainer, plan, resumed, processes, writing)
-        goes_on = processes.gather(_goes_on(path, plan, resumed) if processes.first else None)[0]
+        path = _locked_path(trainer, plan, processes, writing)
+        source = processes.gather(_source(path, plan, resumed) if processes.first else None)[0]
         training_set = TrainingSet(trainer.train_dataloader)
         check_order(training_set.loader, "training")
         if plan.cache != "on_demand":
@@ -75,14 +76,16 @@ def begin(
         if processes.first:
             require_space(trainer, plan, path, state, first, training_set)
     with processes.synchronized():
-        if goes_on:
-            trace = Trace(path)
+        if source is not None:
+            trace = Trace(source)
             trace.check_data(len(training_set), fingerprint)
             if processes.first:
                 trace.check_model(state, type(module).__name__)
             _require_same_sites(trace, sites, plan)
-            if processes.first:
+            if processes.first and source == path:
                 trace.drop_checkpoints_after(trainer.global_step)
+            elif processes.first:
+                trace.branch(path, trainer.global_step)
         elif processes.first:
             per_example = bytes_per_example(first, plan.options)
             header = TraceHeader(
@@ -96,7 +99,7 @@ def begin(
             )
             Trace.create(path, header)
     fit = RecordedFit(_opened(path, processes), training_set)
-    steps = _steps_to_go_on_with(fit.trace, resumed, processes) if goes_on else []
+    steps = _steps_to_go_on_with(fit.trace, resumed, processes) if source is not None else []
     recorder = Recorder(fit, plan, first.gradients, trainer.train_dataloader, steps)
     if form is not None:
         recorder.training = TrainingCache(module, fit.trace, form, processes)
@@ -124,11 +127,9 @@ def _validations(trainer: pl.Trainer, recorder: Recorder, plan: RecordingPlan) -
     return ValidationLog(recorder.fit.trace, recorder.gradients, plan.log_examples, plan.log_k)
 
 
-def _locked_path(
-    trainer: pl.Trainer, plan: RecordingPlan, resumed: Mapping[str, Any], processes: Processes, writing: ExitStack
-) -> Path:
+def _locked_path(trainer: pl.Trainer, plan: RecordingPlan, processes: Processes, writing: ExitStack) -> Path:
     """The folder of the trace, the same for all processes, which the first one locks until the fit is left."""
-    path = _path(trainer, plan, resumed)
+    path = _path(trainer, plan)
     if processes.size > 1:  # each may be told another version by its logger, or run in another folder
         path = processes.gather(path.absolute())[0]
     writing.close()  # of a fit that another callback kept from telling that it ended
@@ -137,37 +138,47 @@ def _locked_path(
     return path
 
 
-def _path(trainer: pl.Trainer, plan: RecordingPlan, resumed: Mapping[str, Any]) -> Path:
-    """The folder of the trace: as given, as resumed, or where ModelCheckpoint would put its own."""
-    if plan.dirpath is not None:
-        return plan.dirpath
-    if resumed and Path(resumed["path"]).exists():
-        return Path(resumed["path"])
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir) / "trace"
-    return logger_folder(trainer.loggers[0], trainer.default_root_dir) / "trace"
-
-
-def _goes_on(path: Path, plan: RecordingPlan, resumed: Mapping[str, Any]) -> bool:
-    """Whether a resumed fit goes on with the trace that is in the folder.
+def _path(trainer: pl.Trainer, plan: RecordingPlan) -> Path:
+    """The folder of the trace: as given, or where ModelCheckpoint would put its own.
 
     Raises:
-        FileExistsError: if the trace of another fit is in its place, and must not be replaced.
+        ValueError: if that is no folder of a file system.
     """
-    exists = (path / "trace.json").exists()
-    if resumed:
-        if exists and Trace(path).id == resumed["trace"]:
-            return True
-        rank_zero_warn(
-            f"This fit is resumed, but the trace that it began ({resumed['path']}) is not in {path}: the checkpoints "
-            "before this one will be missing from the scores."
-        )
-    if exists and not plan.overwrite:
+    if plan.dirpath is not None:
+        return plan.dirpath
+    root = local_path(trainer.default_root_dir, "default_root_dir of the trainer")
+    if not trainer.loggers:
+        return root / "trace"
+    logger = trainer.loggers[0]
+    local_path(logger.save_dir or root, f"folder of {type(logger).__name__}")
+    return logger_folder(logger, trainer.default_root_dir) / "trace"
+
+
+def _source(path: Path, plan: RecordingPlan, resumed: Mapping[str, Any]) -> Path | None:
+    """The folder of the trace that a resumed fit goes on with: in its place, or in another where it branches off.
+
+    Raises:
+        FileExistsError: if what is in the place must not be replaced: the trace of another fit, or files of others.
+    """
+    if resumed and has_trace(path) and Trace(path).id == resumed["trace"]:
+        require_unlinked(path)
+        return path
+    require_free(path)
+    if has_trace(path) and not plan.overwrite:
         raise FileExistsError(
             f"{path.absolute()} holds the trace of another fit. Pass another dirpath, or overwrite=True to replace it; "
             "a fit that is resumed with ckpt_path continues its own trace."
         )
-    return False
+    if not resumed:
+        return None
+    source = Path(resumed["path"])
+    if has_trace(source) and Trace(source).id == resumed["trace"]:
+        return source
+    rank_zero_warn(
+        f"This fit is resumed, but the trace that it began is not in {source} any more: the checkpoints before this "
+        "one will be missing from the scores."
+    )
+    return None
 
 
 def _require_same_sites(trace: Trace, sites: tuple[Site, ...], plan: RecordingPlan) -> None:
@@ -235,7 +246,7 @@ def _opened(path: Path, processes: Processes) -> Trace:
     with processes.synchronized():
 
         def seen() -> bool:
-            return (path / "trace.json").exists() and Trace(path).id == begun
+            return has_trace(path) and Trace(path).id == begun
 
         wait_until_visible(seen, f"The first process has begun a trace in {path.absolute()}")
         return Trace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ from lightning_tracin.recording.plan import (
     Cache,
     RecordingPlan,
     examples_to_log,
+    local_path,
     methods_to_record,
     projection_sizes,
 )
@@ -107,7 +109,7 @@ class TracInCallback(DualCallback):
         overwrite: bool = False,
     ) -> None:
         self.plan = RecordingPlan(
-            dirpath=None if dirpath is None else Path(dirpath),
+            dirpath=None if dirpath is None else local_path(dirpath, "dirpath"),
             every_n_epochs=every_n_epochs,
             every_n_train_steps=every_n_train_steps,
             cache=cache,
@@ -122,6 +124,7 @@ class TracInCallback(DualCallback):
         self._sampled: SampledLoader | None = None
         self._fitting = False
         self._resumed: dict[str, Any] = {}
+        self._left: tuple[Any, dict[str, Any]] | None = None
         self._writing = ExitStack()  # holds the folder's lock
 
     @property
@@ -182,7 +185,10 @@ class TracInCallback(DualCallback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
             return
-        self._recorder = begin(trainer, pl_module, self.plan, self._resumed, self._writing)
+        # A trainer that fits again goes on where it was, as Lightning counts its steps.
+        again = self._left is not None and self._left[0]() is trainer and trainer.global_step > 0
+        resumed = self._left[1] if again and self._left is not None and not self._resumed else self._resumed
+        self._recorder = begin(trainer, pl_module, self.plan, resumed, self._writing)
         self.recorded_fit = self._recorder.fit
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -243,6 +249,7 @@ class TracInCallback(DualCallback):
         """Log the last validation, and say so if the fit was too short for a checkpoint."""
         if self._recorder is not None:
             self._recorder.end(trainer)
+            self._left = weakref.ref(trainer), self.state_dict()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the loader and the module as they were, and the folder to others."""

@@ -106,3 +106,17 @@ def examples_to_log(value: Any) -> int | tuple[int, ...]:
     if not indices or len(set(indices)) < len(indices):
         raise ValueError(f"log_examples must name each validation example once, but got {value!r}.")
     return tuple(int(each) for each in indices)
+
+
+def local_path(value: str | Path, what: str) -> Path:
+    """A path, if it is one of a file system.
+
+    Raises:
+        ValueError: if it is a URL, as Lightning's own paths may be.
+    """
+    if "://" in str(value):
+        raise ValueError(
+            f"A trace is a folder of a file system, but the {what} is {str(value)!r}. Pass a local folder as dirpath "
+            "of TracInCallback, and copy it when the fit is over."
+        )
+    return Path(value)

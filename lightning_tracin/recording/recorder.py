@@ -53,6 +53,8 @@ class Recorder:
         self.gradients = gradients
         self._loader = loader
         self._failure: Exception | None = None
+        recorded = fit.trace.checkpoints
+        self._previous = recorded[-1].id if recorded else None
 
     def check_loader(self, trainer: pl.Trainer) -> None:
         """Check that a loader made anew (``reload_dataloaders_every_n_epochs``) is of the same training set.
@@ -180,6 +182,7 @@ class Recorder:
             optimizers,
             step=step,
             epoch=trainer.current_epoch,
+            previous=self._previous,
             steps=self.steps,
             processes=processes,
         ) as checkpoint:
@@ -187,7 +190,8 @@ class Recorder:
                 self._store_gradients(trainer, checkpoint, processes)
             elif self.training is not None:
                 self.training.store(checkpoint, n_recorded)
-        self.steps = []
+            recorded = checkpoint.id
+        self._previous, self.steps = recorded, []
         self.log_validations(trainer)
 
     def _store_gradients(self, trainer: pl.Trainer, checkpoint: Checkpoint, processes: Processes) -> None:

@@ -29,6 +29,7 @@ class Checkpoint:
         id: unique, also if a resumed fit records another checkpoint at the same step.
         step: ``trainer.global_step``.
         epoch: ``trainer.current_epoch``.
+        previous: id of the checkpoint before; None for the first one.
         steps: the optimizer steps since the previous checkpoint.
         groups: the parameter names of each group of each optimizer.
         checksums: of the files of weights and of second moments, by name.
@@ -39,6 +40,7 @@ class Checkpoint:
     id: str
     step: int
     epoch: int
+    previous: str | None
     steps: list[Step]
     groups: list[list[list[str]]]
     checksums: dict[str, str]

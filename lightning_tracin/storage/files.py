@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,9 +128,14 @@ def _hash_of_file(path: Path) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes its name when it is on disk and vanishes when it cannot be written."""
-    partial = path.with_name(path.name + PARTIAL)
+    """A file to write, which takes its name when it is on disk and vanishes when it cannot be written.
+
+    Until then its name is one that nobody can have foreseen, and it is made anew: a link that somebody has put into the
+    folder is never followed.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())

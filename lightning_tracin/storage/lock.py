@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-_NAME = ".lock"
+_NAME = ".lightning_tracin.lock"
 
 # What systems answer whose files cannot be locked, such as Lustre without its option flock, or NFS without lockd.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
@@ -23,9 +23,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 def locked(folder: Path, *, within_fit: bool = False) -> Iterator[None]:
     """Be the only one that writes into a trace's folder; the first of several processes does this for all.
 
-    The lock is on the file ``.lock``, which is there meanwhile. A process that is killed leaves the file, but the
-    operating system frees the lock. Where files cannot be locked there is a warning, and no lock: a mark in its place
-    would outlive a killed process, and stand in the way when its fit is resumed on another node.
+    The lock is on the file ``.lightning_tracin.lock``, which is there meanwhile. A process that is killed leaves the
+    file, but the operating system frees the lock. Where files cannot be locked there is a warning, and no lock: a mark
+    in its place would outlive a killed process, and stand in the way when its fit is resumed on another node.
 
     Args:
         folder: of the trace; it is made if there is none, and removed if nothing is written to it.

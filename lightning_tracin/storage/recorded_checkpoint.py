@@ -27,6 +27,7 @@ def new_checkpoint(
     *,
     step: int,
     epoch: int,
+    previous: str | None,
     steps: list[Step],
     processes: Processes = ALONE,
 ) -> Iterator[Checkpoint]:
@@ -40,16 +41,24 @@ def new_checkpoint(
         optimizers: the optimizers of the fit.
         step: ``trainer.global_step``.
         epoch: ``trainer.current_epoch``.
+        previous: id of the checkpoint before; None for the first one.
         steps: the optimizer steps since the previous checkpoint.
         processes: the processes of the fit; every one of them must enter the context.
 
     Raises:
-        FileNotFoundError: if the trace is no longer in its folder.
+        FileNotFoundError: if the trace, or a checkpoint of it, is no longer in its folder.
         ValueError: if another trace has replaced it.
     """
     with processes.synchronized():
         if processes.first:
-            trace.check_in_place()  # the lock does not keep anyone from moving the folder
+            trace.check_in_place()  # The lock means nothing to a person who moves folders.
+            recorded = trace.checkpoints
+            trace.check_whole(recorded)
+            if (recorded[-1].id if recorded else None) != previous:
+                raise FileNotFoundError(
+                    f"The last checkpoint in {trace.path} was removed while the fit was running. Restore it from a "
+                    "copy, or fit again."
+                )
     names = parameter_names(module)
     groups = [
         [
@@ -62,6 +71,7 @@ def new_checkpoint(
         "id": uuid.uuid4().hex,
         "step": step,
         "epoch": epoch,
+        "previous": previous,
         "steps": steps,
         "groups": groups,
     }

@@ -7,7 +7,6 @@ written under a name that ends in ``.partial`` and renamed when it is complete.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.files import PARTIAL, read_json, write_json
+from lightning_tracin.storage.own_files import FORMAT, HEADER, copy_before, remove_folder, remove_trace, require_free
 from lightning_tracin.storage.shards import Shards
 
 FORMAT_VERSION = 2
@@ -70,19 +70,25 @@ class Trace:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not (self.path / "trace.json").exists():
+        if not (self.path / HEADER).exists():
             raise FileNotFoundError(
-                f"There is no trace in {self.path.absolute()}: it holds no trace.json. Fit with TracInCallback first, "
-                "or pass the folder that it wrote to."
+                f"There is no trace in {self.path.absolute()}: it holds no {HEADER}. Fit with TracInCallback first, or "
+                "pass the folder that it wrote to."
             )
-        found = read_json(self.path / "trace.json", ["version"])["version"]
+        content = read_json(self.path / HEADER)
+        if isinstance(content, dict) and content.get("removed"):
+            raise FileNotFoundError(
+                f"The trace in {self.path.absolute()} was being replaced by that of another fit, which was broken off "
+                "before it began. Fit again into this folder, or into another."
+            )
+        found = read_json(self.path / HEADER, ["version"])["version"]
         if found != FORMAT_VERSION:
             remedy = "Update lightning_tracin, or fit again" if found > FORMAT_VERSION else "Fit again"
             raise ValueError(
                 f"The trace in {self.path} is of format version {found}, but this lightning_tracin reads version "
                 f"{FORMAT_VERSION}. {remedy}."
             )
-        content = read_json(self.path / "trace.json", ["id", *(each.name for each in fields(TraceHeader))])
+        content = read_json(self.path / HEADER, ["id", *(each.name for each in fields(TraceHeader))])
         self.id: str = content["id"]
         self.n_train: int = content["n_train"]
         self.data_fingerprint: str = content["data_fingerprint"]
@@ -96,7 +102,7 @@ class Trace:
                 raise ValueError(f"it has {len(self.sites)} sites, in {self.dtype!r}")
         except ValueError as error:
             raise ValueError(
-                f"{self.path / 'trace.json'} is damaged: {error}. Restore the file from a copy, or fit again."
+                f"{self.path / HEADER} is damaged: {error}. Restore the file from a copy, or fit again."
             ) from error
 
     def __repr__(self) -> str:
@@ -104,12 +110,31 @@ class Trace:
 
     @classmethod
     def create(cls, path: Path, header: TraceHeader) -> Trace:
-        """Start an empty trace; one that is there already is removed."""
+        """Start an empty trace; one that is there already is removed, and nothing else.
+
+        Raises:
+            FileExistsError: if files of others, or links, are in the way.
+        """
+        require_free(path)
         remove_trace(path)
         path.mkdir(parents=True, exist_ok=True)
-        content = {"format": "lightning_tracin trace", "version": FORMAT_VERSION, "id": uuid.uuid4().hex}
-        write_json(path / "trace.json", {**content, **asdict(header)})
+        content = {"format": FORMAT, "version": FORMAT_VERSION, "id": uuid.uuid4().hex}
+        write_json(path / HEADER, {**content, **asdict(header)})
         return cls(path)
+
+    def branch(self, path: Path, step: int) -> Trace:
+        """Start a trace in another folder with what this one had up to a step; this one stays as it is.
+
+        Raises:
+            FileExistsError: if files of others, or links, are in the way.
+        """
+        require_free(path)
+        remove_trace(path)
+        path.mkdir(parents=True, exist_ok=True)
+        header = read_json(self.path / HEADER)
+        write_json(path / HEADER, {**header, "id": uuid.uuid4().hex, "branched_from": self.id})
+        copy_before(self.path, path, step)
+        return Trace(path)
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
@@ -232,24 +257,31 @@ class Trace:
             "order, or fit again."
         )
 
+    def check_whole(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Check that no checkpoint is missing: each names the one before.
+
+        Raises:
+            FileNotFoundError: if one is.
+        """
+        before: str | None = None
+        for checkpoint in checkpoints:
+            if checkpoint.previous != before:
+                raise FileNotFoundError(
+                    f"The trace in {self.path} lacks the checkpoint before that of step {checkpoint.step}: its folder "
+                    "was removed. Scores without it would be wrong. Restore the folder from a copy, or fit again."
+                )
+            before = checkpoint.id
+
     def drop_checkpoints_after(self, step: int) -> None:
         """Remove the checkpoints beyond a step, when a fit is resumed from an earlier one."""
         for checkpoint in self.checkpoints:
             if checkpoint.step > step:
-                shutil.rmtree(checkpoint.path)
+                remove_folder(self.path, checkpoint.path)
 
 
 def model_fingerprint(state: Mapping[str, Any]) -> str:
     """A hash of the names and shapes of a state dict's tensors."""
     return hashlib.sha256(repr(sorted(_shapes(state).items())).encode()).hexdigest()
-
-
-def remove_trace(path: Path) -> None:
-    """Remove a trace's own files from a folder, and nothing else."""
-    (path / "trace.json").unlink(missing_ok=True)
-    (path / "vocabulary.json").unlink(missing_ok=True)
-    for folder in ("checkpoints", "texts", "texts" + PARTIAL, "running" + PARTIAL):
-        shutil.rmtree(path / folder, ignore_errors=True)
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from lightning_tracin.storage.files import PARTIAL, check_file, read_json
+from lightning_tracin.storage.own_files import HEADER
 from lightning_tracin.storage.shards import Shards
 from lightning_tracin.storage.trace import Trace
 
@@ -14,14 +16,14 @@ from lightning_tracin.storage.trace import Trace
 def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
     """Compare every file with what was written.
 
-    JSON files, which have no checksum, are read. What is not named in any file, such as a checkpoint whose whole
-    folder is gone, cannot be missed.
+    JSON files, which have no checksum, are read. A last checkpoint whose whole folder is gone, which no file names,
+    cannot be missed.
 
     Yields:
         Each file, and what is wrong with it, or None. A file or folder that a writing left behind when it was
         broken off counts as wrong, though nothing is read from it.
     """
-    yield trace.path / "trace.json", None  # it was read
+    yield trace.path / HEADER, None  # it was read
     for path in sorted(trace.path.rglob(f"*{PARTIAL}")):
         yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
     folders = [path for path in sorted(trace.path.glob("checkpoints/*")) if path.suffix != PARTIAL]
@@ -31,6 +33,11 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
         yield file, problem
         for name, checksum in {} if problem else trace.read_checkpoint(file).checksums.items():
             yield folder / name, _problem(folder / name, partial(check_file, folder / name, checksum))
+    with suppress(ValueError):  # of a damaged file, which is named above
+        try:
+            trace.check_whole(trace.checkpoints)
+        except FileNotFoundError as error:
+            yield trace.path / "checkpoints", str(error)
     stored = [
         folder / name
         for folder in folders

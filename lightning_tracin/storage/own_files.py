@@ -1,0 +1,167 @@
+"""What the files of a trace are called, so that nothing else is ever removed, replaced or written through."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning_tracin.storage.files import write_json
+
+FORMAT = "lightning_tracin trace"
+HEADER = "trace.json"
+
+# Those of format version 1 can be replaced, too.
+_KEY = r"(words|linear-\d{1,4}|texts|tracin-we|tracin-last)"
+_TEMPORARY = r"(\.[0-9a-f]{8}\.partial)?"
+_SHARDS = rf"(index\.json|\d{{5}}\.safetensors){_TEMPORARY}"
+_STEP = r"checkpoints/step-\d{9}(\.partial)?"
+_OWN = re.compile(
+    rf"(trace|vocabulary)\.json{_TEMPORARY}"
+    rf"|texts(\.partial)?/{_SHARDS}"
+    rf"|{_STEP}/(checkpoint\.json|weights\.safetensors|second-moments-{_KEY}\.safetensors){_TEMPORARY}"
+    rf"|{_STEP}/{_KEY}(\.partial)?/{_SHARDS}"
+    rf"|running\.partial/process-\d+/\d{{5}}/{_KEY}\.safetensors{_TEMPORARY}"
+)
+# Folders that a trace has for itself; of `checkpoints`, which others use too, only what is called as its own.
+_PLACES = re.compile(rf"(texts(\.partial)?|running\.partial|{_STEP})(/.*)?")
+_TOP = ("texts", "texts.partial", "checkpoints", "running.partial")
+
+
+def has_trace(folder: Path) -> bool:
+    """Whether the header of a trace is in a folder, of whatever version."""
+    header = _header(folder)
+    return header is not None and not header.get("removed")
+
+
+def in_the_way(folder: Path) -> list[Path]:
+    """What a trace in a folder would write over, or into, and did not write itself: files of others, and links."""
+    owned = _header(folder) is not None
+    found = []
+    for path, name in _entries(folder):
+        is_own = _OWN.fullmatch(name) is not None
+        is_in_place = _PLACES.fullmatch(name) is not None or is_own
+        if path.is_symlink():
+            if is_in_place or name in _TOP or "/" in name:
+                found.append(path)
+        elif not path.is_dir() and is_in_place and not (is_own and owned):
+            found.append(path)
+    return found
+
+
+def require_free(folder: Path) -> None:
+    """Check that nothing is in the way of a trace in a folder but one that is there already.
+
+    Raises:
+        FileExistsError: if something is; the message names it.
+    """
+    found = in_the_way(folder)
+    if found:
+        raise FileExistsError(
+            f"{folder.absolute()} holds {_listed(folder, found)}, which no trace wrote but a trace would write over. Pass "
+            "another dirpath, or move them away: only what a trace wrote is ever replaced."
+        )
+
+
+def require_unlinked(folder: Path) -> None:
+    """Check that no link is at a place that a trace in a folder writes to.
+
+    Raises:
+        FileExistsError: if one is; the message names it.
+    """
+    links = [path for path in in_the_way(folder) if path.is_symlink()]
+    if links:
+        raise FileExistsError(
+            f"{folder.absolute()} holds {_listed(folder, links)}, a link, through which a trace would write elsewhere. Remove "
+            "the link, or put what it leads to into its place."
+        )
+
+
+def _listed(folder: Path, paths: Sequence[Path]) -> str:
+    named = ", ".join(path.relative_to(folder).as_posix() for path in paths[:3])
+    return named if len(paths) <= 3 else f"{named} and {len(paths) - 3} more"
+
+
+def remove_trace(folder: Path) -> None:
+    """Remove a trace's own files from a folder, and nothing else; folders that others keep files in stay.
+
+    The header first says that the trace is being removed, so that nobody reads what is left of it, and goes last, so
+    that a removal that is broken off can be taken up again.
+    """
+    if _header(folder) is None:
+        return
+    write_json(folder / HEADER, {"format": FORMAT, "removed": True})
+    _remove(folder, keep=HEADER)
+    (folder / HEADER).unlink(missing_ok=True)
+
+
+def remove_folder(trace: Path, folder: Path) -> None:
+    """Remove a trace's own files from one of its folders, and the folder if nothing else is in it."""
+    _remove(trace, below=folder.relative_to(trace).as_posix() + "/")
+
+
+def copy_before(source: Path, target: Path, step: int) -> None:
+    """Copy what a trace had up to a step into an empty folder: by hard links where that is possible.
+
+    Files of a trace are replaced, never changed, so that neither trace sees what happens to the other. The header is
+    left to the caller.
+    """
+    for path, name in sorted(_entries(source), key=lambda entry: entry[1]):
+        if path.is_dir() or path.is_symlink() or _OWN.fullmatch(name) is None or ".partial" in name or name == HEADER:
+            continue
+        checkpoint = re.match(r"checkpoints/step-(\d{9})/", name)
+        if checkpoint is not None and int(checkpoint[1]) > step:
+            continue
+        copied = target / name
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, copied)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(path, copied)
+
+
+def _remove(folder: Path, *, below: str = "", keep: str = "") -> None:
+    folders = []
+    for path, name in _entries(folder):
+        if path.is_dir() and not path.is_symlink():
+            folders.append((path, name))
+        elif not path.is_symlink() and name.startswith(below) and name != keep and _OWN.fullmatch(name):
+            path.unlink(missing_ok=True)
+    for path, name in sorted(folders, key=lambda entry: -entry[1].count("/")):
+        if f"{name}/".startswith(below):
+            with suppress(OSError):  # others keep files in it
+                path.rmdir()
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Files, links and folders at a trace's places, and their names inside of the folder; links are not followed."""
+    for top in (HEADER, "vocabulary.json", *_TOP):
+        if os.path.lexists(folder / top):
+            yield folder / top, top
+    for path in folder.glob("*.partial") if folder.is_dir() else ():
+        if path.name not in _TOP and _OWN.fullmatch(path.name):
+            yield path, path.name
+    for top in _TOP:
+        if (folder / top).is_symlink():
+            continue
+        for parent, directories, files in os.walk(folder / top, followlinks=False):
+            for each in (*directories, *files):
+                path = Path(parent) / each
+                yield path, path.relative_to(folder).as_posix()
+
+
+def _header(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's header, if it is that of a trace."""
+    path = folder / HEADER
+    if path.is_symlink():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
