@@ -53,13 +53,23 @@ class Captured:
     def __len__(self) -> int:
         return len(self.losses)
 
-    def first_not_finite(self) -> int | None:
-        """The place in the batch of the first example with a NaN or infinite loss or gradient; None if all are finite."""
-        not_finite = ~torch.isfinite(self.losses)
+    def not_finite(self) -> Tensor:
+        """(B,) whether an example's loss or gradient is NaN or infinite."""
+        bad = ~torch.isfinite(self.losses)
         for block in self.gradients.values():
             norms = block.input_norms * block.delta_norms if isinstance(block, FactorGradients) else block.norms
-            not_finite[block.examples[~torch.isfinite(norms)]] = True
-        return int(torch.nonzero(not_finite)[0, 0]) if bool(not_finite.any()) else None
+            bad[block.examples[~torch.isfinite(norms)]] = True
+        return bad
+
+    def first_not_finite(self) -> int | None:
+        """The place in the batch of the first example with a NaN or infinite loss or gradient; None without one."""
+        bad = self.not_finite()
+        return int(torch.nonzero(bad)[0, 0]) if bool(bad.any()) else None
+
+    def without_gradients_of(self, examples: Tensor) -> Captured:
+        """The same batch, in which the gradients of some examples, by a mask (B,), are zero."""
+        gradients = {key: block.select(~examples[block.examples]) for key, block in self.gradients.items()}
+        return replace(self, gradients=gradients)
 
     def texts(self, labels: Tensor | None) -> Texts:
         """The examples' token ids and labels; labels that are not one number for each example, (B,), become NaN."""

@@ -102,7 +102,7 @@ def begin(
     steps = _steps_to_go_on_with(fit.trace, resumed, processes) if source is not None else []
     recorder = Recorder(fit, plan, first.gradients, trainer.train_dataloader, steps)
     if form is not None:
-        recorder.training = TrainingCache(module, fit.trace, form, processes)
+        recorder.training = TrainingCache(module, fit.trace, form, processes, tolerant=plan.on_error == "warn")
     recorder.validations = _validations(trainer, recorder, plan)
     return recorder
 

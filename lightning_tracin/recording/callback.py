@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_tracin.bridge.compat import DualCallback
 from lightning_tracin.bridge.strategy import require_strategy, spreads
@@ -20,6 +20,7 @@ from lightning_tracin.recording.beginning import begin
 from lightning_tracin.recording.loggers import check_loggers
 from lightning_tracin.recording.plan import (
     Cache,
+    OnError,
     RecordingPlan,
     examples_to_log,
     local_path,
@@ -63,6 +64,10 @@ class TracInCallback(DualCallback):
             with the training examples that pushed them; or the indices of those to log from each validation loader (in
             the data set; in the loader's order where that shuffles or is a stream). 0 logs none.
         log_k: how many proponents and opponents of each are logged.
+        on_error: what happens when recording fails in the middle of a fit (a full disk, a folder that is gone). "warn"
+            says what, why and what is kept, ends the recording, and lets the fit go on as it would without the
+            callback; a single example without a finite gradient counts zero there, is named, and ends nothing. "raise"
+            ends the fit. What is refused before the first step is an error in either case.
         overwrite: whether a trace that is already in ``dirpath`` may be replaced.
 
     Gradients are of the model as it computes: in the precision of training (16 bits, FSDP's ``mixed_precision``) where
@@ -106,6 +111,7 @@ class TracInCallback(DualCallback):
         projection: int | tuple[int, int] | None = None,
         log_examples: int | Sequence[int] = 0,
         log_k: int = 3,
+        on_error: OnError = "warn",
         overwrite: bool = False,
     ) -> None:
         self.plan = RecordingPlan(
@@ -117,6 +123,7 @@ class TracInCallback(DualCallback):
             options=StorageOptions(dtype, top_words, projection_sizes(projection)),
             log_examples=examples_to_log(log_examples),
             log_k=log_k,
+            on_error=on_error,
             overwrite=overwrite,
         )
         self.recorded_fit: RecordedFit | None = None
@@ -125,6 +132,7 @@ class TracInCallback(DualCallback):
         self._fitting = False
         self._resumed: dict[str, Any] = {}
         self._left: tuple[Any, dict[str, Any]] | None = None
+        self._stopped: str | None = None
         self._writing = ExitStack()  # holds the folder's lock
 
     @property
@@ -144,7 +152,7 @@ class TracInCallback(DualCallback):
         if self._fitting:
             require_strategy(trainer)
             self._check_plan(trainer)
-            self._resumed = {}
+            self._resumed, self._stopped = {}, None
             if self.plan.cache == "training":
                 self._sampled = SampledLoader(trainer)
 
@@ -193,63 +201,56 @@ class TracInCallback(DualCallback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check a loader that was made anew."""
-        if self._recorder is not None:
-            self._recorder.check_loader(trainer)
+        self._record(trainer, lambda recorder: recorder.check_loader(trainer))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Log a validation that came before, and learn which examples the batch holds."""
-        if self._recorder is not None:
-            self._recorder.log_validations(trainer)
-            self._recorder.begin_batch(trainer, batch, self._sampled)
+        self._record(trainer, lambda recorder: recorder.log_validations(trainer))
+        self._record(trainer, lambda recorder: recorder.begin_batch(trainer, batch, self._sampled))
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the gradients of a training batch."""
-        if self._recorder is not None:
-            self._recorder.end_backward(trainer)
+        self._record(trainer, lambda recorder: recorder.end_backward(trainer))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Note the learning rates of this step: the last hook before a scheduler changes them."""
-        if self._recorder is not None:
-            self._recorder.note_step(trainer, optimizer)
+        self._record(trainer, lambda recorder: recorder.note_step(trainer, optimizer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the batch's gradients, and take a checkpoint if one is due."""
-        if self._recorder is not None:
-            self._recorder.end_batch(trainer, batch, self._sampled)
+        self._record(trainer, lambda recorder: recorder.end_batch(trainer, batch, self._sampled))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take a checkpoint if one is due."""
-        if self._recorder is not None:
-            self._recorder.end_epoch(trainer)
+        self._record(trainer, lambda recorder: recorder.end_epoch(trainer))
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to choose examples of the validation."""
-        if self._recorder is not None:
-            self._recorder.begin_validation(trainer)
+        self._record(trainer, lambda recorder: recorder.begin_validation(trainer))
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Look at a validation batch, before ``validation_step`` may take it apart."""
-        if self._recorder is not None:
-            self._recorder.see_validation_batch(trainer, pl_module, batch, dataloader_idx)
+        self._record(trainer, lambda recorder: recorder.see_validation_batch(trainer, pl_module, batch, dataloader_idx))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose among the examples that all processes have seen."""
-        if self._recorder is not None:
-            self._recorder.end_validation(trainer)
+        self._record(trainer, lambda recorder: recorder.end_validation(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the last validation, and say so if the fit was too short for a checkpoint."""
+        self._record(trainer, lambda recorder: recorder.end(trainer))
         if self._recorder is not None:
-            self._recorder.end(trainer)
             self._left = weakref.ref(trainer), self.state_dict()
+        elif self._stopped is not None:
+            rank_zero_warn(f"The trace of this fit is incomplete. {self._stopped}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the loader and the module as they were, and the folder to others."""
@@ -257,6 +258,31 @@ class TracInCallback(DualCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """What :meth:`teardown` does, which Lightning does not call after an error."""
+        self._close()
+
+    def _record(self, trainer: pl.Trainer, act: Callable[[Recorder], None]) -> None:
+        """Let the recorder act, if there is one; where it fails, recording ends, and training goes on."""
+        if self._recorder is None:
+            return
+        try:
+            act(self._recorder)
+        except Exception as error:
+            if self.plan.on_error == "raise":
+                raise
+            self._stop(trainer, error)
+
+    def _stop(self, trainer: pl.Trainer, error: Exception) -> None:
+        """End the recording, and say what, why, and what is kept."""
+        assert self.trace is not None
+        why = f"{type(error).__name__}: {error}"
+        self._stopped = (
+            f"TracInCallback stopped recording at step {trainer.global_step}, because of {why} What was stored up to "
+            f"the last checkpoint in {self.trace.path} is complete, and can be asked; what comes later will be missing "
+            "from the scores."
+        )
+        with suppress(OSError, ValueError):  # The folder may be gone, or the disk full.
+            self.trace.mark_incomplete(trainer.global_step, why)
+        rank_zero_warn(f'{self._stopped} Training goes on. With on_error="raise" it would end here.')
         self._close()
 
     def _close(self) -> None:

@@ -12,6 +12,7 @@ from lightning_tracin.gradients.rows import DTYPES
 from lightning_tracin.storage.encoding import StorageOptions
 
 Cache: TypeAlias = Literal["checkpoint", "training", "on_demand"]
+OnError: TypeAlias = Literal["warn", "raise"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RecordingPlan:
     options: StorageOptions
     log_examples: int | tuple[int, ...]
     log_k: int
+    on_error: OnError
     overwrite: bool
 
     def __post_init__(self) -> None:
@@ -49,6 +51,8 @@ class RecordingPlan:
                 raise ValueError(f"{name} must be None or at least 1, but got {value}.")
         if self.every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, but got {self.every_n_epochs}.")
+        if self.on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error must be 'warn' or 'raise', but got {self.on_error!r}.")
         if self.log_k < 1:
             raise ValueError(f"log_k must be at least 1, but got {self.log_k}.")
         if self.log_examples and self.cache == "on_demand":

@@ -199,9 +199,9 @@ class Recorder:
         trace, training_set, module = self.fit.trace, self.fit.training_set, self.gradients.module
         order = reading_order(trace, training_set, processes)
         loader = training_set.loader_over(order)
-        fsdp = is_fsdp(module)
+        fsdp, tolerant = is_fsdp(module), self._plan.on_error == "warn"
         with (
-            training_pass(trace, checkpoint, trace.sites, order, processes) as filled,
+            training_pass(trace, checkpoint, trace.sites, order, processes, tolerant=tolerant) as filled,
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
             _buffers_of(checkpoint, module, processes),
             inside_fit(trainer, module),

@@ -32,7 +32,7 @@ from lightning_tracin.recording.training_form import USE_CHECKPOINT, TrainingFor
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.runs import Runs
 from lightning_tracin.storage.trace import Trace
-from lightning_tracin.storage.training_pass import shard_writer
+from lightning_tracin.storage.training_pass import all_not_finite, shard_writer
 
 
 class TrainingCache:
@@ -45,7 +45,9 @@ class TrainingCache:
         processes: those that train together; each keeps what it has recorded until a checkpoint.
     """
 
-    def __init__(self, module: nn.Module, trace: Trace, form: TrainingForm, processes: Processes) -> None:
+    def __init__(
+        self, module: nn.Module, trace: Trace, form: TrainingForm, processes: Processes, *, tolerant: bool = True
+    ) -> None:
         self._module = module
         self._processes = processes
         self._trace = trace
@@ -56,6 +58,9 @@ class TrainingCache:
         self._runs = Runs(self._folder, trace.n_train, dtype=trace.dtype)
         self._vocabulary: dict[int, str] = {}
         self._n_batches = 0
+        self._tolerant = tolerant
+        self._not_finite: set[int] = set()
+        self._failure: Exception | None = None
         self._indices: list[int] | None = None
         self._batch: Any = None
         self._calls: list[Call] = []
@@ -94,6 +99,8 @@ class TrainingCache:
             ValueError: if a gradient is not finite, here or in an earlier batch, or if a layer was not called.
             OSError: if the gradients of an earlier batch could not be written.
         """
+        if self._failure is not None:
+            raise self._failure
         indices, taken, batch = self._indices, self._taken, self._batch
         self._indices = self._batch = self._taken = None
         if indices is None or taken is None:
@@ -146,14 +153,16 @@ class TrainingCache:
                 f"{missing} of {n_train} training examples count with a gradient of zero at the checkpoint of step "
                 f"{checkpoint.step}: they were in no batch since the one before, or since the fit was resumed."
             )
+        not_finite = all_not_finite(self._not_finite, n_recorded, checkpoint.step, self._processes)
         with ExitStack() as contexts:
             for name in (*(each.site.key for each in self._sites), "texts"):
                 writer = contexts.enter_context(shard_writer(self._trace, checkpoint.path / name, self._processes))
                 for block in self._runs.arranged(name, self._trace.shard_examples, self._processes):
                     writer.add(block)
-                writer.close(self._processes)
+                writer.close(self._processes, not_finite)
         self._trace.add_words(self._vocabulary, self._processes)
         self._runs.clear()
+        self._not_finite = set()
 
     def close(self) -> None:
         """Leave the module, and remove what was not stored at a checkpoint."""
@@ -168,7 +177,11 @@ class TrainingCache:
         """Note a layer's call in a training step, and ask for the gradient at its output."""
         if self._indices is None or not torch.is_grad_enabled():
             return output
-        call = Call.of(layer, args, kwargs, output)
+        try:
+            call = Call.of(layer, args, kwargs, output)
+        except ValueError as error:  # The user's forward pass goes on; the error is raised when the batch is over.
+            self._failure = self._failure or error
+            return output
         frozen = not output.requires_grad
         output = output.detach().requires_grad_() if frozen else output
         output.register_hook(lambda gradient: setattr(call, "gradient", gradient.detach()))
@@ -192,14 +205,19 @@ class TrainingCache:
                 "the collate function drops or adds examples, so that they cannot be numbered."
             )
         captured = captured_from_calls(torch.zeros(len(indices)), job.batch, self._sites, job.calls, dims)
-        bad = captured.first_not_finite()
-        if bad is not None:
+        bad = captured.not_finite()
+        if bool(bad.any()):
             if job.scaled:
                 return
-            raise ValueError(
-                f"The gradient of training example {indices[bad]} became NaN or infinite in training. Look at that "
-                "example, or at the learning rate; what was stored before is complete."
-            )
+            found = [index for index, is_bad in zip(indices, bad.tolist(), strict=True) if is_bad]
+            if not self._tolerant:
+                raise ValueError(
+                    f"The gradient of training example {found[0]} became NaN or infinite in training. Look at that "
+                    "example, or at the learning rate; what was stored before is complete."
+                )
+            self._not_finite |= set(found)
+            captured = captured.without_gradients_of(bad)
+        self._not_finite -= {index for index, is_bad in zip(indices, bad.tolist(), strict=True) if not is_bad}
         factors = job.divisor * self._form.shares(self._module, job.batch, len(indices)).reciprocal()
         blocks: dict[str, Ragged] = {
             each.site.key: each.site.stored(captured.gradients[each.site.key]).scaled(factors) for each in self._sites

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
+from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.scoring.methods import Method, word_part
 from lightning_tracin.scoring.naming import described
+from lightning_tracin.scoring.terms import sites_of
 
 
 def notes_of_result(method: Method, words_of_ids: Mapping[int, str], *, has_evidence: bool) -> list[str]:
@@ -29,6 +32,23 @@ def notes_of_result(method: Method, words_of_ids: Mapping[int, str], *, has_evid
             "Token ids are shown for words: there is no tokenizer on the module or its datamodule. Name it "
             "self.tokenizer, or override influence_words."
         )
+    return notes
+
+
+def notes_of_trace(evidence: Evidence) -> list[str]:
+    """What the scores lack because it could not be recorded."""
+    notes = []
+    if evidence.trace.incomplete is not None:
+        notes.append(f"The trace is incomplete. {evidence.trace.incomplete} Scores lack what came later.")
+    counts: Counter[int] = Counter()
+    for checkpoint in evidence.checkpoints:
+        sites = sites_of(evidence.method, checkpoint.sites)
+        counts.update({example for site in sites for example in checkpoint.gradients(site).not_finite})
+    if counts:
+        n_checkpoints = len(evidence.checkpoints)
+        named = ", ".join(f"{example} (at {n} of {n_checkpoints} checkpoints)" for example, n in counts.most_common(10))
+        more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
+        notes.append(f"Training examples without a finite gradient count zero: {named}{more}.")
     return notes
 
 

@@ -17,7 +17,7 @@ from lightning_tracin.report.rich_repr import RichRepr, data_frame
 from lightning_tracin.report.tables import explained
 from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.explained_result import ExplainedResult
-from lightning_tracin.results.notes import notes_of_page, notes_of_result
+from lightning_tracin.results.notes import notes_of_page, notes_of_result, notes_of_trace
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import described, is_constant_on_itself, without_normalizing
 from lightning_tracin.scoring.score import self_influences
@@ -222,7 +222,8 @@ class InfluenceResult(RichRepr, ExplainedResult):
         return write_page(page, path)
 
     def _notes_given(self, evidence: Evidence | None) -> list[str]:
-        return notes_of_result(self.method, self.words_of_ids, has_evidence=evidence is not None)
+        notes = notes_of_result(self.method, self.words_of_ids, has_evidence=evidence is not None)
+        return notes if evidence is None else [*notes, *notes_of_trace(evidence)]
 
     def _suspects(self, evidence: Evidence, n: int, method: Method) -> list[Influential]:
         """The training examples of highest self-influence, highest first, with their shares of all of it."""

@@ -63,8 +63,8 @@ def require_free(folder: Path) -> None:
     found = in_the_way(folder)
     if found:
         raise FileExistsError(
-            f"{folder.absolute()} holds {_listed(folder, found)}, which no trace wrote but a trace would write over. Pass "
-            "another dirpath, or move them away: only what a trace wrote is ever replaced."
+            f"{folder.absolute()} holds {_listed(folder, found)}, which no trace wrote but a trace would write over. "
+            "Pass another dirpath, or move them away: only what a trace wrote is ever replaced."
         )
 
 
@@ -77,8 +77,8 @@ def require_unlinked(folder: Path) -> None:
     links = [path for path in in_the_way(folder) if path.is_symlink()]
     if links:
         raise FileExistsError(
-            f"{folder.absolute()} holds {_listed(folder, links)}, a link, through which a trace would write elsewhere. Remove "
-            "the link, or put what it leads to into its place."
+            f"{folder.absolute()} holds {_listed(folder, links)}, a link, through which a trace would write elsewhere. "
+            "Remove the link, or put what it leads to into its place."
         )
 
 

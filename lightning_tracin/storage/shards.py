@@ -88,11 +88,12 @@ class ShardWriter:
                 self._flush()
             start = stop
 
-    def close(self, processes: Processes = ALONE) -> None:
+    def close(self, processes: Processes = ALONE, not_finite: Sequence[int] = ()) -> None:
         """Write what is left, then the index that makes the folder readable.
 
         Args:
             processes: those that have written shards of the folder.
+            not_finite: the examples, of all processes, whose gradients are zero because they were not finite.
         """
         if self._waiting.n_examples:
             self._flush()
@@ -104,6 +105,7 @@ class ShardWriter:
             "n_examples": sum(n_examples for _, n_examples, _ in parts),
             "shard_examples": self.shard_examples,
             "checksums": [checksum for _, _, checksums in parts for checksum in checksums],
+            "not_finite": list(not_finite),
         }
         if processes.first:
             write_json(self.folder / "index.json", index)
@@ -141,6 +143,7 @@ class Shards:
         shard_examples: number of examples in each shard but the last.
         dtype: what directions are stored in.
         checksums: of each shard's file.
+        not_finite: the examples whose gradients are zero because they were not finite.
     """
 
     folder: Path
@@ -149,6 +152,7 @@ class Shards:
     shard_examples: int
     dtype: Dtype
     checksums: Sequence[str]
+    not_finite: Sequence[int] = ()
 
     @classmethod
     def open(cls, folder: Path) -> Shards:

@@ -96,6 +96,7 @@ class Trace:
         self.model_class: str = content["model_class"]
         self.shard_examples: int = content["shard_examples"]
         self.dtype: Dtype = content["dtype"]
+        self.incomplete: str | None = content.get("incomplete")
         try:
             self.sites = sites_from_json(content["sites"])
             if not self.sites or self.dtype not in DTYPES:
@@ -132,7 +133,7 @@ class Trace:
         remove_trace(path)
         path.mkdir(parents=True, exist_ok=True)
         header = read_json(self.path / HEADER)
-        write_json(path / HEADER, {**header, "id": uuid.uuid4().hex, "branched_from": self.id})
+        write_json(path / HEADER, {**header, "id": uuid.uuid4().hex, "branched_from": self.id, "incomplete": None})
         copy_before(self.path, path, step)
         return Trace(path)
 
@@ -271,6 +272,17 @@ class Trace:
                     "was removed. Scores without it would be wrong. Restore the folder from a copy, or fit again."
                 )
             before = checkpoint.id
+
+    def mark_incomplete(self, step: int, why: str) -> None:
+        """Keep in the header that the recording ended before the fit did, at a step and for a reason.
+
+        Raises:
+            OSError: if it cannot be written.
+            ValueError: if another trace is in the folder.
+        """
+        self.check_in_place()
+        self.incomplete = f"The recording ended at step {step}: {why}"
+        write_json(self.path / HEADER, {**read_json(self.path / HEADER), "incomplete": self.incomplete})
 
     def drop_checkpoints_after(self, step: int) -> None:
         """Remove the checkpoints beyond a step, when a fit is resumed from an earlier one."""

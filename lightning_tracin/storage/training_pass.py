@@ -6,12 +6,13 @@ processes stores whole shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_tracin.gradients.capture import Captured
@@ -89,6 +90,8 @@ def training_pass(
     sites: Sequence[Site],
     order: Sequence[int],
     processes: Processes = ALONE,
+    *,
+    tolerant: bool = True,
 ) -> Iterator[TrainingPass]:
     """Store the training examples' gradients at a checkpoint; all appear when every example was added.
 
@@ -98,9 +101,11 @@ def training_pass(
         sites: whose gradients are stored.
         order: in which this process adds the examples of its part. Those of a shard come together.
         processes: those that each add their part.
+        tolerant: whether an example whose loss or gradient is not finite counts zero, rather than ends the pass.
 
     Raises:
-        ValueError: if another number of examples was added than the training set has.
+        ValueError: if another number of examples was added than the training set has, or if gradients are not finite:
+            that of one example, or, with ``tolerant``, those of more than half.
     """
     with ExitStack() as folders:
         writers = {
@@ -111,8 +116,9 @@ def training_pass(
         if not processes.gather(trace.has_texts)[0]:
             texts = folders.enter_context(shard_writer(trace, trace.path / "texts", processes, order))
         filled = TrainingPass(trace, writers, texts, processes, order)
+        filled.tolerant = tolerant
         yield filled
-        filled.close()
+        filled.close(checkpoint.step)
 
 
 class TrainingPass:
@@ -127,6 +133,8 @@ class TrainingPass:
         order: Sequence[int],
     ) -> None:
         self.n_examples = 0
+        self.tolerant = True
+        self._not_finite: list[int] = []
         self._order = order
         self._processes = processes
         self._trace = trace
@@ -153,13 +161,17 @@ class TrainingPass:
         """
         if self.n_examples + len(captured) > len(self._order):
             raise ValueError(self._other_number(f"more than {len(self._order)}"))
-        bad = captured.first_not_finite()
-        if bad is not None:
-            example = self._order[self.n_examples + bad]
-            raise ValueError(
-                f"The loss or gradient of training example {example} is NaN or infinite. Look at that example, or at "
-                "the learning rate; what was stored before is complete."
-            )
+        bad = captured.not_finite()
+        if bool(bad.any()):
+            places = torch.nonzero(bad)[:, 0].tolist()
+            found = [self._order[self.n_examples + place] for place in places]
+            if not self.tolerant:
+                raise ValueError(
+                    f"The loss or gradient of training example {found[0]} is NaN or infinite. Look at that example, or "
+                    "at the learning rate; what was stored before is complete."
+                )
+            self._not_finite += found
+            captured = captured.without_gradients_of(bad)
         for site, writer in self._writers.items():
             writer.add(site.stored(captured.gradients[site.key]))
         if self._texts is not None:
@@ -167,12 +179,13 @@ class TrainingPass:
             self._texts.add(captured.texts(labels))
         self.n_examples += len(captured)
 
-    def close(self) -> None:
+    def close(self, step: int) -> None:
         """Finish the files; every training example must have been added."""
         if self.n_examples != len(self._order):
             raise ValueError(self._other_number(str(self.n_examples)))
+        not_finite = all_not_finite(self._not_finite, self._trace.n_train, step, self._processes)
         for writer in self._writers.values():
-            writer.close(self._processes)
+            writer.close(self._processes, not_finite)
         if self._texts is not None:
             self._texts.close(self._processes)
             self._trace.add_words(self._vocabulary, self._processes)
@@ -184,6 +197,29 @@ class TrainingPass:
             f"The training set has {self._trace.n_train} examples, but a pass over {them} gave {found}: the collate "
             "function drops or adds examples, so that they cannot be numbered."
         )
+
+
+def all_not_finite(own: Iterable[int], n_recorded: int, step: int, processes: Processes) -> list[int]:
+    """The examples of all processes whose gradients were not finite at a checkpoint; a warning names them.
+
+    Args:
+        own: those of this process.
+        n_recorded: how many examples gave gradients.
+        step: of the checkpoint.
+        processes: every one of them must call it.
+
+    Raises:
+        ValueError: if they are more than half: the training has diverged.
+    """
+    found = sorted({example for of_process in processes.gather(list(own)) for example in of_process})
+    if not found:
+        return []
+    named = ", ".join(map(str, found[:10])) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
+    what = f"The loss or gradient of {len(found)} of {n_recorded} training examples is NaN or infinite at step {step}"
+    if 2 * len(found) > n_recorded:
+        raise ValueError(f"{what} (example {named}). Look at the learning rate; what was stored before is complete.")
+    rank_zero_warn(f"{what}: {named}. They count with a gradient of zero there. Look at these examples.")
+    return found
 
 
 def _stored_lengths(trace: Trace, part: range) -> Tensor | None:

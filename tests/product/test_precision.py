@@ -10,7 +10,6 @@ import pytorch_lightning as pl
 import torch
 from brute_force import BruteForce, dense_gradients, relative_error, untie
 from families import FAMILIES
-from lightning_tracin.storage.second_moments import SecondMoments
 from random_gradients import dense, random_linear, random_words
 from toy import CLASSES, VOCABULARY, Toy, fitted, loader, quiet, site_of, test_texts, texts
 from variants import without_dropout
@@ -18,6 +17,7 @@ from variants import without_dropout
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInWE
 from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.gradients.rows import projection_matrix
+from lightning_tracin.storage.second_moments import SecondMoments
 
 LAYERS = {"tracin-we": "embedding", "tracin-last": "last"}
 ROUNDED = 0.05  # relative error of scores whose gradients went through several layers in numbers of 8 bits

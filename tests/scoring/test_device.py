@@ -7,12 +7,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from elsewhere import DEVICE, Accelerator, Elsewhere
-from lightning_tracin.storage.second_moments import SecondMoments
 from random_gradients import JOINS, random_linear, random_words
 from toy import Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import TracInLast, TracInWE
 from lightning_tracin.scoring.score import score
+from lightning_tracin.storage.second_moments import SecondMoments
 
 METHODS = [
     TracInWE(),
