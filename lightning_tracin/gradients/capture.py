@@ -54,7 +54,7 @@ class Captured:
         return len(self.losses)
 
     def first_not_finite(self) -> int | None:
-        """The place in the batch of the first example with a NaN or infinite loss or gradient; None if all are finite."""
+        """The place in the batch of the first example with a loss or gradient that is not finite; None without one."""
         not_finite = ~torch.isfinite(self.losses)
         for block in self.gradients.values():
             norms = block.input_norms * block.delta_norms if isinstance(block, FactorGradients) else block.norms
