@@ -57,12 +57,12 @@ class FactorGradients(Ragged):
         return factors if bool(is_nonzero.all()) else factors.select(torch.nonzero(is_nonzero)[:, 0])
 
     @property
-    def whole_inputs(self) -> Tensor:
+    def scaled_inputs(self) -> Tensor:
         """(R, in) float32, the inputs multiplied by their norms."""
         return self.inputs.float() * self.input_norms[:, None]
 
     @property
-    def whole_deltas(self) -> Tensor:
+    def scaled_deltas(self) -> Tensor:
         """(R, out) float32, the gradients at the output multiplied by their norms."""
         return self.deltas.float() * self.delta_norms[:, None]
 

@@ -1,6 +1,6 @@
 """From gradients to scores.
 
-Here live the methods, the products that they are made of, what they read of a trace (terms), and the choice of the
-strongest. Tensors in, tensors out: this folder knows nothing of Lightning or of what people read. It imports
-``storage``, ``gradients`` and ``parallel``.
+This folder has the methods, the products of gradients that scores are made of, the terms that a method reads from a
+trace, and the selection of the strongest examples. It takes and returns tensors, without Lightning and without words
+for people. It imports ``storage``, ``gradients`` and ``parallel``.
 """

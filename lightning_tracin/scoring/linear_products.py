@@ -1,4 +1,4 @@
-"""Products of gradients at linear layers: of two factors by position, or of one matrix for each example."""
+"""Dot products of gradients at a linear layer, given as two factors for each position or as matrices."""
 
 from __future__ import annotations
 
@@ -9,29 +9,33 @@ from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.precision import full_precision
 
-_PRODUCTS = 2**24  # products of positions that are in memory at once
+_PRODUCTS = 2**24  # numbers in the largest intermediate tensor
 
 
 @full_precision()
 def dot_factors(test: FactorGradients, train: FactorGradients) -> Tensor:
-    """(test.n_examples, train.n_examples) products of gradients that are given by factors.
+    """(test.n_examples, train.n_examples) dot products of gradients that are given by factors.
 
-    They are Σ_{t,t'} (h_t · h'_t')(δ_t · δ'_t'), computed for a piece of the training positions at a time.
+    The product of two examples is Σ_{t,t'} (h_t · h'_t')(δ_t · δ'_t'), which needs no matrix. It is computed for a
+    chunk of the training positions at a time, on the device of the test gradients.
     """
     scores = test.delta_norms.new_zeros(train.n_examples, test.n_examples)
-    test_inputs, test_deltas = test.whole_inputs, test.whole_deltas
+    test_inputs, test_deltas = test.scaled_inputs, test.scaled_deltas
     size = max(1, _PRODUCTS // max(len(test.examples), 1))
     for start in range(0, len(train.examples), size):
-        piece = train.select(slice(start, start + size)).to(scores.device)
-        products = (piece.whole_inputs @ test_inputs.T) * (piece.whole_deltas @ test_deltas.T)
+        chunk = train.select(slice(start, start + size)).to(scores.device)
+        products = (chunk.scaled_inputs @ test_inputs.T) * (chunk.scaled_deltas @ test_deltas.T)
         by_test = scores.new_zeros(len(products), test.n_examples).index_add_(1, test.examples, products)
-        scores.index_add_(0, piece.examples, by_test)
+        scores.index_add_(0, chunk.examples, by_test)
     return scores.T
 
 
 @full_precision()
 def dot_weighted_factors(test: FactorGradients, train: FactorGradients, weights: Tensor) -> Tensor:
-    """(test.n_examples, train.n_examples) of Σ weights · G · G', weights (out, in); G is formed for some examples."""
+    """(test.n_examples, train.n_examples) products Σ weights · G · G', with weights (out, in).
+
+    The weights rule out the product of the factors, so the matrices G are formed for a group of examples at a time.
+    """
     device = test.delta_norms.device
     scores = torch.zeros(test.n_examples, train.n_examples, dtype=torch.float32, device=device)
     flat = weights.to(device).float().flatten()
@@ -45,14 +49,14 @@ def dot_weighted_factors(test: FactorGradients, train: FactorGradients, weights:
 
 @full_precision()
 def dot_matrices(test: MatrixGradients, train: MatrixGradients, weights: Tensor | None) -> Tensor:
-    """(test.n_examples, train.n_examples) of Σ weights · G · G', weights (out, in) or None for 1."""
+    """(test.n_examples, train.n_examples) products Σ weights · G · G', with weights (out, in), or None for 1."""
     scores = test.norms.new_zeros(test.n_examples, train.n_examples)
     left = test.directions.float() * test.factors[:, None]
     if weights is not None:
         left = left * weights.to(left.device).float().flatten()
     size = max(1, _PRODUCTS // max(left.shape[1], 1))
     for start in range(0, len(train.examples), size):
-        piece = train.select(slice(start, start + size)).to(scores.device)
-        products = (left @ piece.directions.float().T) * piece.factors
-        scores[test.examples[:, None], piece.examples] = products
+        chunk = train.select(slice(start, start + size)).to(scores.device)
+        products = (left @ chunk.directions.float().T) * chunk.factors
+        scores[test.examples[:, None], chunk.examples] = products
     return scores

@@ -1,8 +1,8 @@
 """TracInWE, TracInLast, TracInLayer and TracInSum: from gradients of test and of training examples to scores.
 
-A method at one site first *prepares* each side's gradients at a checkpoint (leaves words out, keeps the top words,
-preconditions, normalises) and then multiplies them. Word terms are products of the same prepared rows, so they add up
-to the score. A sum has several such methods as its parts.
+A method at one site first *prepares* the gradients of the test side and of the training side at a checkpoint (excludes
+tokens, preconditions, selects top words, normalises) and then multiplies them. Word terms are products of the same
+prepared rows, so they add up to the score. A sum adds the scores of several such methods.
 """
 
 from __future__ import annotations
@@ -32,24 +32,30 @@ _Linear: TypeAlias = FactorGradients | MatrixGradients
 
 
 class SiteMethod(Protocol):
-    """What a method at one site can do; gradients are of the site's own shape."""
+    """The interface of a method at one site; gradients are in the form of that site."""
 
     @property
     def normalize(self) -> Normalize:
-        """Which norms products are divided by."""
+        """The norms that products are divided by: "train", "cosine" (both sides), or None."""
 
     @property
     def precondition(self) -> Precondition:
-        """Which second moments products are divided by."""
+        """The second moments that products are divided by: "adam", or None."""
 
     def site_in(self, sites: Sequence[Site]) -> Site | None:
-        """The site that gradients are needed at, among those that were recorded; None if it is not there."""
+        """The site at which the method needs gradients; None if it is not among those that were recorded."""
 
     def prepare(self, gradients: Any, moments: SecondMoments | None, side: Side) -> Any:
-        """The gradients of a block of examples as they are multiplied."""
+        """The gradients of a block of examples, prepared for multiplication.
+
+        Args:
+            gradients: the block, on the CPU.
+            moments: the second moments of the site's weight, if the method preconditions.
+            side: whether the block is of test or of training examples.
+        """
 
     def dot(self, test: Any, train: Any, moments: SecondMoments | None) -> Tensor:
-        """(n_test, n_train) products of prepared blocks, on the device of the test block; the other is on the CPU."""
+        """(n_test, n_train) products of prepared blocks, on the device of the test block; ``train`` is on the CPU."""
 
     def norms(self, gradients: Any, moments: SecondMoments | None) -> Tensor:
         """(n_examples,) norms of a prepared block."""
@@ -57,7 +63,12 @@ class SiteMethod(Protocol):
 
 @dataclass(frozen=True)
 class Summand:
-    """A method at one site, and what its scores are multiplied with before they are added to others."""
+    """A method at one site, and the factor of its scores in the sum.
+
+    Attributes:
+        method: the method.
+        factor: the factor, 1 by default.
+    """
 
     method: SiteMethod
     factor: float = 1.0
@@ -70,12 +81,15 @@ class TracInWE:
     score(z, z') = Σ_i η_i Σ_{w in both} ∇_w l(z; θ_i) · ∇_w l(z'; θ_i)
 
     Args:
-        top_words: keep only each example's k words of largest gradient norm per checkpoint, on each side, and join
-            them on the word (TracIn-WE-Topk).
-        exclude_tokens: token ids to leave out, such as [CLS] and [SEP] (TracIn-WE-NoC).
+        top_words: keep only each example's k words of largest gradient norm at each checkpoint, on both sides, and
+            multiply the words that both have (TracIn-WE-Topk).
+        exclude_tokens: token ids to exclude, such as those of [CLS] and [SEP] (TracIn-WE-NoC).
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
-            checkpoint. Norms are those of what is multiplied: after leaving out, preconditioning and top words.
+            checkpoint. Norms are taken after excluding tokens, preconditioning and selecting top words.
         precondition: "adam" divides each product by the root of Adam's bias-corrected second moment of that weight.
+
+    Raises:
+        ValueError: if an option has another value.
 
     Example:
         >>> TracInWE(top_words=10, normalize="train")
@@ -99,15 +113,15 @@ class TracInWE:
 
     @property
     def summands(self) -> tuple[Summand, ...]:
-        """The method itself."""
+        """The method as its only summand."""
         return (Summand(self),)
 
     def site_in(self, sites: Sequence[Site]) -> Site | None:
-        """The word embedding table."""
+        """The site at the word embedding table."""
         return words_site(sites)
 
     def prepare(self, words: WordGradients, moments: SecondMoments | None, side: Side) -> WordGradients:
-        """The rows of a block of examples as they are multiplied, sorted by token."""
+        """The rows of a block of examples, prepared for multiplication and sorted by token."""
         if self.exclude_tokens:
             words = words.without(self.exclude_tokens)
         if moments is not None:
@@ -134,33 +148,33 @@ class TracInWE:
             train: a prepared block.
 
         Returns:
-            The place of a training example in its block, a token id, and the term of that token in the pair's product,
-            float64; all (number of terms,).
+            For each term, the training example's place in its block (int64), the token id (int64), and the product at
+            that token (float64); all of shape (n_terms,).
         """
         if not len(test.tokens):
             return train.examples[:0], train.tokens[:0], train.norms[:0].double()
-        of_test = torch.searchsorted(test.tokens, train.tokens).clamp(max=len(test.tokens) - 1)
-        is_shared = (test.tokens[of_test] == train.tokens) & (test.norms[of_test] != 0) & (train.norms != 0)
-        of_train = torch.nonzero(is_shared)[:, 0]
-        of_test = of_test[of_train]
-        products = (test.directions[of_test].float() * train.directions[of_train].float()).sum(1).double()
-        products *= test.factors[of_test].double() * train.factors[of_train].double()
-        return train.examples[of_train], train.tokens[of_train], products
+        test_rows = torch.searchsorted(test.tokens, train.tokens).clamp(max=len(test.tokens) - 1)
+        is_shared = (test.tokens[test_rows] == train.tokens) & (test.norms[test_rows] != 0) & (train.norms != 0)
+        train_rows = torch.nonzero(is_shared)[:, 0]
+        test_rows = test_rows[train_rows]
+        products = (test.directions[test_rows].float() * train.directions[train_rows].float()).sum(1).double()
+        products *= test.factors[test_rows].double() * train.factors[train_rows].double()
+        return train.examples[train_rows], train.tokens[train_rows], products
 
 
 class _AtLinearLayer:
-    """What methods at a linear layer have in common."""
+    """The common base of the methods at a linear layer."""
 
     normalize: Normalize
     precondition: Precondition
 
     @property
     def summands(self) -> tuple[Summand, ...]:
-        """The method itself."""
+        """The method as its only summand."""
         return (Summand(self),)  # type: ignore[arg-type]
 
     def prepare(self, linear: _Linear, moments: SecondMoments | None, side: Side) -> _Linear:
-        """The gradients of a block of examples as they are multiplied."""
+        """The gradients of a block of examples, prepared for multiplication."""
         return linear.scaled(_inverse(self.norms(linear, moments))) if _normalizes(self, side) else linear
 
     def dot(self, test: _Linear, train: _Linear, moments: SecondMoments | None) -> Tensor:
@@ -182,10 +196,12 @@ class _AtLinearLayer:
 
 @dataclass(frozen=True)
 class TracInLast(_AtLinearLayer):
-    """TracIn on the last linear layer, weight and bias (Pruthi et al. 2020; the baseline of Yeh et al. 2022).
+    """TracIn on the last linear layer, weight and bias (Pruthi et al. 2020, arXiv 2002.08484).
 
-    score(z, z') = Σ_i η_i Σ_{t, t'} (h_t · h'_t' + 1) (δ_t · δ'_t'), the 1 only with a bias; h is the layer's input, δ
-    the loss gradient at its output, t and t' the positions that the layer is applied at.
+    It is the baseline of Yeh et al. 2022, arXiv 2202.11844:
+
+    score(z, z') = Σ_i η_i Σ_{t, t'} (h_t · h'_t' + 1) (δ_t · δ'_t'), where the 1 is the bias, if there is one; h is the
+    layer's input, δ the gradient of the loss at its output, and t and t' are positions that the layer is applied to.
 
     Args:
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
@@ -204,19 +220,19 @@ class TracInLast(_AtLinearLayer):
         _check_options(self)
 
     def site_in(self, sites: Sequence[Site]) -> Site | None:
-        """The linear layer that alone feeds the loss."""
+        """The site at the only linear layer that feeds the loss directly."""
         return last_site(sites)
 
 
 @dataclass(frozen=True)
 class TracInLayer(_AtLinearLayer):
-    """TracIn on any linear or convolution layer, weight and bias (Pruthi et al. 2020).
+    """TracIn on any linear or convolution layer, weight and bias (Pruthi et al. 2020, arXiv 2002.08484).
 
-    The score is that of :class:`TracInLast`, at another layer. A convolution is a linear layer on the windows that it
-    slides over.
+    The score has the form of :class:`TracInLast`, at another layer. A convolution is a linear layer on its unfolded
+    windows.
 
     Args:
-        name: dotted name of the layer in the module, one that ``TracInCallback(methods=...)`` recorded.
+        name: dotted name of a layer that ``TracInCallback(methods=...)`` recorded.
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
             checkpoint.
         precondition: "adam" divides each product by the root of Adam's bias-corrected second moment of that weight.
@@ -235,7 +251,7 @@ class TracInLayer(_AtLinearLayer):
         _require(isinstance(self.name, str) and bool(self.name), "name", "the dotted name of a layer", self.name)
 
     def site_in(self, sites: Sequence[Site]) -> Site | None:
-        """The layer of that name."""
+        """The site at the layer of that name."""
         return next((site for site in sites if site.layer == self.name and not site.has_words), None)
 
 
@@ -243,11 +259,14 @@ class TracInLayer(_AtLinearLayer):
 class TracInSum:
     """The sum of the scores of several methods, each at its own site.
 
-    Word terms are those of its TracInWE: they add up to that part of the score.
+    Its word terms are those of its TracInWE, and add up to that part of the score.
 
     Args:
-        parts: two methods or more, at most one of them a TracInWE.
-        mix: what the scores of each are multiplied with; 1 by default.
+        parts: two or more methods, at most one of them a TracInWE.
+        mix: the factor of each method's scores; 1 by default.
+
+    Raises:
+        ValueError: if parts or mix are not of this form.
 
     Example:
         >>> TracInSum((TracInWE(), TracInLast()), mix=(1, 0.5)).mix
@@ -282,24 +301,27 @@ Method: TypeAlias = TracInWE | TracInLast | TracInLayer | TracInSum
 
 
 def word_part(method: Method) -> tuple[TracInWE, float] | None:
-    """The part of a method that has word terms, and its factor."""
-    words = ((each.method, each.factor) for each in method.summands if isinstance(each.method, TracInWE))
-    return next(words, None)
+    """The TracInWE in a method, which has word terms, and its factor; None if there is none."""
+    for summand in method.summands:
+        if isinstance(summand.method, TracInWE):
+            return summand.method, summand.factor
+    return None
 
 
 def _preconditioned(words: WordGradients, moments: SecondMoments) -> WordGradients:
-    """Rows times the root of the weights, on both sides, so that their product is weighted once."""
+    """Rows multiplied by the root of the weights: with that on both sides, each product has the weight once."""
     factors = moments.of_tokens(words.tokens).weights().sqrt()
     norms, directions = unit_rows(words.directions.float() * factors)
     return replace(words, norms=words.factors * norms, directions=directions, lengths=None)
 
 
 def _inverse(norms: Tensor) -> Tensor:
-    """1 / norms, and 0 where an example has no gradient, or one too small to be divided by."""
+    """1 / norms, and 0 for norms of zero or too small for a finite inverse."""
     return torch.where(norms > torch.finfo(torch.float32).tiny, 1 / norms, 0.0)
 
 
 def _normalizes(method: TracInWE | _AtLinearLayer, side: Side) -> bool:
+    """Whether a method divides one side's gradients by their norms."""
     return method.normalize == "cosine" or (method.normalize == "train" and side == "train")
 
 

@@ -1,4 +1,4 @@
-"""Methods by name: from arguments, to and from JSON, and in words."""
+"""Methods from their names, to and from JSON, and described in words; variants of a method."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_tracin.scoring.methods import (
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (TracInWE, TracInLast, TracInLayer, TracInSum)}
 
-# The methods that a string asks for.
+# The methods that need no argument, by the name that users pass.
 _BY_NAME: dict[str, type[TracInWE | TracInLast]] = {"tracin-we": TracInWE, "tracin-last": TracInLast}
 
 
 def method_of(method: str | Method) -> Method:
-    """A method from its name, or itself.
+    """The method of a name; a method is returned as it is.
 
     Raises:
-        ValueError: if there is no method of that name.
+        ValueError: if it is neither a method nor the name of one.
     """
     if isinstance(method, tuple(_KINDS.values())):
         return method  # type: ignore[return-value]
@@ -39,21 +39,22 @@ def method_of(method: str | Method) -> Method:
 
 
 def method_at(site: Site) -> Method:
-    """The method, without options, that scores by the gradients of a site."""
+    """The method with default options that scores by the gradients of a site."""
     if site.has_words:
         return TracInWE()
     return TracInLast() if site.is_last else TracInLayer(site.layer)
 
 
 def recorded_site(method: SiteMethod, sites: Sequence[Site]) -> Site:
-    """The site that a method needs gradients of.
+    """The recorded site at which a method needs gradients.
 
     Raises:
         ValueError: if the fit did not record it.
     """
     site = method.site_in(sites)
     if site is None:
-        name = {TracInWE: "tracin-we", TracInLast: "tracin-last"}.get(type(method), getattr(method, "name", ""))
+        names: dict[type[Any], str] = {kind: name for name, kind in _BY_NAME.items()}
+        name = names.get(type(method), getattr(method, "name", ""))
         raise ValueError(
             f"The fit did not record the layer of {method}: it ran with methods={tuple(each.name for each in sites)}. "
             f'Fit again with "{name}" among the methods of TracInCallback.'
@@ -62,18 +63,18 @@ def recorded_site(method: SiteMethod, sites: Sequence[Site]) -> Site:
 
 
 def method_to_json(method: Method) -> dict[str, Any]:
-    """The method as JSON, for :func:`method_from_json`."""
-    options: dict[str, Any] = {each.name: getattr(method, each.name) for each in fields(method)}
+    """The method as a JSON object, for :func:`method_from_json`."""
+    options: dict[str, Any] = {option.name: getattr(method, option.name) for option in fields(method)}
     if isinstance(method, TracInSum):
         options["parts"] = [method_to_json(part) for part in method.parts]
     return {"method": type(method).__name__, **options}
 
 
 def method_from_json(content: dict[str, Any]) -> Method:
-    """The method that :func:`method_to_json` wrote.
+    """The method of a JSON object from :func:`method_to_json`.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the object does not describe a method.
     """
     try:
         options = dict(content)
@@ -87,19 +88,19 @@ def method_from_json(content: dict[str, Any]) -> Method:
 
 
 def is_constant_on_itself(method: Method) -> bool:
-    """Whether every example's influence on itself is the same: the cosine of a gradient with itself is 1."""
-    return all(each.method.normalize == "cosine" for each in method.summands)
+    """Whether every example has the same influence on itself, as with cosines: that of a gradient with itself is 1."""
+    return all(summand.method.normalize == "cosine" for summand in method.summands)
 
 
 def without_normalizing(method: Method) -> Method:
-    """The same method, whose products are not divided by norms."""
+    """The same method without normalisation: its products are not divided by norms."""
     if isinstance(method, TracInSum):
         return replace(method, parts=[replace(part, normalize=None) for part in method.parts])
     return replace(method, normalize=None)
 
 
 def described(method: Method) -> str:
-    """A method in words, without the long list of the tokens that it leaves out.
+    """A method in words, with the number of excluded tokens in place of their list.
 
     Example:
         >>> described(TracInWE(normalize="cosine", exclude_tokens=range(200)))
@@ -108,19 +109,19 @@ def described(method: Method) -> str:
         '(TracIn-WE) + 0.5 × (TracIn at encoder.0, cosine)'
     """
     if isinstance(method, TracInSum):
-        named = [f"({described(part)})" for part in method.parts]
-        factors = [each.factor for each in method.summands]
+        names = [f"({described(part)})" for part in method.parts]
+        factors = [summand.factor for summand in method.summands]
         return " + ".join(
-            name if factor == 1 else f"{factor:g} × {name}" for name, factor in zip(named, factors, strict=True)
+            name if factor == 1 else f"{factor:g} × {name}" for name, factor in zip(names, factors, strict=True)
         )
-    n_left_out = len(getattr(method, "exclude_tokens", ()))
+    n_excluded = len(getattr(method, "exclude_tokens", ()))
     top_words = getattr(method, "top_words", None)
     kind = {TracInWE: "TracIn-WE", TracInLast: "TracIn-Last"}.get(type(method))
-    parts = [
+    phrases = [
         kind or f"TracIn at {getattr(method, 'name', '')}",
         {"train": "normalised by the training example", "cosine": "cosine", None: ""}[method.normalize],
         "preconditioned by Adam" if method.precondition else "",
         f"{top_words} top words" if top_words else "",
-        f"without {n_left_out} token{'s' * (n_left_out > 1)}" if n_left_out else "",
+        f"without {n_excluded} token{'s' * (n_excluded > 1)}" if n_excluded else "",
     ]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(phrase for phrase in phrases if phrase)

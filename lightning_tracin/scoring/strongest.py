@@ -12,54 +12,67 @@ from torch import Tensor
 
 
 class TopK(NamedTuple):
-    """The strongest training examples of each test example, both (n_test, k), strongest first."""
+    """The strongest training examples of each test example, strongest first.
+
+    Attributes:
+        values: (n_test, k) float32, their scores.
+        indices: (n_test, k) int64, their indices in the training set.
+    """
 
     values: Tensor
     indices: Tensor
 
 
 def strongest(scores: Tensor, k: int, *, largest: bool) -> TopK:
-    """The k largest or smallest of each row, and where; of equal ones, those that come first."""
-    least = scores.topk(k, dim=1, largest=largest).values[:, -1:]
-    columns = torch.nonzero((scores >= least if largest else scores <= least).any(0))[:, 0]  # few: the rest is quick
+    """The k largest or smallest scores of each row, and their columns; of equal scores, those of the first columns.
+
+    Args:
+        scores: (n_test, n) scores.
+        k: how many, at most n.
+        largest: whether to take the largest scores, or else the smallest.
+    """
+    bound = scores.topk(k, dim=1, largest=largest).values[:, -1:]
+    # Few columns reach the bound of any row; the exact selection below runs on them alone.
+    columns = torch.nonzero((scores >= bound if largest else scores <= bound).any(0))[:, 0]
     scores = scores[:, columns]
-    beyond = scores > least if largest else scores < least
-    equal = scores == least
-    chosen = beyond | (equal & (equal.cumsum(1) <= k - beyond.sum(1, keepdim=True)))
-    places = torch.nonzero(chosen)[:, 1].view(-1, k)  # ascending: topk alone takes any of equal scores
+    is_beyond = scores > bound if largest else scores < bound
+    is_tied = scores == bound
+    # Among scores tied at the bound, topk picks arbitrary columns; this takes the first ones.
+    is_chosen = is_beyond | (is_tied & (is_tied.cumsum(1) <= k - is_beyond.sum(1, keepdim=True)))
+    places = torch.nonzero(is_chosen)[:, 1].view(-1, k)
     order = scores.gather(1, places).sort(dim=1, descending=largest, stable=True)
     return TopK(order.values, columns[places.gather(1, order.indices)])
 
 
 def top_of(scores: Tensor, start: int, k: int) -> tuple[TopK, TopK]:
-    """The k strongest proponents and opponents of a block of scores, fewer where it has fewer; on the CPU.
+    """The k strongest proponents and opponents in a block of scores, on the CPU; fewer if the block has fewer columns.
 
     Args:
-        scores: (n_test, block) scores of the training examples from ``start`` on.
-        start: training index of the block's first column.
-        k: how many.
+        scores: (n_test, n_block) scores of consecutive training examples.
+        start: index of the block's first training example.
+        k: how many proponents, and how many opponents.
     """
-    sides = (strongest(scores, min(k, scores.shape[1]), largest=largest) for largest in (True, False))
-    proponents, opponents = (TopK(side.values.cpu(), side.indices.cpu() + start) for side in sides)
+    tops = (strongest(scores, min(k, scores.shape[1]), largest=largest) for largest in (True, False))
+    proponents, opponents = (TopK(top.values.cpu(), top.indices.cpu() + start) for top in tops)
     return proponents, opponents
 
 
-def merge_top(parts: Sequence[tuple[TopK, TopK]], k: int) -> tuple[TopK, TopK]:
-    """The k strongest proponents and opponents of all parts; of equal ones, those of earlier parts."""
+def merge_top(pairs: Sequence[tuple[TopK, TopK]], k: int) -> tuple[TopK, TopK]:
+    """The k strongest of several pairs of proponents and opponents; of equal scores, those of earlier pairs."""
     merged = []
     for side, largest in enumerate((True, False)):
-        values = torch.cat([part[side].values for part in parts], dim=1)
+        values = torch.cat([pair[side].values for pair in pairs], dim=1)
         best = strongest(values, min(k, values.shape[1]), largest=largest)
-        indices = torch.cat([part[side].indices for part in parts], dim=1)
+        indices = torch.cat([pair[side].indices for pair in pairs], dim=1)
         merged.append(TopK(best.values, indices.gather(1, best.indices)))
     return merged[0], merged[1]
 
 
 def clipped_k(k: Any, n_train: int) -> int:
-    """``k``, or the number of training examples where there are fewer, with a warning.
+    """``k``, or with a warning the number of training examples if that is smaller.
 
     Raises:
-        ValueError: if ``k`` is under 1.
+        ValueError: if ``k`` is not a whole number of at least 1.
     """
     if not isinstance(k, (int, np.integer)) or k < 1:
         raise ValueError(f"k must be a whole number of at least 1, but got {k!r}.")

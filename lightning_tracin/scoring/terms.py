@@ -1,4 +1,4 @@
-"""What a method reads of a trace: for each checkpoint and each of its summands, where and by how much it counts."""
+"""The terms of a score: for each checkpoint and each summand of a method, the site, the weight and the gradients."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Term:
     """One summand of a method at one checkpoint.
 
     Attributes:
-        method: prepares and multiplies gradients.
-        site: where they were taken.
-        weight: the site's mean learning rate since the previous checkpoint, times the summand's factor.
-        moments: second moments that products are divided by, if the method asks for them.
-        checkpoint: has the training examples' gradients.
+        method: the method that prepares and multiplies gradients.
+        site: the site at which gradients were taken.
+        weight: the site's mean learning rate since the previous checkpoint, multiplied by the summand's factor.
+        moments: the second moments that precondition products; None without preconditioning.
+        checkpoint: the checkpoint with the training examples' gradients.
     """
 
     method: SiteMethod
@@ -34,15 +34,15 @@ class Term:
 
     @property
     def shards(self) -> Shards:
-        """The training examples' gradients."""
+        """The training examples' stored gradients."""
         return self.checkpoint.gradients(self.site)
 
     def prepared_tests(self, gradients: Gradients) -> Any:
-        """Test gradients as they are multiplied, from those that were captured."""
+        """Captured test gradients, prepared for multiplication."""
         return self.method.prepare(self.site.stored(gradients), self.moments, "test")
 
     def prepared_training(self, stored: Gradients) -> Any:
-        """Training gradients as they are multiplied, from those that were stored."""
+        """Stored training gradients, prepared for multiplication."""
         return self.method.prepare(stored, self.moments, "train")
 
 
@@ -50,27 +50,32 @@ def terms_at(checkpoint: Checkpoint, method: Method) -> list[Term]:
     """A method's terms at a checkpoint, one for each summand.
 
     Raises:
-        ValueError: if the fit did not record what a summand needs; the message says what, and what to do.
+        ValueError: if the trace lacks what a summand needs; the message says how to record it.
     """
-    found = []
+    terms = []
     for summand in method.summands:
-        own = summand.method
-        site = recorded_site(own, checkpoint.sites)
-        if site.top_words is not None and (getattr(own, "top_words", None) or 0) > site.top_words:
-            raise ValueError(f"The trace keeps {site.top_words} words of each example; {own} asks for more.")
-        if site.projection is not None and own.precondition is not None:
+        site_method = summand.method
+        site = recorded_site(site_method, checkpoint.sites)
+        if site.top_words is not None and (getattr(site_method, "top_words", None) or 0) > site.top_words:
+            raise ValueError(f"The trace keeps {site.top_words} words of each example; {site_method} asks for more.")
+        if site.projection is not None and site_method.precondition is not None:
             sizes = " and ".join(map(str, site.projection))
             raise ValueError(
                 f"The trace keeps {'word ' * site.has_words}gradients projected to {sizes} numbers, which Adam's "
                 'second moments cannot be applied to. Fit without projection for precondition="adam".'
             )
-        moments = checkpoint.second_moments(site) if own.precondition == "adam" else None
-        found.append(Term(own, site, summand.factor * checkpoint.learning_rate_of(site), moments, checkpoint))
-    return found
+        moments = checkpoint.second_moments(site) if site_method.precondition == "adam" else None
+        weight = summand.factor * checkpoint.learning_rate_of(site)
+        terms.append(Term(site_method, site, weight, moments, checkpoint))
+    return terms
 
 
 def sites_of(method: Method, sites: Sequence[Site]) -> list[Site]:
-    """The sites that a method needs gradients at, each once.
+    """The distinct sites at which a method needs gradients.
+
+    Args:
+        method: the method.
+        sites: the sites that were recorded.
 
     Raises:
         ValueError: if the fit did not record one of them.

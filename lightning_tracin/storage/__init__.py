@@ -1,6 +1,7 @@
-"""What a fit leaves on disk, and how it is written and read.
+"""The trace on disk, and how it is written and read.
 
-A trace is a folder of JSON and safetensors: checkpoints, and for each of them the training examples' gradients in
-shards. Here live its parts, the lock on it, the runs that training's own gradients come in, and the check of all files.
-This folder knows nothing of Lightning, methods or scores; it imports ``gradients`` and ``parallel``.
+A trace is a folder of JSON and safetensors files: checkpoints, and for each of them the training examples' gradients in
+shards. This folder has the checkpoints, the shards, the lock on a trace, the runs in which training's own gradients are
+sorted, and the verification of all files. It does without Lightning, methods and scores; it imports ``gradients`` and
+``parallel``.
 """

@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all, and are checked when they are read: safetensors and JSON.
+"""Safetensors and JSON files that are written atomically, and verified by checksum when they are read.
 
-What is being written bears a name that ends in ``.partial``, and takes its own when it is on disk.
+A file or folder is written under a name that ends in ``.partial``, and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -31,24 +31,29 @@ _REPAIR = (
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write a safetensors file that appears whole or not at all, and return its checksum."""
+    """Write a safetensors file atomically, and return its checksum.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
     with atomic_file(path) as partial:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
             save_file(contiguous, partial, metadata=dict(metadata or {}))
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}. What was stored before is complete.") from error
-        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
         return _hash_of_file(partial)
 
 
 def read_tensors(path: Path, checksum: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, memory-mapped, and its metadata.
 
-    A file is checked the first time that a process reads it.
+    The checksum is verified the first time that a process reads the file.
 
     Raises:
-        ValueError: if the file is not as it was written.
+        FileNotFoundError: if there is no such file.
+        ValueError: if its checksum differs.
     """
     check_file(path, checksum)
     with safe_open(path, framework="pt") as file:
@@ -56,11 +61,11 @@ def read_tensors(path: Path, checksum: str) -> tuple[dict[str, Tensor], dict[str
 
 
 def check_file(path: Path, checksum: str) -> None:
-    """Compare a file with its checksum, unless this process has done so since the file was written.
+    """Verify a file's checksum, unless this process has done so since the file was last modified.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not as it was written.
+        ValueError: if its checksum differs.
     """
     status = _status(path)
     _check(path, status.st_size, status.st_mtime_ns, checksum)
@@ -76,7 +81,7 @@ def size_of(path: Path) -> int:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that appears whole or not at all."""
+    """Write a JSON file atomically."""
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -86,10 +91,10 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
 
     Args:
         path: the file.
-        keys: what the object in it must have.
+        keys: keys that the object in it must have.
 
     Raises:
-        ValueError: if it is no JSON, or lacks a key.
+        ValueError: if it is not valid JSON, or lacks a key.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -110,28 +115,28 @@ def _status(path: Path) -> os.stat_result:
 
 @cache
 def _check(path: Path, size: int, modified: int, checksum: str) -> None:
-    """Compare a file with its checksum, once for each state that it is found in."""
-    found = _hash_of_file(path)
-    if found != checksum:
+    """Verify a file's checksum; the result is cached for a size and modification time."""
+    actual = _hash_of_file(path)
+    if actual != checksum:
         raise ValueError(
-            f"{path} is damaged: its {size} bytes have the checksum {found}, but {checksum} was written. {_REPAIR}"
+            f"{path} is damaged: its {size} bytes have the checksum {actual}, but {checksum} was written. {_REPAIR}"
         )
 
 
 def _hash_of_file(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while piece := file.read(2**20):  # mapped as a whole, a shard would count as memory of this process
-            digest.update(piece)
+        while chunk := file.read(2**20):  # a memory-mapped shard would count towards this process's memory
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes its name when it is on disk and vanishes when it cannot be written.
+    """Yield the path of a temporary file, which is renamed to ``path`` on success and removed on an error.
 
-    Until then its name is one that nobody can have foreseen, and it is made anew: a link that somebody has put into the
-    folder is never followed.
+    Its name cannot be foreseen and the file is created anew, so that a link which somebody has put into the folder is
+    never followed.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
@@ -147,7 +152,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path, processes: Processes = ALONE) -> Iterator[Path]:
-    """A folder to fill, which takes its name when all processes are done and vanishes when one of them fails."""
+    """Yield a temporary folder, which is renamed when all processes have filled it and removed if one of them fails.
+
+    Args:
+        folder: the folder's final path.
+        processes: the processes that write into it; every one of them must enter the context.
+
+    Raises:
+        FileNotFoundError: if a process does not see the folder that the first one renamed.
+    """
     partial = folder.with_name(folder.name + PARTIAL)
     with processes.synchronized():
         if processes.first:

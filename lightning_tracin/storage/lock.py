@@ -1,6 +1,6 @@
-"""A trace is written by one at a time: by a fit until it ends, or by a query while it stores gradients.
+"""The lock on a trace: one fit (until it ends) or one query (while it stores gradients) writes at a time.
 
-Reading needs no lock: what is complete does not change.
+Reading needs no lock, because complete files do not change.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 _NAME = ".lightning_tracin.lock"
 
-# What systems answer whose files cannot be locked, such as Lustre without its option flock, or NFS without lockd.
+# The errors of file systems without locks, such as Lustre without its option flock, or NFS without lockd.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 @contextmanager
 def locked(folder: Path, *, within_fit: bool = False) -> Iterator[None]:
-    """Be the only one that writes into a trace's folder; the first of several processes does this for all.
+    """Hold the lock on a trace's folder; of several processes, the first one takes it for all.
 
-    The lock is on the file ``.lightning_tracin.lock``, which is there meanwhile. A process that is killed leaves the
-    file, but the operating system frees the lock. Where files cannot be locked there is a warning, and no lock: a mark
-    in its place would outlive a killed process, and stand in the way when its fit is resumed on another node.
+    The lock is on the file ``.lightning_tracin.lock``, which exists as long as it is held. If the process is killed the
+    file remains, but the operating system releases the lock. On a file system without locks there is a warning and no
+    lock: a marker file in its place would outlive a killed process, and block its fit when that is resumed on another
+    node.
 
     Args:
-        folder: of the trace; it is made if there is none, and removed if nothing is written to it.
-        within_fit: whether the fit that this thread is in, which has the lock, lets this in.
+        folder: the trace's folder; it is created if missing, and removed again if nothing is written to it.
+        within_fit: whether this may run inside of a fit in this process that already holds the lock.
 
     Raises:
-        BlockingIOError: if another fit or query has the lock.
+        BlockingIOError: if another fit or query holds the lock.
     """
-    made = not folder.exists()
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    mode = folder.stat().st_mode & 0o666  # who may write into the folder may lock it
+    mode = folder.stat().st_mode & 0o666  # whoever may write into the folder may lock it
     lock = FileLock(folder / _NAME, timeout=0, mode=mode, is_singleton=True, fallback_to_soft=False)
     try:
         if lock.is_locked and not within_fit:
@@ -58,8 +59,8 @@ def locked(folder: Path, *, within_fit: bool = False) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            if lock.lock_counter <= 1:  # filelock asks again where the file that it waited for is gone
+            if lock.lock_counter <= 1:  # filelock retries if another process removes the file that it waits for
                 (folder / _NAME).unlink()
-            if made and not any(folder.iterdir()):  # a refused fit leaves nothing
+            if is_new and not any(folder.iterdir()):  # a fit that was refused leaves no folder
                 folder.rmdir()
-        lock.release()  # nothing, if it is not held
+        lock.release()  # does nothing if the lock was not acquired

@@ -1,4 +1,4 @@
-"""Blocks put away in files that vanish with whoever holds them."""
+"""Temporary files for blocks that would otherwise take memory for as long as a query or a result exists."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _Block = TypeVar("_Block", bound=Ragged)
 
 
 class Scratch:
-    """A temporary folder, made when it is needed, whose files are memory-mapped: they take no memory while not used."""
+    """A temporary folder of memory-mapped blocks, created with the first of them and removed with this object."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
         self._n_blocks = 0
 
     def put(self, block: _Block) -> _Block:
-        """The same block, its tensors in a file.
+        """Write a block to a file, and return it with its tensors memory-mapped from there.
 
         Raises:
             OSError: if the file cannot be written.

@@ -1,8 +1,8 @@
-"""Gradients and texts on disk: shards of safetensors, each with a fixed number of examples, memory-mapped when read.
+"""Gradients and texts on disk: shards with a fixed number of examples each, memory-mapped when they are read.
 
-A folder holds ``00000.safetensors``, ``00001.safetensors``, ... and ``index.json``, which is written last and knows the
-checksum of each. Shard ``j`` holds examples ``j * shard_examples`` up to ``(j + 1) * shard_examples``. Word gradients
-are sorted by token, so that a query touches only the rows of the words that it asks for.
+A folder of shards has ``00000.safetensors``, ``00001.safetensors``, ... and ``index.json``, which is written last and
+contains the checksum of each. Shard ``j`` has the examples from ``j * shard_examples`` to ``(j + 1) * shard_examples``
+(exclusive). Word gradients are sorted by token, so that a query reads only the rows of its own words from disk.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from lightning_tracin.storage.encoding import decode, encode
 from lightning_tracin.storage.files import read_json, read_tensors, size_of, write_json, write_tensors
 from lightning_tracin.storage.row_buffer import RowBuffer
 
-# The rows of one word lie together, so queries are faster the larger shards are; a few must fit beside a model.
+# Rows of one word are contiguous, so queries are faster with larger shards; a few must fit in memory beside a model.
 _SHARD_BYTES = 256 * 2**20
 
-_SHARD_EXAMPLES = 4096
+_SHARD_EXAMPLES = 4096  # at most, however small an example is
 
 
 class ShardWriter:
-    """Writes the blocks of a training set, handed over shard after shard, into shards.
+    """Writes the blocks of a training set into shards.
 
-    A thread writes and flushes a full shard while the next one is filled. Leave the context to wait for it.
+    A thread writes a full shard to disk while the next one is filled. Leaving the context waits for the thread.
 
     Args:
         folder: an existing, empty folder.
-        dtype: what directions are stored in. "float16" is exact to about 5e-4 of each row's norm, whatever the norm;
-            "int8" to about 1 %.
-        shard_examples: examples in each shard.
-        first_shard: number of the first shard, where others are written by other processes.
-        order: the numbers of the examples in the order in which they come, if that is not the data set's. Those of one
-            shard come together.
+        dtype: the type that directions are stored in. The relative error of a row is about 5e-4 in "float16" and about
+            1 % in "int8", whatever its norm.
+        shard_examples: number of examples in each shard.
+        first_shard: number of the first shard, if other processes write those before it.
+        order: the indices of the examples in the order in which they are added; None for the order of the data set.
+            Examples of one shard must be added together.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ShardWriter:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def add(self, block: Ragged) -> None:
-        """Take the next examples.
+        """Add the next examples.
 
         Raises:
             OSError: if an earlier shard could not be written.
@@ -89,44 +89,47 @@ class ShardWriter:
             start = stop
 
     def close(self, processes: Processes = ALONE, not_finite: Sequence[int] = ()) -> None:
-        """Write what is left, then the index that makes the folder readable.
+        """Write the last shard, and then the index that makes the folder readable.
 
         Args:
-            processes: those that have written shards of the folder.
+            processes: the processes that write shards of the folder; every one of them must call it.
             not_finite: the examples, of all processes, whose gradients are zero because they were not finite.
+
+        Raises:
+            OSError: if a file could not be written.
         """
         if self._waiting.n_examples:
             self._flush()
         self._wait()
-        parts = processes.gather((self._kind, self.n_examples, self._checksums))
+        gathered = processes.gather((self._kind, self.n_examples, self._checksums))
         index = {
-            "kind": next((kind for kind, _, _ in parts if kind is not None), None),
+            "kind": next((kind for kind, _, _ in gathered if kind is not None), None),
             "dtype": self.dtype,
-            "n_examples": sum(n_examples for _, n_examples, _ in parts),
+            "n_examples": sum(n_examples for _, n_examples, _ in gathered),
             "shard_examples": self.shard_examples,
-            "checksums": [checksum for _, _, checksums in parts for checksum in checksums],
+            "checksums": [checksum for _, _, checksums in gathered for checksum in checksums],
             "not_finite": list(not_finite),
         }
         if processes.first:
             write_json(self.folder / "index.json", index)
 
     def _flush(self) -> None:
-        """Hand what waits to the thread, as a shard."""
+        """Submit the buffered examples to the thread, as a shard."""
         self._wait()
-        waiting, before = self._waiting.block(), len(self._checksums) * self.shard_examples
+        block, n_written = self._waiting.block(), len(self._checksums) * self.shard_examples
         if self.order is not None:
-            numbers = torch.tensor(self.order[before : before + waiting.n_examples])
-            waiting = waiting.moved(numbers - self.first_shard * self.shard_examples - before, waiting.n_examples)
-        shard = type(waiting).cat([waiting])  # a copy: the next examples come into the same memory
+            indices = torch.tensor(self.order[n_written : n_written + block.n_examples])
+            block = block.moved(indices - self.first_shard * self.shard_examples - n_written, block.n_examples)
+        shard = type(block).cat([block])  # a copy, because the buffer is reused for the next examples
         self._waiting.clear()
         self._written = self._thread.submit(self._write, shard)
 
     def _write(self, shard: Ragged) -> None:
-        path = _shard(self.folder, self.first_shard + len(self._checksums))
+        path = _shard_file(self.folder, self.first_shard + len(self._checksums))
         self._checksums.append(write_tensors(path, encode(shard)))
 
     def _wait(self) -> None:
-        """Wait for the thread, and raise what it raised."""
+        """Wait until the thread has written its shard, and raise its error if it failed."""
         if self._written is not None:
             self._written.result()
             self._written = None
@@ -134,15 +137,15 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class Shards:
-    """The blocks of a training set, as :class:`ShardWriter` left them.
+    """The blocks of a training set that :class:`ShardWriter` wrote.
 
     Attributes:
-        folder: where the shards lie.
+        folder: the folder of the shards.
         kind: "words", "factors", "matrix" or "texts".
         n_examples: number of examples over all shards.
-        shard_examples: number of examples in each shard but the last.
-        dtype: what directions are stored in.
-        checksums: of each shard's file.
+        shard_examples: number of examples in each shard except the last.
+        dtype: the type that directions are stored in.
+        checksums: the checksum of each shard's file.
         not_finite: the examples whose gradients are zero because they were not finite.
     """
 
@@ -159,7 +162,7 @@ class Shards:
         """Open a folder of shards.
 
         Raises:
-            FileNotFoundError: if the folder has no index: nothing was stored there, or not to the end.
+            FileNotFoundError: if the folder has no index, because nothing was stored there or storing was interrupted.
             ValueError: if the index is damaged.
         """
         return cls(folder, **read_json(folder / "index.json", [each.name for each in fields(cls)[1:]]))
@@ -170,58 +173,66 @@ class Shards:
     @property
     def files(self) -> list[tuple[Path, str]]:
         """Each shard's file and its checksum."""
-        return [(_shard(self.folder, shard), checksum) for shard, checksum in enumerate(self.checksums)]
+        return [(_shard_file(self.folder, shard), checksum) for shard, checksum in enumerate(self.checksums)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards."""
+        """The number of bytes of all shards on disk."""
         return sum(size_of(file) for file, _ in self.files)
 
     def bounds(self, shard: int) -> tuple[int, int]:
-        """First example of a shard, and one past its last."""
+        """The first example of a shard, and the one after its last."""
         return shard * self.shard_examples, min((shard + 1) * self.shard_examples, self.n_examples)
 
     def read(self, shard: int) -> Any:
-        """A shard's block, memory-mapped; examples are counted from 0 inside the shard.
+        """A shard's block, memory-mapped, with examples numbered from 0 inside the shard.
 
         Raises:
-            ValueError: if the file is not as it was written.
+            FileNotFoundError: if the shard's file is missing.
+            ValueError: if its checksum differs.
         """
         start, stop = self.bounds(shard)
         return decode(self.kind, self._stored(shard), slice(None), stop - start)
 
     def read_examples(self, examples: Sequence[int]) -> Any:
-        """Some examples' block, in the order given; only the shards that hold them are read.
+        """The block of some examples, in the given order; only their shards are read.
 
         Args:
-            examples: numbers of examples, each once, at least one.
+            examples: distinct indices of examples, at least one.
 
         Raises:
-            ValueError: if a file is not as it was written.
+            FileNotFoundError: if a shard's file is missing.
+            ValueError: if its checksum differs.
         """
-        numbers = torch.tensor(examples)
+        indices = torch.tensor(examples)
         blocks: list[Any] = []
-        for shard in torch.unique(numbers // self.shard_examples).tolist():
+        for shard in torch.unique(indices // self.shard_examples).tolist():
             start, stop = self.bounds(shard)
             stored = self._stored(shard)
-            wanted = torch.sort(numbers[(numbers >= start) & (numbers < stop)]).values - start
+            in_shard = torch.sort(indices[(indices >= start) & (indices < stop)]).values - start
             places = torch.full((stop - start,), -1)
-            places[wanted] = torch.arange(len(wanted))
+            places[in_shard] = torch.arange(len(in_shard))
             rows = torch.nonzero(places[stored["examples"].long()] >= 0)[:, 0]
-            blocks.append(decode(self.kind, stored, rows, stop - start).arranged(places, len(wanted)))
-        # blocks come in ascending order
-        return type(blocks[0]).cat(blocks).arranged(torch.argsort(numbers), len(numbers))
+            blocks.append(decode(self.kind, stored, rows, stop - start).arranged(places, len(in_shard)))
+        # The blocks are in ascending order of the indices; this restores the given order.
+        return type(blocks[0]).cat(blocks).arranged(torch.argsort(indices), len(indices))
 
     def _stored(self, shard: int) -> dict[str, Tensor]:
-        tensors, _ = read_tensors(_shard(self.folder, shard), self.checksums[shard])
+        tensors, _ = read_tensors(_shard_file(self.folder, shard), self.checksums[shard])
         return tensors
 
 
 def fitting_shard_examples(bytes_per_example: float, n_examples: int, processes: Processes = ALONE) -> int:
-    """How many examples make a shard of about 256 MiB, or of less, so that every process has one."""
+    """The number of examples in a shard of at most about 256 MiB, with at least one shard for every process.
+
+    Args:
+        bytes_per_example: mean size of an example's gradient on disk.
+        n_examples: number of examples in the training set.
+        processes: the processes that share the shards.
+    """
     fitting = min(_SHARD_EXAMPLES, int(_SHARD_BYTES / max(bytes_per_example, 1)))
     return max(1, min(fitting, -(-n_examples // processes.size) if processes.size > 1 else fitting))
 
 
-def _shard(folder: Path, number: int) -> Path:
+def _shard_file(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"

@@ -1,7 +1,7 @@
-"""Trace: the folder that a fit leaves behind.
+"""Trace: the folder that a fit writes, with its checkpoints, gradients, texts and vocabulary.
 
-JSON and safetensors only. Every file, every folder of gradients and every checkpoint appears whole or not at all: it is
-written under a name that ends in ``.partial`` and renamed when it is complete.
+It contains only JSON and safetensors. Every file, every folder of gradients and every checkpoint is written atomically:
+under a name that ends in ``.partial``, and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """What a trace knows before its first checkpoint.
+    """The content of ``trace.json``, which is written before the first checkpoint.
 
     Attributes:
         n_train: number of training examples.
-        data_fingerprint: of the training set.
-        model_fingerprint: of the names and shapes of the model's weights.
-        model_class: name of its class.
-        sites: where gradients are taken, and what is stored of them.
-        dtype: what directions are stored in.
-        shard_examples: training examples in each file of gradients.
+        data_fingerprint: a hash of the training set.
+        model_fingerprint: a hash of the names and shapes of the model's weights.
+        model_class: name of the model's class.
+        sites: the sites at which gradients are taken, and the form in which they are stored.
+        dtype: the type that directions are stored in.
+        shard_examples: number of training examples in each shard.
     """
 
     n_train: int
@@ -53,7 +53,7 @@ class TraceHeader:
 
 
 class Trace:
-    """Opens the folder that a fit with :class:`~lightning_tracin.TracInCallback` left behind.
+    """Opens the folder that a fit with :class:`~lightning_tracin.TracInCallback` wrote.
 
     Args:
         path: the folder.
@@ -81,11 +81,11 @@ class Trace:
                 f"The trace in {self.path.absolute()} was being replaced by that of another fit, which was broken off "
                 "before it began. Fit again into this folder, or into another."
             )
-        found = read_json(self.path / HEADER, ["version"])["version"]
-        if found != FORMAT_VERSION:
-            remedy = "Update lightning_tracin, or fit again" if found > FORMAT_VERSION else "Fit again"
+        version = read_json(self.path / HEADER, ["version"])["version"]
+        if version != FORMAT_VERSION:
+            remedy = "Update lightning_tracin, or fit again" if version > FORMAT_VERSION else "Fit again"
             raise ValueError(
-                f"The trace in {self.path} is of format version {found}, but this lightning_tracin reads version "
+                f"The trace in {self.path} is of format version {version}, but this lightning_tracin reads version "
                 f"{FORMAT_VERSION}. {remedy}."
             )
         content = read_json(self.path / HEADER, ["id", *(each.name for each in fields(TraceHeader))])
@@ -111,7 +111,11 @@ class Trace:
 
     @classmethod
     def create(cls, path: Path, header: TraceHeader) -> Trace:
-        """Start an empty trace; one that is there already is removed, and nothing else.
+        """Create an empty trace; a trace that is already in the folder is removed, and nothing else.
+
+        Args:
+            path: the folder.
+            header: the content of ``trace.json``.
 
         Raises:
             FileExistsError: if files of others, or links, are in the way.
@@ -139,63 +143,69 @@ class Trace:
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """The complete checkpoints, in the order of the fit; read from the folder each time."""
+        """The complete checkpoints, in the order of the fit; they are read from disk at each access."""
         files = sorted(self.path.glob("checkpoints/*/checkpoint.json"))
         return [self.read_checkpoint(file) for file in files if file.parent.suffix != PARTIAL]
 
     @property
     def has_texts(self) -> bool:
-        """Whether the training examples' token ids and labels are stored: from the first caching on."""
+        """Whether the training examples' token ids and labels are stored, which happens with the first gradients."""
         return bool(self._texts())
 
     def texts(self, examples: Sequence[int]) -> Texts:
-        """Token ids and labels of some training examples, each asked for once, in the order given.
+        """The token ids and labels of some training examples, in the given order.
 
-        Of an example that training has not come upon yet there is nothing.
+        An example that training has not read yet has no token ids and no label.
+
+        Args:
+            examples: distinct indices of training examples.
+
+        Raises:
+            ValueError: if a file of the texts is damaged.
         """
         blocks, places = [Texts.empty(0)], []
         missing = torch.arange(len(examples))
         for stored in self._texts():
-            read: Texts = stored.read_examples([examples[place] for place in missing.tolist()])
-            known = torch.isin(torch.arange(len(missing)), read.examples) | ~torch.isnan(read.labels)
-            blocks.append(read)
-            places.append(torch.where(known, missing, -1))
-            missing = missing[~known]
+            block: Texts = stored.read_examples([examples[place] for place in missing.tolist()])
+            has_text = torch.isin(torch.arange(len(missing)), block.examples) | ~torch.isnan(block.labels)
+            blocks.append(block)
+            places.append(torch.where(has_text, missing, -1))
+            missing = missing[~has_text]
             if not len(missing):
                 break
         return Texts.cat(blocks).arranged(torch.cat([missing[:0], *places]), len(examples))
 
     @cached_property
     def vocabulary(self) -> dict[int, str]:
-        """What to print for the token ids that occur in the training set."""
+        """The words of the token ids that occur in the training set."""
         path = self.path / "vocabulary.json"
         return {int(token): word for token, word in read_json(path).items()} if path.exists() else {}
 
     def add_words(self, words: Mapping[int, str], processes: Processes = ALONE) -> None:
-        """Keep what to print for token ids, as each of the processes knows it."""
-        known = dict(self.vocabulary)
-        for own in processes.gather(dict(words)):
-            known |= own
+        """Add the words of token ids, from every process, to the vocabulary; every process must call it."""
+        vocabulary = dict(self.vocabulary)
+        for process_words in processes.gather(dict(words)):
+            vocabulary |= process_words
         if processes.first:
-            write_json(self.path / "vocabulary.json", known)
+            write_json(self.path / "vocabulary.json", vocabulary)
         self.__dict__.pop("vocabulary", None)
 
     def check_counts(self, shards: Shards) -> None:
-        """Check that shards hold as many examples as the trace has, in as many files.
+        """Check that a folder of shards has the trace's number of examples, in the right number of files.
 
         Raises:
-            ValueError: if they do not.
+            ValueError: if a number differs.
         """
-        found, expected = (shards.n_examples, shards.shard_examples), (self.n_train, self.shard_examples)
-        if found != expected or len(shards.checksums) != len(shards):
+        actual, expected = (shards.n_examples, shards.shard_examples), (self.n_train, self.shard_examples)
+        if actual != expected or len(shards.checksums) != len(shards):
             raise ValueError(
-                f"{shards.folder / 'index.json'} is damaged: it counts {found[0]} examples in {len(shards.checksums)} "
-                f"shards of {found[1]}, but the trace has {expected[0]} in shards of {expected[1]}. Restore the file "
+                f"{shards.folder / 'index.json'} is damaged: it counts {actual[0]} examples in {len(shards.checksums)} "
+                f"shards of {actual[1]}, but the trace has {expected[0]} in shards of {expected[1]}. Restore the file "
                 "from a copy, or fit again; of gradients it is enough to remove the folder."
             )
 
     def read_checkpoint(self, file: Path) -> Checkpoint:
-        """The checkpoint that a file describes.
+        """The checkpoint that a ``checkpoint.json`` describes.
 
         Raises:
             ValueError: if the file is damaged.
@@ -203,30 +213,25 @@ class Trace:
         keys = [each.name for each in fields(Checkpoint) if each.name not in ("path", "sites")]
         return Checkpoint(path=file.parent, sites=self.sites, **read_json(file, keys))
 
-    def _texts(self) -> list[Shards]:
-        """The stored texts: of the whole training set, or of what was trained on up to each checkpoint."""
-        folders = [self.path / "texts", *sorted(self.path.glob("checkpoints/*/texts"))]
-        return [Shards.open(folder) for folder in folders if (folder / "index.json").exists()]
-
     def check_model(self, state: Mapping[str, Any], model_class: str) -> None:
-        """Check that a module is the one that was trained: the same parameters of the same shapes.
+        """Check that a module has the names and shapes of parameters that the trained module had.
 
         Args:
             state: the module's state dict.
-            model_class: the name of its class.
+            model_class: name of the module's class, for the message.
 
         Raises:
-            ValueError: if it is not; the message names parameters that differ.
+            ValueError: if names or shapes differ; the message lists some of them.
         """
         if model_fingerprint(state) == self.model_fingerprint:
             return
-        own = _shapes(state)
+        shapes = _shapes(state)
         recorded = _shapes(self.checkpoints[0].weights()) if self.checkpoints else {}
-        differing = sorted(name for name in own.keys() | recorded.keys() if own.get(name) != recorded.get(name))
+        differing = sorted(name for name in shapes.keys() | recorded.keys() if shapes.get(name) != recorded.get(name))
         raise ValueError(
             f"The trace in {self.path} is of another model ({self.model_class}) than {model_class}: "
             f"{len(differing)} parameters differ in name or shape, such as "
-            + "; ".join(f"{name}: {recorded.get(name)} in the trace, {own.get(name)} here" for name in differing[:3])
+            + "; ".join(f"{name}: {recorded.get(name)} in the trace, {shapes.get(name)} here" for name in differing[:3])
             + "."
         )
 
@@ -234,8 +239,8 @@ class Trace:
         """Check that the folder still holds this trace.
 
         Raises:
-            FileNotFoundError: if it holds none.
-            ValueError: if it holds another.
+            FileNotFoundError: if the folder has no trace.
+            ValueError: if it has another trace.
         """
         if Trace(self.path).id != self.id:
             raise ValueError(f"Another fit has replaced the trace in {self.path}; pass that folder to use its trace.")
@@ -243,8 +248,12 @@ class Trace:
     def check_data(self, n_train: int, fingerprint: str) -> None:
         """Check that a training set is the one that was trained on.
 
+        Args:
+            n_train: its number of examples.
+            fingerprint: its hash.
+
         Raises:
-            ValueError: if it has another number of examples, or other examples.
+            ValueError: if the number of examples, or the examples themselves, differ.
         """
         if (n_train, fingerprint) == (self.n_train, self.data_fingerprint):
             return
@@ -285,10 +294,15 @@ class Trace:
         write_json(self.path / HEADER, {**read_json(self.path / HEADER), "incomplete": self.incomplete})
 
     def drop_checkpoints_after(self, step: int) -> None:
-        """Remove the checkpoints beyond a step, when a fit is resumed from an earlier one."""
+        """Remove the checkpoints after a step, from which a fit is resumed."""
         for checkpoint in self.checkpoints:
             if checkpoint.step > step:
                 remove_folder(self.path, checkpoint.path)
+
+    def _texts(self) -> list[Shards]:
+        """The stored texts: of the whole training set, and of the examples that were trained on before a checkpoint."""
+        folders = [self.path / "texts", *sorted(self.path.glob("checkpoints/*/texts"))]
+        return [Shards.open(folder) for folder in folders if (folder / "index.json").exists()]
 
 
 def model_fingerprint(state: Mapping[str, Any]) -> str:

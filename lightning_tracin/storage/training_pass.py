@@ -1,7 +1,7 @@
-"""A pass over the training set: which examples come when, and how their gradients are stored.
+"""A pass over the training set: the order in which examples are read, and the storing of their gradients in shards.
 
-Shards hold the same examples at every checkpoint, so that scores can be added up shard by shard. Each of several
-processes stores whole shards.
+A shard has the same examples at every checkpoint, so that scores can be summed shard by shard. With several processes,
+each stores a contiguous range of complete shards.
 """
 
 from __future__ import annotations
@@ -27,40 +27,49 @@ from lightning_tracin.storage.trace import Trace
 
 
 class NumberedExamples(Protocol):
-    """What has to be known of a training set to choose the order in which it is read."""
+    """The properties of a training set on which the reading order depends.
+
+    Attributes:
+        iterable: whether it is a stream, which can be read in one order only.
+    """
 
     iterable: bool
 
     def lengths(self, indices: Sequence[int]) -> Tensor | None:
-        """(len(indices),) how much text examples hold, to compare with each other; None where that is not known."""
+        """(len(indices),) the examples' lengths, in any unit; None if they are not known."""
 
 
 def own_examples(trace: Trace, processes: Processes) -> range:
-    """The training examples that a process stores: whole shards."""
+    """The indices of the training examples that this process stores: those of complete shards."""
     shards = processes.share(-(-trace.n_train // trace.shard_examples))
     return range(*(min(shard * trace.shard_examples, trace.n_train) for shard in (shards.start, shards.stop)))
 
 
 def reading_order(trace: Trace, examples: NumberedExamples, processes: Processes) -> Sequence[int]:
-    """A process's :func:`own_part`, each shard's examples from the longest to the shortest.
+    """The indices of this process's examples, in each shard from the longest to the shortest.
 
-    Batches of examples that are about as long hold little padding. The stored texts tell how long they are, or else the
-    data set; where neither does, the examples keep the order of the data set, as those of a stream must.
+    Batches of similar lengths contain little padding. Lengths come from the stored texts, or else from the data set. A
+    stream, and a data set without known lengths, keeps its order.
+
+    Args:
+        trace: the trace, which has the stored texts and the number of examples in a shard.
+        examples: the training set.
+        processes: the processes that each store their own examples.
 
     Raises:
         ValueError: if the stored texts are damaged.
     """
-    part = own_examples(trace, processes)
+    indices = own_examples(trace, processes)
     if examples.iterable:
-        return part
-    lengths = _stored_lengths(trace, part)
-    if lengths is None or not lengths.any():  # of a fit that looked at linear layers alone
-        lengths = examples.lengths(part)
+        return indices
+    lengths = _stored_lengths(trace, indices)
+    if lengths is None or not lengths.any():  # texts are empty if only linear layers were recorded
+        lengths = examples.lengths(indices)
     if lengths is None:
-        return part
+        return indices
     order: list[int] = []
-    for of_shard in torch.split(lengths, trace.shard_examples):
-        order += (torch.argsort(of_shard, descending=True, stable=True) + part.start + len(order)).tolist()
+    for shard_lengths in torch.split(lengths, trace.shard_examples):
+        order += (torch.argsort(shard_lengths, descending=True, stable=True) + indices.start + len(order)).tolist()
     return order
 
 
@@ -68,12 +77,19 @@ def reading_order(trace: Trace, examples: NumberedExamples, processes: Processes
 def shard_writer(
     trace: Trace, folder: Path, processes: Processes = ALONE, order: Sequence[int] | None = None
 ) -> Iterator[ShardWriter]:
-    """A writer of a process's shards into a folder that appears when it is complete."""
+    """A writer of this process's shards into a folder that is created atomically.
+
+    Args:
+        trace: the trace.
+        folder: the folder of the shards.
+        processes: the processes that write shards; every one of them must enter the context.
+        order: the order in which this process adds its examples; None for that of the data set.
+    """
     first_shard = own_examples(trace, processes).start // trace.shard_examples
     with (
-        atomic_folder(folder, processes) as appearing,
+        atomic_folder(folder, processes) as partial,
         ShardWriter(
-            appearing,
+            partial,
             dtype=trace.dtype,
             shard_examples=trace.shard_examples,
             first_shard=first_shard,
@@ -93,19 +109,19 @@ def training_pass(
     *,
     tolerant: bool = True,
 ) -> Iterator[TrainingPass]:
-    """Store the training examples' gradients at a checkpoint; all appear when every example was added.
+    """Store the training examples' gradients at a checkpoint; they become readable when every example was added.
 
     Args:
-        trace: where.
-        checkpoint: of the trace.
-        sites: whose gradients are stored.
-        order: in which this process adds the examples of its part. Those of a shard come together.
-        processes: those that each add their part.
-        tolerant: whether an example whose loss or gradient is not finite counts zero, rather than ends the pass.
+        trace: the trace.
+        checkpoint: a checkpoint of the trace.
+        sites: the sites whose gradients are stored.
+        order: the order in which this process adds its examples; those of a shard must be added together.
+        processes: the processes that each add their own examples; every one of them must enter the context.
+        tolerant: whether an example without a finite loss or gradient counts zero, rather than ends the pass.
 
     Raises:
-        ValueError: if another number of examples was added than the training set has, or if gradients are not finite:
-            that of one example, or, with ``tolerant``, those of more than half.
+        ValueError: if the number of examples that were added differs from that of the training set, or if
+            gradients are not finite: that of one example, or, with ``tolerant``, those of more than half.
     """
     with ExitStack() as folders:
         writers = {
@@ -115,14 +131,17 @@ def training_pass(
         texts = None
         if not processes.gather(trace.has_texts)[0]:
             texts = folders.enter_context(shard_writer(trace, trace.path / "texts", processes, order))
-        filled = TrainingPass(trace, writers, texts, processes, order)
-        filled.tolerant = tolerant
-        yield filled
-        filled.close(checkpoint.step)
+        writer = TrainingPass(trace, writers, texts, processes, order, tolerant=tolerant)
+        yield writer
+        writer.close(checkpoint.step)
 
 
 class TrainingPass:
-    """Takes the captured batches of one pass over the training set, or a process's part of it, in a known order."""
+    """Stores the captured batches of one pass over the training set, or over this process's examples.
+
+    Attributes:
+        n_examples: number of examples that were added.
+    """
 
     def __init__(
         self,
@@ -131,9 +150,11 @@ class TrainingPass:
         texts: ShardWriter | None,
         processes: Processes,
         order: Sequence[int],
+        *,
+        tolerant: bool = True,
     ) -> None:
         self.n_examples = 0
-        self.tolerant = True
+        self._tolerant = tolerant
         self._not_finite: list[int] = []
         self._order = order
         self._processes = processes
@@ -143,7 +164,7 @@ class TrainingPass:
         self._vocabulary: dict[int, str] = {}
 
     def unknown_tokens(self, captured: Captured) -> list[int]:
-        """The token ids of a batch whose words are not known yet, each once."""
+        """The distinct token ids of a batch whose words were not added yet; none if this pass stores no texts."""
         if self._texts is None:
             return []
         return [token for token in unique_tokens(captured.token_ids) if token not in self._vocabulary]
@@ -152,20 +173,22 @@ class TrainingPass:
         """Store the next examples.
 
         Args:
-            captured: their gradients.
-            labels: (B, ...) their labels, kept for printing if they are one number for each.
-            words: what to print for token ids that are new.
+            captured: their losses, tokens and gradients.
+            labels: (B, ...) their labels, which are stored if they are one number for each example.
+            words: the words of token ids that are new.
 
         Raises:
-            ValueError: if a loss or gradient is not finite; the message names the training example.
+            OSError: if a shard cannot be written.
+            ValueError: if a loss or gradient is not finite (the message names the training example), or if there are
+                more examples than the training set has.
         """
         if self.n_examples + len(captured) > len(self._order):
-            raise ValueError(self._other_number(f"more than {len(self._order)}"))
+            raise ValueError(self._wrong_number(f"more than {len(self._order)}"))
         bad = captured.not_finite()
         if bool(bad.any()):
             places = torch.nonzero(bad)[:, 0].tolist()
             found = [self._order[self.n_examples + place] for place in places]
-            if not self.tolerant:
+            if not self._tolerant:
                 raise ValueError(
                     f"The loss or gradient of training example {found[0]} is NaN or infinite. Look at that example, or "
                     "at the learning rate; what was stored before is complete."
@@ -180,9 +203,17 @@ class TrainingPass:
         self.n_examples += len(captured)
 
     def close(self, step: int) -> None:
-        """Finish the files; every training example must have been added."""
+        """Write the last shards and the indexes.
+
+        Args:
+            step: the step of the checkpoint.
+
+        Raises:
+            OSError: if a file cannot be written.
+            ValueError: if not all of this process's examples were added, or if more than half have no finite gradient.
+        """
         if self.n_examples != len(self._order):
-            raise ValueError(self._other_number(str(self.n_examples)))
+            raise ValueError(self._wrong_number(str(self.n_examples)))
         not_finite = all_not_finite(self._not_finite, self._trace.n_train, step, self._processes)
         for writer in self._writers.values():
             writer.close(self._processes, not_finite)
@@ -190,8 +221,8 @@ class TrainingPass:
             self._texts.close(self._processes)
             self._trace.add_words(self._vocabulary, self._processes)
 
-    def _other_number(self, found: str) -> str:
-        """That a pass gave another number of examples than there are."""
+    def _wrong_number(self, found: str) -> str:
+        """The message of the error that a pass gave more or fewer examples than there are."""
         them = "it" if len(self._order) == self._trace.n_train else f"{len(self._order)} of them"
         return (
             f"The training set has {self._trace.n_train} examples, but a pass over {them} gave {found}: the collate "
@@ -222,17 +253,17 @@ def all_not_finite(own: Iterable[int], n_recorded: int, step: int, processes: Pr
     return found
 
 
-def _stored_lengths(trace: Trace, part: range) -> Tensor | None:
-    """(len(part),) how many words the stored texts of some whole shards hold, if there are any.
+def _stored_lengths(trace: Trace, indices: range) -> Tensor | None:
+    """(len(indices),) the number of stored tokens of examples of complete shards; None if no texts are stored.
 
     Raises:
         ValueError: if the texts are damaged.
     """
     path = trace.path / "texts"
-    if not part or not (path / "index.json").exists():
+    if not indices or not (path / "index.json").exists():
         return None
     texts = Shards.open(path)
     trace.check_counts(texts)
-    shards = range(part.start // trace.shard_examples, -(-part.stop // trace.shard_examples))
+    shards = range(indices.start // trace.shard_examples, -(-indices.stop // trace.shard_examples))
     blocks: Iterator[Texts] = (texts.read(shard) for shard in shards)
-    return torch.cat([torch.bincount(block.examples, minlength=block.n_examples) for block in blocks])
+    return torch.cat([block.rows_by_example() for block in blocks])

@@ -1,4 +1,4 @@
-"""Comparing every file of a trace with what was written."""
+"""Verification of every file of a trace by its checksum."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lightning_tracin.storage.trace import Trace
 
 
 def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
-    """Compare every file with what was written.
+    """Verify every file of a trace.
 
-    JSON files, which have no checksum, are read. A last checkpoint whose whole folder is gone, which no file names,
-    cannot be missed.
+    Safetensors files are compared with their checksums; JSON files, which have none, are parsed. A file that no other
+    file names cannot be missed, such as a last checkpoint whose whole folder was deleted.
 
     Yields:
-        Each file, and what is wrong with it, or None. A file or folder that a writing left behind when it was
-        broken off counts as wrong, though nothing is read from it.
+        The path of each file, and its problem in words, or None. A temporary file or folder of an interrupted write is
+        reported as a problem, though nothing reads it.
     """
-    yield trace.path / HEADER, None  # it was read
+    yield trace.path / HEADER, None  # opening the trace has parsed it
     for path in sorted(trace.path.rglob(f"*{PARTIAL}")):
         yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
     folders = [path for path in sorted(trace.path.glob("checkpoints/*")) if path.suffix != PARTIAL]
@@ -44,7 +44,7 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
         for name in (*(site.key for site in trace.sites), "texts")
         if (folder / name).exists()
     ]
-    if stored:  # the texts come with the first gradients
+    if stored:  # texts and vocabulary are stored with the first gradients
         path = trace.path / "vocabulary.json"
         yield path, _problem(path, partial(read_json, path))
         if not any(folder.name == "texts" for folder in stored):
@@ -54,7 +54,7 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
 
 
 def _verify_shards(trace: Trace, folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """The part of :func:`verify` for a folder of shards."""
+    """Verify a folder of shards; see :func:`verify`."""
     path = folder / "index.json"
     problem = _problem(path, lambda: trace.check_counts(Shards.open(folder)))
     yield path, problem
@@ -64,7 +64,7 @@ def _verify_shards(trace: Trace, folder: Path) -> Iterator[tuple[Path, str | Non
 
 
 def _problem(path: Path, read: Callable[[], object]) -> str | None:
-    """What is wrong with a file, as reading it tells."""
+    """The problem with a file in words, from the error that reading it raises; None without an error."""
     try:
         read()
     except FileNotFoundError:

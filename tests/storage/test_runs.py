@@ -77,7 +77,7 @@ DRAWS = {
 def test_however_often_examples_come_little_more_lies_there_than_counts(tmp_path, monkeypatch, draw):
     monkeypatch.setattr(runs, "_RUN_BYTES", 9000)  # some 85 examples
     if draw == "each once an epoch":
-        monkeypatch.delattr(runs._Run, "only")  # no run is rewritten
+        monkeypatch.delattr(runs._Run, "compacted")  # no run is compacted
     came = Runs(tmp_path / "runs", N_MANY, dtype="float32")
     norms, peak = torch.zeros(N_MANY), 0
     batches = (batch for _ in range(30) for batch in DRAWS[draw]().split(20))
