@@ -26,8 +26,8 @@ class Scores:
     Attributes:
         totals: (n_test, 2) float64, the sum of each test example's positive scores and that of its negative scores.
         scores: (n_test, n_train) float32; None if only the strongest were kept.
-        proponents: the strongest positive ones; None if all scores were kept.
-        opponents: the strongest negative ones; None if all scores were kept.
+        proponents: the training examples of largest score; None if all scores were kept.
+        opponents: the training examples of smallest score; None if all scores were kept.
     """
 
     totals: Tensor
