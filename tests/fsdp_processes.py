@@ -174,7 +174,7 @@ FITS = {
 def fit(path, kind, sharding, *, epochs=2, ckpt_path=None, data=None, precision="32-true", **options):
     """What a fit of both processes learned, and its trainer; without a path, it has no callback."""
     pl.seed_everything(0, verbose=False)
-    callbacks = [] if path is None else [TracInCallback(path, **{"dtype": "float32", **options})]
+    callbacks = [] if path is None else [TracInCallback(path, **{"dtype": "float32", "on_error": "raise", **options})]
     strategy = "ddp" if sharding is None else OnCPU(process_group_backend="gloo", **sharding)
     trainer = quiet(strategy=strategy, devices=2, callbacks=callbacks, max_epochs=epochs, precision=precision)
     uneven = loader(texts(UNEVEN, length=LENGTH), shuffle=True, drop_last=True)

@@ -32,7 +32,9 @@ def fit(folder, module=None, val=None, *, logger=None, trainer=None, kind=pl.Tra
     """A trainer that has fitted a module, with validations, and a callback that logs two examples of each."""
     pl.seed_everything(0, verbose=False)
     module = Validated() if module is None else module
-    callback = TracInCallback(folder / "trace", **{"dtype": "float32", "log_examples": 2, **options})
+    callback = TracInCallback(
+        folder / "trace", **{"dtype": "float32", "log_examples": 2, "on_error": "raise", **options}
+    )
     logger = CSVLogger(folder) if logger is None else logger
     fitting = quiet(kind, **{"callbacks": [callback], "logger": logger, "log_every_n_steps": 1, **(trainer or {})})
     fitting.fit(module, loader(shuffle=True) if train is None else train, loader(test_texts()) if val is None else val)

@@ -94,7 +94,9 @@ def fitted(path, module: pl.LightningModule | None = None, data=None, *, trainer
     """A trainer that has fitted a module, reproducibly, with a callback that writes to ``path``."""
     pl.seed_everything(0, verbose=False)
     module = Toy() if module is None else module
-    fit = quiet(callbacks=[TracInCallback(path, **{"dtype": "float32", **options})], **(trainer or {}))
+    fit = quiet(
+        callbacks=[TracInCallback(path, **{"dtype": "float32", "on_error": "raise", **options})], **(trainer or {})
+    )
     if isinstance(data, pl.LightningDataModule):
         fit.fit(module, datamodule=data)
     else:

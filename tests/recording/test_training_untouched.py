@@ -276,8 +276,8 @@ def test_the_same_trainer_fits_on_after_influence(tmp_path):
         pl.seed_everything(5, verbose=False)
         trainer.fit_loop.max_epochs += 1
         trainer.fit(trainer.lightning_module, loader())
-        outcomes.append((trainer.lightning_module.state_dict(), trainer.callbacks[0].trace.checkpoints[0].step))
-        assert len(trainer.callbacks[0].trace.checkpoints) == 1
+        outcomes.append((trainer.lightning_module.state_dict(), trainer.callbacks[0].trace.checkpoints[-1].step))
+        assert len(trainer.callbacks[0].trace.checkpoints) == 3
     assert same_weights(outcomes[0][0], outcomes[1][0])
     assert outcomes[0][1] == outcomes[1][1]
 

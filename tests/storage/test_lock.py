@@ -35,7 +35,9 @@ class Doing(pl.Callback):
 def fit_with(path, what, **options):
     """Fit into a folder, and do something meanwhile."""
     pl.seed_everything(0, verbose=False)
-    trainer = quiet(callbacks=[TracInCallback(path, **{"dtype": "float32", **options}), Doing(what)])
+    trainer = quiet(
+        callbacks=[TracInCallback(path, **{"dtype": "float32", "on_error": "raise", **options}), Doing(what)]
+    )
     trainer.fit(Toy(), loader(shuffle=True))
     return trainer
 

@@ -181,7 +181,7 @@ def test_a_fit_resumed_between_two_checkpoints_counts_the_steps_before_the_cut(t
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_resumed_fit_without_a_dirpath_goes_on_where_it_began(tmp_path):
+def test_a_resumed_fit_without_a_dirpath_goes_on_in_the_new_folder_of_its_logger(tmp_path):
     def fit(epochs, **arguments):
         saver = ModelCheckpoint(tmp_path / "saved", filename="{step}")
         logger = CSVLogger(tmp_path, name="news")
@@ -193,8 +193,11 @@ def test_a_resumed_fit_without_a_dirpath_goes_on_where_it_began(tmp_path):
 
     first = fit(1)
     resumed = fit(2, ckpt_path=str(tmp_path / "saved" / "step=5.ckpt"))
-    assert (resumed.id, resumed.path) == (first.id, tmp_path / "news" / "version_0" / "trace")
+    assert first.path == tmp_path / "news" / "version_0" / "trace"
+    assert resumed.path == tmp_path / "news" / "version_1" / "trace"
     assert [each.step for each in resumed.checkpoints] == [5, 10]
+    assert [each.step for each in first.checkpoints] == [5]
+    assert resumed.checkpoints[0].id == first.checkpoints[0].id
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
