@@ -19,6 +19,7 @@ from lightning_tracin.bridge.progress import progress_task
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
 from lightning_tracin.gradients.batches import labels_of
+from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches, unwrapped_name
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.plan import RecordingPlan
@@ -86,7 +87,23 @@ class Recorder:
         if learns_nothing(trainer):
             return
         number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is _unwrapped(optimizer)), 0)
-        self.steps.append((trainer.global_step, number, [float(group["lr"]) for group in optimizer.param_groups]))
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.steps.append((trainer.global_step, number, rates, self._unmoved_by(optimizer)))
+
+    def _unmoved_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """The keys of the sites whose weights an optimizer has, but is about to leave where they are.
+
+        Under FSDP a process may have no part of a weight, and so no gradient: nothing is concluded there.
+        """
+        if is_fsdp(self.gradients.module):
+            return []
+        owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        unmoved = []
+        for each in sites_on_module(self.gradients.module, self.fit.trace.sites):
+            own = [parameter for layer in each.layers for parameter in layer.parameters() if parameter in owned]
+            if own and all(parameter.grad is None for parameter in own):
+                unmoved.append(each.site.key)
+        return unmoved
 
     def end_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
         """Keep a training batch's gradients, and take a checkpoint if ``every_n_train_steps`` is due."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -13,8 +14,9 @@ from lightning_tracin.storage.files import read_tensors
 from lightning_tracin.storage.second_moments import SecondMoments, moments_file
 from lightning_tracin.storage.shards import Shards
 
-#: One optimizer step: ``trainer.global_step`` before it, the optimizer's number, the learning rate of each group.
-Step = tuple[int, int, list[float]]
+#: One optimizer step: its number (``trainer.global_step`` before it), the optimizer, the rate of each of its groups,
+#: and the keys of the sites that it did not move, because their weights had no gradient.
+Step: TypeAlias = tuple[int, int, list[float], list[str]]
 
 #: The name of the file with the weights, in the folder of a checkpoint.
 WEIGHTS = "weights.safetensors"
@@ -34,6 +36,7 @@ class Checkpoint:
         groups: the parameter names of each group of each optimizer.
         checksums: of the files of weights and of second moments, by name.
         sites: where gradients are taken.
+        frozen_sites: the keys of the sites that no step of the whole trace moved.
     """
 
     path: Path
@@ -45,6 +48,7 @@ class Checkpoint:
     groups: list[list[list[str]]]
     checksums: dict[str, str]
     sites: Sequence[Site]
+    frozen_sites: frozenset[str] = frozenset()
 
     @property
     def learning_rate(self) -> float:
@@ -54,9 +58,29 @@ class Checkpoint:
     def learning_rate_of(self, site: Site) -> float:
         """The mean learning rate of a site's weight over the optimizer steps since the previous checkpoint.
 
-        The bias counts with the rate of the weight, even if it is in another parameter group. A layer that no optimizer
-        trains (a frozen embedding) gets the mean over all groups. Without steps, the rate is 0.
+        The bias counts with the rate of the weight, even if it is in another parameter group. A step that did not move
+        the weight, because it was frozen then or its parameter group came later, counts with rate 0. A layer that was
+        frozen for the whole fit has the rate of its group, or, if no optimizer has it, the mean over all groups.
+        Without steps, the rate is 0.
         """
+        held = self._groups_of(site)
+        rates: list[float] = []
+        for _, optimizer, group_rates, unmoved in self.steps:
+            if not held:
+                rates += group_rates if site.key in self.frozen_sites else [0.0]
+            elif any(optimizer == each for each, _ in held):
+                own = [rate for group, rate in enumerate(group_rates) if (optimizer, group) in held]
+                moves = site.key not in unmoved or site.key in self.frozen_sites
+                rates += own if own and moves else [0.0]
+        return sum(rates) / len(rates) if rates else 0.0
+
+    def moves(self, site: Site) -> bool:
+        """Whether a step since the previous checkpoint moved a site's weight."""
+        optimizers = {optimizer for optimizer, _ in self._groups_of(site)}
+        return any(step[1] in optimizers and site.key not in step[3] for step in self.steps)
+
+    def _groups_of(self, site: Site) -> set[tuple[int, int]]:
+        """The optimizers and parameter groups that hold a site's weight."""
         prefix = f"{site.layer}."
 
         def groups_with(name_prefix: str) -> set[tuple[int, int]]:
@@ -68,14 +92,7 @@ class Checkpoint:
             }
 
         # With adapters such as LoRA the weight itself is frozen, and only parameters under the layer are trained.
-        selected = groups_with(f"{prefix}weight") or groups_with(prefix)
-        rates = [
-            rate
-            for _, optimizer, group_rates in self.steps
-            for group, rate in enumerate(group_rates)
-            if not selected or (optimizer, group) in selected
-        ]
-        return sum(rates) / len(rates) if rates else 0.0
+        return groups_with(f"{prefix}weight") or groups_with(prefix)
 
     def weights(self) -> dict[str, Tensor]:
         """The module's state dict, as trained (not averaged), with tied weights under each of their names.

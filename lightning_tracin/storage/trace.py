@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,9 @@ class Trace:
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, in the order of the fit; they are read from disk at each access."""
         files = sorted(self.path.glob("checkpoints/*/checkpoint.json"))
-        return [self.read_checkpoint(file) for file in files if file.parent.suffix != PARTIAL]
+        found = [self.read_checkpoint(file) for file in files if file.parent.suffix != PARTIAL]
+        frozen = {site.key for site in self.sites if not any(checkpoint.moves(site) for checkpoint in found)}
+        return [replace(checkpoint, frozen_sites=frozenset(frozen)) for checkpoint in found]
 
     @property
     def has_texts(self) -> bool:
@@ -210,7 +212,7 @@ class Trace:
         Raises:
             ValueError: if the file is damaged.
         """
-        keys = [each.name for each in fields(Checkpoint) if each.name not in ("path", "sites")]
+        keys = [each.name for each in fields(Checkpoint) if each.name not in ("path", "sites", "frozen_sites")]
         return Checkpoint(path=file.parent, sites=self.sites, **read_json(file, keys))
 
     def check_model(self, state: Mapping[str, Any], model_class: str) -> None:
