@@ -45,7 +45,7 @@ class Broken(Validated):
 
 def fit(folder, kind, **options):
     pl.seed_everything(0, verbose=False)
-    callbacks = [TracInCallback(folder / "trace", dtype="float32", **options)] if options else []
+    callbacks = [TracInCallback(folder / "trace", dtype="float32", on_error="raise", **options)] if options else []
     trainer = quiet(callbacks=callbacks, logger=CSVLogger(folder), log_every_n_steps=1, **TWO)
     module = kind()
     trainer.fit(module, loader(shuffle=True), loader(validation_texts(), batch_size=2))

@@ -72,8 +72,8 @@ class BrokenTest(Toy):
 def fit(path, kind, *, data=None, logger=False, epochs=2, ckpt_path=None, trainer=None, **options):
     """A trainer of all processes that has fitted a module."""
     pl.seed_everything(0, verbose=False)
-    callback = TracInCallback(path, **{"dtype": "float32", **options})
-    fitting = quiet(**ALL, callbacks=[callback], logger=logger, max_epochs=epochs, **(trainer or {}))
+    callbacks = [] if path is None else [TracInCallback(path, **{"dtype": "float32", "on_error": "raise", **options})]
+    fitting = quiet(**ALL, callbacks=callbacks, logger=logger, max_epochs=epochs, **(trainer or {}))
     fitting.fit(kind(), loader(shuffle=True) if data is None else data, ckpt_path=ckpt_path)
     return fitting
 
@@ -143,7 +143,10 @@ def in_two(folder, found):
 
     shards.write_tensors = full
     found["full"] = error_of(fit, folder / "full", Toy)
+    going_on = fit(folder / "going on", Toy, on_error="warn").lightning_module
     shards.write_tensors = write
+    plain = fit(None, Toy).lightning_module
+    found["going on"] = all(map(torch.equal, going_on.parameters(), plain.parameters()))
 
     fit(folder / "normed", Normed)
     for cache in ("checkpoint", "training"):

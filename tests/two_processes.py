@@ -44,7 +44,9 @@ def main(folder: Path, fault: str = "") -> None:
     torch.set_num_threads(1)
     if fault:
         pl.seed_everything(0, verbose=False)
-        quiet(callbacks=[TracInCallback(folder / "trace")], **TWO).fit(Faulty(fault), loader(shuffle=True))
+        quiet(callbacks=[TracInCallback(folder / "trace", on_error="raise")], **TWO).fit(
+            Faulty(fault), loader(shuffle=True)
+        )
         return
     results: dict[str, torch.Tensor] = {}
     for cache in (*CACHES, None):

@@ -263,3 +263,12 @@ def test_spawned_processes_leave_a_trace_but_cannot_be_asked(tmp_path):
         fit.influence(loader(test_texts()), Toy(), trace=tmp_path / "trace")
     assert quiet().influence(loader(test_texts()), Toy(), trace=tmp_path / "trace").scores.abs().sum() > 0
     assert fit.self_influence(trace=tmp_path / "trace").min() > 0  # needs no pass through the model
+
+
+def test_training_goes_on_in_all_when_one_cannot_write(apart):
+    """The disk of the second process is full: both stop recording at the first checkpoint, and train as without us."""
+    folder, *found = apart
+    assert [each["going on"] for each in found] == [True, True]
+    trace = Trace(folder / "going on")
+    assert not trace.checkpoints
+    assert "00001.safetensors could not be written" in trace.incomplete
