@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,13 +27,15 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
     for path in sorted(trace.path.rglob(f"*{PARTIAL}")):
         yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
     folders = [path for path in sorted(trace.path.glob("checkpoints/*")) if path.suffix != PARTIAL]
+    all_read = True
     for folder in folders:
         file = folder / "checkpoint.json"
         problem = _problem(file, partial(trace.read_checkpoint, file))
+        all_read = all_read and problem is None
         yield file, problem
         for name, checksum in {} if problem else trace.read_checkpoint(file).checksums.items():
             yield folder / name, _problem(folder / name, partial(check_file, folder / name, checksum))
-    with suppress(ValueError):  # of a damaged file, which is named above
+    if all_read:  # or the file is named above
         try:
             trace.check_whole(trace.checkpoints)
         except FileNotFoundError as error:
