@@ -138,7 +138,8 @@ example:
   lightning-tracin verify trace && lightning-tracin top result.safetensors
 
 It names each file that is damaged, missing, or was left behind by a fit that was broken off, and ends with 1 if there
-is any. JSON files have no checksum: they are read."""
+is any. Every JSON file holds the checksum of its own content, and index.json and checkpoint.json those of the files
+beside them."""
 
 
 def _info(arguments: Namespace) -> int:

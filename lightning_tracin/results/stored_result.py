@@ -17,13 +17,19 @@ from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_from_json, method_to_json
 from lightning_tracin.scoring.strongest import TopK
-from lightning_tracin.storage.files import write_tensors
+from lightning_tracin.storage.files import hash_of_tensors, write_tensors
 from lightning_tracin.storage.trace import Trace
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 FORMAT_VERSION = 2
+
+# The file's metadata: what is not a tensor, as JSON, and the checksum of that and of all tensors.
+_HEADER = "lightning_tracin.result"
+_CHECKSUM = "lightning_tracin.checksum"
+
+_REPAIR = "Restore the file from a copy, or ask trainer.influence again."
 
 _WORD_TENSORS = ("examples", "tokens", "norms", "directions")
 
@@ -101,7 +107,8 @@ class StoredResult:
             "trace": None if self.trace is None else str(self.trace.path.absolute()),
             "trace_relative": None if self.trace is None else os.path.relpath(self.trace.path, path.parent),
         }
-        write_tensors(path, tensors, {"lightning_tracin.result": json.dumps(header)})
+        text = json.dumps(header)
+        write_tensors(path, tensors, {_HEADER: text, _CHECKSUM: hash_of_tensors(tensors, text)})
         return path
 
     @classmethod
@@ -114,23 +121,10 @@ class StoredResult:
 
         Raises:
             FileNotFoundError: if there is no such file, or no trace in the folder.
-            ValueError: if the file holds no result, or one of a newer version, or the folder another trace.
+            ValueError: if the file holds no result, or one of another version, or is damaged, or if the folder holds
+                another trace.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                content = (file.metadata() or {}).get("lightning_tracin.result")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error}.") from error
-        if content is None:
-            raise ValueError(f"{path} holds no InfluenceResult.")
-        header = json.loads(content)
-        if header["version"] != FORMAT_VERSION:
-            remedy = "Update lightning_tracin" if header["version"] > FORMAT_VERSION else "Ask trainer.influence again"
-            raise ValueError(
-                f"{path} is of format version {header['version']}, but this lightning_tracin reads version "
-                f"{FORMAT_VERSION}. {remedy}."
-            )
+        header, tensors = _read(path)
         opened = _find_trace(header, Path(path).parent) if trace is None else _trace_of(header, Path(trace))
         n_test = len(tensors["test_indices"])
         tops = [
@@ -158,6 +152,53 @@ class StoredResult:
             strongest_opponents=tops[1],
             totals=tensors.get("totals"),
         )
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a result's file, as they were written.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file holds no result, or one of another version, or is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error}. {_REPAIR}") from error
+    if _HEADER not in metadata:
+        raise ValueError(f"{path} holds no InfluenceResult, or is damaged: its metadata has no {_HEADER}. {_REPAIR}")
+    text, written = metadata[_HEADER], metadata.get(_CHECKSUM)
+    actual = hash_of_tensors(tensors, text)
+    if written not in (actual, None):
+        raise ValueError(f"{path} is damaged: it has the checksum {actual}, but {written} was written. {_REPAIR}")
+    header = _header(path, text)
+    if written is None:  # only now: results of version 1 have none
+        raise ValueError(f"{path} is damaged: its metadata has no {_CHECKSUM}. {_REPAIR}")
+    return header, tensors
+
+
+def _header(path: str | Path, text: str) -> dict[str, Any]:
+    """The header of a result's file, from JSON.
+
+    Raises:
+        ValueError: if it is none, or of another version.
+    """
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. {_REPAIR}") from error
+    version = header.get("version") if isinstance(header, dict) else None
+    if not isinstance(header, dict) or not isinstance(version, int):
+        raise ValueError(f"{path} is damaged: its {_HEADER} has no version. {_REPAIR}")
+    if version != FORMAT_VERSION:
+        remedy = "Update lightning_tracin" if version > FORMAT_VERSION else "Ask trainer.influence again"
+        raise ValueError(
+            f"{path} is of format version {version}, but this lightning_tracin reads version {FORMAT_VERSION}. "
+            f"{remedy}."
+        )
+    return header
 
 
 def _word_gradients(tensors: Mapping[str, Tensor], prefix: str, n_examples: int) -> WordGradients:

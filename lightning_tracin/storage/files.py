@@ -1,5 +1,7 @@
 """Safetensors and JSON files that are written atomically, and verified by checksum when they are read.
 
+The checksum of a safetensors file is kept by whoever writes it; a JSON file holds that of its own content.
+
 A file or folder is written under a name that ends in ``.partial``, and renamed when it is complete.
 """
 
@@ -15,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,6 +26,9 @@ from torch import Tensor
 from lightning_tracin.parallel.processes import ALONE, Processes, wait_until_visible
 
 PARTIAL = ".partial"
+
+#: The key, of a JSON file's object, of the checksum of everything else in it.
+CHECKSUM = "checksum"
 
 _REPAIR = (
     "Restore the file from a copy, or fit again; if it holds gradients, it is enough to remove its folder: the next "
@@ -80,30 +86,51 @@ def size_of(path: Path) -> int:
     return _status(path).st_size
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically."""
+def write_json(path: Path, content: Mapping[Any, Any]) -> None:
+    """Write an object to a JSON file atomically, with the checksum of its content as its last key."""
+    plain = json.loads(json.dumps(content))  # as it will be read: keys are strings, tuples are lists
+    plain.pop(CHECKSUM, None)  # of what it was read from
+    plain[CHECKSUM] = _hash_of_json(plain)
     with atomic_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, keys: Sequence[str] = (), *, older: bool = False) -> dict[str, Any]:
+    """The object that :func:`write_json` wrote to a file, without its checksum, which is verified at each reading.
 
     Args:
         path: the file.
-        keys: keys that the object in it must have.
+        keys: keys that the object must have.
+        older: whether the file may lack the checksum, as those of older versions do.
 
     Raises:
-        ValueError: if it is not valid JSON, or lacks a key.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not valid JSON, its checksum differs, or it lacks a key.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in keys if key not in content]
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        missing = [key for key in (*([] if older else [CHECKSUM]), *keys) if key not in content]
         if missing:
             raise ValueError(f"there is no {' and no '.join(missing)} in it")
+        if CHECKSUM in content:
+            written = content.pop(CHECKSUM)
+            actual = _hash_of_json(content)
+            if actual != written:
+                raise ValueError(f"its content has the checksum {actual}, but {written} was written")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. Restore the file from a copy, or fit again.") from error
     return content
+
+
+def hash_of_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """A checksum of tensors (their names, types, shapes and bytes, whatever their order), and of a text with them."""
+    digest = xxhash.xxh3_128(json.dumps(text).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _status(path: Path) -> os.stat_result:
@@ -121,6 +148,12 @@ def _check(path: Path, size: int, modified: int, checksum: str) -> None:
         raise ValueError(
             f"{path} is damaged: its {size} bytes have the checksum {actual}, but {checksum} was written. {_REPAIR}"
         )
+
+
+def _hash_of_json(content: Mapping[str, Any]) -> str:
+    """The checksum of an object, however it is laid out in a file."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return xxhash.xxh3_128_hexdigest(canonical.encode())
 
 
 def _hash_of_file(path: Path) -> str:

@@ -156,7 +156,7 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _header(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's header, if it is that of a trace."""
+    """The content of a folder's header, if it is that of a trace, of whatever version; its checksum is not verified."""
     path = folder / HEADER
     if path.is_symlink():
         return None

@@ -75,20 +75,20 @@ class Trace:
                 f"There is no trace in {self.path.absolute()}: it holds no {HEADER}. Fit with TracInCallback first, or "
                 "pass the folder that it wrote to."
             )
-        content = read_json(self.path / HEADER)
-        if isinstance(content, dict) and content.get("removed"):
+        content = read_json(self.path / HEADER, older=True)  # or version 1 would be called damaged
+        if content.get("removed"):
             raise FileNotFoundError(
                 f"The trace in {self.path.absolute()} was being replaced by that of another fit, which was broken off "
                 "before it began. Fit again into this folder, or into another."
             )
-        version = read_json(self.path / HEADER, ["version"])["version"]
-        if version != FORMAT_VERSION:
+        version = content.get("version")
+        if isinstance(version, int) and version != FORMAT_VERSION:
             remedy = "Update lightning_tracin, or fit again" if version > FORMAT_VERSION else "Fit again"
             raise ValueError(
                 f"The trace in {self.path} is of format version {version}, but this lightning_tracin reads version "
                 f"{FORMAT_VERSION}. {remedy}."
             )
-        content = read_json(self.path / HEADER, ["id", *(each.name for each in fields(TraceHeader))])
+        content = read_json(self.path / HEADER, ["version", "id", *(each.name for each in fields(TraceHeader))])
         self.id: str = content["id"]
         self.n_train: int = content["n_train"]
         self.data_fingerprint: str = content["data_fingerprint"]
@@ -181,7 +181,8 @@ class Trace:
     def vocabulary(self) -> dict[int, str]:
         """The words of the token ids that occur in the training set."""
         path = self.path / "vocabulary.json"
-        return {int(token): word for token, word in read_json(path).items()} if path.exists() else {}
+        stored = read_json(path, ["words"])["words"] if path.exists() else {}
+        return {int(token): word for token, word in stored.items()}
 
     def add_words(self, words: Mapping[int, str], processes: Processes = ALONE) -> None:
         """Add the words of token ids, from every process, to the vocabulary; every process must call it."""
@@ -189,7 +190,7 @@ class Trace:
         for process_words in processes.gather(dict(words)):
             vocabulary |= process_words
         if processes.first:
-            write_json(self.path / "vocabulary.json", vocabulary)
+            write_json(self.path / "vocabulary.json", {"words": vocabulary})
         self.__dict__.pop("vocabulary", None)
 
     def check_counts(self, shards: Shards) -> None:

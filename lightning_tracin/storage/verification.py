@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,24 +15,27 @@ from lightning_tracin.storage.trace import Trace
 def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
     """Verify every file of a trace.
 
-    Safetensors files are compared with their checksums; JSON files, which have none, are parsed. A file that no other
-    file names cannot be missed, such as a last checkpoint whose whole folder was deleted.
+    Safetensors files are compared with the checksums that JSON files hold of them, and each JSON file with the one that
+    it holds of itself. A file that no other file names cannot be missed, such as a last checkpoint whose whole folder
+    was deleted.
 
     Yields:
         The path of each file, and its problem in words, or None. A temporary file or folder of an interrupted write is
         reported as a problem, though nothing reads it.
     """
-    yield trace.path / HEADER, None  # opening the trace has parsed it
+    yield trace.path / HEADER, _problem(trace.path / HEADER, partial(read_json, trace.path / HEADER))
     for path in sorted(trace.path.rglob(f"*{PARTIAL}")):
         yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
     folders = [path for path in sorted(trace.path.glob("checkpoints/*")) if path.suffix != PARTIAL]
+    all_read = True
     for folder in folders:
         file = folder / "checkpoint.json"
         problem = _problem(file, partial(trace.read_checkpoint, file))
+        all_read = all_read and problem is None
         yield file, problem
         for name, checksum in {} if problem else trace.read_checkpoint(file).checksums.items():
             yield folder / name, _problem(folder / name, partial(check_file, folder / name, checksum))
-    with suppress(ValueError):  # of a damaged file, which is named above
+    if all_read:  # or the file is named above
         try:
             trace.check_whole(trace.checkpoints)
         except FileNotFoundError as error:
@@ -46,7 +48,7 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
     ]
     if stored:  # texts and vocabulary are stored with the first gradients
         path = trace.path / "vocabulary.json"
-        yield path, _problem(path, partial(read_json, path))
+        yield path, _problem(path, partial(read_json, path, ["words"]))
         if not any(folder.name == "texts" for folder in stored):
             stored.append(trace.path / "texts")
     for folder in stored:

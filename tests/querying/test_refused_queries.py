@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -175,7 +174,7 @@ def test_a_plain_training_step_that_needs_a_fit_around_it(tmp_path):
 def test_gradients_of_another_number_of_examples(tmp_path, number):
     fit = fitted(tmp_path / "trace")
     path = fit.callbacks[0].trace.checkpoints[1].path / "words" / "index.json"
-    files.write_json(path, {**json.loads(path.read_text()), "n_examples": number})
+    files.write_json(path, {**files.read_json(path), "n_examples": number})
     with pytest.raises(ValueError, match=f"words/index.json is damaged: it counts {number} .* the trace has {N_TRAIN}"):
         fit.influence(loader(test_texts()))
 
@@ -218,7 +217,7 @@ def test_texts_of_another_number_of_examples(tmp_path, name, value):
     for gradients in tmp_path.glob("checkpoints/*/words"):
         shutil.rmtree(gradients)
     path = tmp_path / "texts" / "index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    files.write_json(path, {**files.read_json(path), name: value})
     with pytest.raises(ValueError, match=r"texts/index.json is damaged: it counts .* but the trace has 20"):
         quiet().influence(loader(test_texts()), Toy(), trace=tmp_path, train_dataloaders=loader())
     assert not list(tmp_path.glob("checkpoints/*/words"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from toy import Toy, fitted, loader, quiet, site_of, test_texts
 
 from lightning_tracin import Trace, TracInCallback
 from lightning_tracin.querying import filling
+from lightning_tracin.storage.files import read_json, write_json
 from lightning_tracin.storage.verification import verify
 
 REFUSED = r"Another fit or query writes into the trace in .*/trace now.*another dirpath, or wait"
@@ -173,7 +173,7 @@ def test_a_fit_does_not_write_into_a_trace_that_was_put_in_place_of_its_own(tmp_
     header = tmp_path / "trace" / "trace.json"
 
     def replace():
-        header.write_text(json.dumps({**json.loads(header.read_text()), "id": "another"}))
+        write_json(header, {**read_json(header), "id": "another"})
 
     with pytest.raises(ValueError, match="Another fit has replaced the trace"):
         fit_with(tmp_path / "trace", replace)
