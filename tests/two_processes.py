@@ -59,6 +59,7 @@ def main(folder: Path, fault: str = "") -> None:
         results |= {f"{cache} {name}": value for name, value in module.state_dict().items()}
         if cache is None:
             break
+        drawn = torch.get_rng_state()
         for method in METHODS:
             result = fit.influence(loader(test_texts(), batch_size=4), method=method)
             results[f"{cache} {method}"] = result.scores
@@ -66,6 +67,7 @@ def main(folder: Path, fault: str = "") -> None:
             strongest = fit.influence(loader(test_texts()), method=method, k=3)
             results[f"{cache} {method} proponents"] = strongest.proponents(3).values
             results[f"{cache} {method} opponents"] = strongest.opponents(3).indices
+        results[f"{cache} draws nothing"] = torch.tensor(torch.equal(drawn, torch.get_rng_state()))
         if cache == "checkpoint":
             results["words"] = torch.tensor([score for _, score in result_of_words(fit)])
     other = quiet(**TWO).influence(loader(test_texts()), Toy(), trace=folder / "alone")

@@ -18,22 +18,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from lightning_tracin.bridge.fingerprint import add_to_hash, length_of
+from lightning_tracin.bridge.looks import Look, differing, looks_at
 
 _EXAMPLES = 8  # that are collated
 
 _TIMES = 10  # that a collate function is seen to reorder before it is refused: random numbers may look so once
 
 
-def check_order(loader: Any, kind: str) -> None:
+def check_order(loader: Any, kind: str, looked: Mapping[int, Look] | None = None) -> None:
     """Check on a few examples that a loader's collate function leaves them in the order in which they come.
 
-    They are collated in their order, and once more with the first one last. The largest thing in the batches that holds
-    the same rows both times tells, so that neither what is drawn at random counts, nor lengths that are sorted beside
-    texts that are not.
+    Those are chosen that differ in length. They are collated in their order, and once more with the first one last. The
+    largest thing in the batches that holds the same rows both times tells, so that neither what is drawn at random
+    counts, nor lengths that are sorted beside texts that are not.
 
     Args:
         loader: of the training or the test examples; a stream, or one that does not batch, is not looked at.
         kind: "training" or "test", for the message.
+        looked: what was noticed of examples, by index; without it some are read, of those that the sampler may give.
 
     Raises:
         ValueError: if it does not, as one that sorts a batch by length.
@@ -44,11 +46,14 @@ def check_order(loader: Any, kind: str) -> None:
     if isinstance(dataset, IterableDataset) or loader.batch_sampler is None or not hasattr(dataset, "__len__"):
         return
     indices = sampler.indices if isinstance(sampler, SubsetRandomSampler) else range(len(dataset))
-    n_examples = min(_EXAMPLES, len(indices))
-    if n_examples < 2:
+    if len(indices) < 2:
         return
-    few = [int(indices[place * len(indices) // n_examples]) for place in range(n_examples)]
-    fewer = few[:-1] if n_examples > 3 else few  # what by chance is as long as there are few is not as long as these
+    looked = looks_at(loader, indices) if looked is None else looked
+    few = differing(looked, _EXAMPLES)
+    if len(few) < 2:  # a sampler may give one example several times
+        return
+    # what by chance is as long as there are few is not as long as these; the one that is left out tells least
+    fewer = differing(looked, len(few) - 1) if len(few) > 3 else few
     asked = [order for pick in [few, fewer] * (_TIMES // 2) for order in (pick, pick[1:] + pick[:1])]
     with isolate_rng():  # the data set and the collate function may draw at random
         batches = iter(DataLoader(dataset, batch_sampler=asked, collate_fn=loader.collate_fn))

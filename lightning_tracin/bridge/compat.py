@@ -6,7 +6,8 @@ accepted by both. Private names of Lightning that have no public counterpart sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,19 @@ def on_training_loader(trainer: pl.Trainer, see: Callable[[Any], None] | None) -
         return loader
 
     strategy.__dict__["process_dataloader"] = process_dataloader
+
+
+@contextmanager
+def metrics_kept(trainer: pl.Trainer) -> Iterator[None]:
+    """Give a trainer back what it has logged: each of its runs, ``predict`` too, begins with empty metrics."""
+    connector = trainer._logger_connector
+    names = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+    kept = {name: getattr(connector, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, metrics in kept.items():
+            setattr(connector, name, metrics)
 
 
 def learns_nothing(trainer: Any) -> bool:

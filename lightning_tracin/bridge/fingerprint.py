@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -36,15 +36,24 @@ def length_of(item: Any) -> int:
     return 1
 
 
-def fingerprint_of(dataset: Any, n_examples: int, *, read: bool) -> str:
-    """A hash of a data set's number of examples and, where they may be read and are the same twice, of some of them."""
-    found = [_sample_hash(dataset, n_examples) for _ in range(2)] if read else []
+def fingerprint_of(
+    dataset: Any, n_examples: int, *, read: bool, see: Callable[[int, Any], None] = lambda _, __: None
+) -> str:
+    """A hash of a data set's number of examples and, where they may be read and are the same twice, of some of them.
+
+    Args:
+        dataset: the examples, by index.
+        n_examples: their number.
+        read: whether they may be read.
+        see: is shown each of them, with its index, each time that it is read.
+    """
+    found = [_sample_hash(dataset, n_examples, see) for _ in range(2)] if read else []
     if len(set(found)) == 1:
         return found[0]
     return hashlib.sha256(f"{n_examples}".encode()).hexdigest()  # the data set has a random generator of its own
 
 
-def _sample_hash(dataset: Any, n_examples: int) -> str:
+def _sample_hash(dataset: Any, n_examples: int, see: Callable[[int, Any], None]) -> str:
     """A hash of the number of examples and of 64 to 127 of them, spread evenly."""
     digest = hashlib.sha256(f"{n_examples}".encode())
     with isolate_rng():
@@ -52,7 +61,9 @@ def _sample_hash(dataset: Any, n_examples: int) -> str:
         np.random.seed(0)  # noqa: NPY002 (the global state is what data sets use)
         torch.manual_seed(0)
         for index in range(0, n_examples, max(1, n_examples // _SAMPLED)):
-            add_to_hash(digest, dataset[index])
+            item = dataset[index]
+            add_to_hash(digest, item)
+            see(index, item)
     return digest.hexdigest()
 
 

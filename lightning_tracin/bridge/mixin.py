@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_tracin.gradients.batches import shallow_copy, tensors_of
+from lightning_tracin.gradients.batches import labels_of, shallow_copy, tensors_of
 from lightning_tracin.gradients.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
 from lightning_tracin.gradients.losses import Losses, hugging_face_losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
@@ -77,6 +77,20 @@ class TracInMixin:
         ids = _token_ids(batch)
         return [] if ids is None else [words_of_ids(self, row) for row in ids.tolist()]
 
+    def influence_labels(self, batch: Any) -> Tensor | None:
+        """The labels to show beside the batch's examples; scores do not depend on them.
+
+        The default takes ``labels`` or ``label`` of a mapping, or the second of two entries, of which either may be
+        such a mapping. Of a batch in another form none are shown.
+
+        Args:
+            batch: what ``training_step`` takes.
+
+        Returns:
+            A tensor whose first dimension counts the examples, or None. Labels of shape (B,) are shown.
+        """
+        return labels_of(batch)
+
     def influence_label_names(self) -> dict[int, str]:
         """What to print for each label, by its number.
 
@@ -144,6 +158,30 @@ def words_of_ids(module: Any, token_ids: list[int]) -> list[str]:
         return [str(token) for token in token_ids]
     tokens = tokenizer.convert_ids_to_tokens(token_ids)
     return [str(token) if word is None else word for token, word in zip(token_ids, tokens, strict=True)]
+
+
+def labels_of_module(module: nn.Module, batch: Any, n_examples: int) -> Tensor | None:
+    """The labels to show beside a batch's examples: those that the module tells, or that the batch's form does.
+
+    Args:
+        module: says it by ``influence_labels`` if it overrides that, or has it without the mixin.
+        batch: what ``training_step`` takes.
+        n_examples: number of examples in the batch.
+
+    Raises:
+        ValueError: if ``influence_labels`` returns neither None nor a tensor that counts the examples first.
+    """
+    own = getattr(module, "influence_labels", None)
+    if not callable(own) or getattr(own, "__func__", None) is TracInMixin.influence_labels:
+        return labels_of(batch)
+    labels = own(shallow_copy(batch))
+    if labels is None or (isinstance(labels, Tensor) and labels.dim() > 0 and len(labels) == n_examples):
+        return labels
+    got = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+    raise ValueError(
+        f"influence_labels must return None, or a tensor with a label for each of the batch's {n_examples} examples, "
+        f"but returned {got}."
+    )
 
 
 def label_names_of(module: nn.Module) -> dict[int, str]:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tracin.bridge.mixin import label_names_of, tokenizer_of, words_of_batch
-from lightning_tracin.gradients.batches import labels_of
+from lightning_tracin.bridge.mixin import label_names_of, labels_of_module, tokenizer_of, words_of_batch
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.gradients.rows import unique_tokens
@@ -79,8 +78,9 @@ class Queries:
             raise ValueError(f"The loss or gradient of test example {numbers[bad]} is NaN or infinite.")
         self._taken.extend(numbers)
         self._captured.append(captured)
-        self._texts.append(captured.texts(labels_of(batch)))
-        self._predictions.append(self.probe.predictions(len(captured), labels_of(batch)))
+        labels = labels_of_module(self.module, batch, len(captured))
+        self._texts.append(captured.texts(labels))
+        self._predictions.append(self.probe.predictions(len(captured), labels))
         self._counted = not indices
         if not self.checkpoints:
             new = [token for token in unique_tokens(captured.token_ids) if token not in self.vocabulary]

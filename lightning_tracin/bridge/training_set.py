@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import _SAMPLED, fingerprint_of, length_of, lengths_of
 from lightning_tracin.bridge.loaders import _batch_size, loader_options, loader_over, only_loader
+from lightning_tracin.bridge.looks import UNSEEN, Look, differing, look_of
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.storage.trace import Trace
 
@@ -50,6 +51,7 @@ class TrainingSet:
             )
         if len(self) == 0:
             raise ValueError("The training set is empty.")
+        self._looked: dict[int, Look] = {}
         self._lengths: tuple[Sequence[int], Tensor | None] | None = None
 
     def __len__(self) -> int:
@@ -100,15 +102,15 @@ class TrainingSet:
     @property
     def first_indices(self) -> list[int]:
         """The data set indices of :meth:`first_batch`, as far as it holds so many."""
-        n_examples = len(self)
-        few = n_examples if self.iterable else min(N_CHECKED, n_examples, _batch_size(self.loader))
-        return [number * n_examples // few for number in range(few)]
+        if self.iterable:
+            return list(range(len(self)))
+        return differing(self.looked, min(N_CHECKED, _batch_size(self.loader)))
 
     def first_batch(self) -> Any:
         """A batch of a few examples, to check what a fit can do; a stream's own first batch.
 
-        They are spread evenly: where a data set is sorted by label, or by length, its first ones do not tell a weighted
-        loss from another.
+        They differ in length and label, as far as that can be told: where all are alike, a loss that weighs classes, or
+        tokens, looks like any other.
         """
         return next(iter(self.loader_over(self.first_indices)))
 
@@ -117,7 +119,24 @@ class TrainingSet:
 
         Of the number only, where the data set is a stream or gives other examples each time that they are read.
         """
-        return fingerprint_of(self.loader.dataset, len(self), read=not self.iterable)
+        self._looked = {}
+        found = fingerprint_of(self.loader.dataset, len(self), read=not self.iterable, see=self._see)
+        self._looked.setdefault(len(self) - 1, UNSEEN)
+        return found
+
+    @property
+    def looked(self) -> Mapping[int, Look]:
+        """What was noticed of the examples that :meth:`fingerprint` read, and the last one; call that before.
+
+        Else it is called now: examples may be slow to read, so they are read once for both.
+        """
+        if not self._looked:
+            self.fingerprint()
+        return self._looked
+
+    def _see(self, index: int, item: Any) -> None:
+        if index not in self._looked:
+            self._looked[index] = look_of(item)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,26 @@ from torch import Tensor
 
 
 def labels_of(batch: Any) -> Tensor | None:
-    """The batch's labels: ``labels`` or ``label`` of a mapping, the last of several entries; None if there are none."""
-    if isinstance(batch, Mapping):
-        labels = batch.get("labels", batch.get("label"))
-    else:
-        labels = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-    return labels if isinstance(labels, Tensor) else None
+    """The batch's labels, as far as its form alone tells them; None if it does not.
+
+    They are ``labels`` or ``label`` of a mapping, or the second of two entries, either of which may be such a mapping.
+    What stands where among more entries (labels, lengths, masks) is anyone's guess.
+    """
+    if isinstance(batch, (tuple, list)):
+        if len(batch) != 2:
+            return None
+        inputs, labels = batch
+        if isinstance(labels, Tensor):
+            return labels
+        found = _named_labels(labels)
+        return _named_labels(inputs) if found is None else found
+    return _named_labels(batch)
+
+
+def _named_labels(batch: Any) -> Tensor | None:
+    """``labels`` or ``label`` of a mapping."""
+    named = [batch.get(name) for name in ("labels", "label")] if isinstance(batch, Mapping) else []
+    return next((each for each in named if isinstance(each, Tensor)), None)
 
 
 def shallow_copy(batch: Any) -> Any:

@@ -9,11 +9,10 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_tracin.bridge.collated_order import check_order
-from lightning_tracin.bridge.mixin import words_of_batch
+from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
 from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.bridge.strategy import require_results
 from lightning_tracin.bridge.training_set import TrainingSet
-from lightning_tracin.gradients.batches import labels_of
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp
@@ -64,7 +63,7 @@ def ready_checkpoints(
             )
         if missing and training_set is not None:
             training_set.check_divisible(processes)
-            check_order(training_set.loader, "training")
+            check_order(training_set.loader, "training", training_set.looked)
     if missing and module is not None and training_set is not None:
         require_results(query.trainer)
         _fill(query, missing, sites, training_set)
@@ -144,7 +143,7 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
 
                 def take(captured: Captured, _: list[int], batch: Any, filled: TrainingPass = filled) -> None:
                     words = words_of_batch(query.module, batch, filled.unknown_tokens(captured))
-                    filled.add(captured, labels_of(batch), words)
+                    filled.add(captured, labels_of_module(query.module, batch, len(captured)), words)
 
                 description = f"Training gradients {number}/{len(missing)}"
                 run_pass(query, checkpoint, Pass(training_set.loader_over(order), taken[wanted], take, description))

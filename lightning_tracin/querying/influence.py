@@ -28,6 +28,7 @@ from lightning_tracin.querying.asked import (
 )
 from lightning_tracin.querying.filling import ready_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, run_pass
+from lightning_tracin.querying.undisturbed import left_as_found, require_idle
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of
@@ -54,7 +55,8 @@ def influence(
 ) -> InfluenceResult:
     """Score every training example's influence on every test example.
 
-    Works with the trainers of ``pytorch_lightning`` and ``lightning.pytorch``.
+    Works with the trainers of ``pytorch_lightning`` and ``lightning.pytorch``. The model's weights, the random number
+    generators and the trainer's metrics are afterwards as they were.
 
     Args:
         trainer: runs the test examples through the model, on its own device and precision.
@@ -74,36 +76,39 @@ def influence(
 
     Raises:
         ValueError: if the model or the training set is not that of the trace, if a loader is empty or there are
-            several, if gradients are not finite, or if there is nothing to score from. The message says what to do.
+            several, if gradients are not finite, if there is nothing to score from, or if the trainer is in the middle
+            of a fit. The message says what to do.
         BlockingIOError: if gradients are missing, and a fit or another query is writing into the trace.
     """
     chosen = method_of(method)
+    require_idle(trainer)
     require_results(trainer)
-    processes = launched(trainer)
-    with processes.synchronized():
-        module = module_asked(trainer, model)
-        opened = trace_asked(trainer, trace)
-        if dataloaders is None and datamodule is not None:
-            dataloaders = loader_of_datamodule(trainer, datamodule, "test", processes)
-        loader = only_test_loader(dataloaders)
-        check_order(loader, "test")
-        n_kept = None if k is None else clipped_k(k, opened.n_train)
-    spread_weights(trainer, module, loader, datamodule)
-    query = Query(trainer, module, opened, chosen, datamodule or attached_datamodule(trainer, module), processes)
-    scratch = Scratch()
-    answered: list[Queries] = []
-    gradients: list[list[WordGradients]] = []
-    with weights_kept(module):
-        checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
-        loaders = _blocks(query, checkpoints, loader)
-        for number, block_loader in enumerate(loaders, start=1):
-            block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
-            block = _answered(query, checkpoints, block_loader, n_kept, block_name)
-            words = block.word_gradients()
-            gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
-            block.drop_gradients()
-            answered.append(block)
-    return result_of(answered, gradients, scratch)
+    with left_as_found(trainer):
+        processes = launched(trainer)
+        with processes.synchronized():
+            module = module_asked(trainer, model)
+            opened = trace_asked(trainer, trace)
+            if dataloaders is None and datamodule is not None:
+                dataloaders = loader_of_datamodule(trainer, datamodule, "test", processes)
+            loader = only_test_loader(dataloaders)
+            check_order(loader, "test")
+            n_kept = None if k is None else clipped_k(k, opened.n_train)
+        spread_weights(trainer, module, loader, datamodule)
+        query = Query(trainer, module, opened, chosen, datamodule or attached_datamodule(trainer, module), processes)
+        scratch = Scratch()
+        answered: list[Queries] = []
+        gradients: list[list[WordGradients]] = []
+        with weights_kept(module):
+            checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
+            loaders = _blocks(query, checkpoints, loader)
+            for number, block_loader in enumerate(loaders, start=1):
+                block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
+                block = _answered(query, checkpoints, block_loader, n_kept, block_name)
+                words = block.word_gradients()
+                gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
+                block.drop_gradients()
+                answered.append(block)
+        return result_of(answered, gradients, scratch)
 
 
 def self_influence(
@@ -133,19 +138,21 @@ def self_influence(
         BlockingIOError: see :func:`influence`.
     """
     chosen = method_of(method)
-    processes = launched(trainer)
-    module = given_module(model) or trainer.lightning_module
-    with processes.synchronized():
-        opened = trace_asked(trainer, trace)
-        module = None if module is None else usable_module(trainer, module)
-    if module is not None:
-        spread_weights(trainer, module, [], datamodule)
-    hooks = datamodule or (None if module is None else attached_datamodule(trainer, module))
-    query = Query(trainer, module, opened, chosen, hooks, processes)
-    with weights_kept(module) if module is not None else nullcontext():
-        checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
-    with processes.synchronized():
-        return self_influences(checkpoints, chosen, processes)
+    require_idle(trainer)
+    with left_as_found(trainer):
+        processes = launched(trainer)
+        module = given_module(model) or trainer.lightning_module
+        with processes.synchronized():
+            opened = trace_asked(trainer, trace)
+            module = None if module is None else usable_module(trainer, module)
+        if module is not None:
+            spread_weights(trainer, module, [], datamodule)
+        hooks = datamodule or (None if module is None else attached_datamodule(trainer, module))
+        query = Query(trainer, module, opened, chosen, hooks, processes)
+        with weights_kept(module) if module is not None else nullcontext():
+            checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
+        with processes.synchronized():
+            return self_influences(checkpoints, chosen, processes)
 
 
 def _answered(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, k: int | None, block_name: str) -> Queries:

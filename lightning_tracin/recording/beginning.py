@@ -63,11 +63,11 @@ def begin(
         path = _locked_path(trainer, plan, processes, writing)
         source = processes.gather(_source(path, plan, resumed) if processes.first else None)[0]
         training_set = TrainingSet(trainer.train_dataloader)
-        check_order(training_set.loader, "training")
         if plan.cache != "on_demand":
             training_set.check_divisible(processes)
         fingerprint = training_set.fingerprint()
         processes.require_same("training sets", fingerprint)
+        check_order(training_set.loader, "training", training_set.looked)
         first = look_at_first_batch(trainer, module, training_set, plan.methods)
         sites = stored_sites(first, plan.options)
         if plan.cache == "training":

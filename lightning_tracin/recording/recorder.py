@@ -13,12 +13,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_tracin.bridge.compat import batch_to_device, learns_nothing
-from lightning_tracin.bridge.mixin import words_of_batch
+from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
 from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.progress import progress_task
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
-from lightning_tracin.gradients.batches import labels_of
 from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches, unwrapped_name
 from lightning_tracin.parallel.processes import Processes
@@ -233,7 +232,7 @@ class Recorder:
                 with processes.synchronized() if fsdp else nullcontext():  # none leaves the others to wait for a weight
                     if own:
                         words = words_of_batch(module, batch, filled.unknown_tokens(captured))
-                        filled.add(captured, labels_of(batch), words)
+                        filled.add(captured, labels_of_module(module, batch, len(captured)), words)
                         advance()
 
 

@@ -20,8 +20,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tracin.bridge.mixin import words_of_batch
-from lightning_tracin.gradients.batches import labels_of, shallow_copy
+from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
+from lightning_tracin.gradients.batches import shallow_copy
 from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.capture import captured_from_calls
 from lightning_tracin.gradients.layers import sites_on_module
@@ -222,7 +222,7 @@ class TrainingCache:
         blocks: dict[str, Ragged] = {
             each.site.key: each.site.stored(captured.gradients[each.site.key]).scaled(factors) for each in self._sites
         }
-        blocks["texts"] = captured.texts(labels_of(job.batch))
+        blocks["texts"] = captured.texts(labels_of_module(self._module, job.batch, len(indices)))
         self._runs.add(torch.tensor(indices), blocks, job.number)
 
 

@@ -14,8 +14,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from lightning_tracin.bridge.mixin import losses_of
-from lightning_tracin.gradients.batches import batch_size, labels_of, row_of
+from lightning_tracin.bridge.mixin import labels_of_module, losses_of
+from lightning_tracin.gradients.batches import batch_size, row_of
 from lightning_tracin.gradients.losses import checked_losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.predictions import PredictionProbe
@@ -76,6 +76,7 @@ class Choice:
         loaders: Sequence[Any],
         processes: Processes,
     ) -> None:
+        self._module = module
         self._losses = losses_of(module)
         self._probe = probe
         self._wanted = wanted
@@ -138,7 +139,8 @@ class Choice:
         for part in self._losses.rows(batch) if isinstance(self._losses, MeanLoss) else [batch]:
             with self._probe.watched():
                 losses.append(checked_losses(self._losses(part)).detach().float().cpu())
-            predictions.append(self._probe.predictions(len(losses[-1]), labels_of(part)))
+            labels = labels_of_module(self._module, part, len(losses[-1]))
+            predictions.append(self._probe.predictions(len(losses[-1]), labels))
         return torch.cat(losses), torch.cat(predictions)
 
     def _numbers(self, loader: int, size: int) -> list[int]:

@@ -161,7 +161,12 @@ def test_few_examples_are_read_and_no_random_number_is_drawn():
     data = Texts(1000, drawn=0.1)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     check(data, padded)
-    assert data.read == [*range(0, 1000, 125), *range(125, 1000, 125), 0]
+    looked, collated = data.read[:64], data.read[64:]
+    assert looked == [place * 999 // 63 for place in range(64)]
+    assert collated == [*collated[:8], *collated[1:8], 0]
+    assert set(collated) <= set(looked)
+    assert collated[7] == 999
+    assert len({len(data.rows[index][0]) for index in collated}) == 8
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
 
 

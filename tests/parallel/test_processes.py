@@ -50,6 +50,11 @@ def test_training_is_what_it_is_without_the_callback(two, cache):
 
 
 @pytest.mark.parametrize("cache", CACHES)
+def test_a_query_draws_no_random_number(two, cache):
+    assert all(bool(found[f"{cache} draws nothing"]) for found in two[1:])
+
+
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("method", ASKED, ids=str)
 def test_one_process_finds_in_the_trace_of_two_what_they_found(two, cache, method):
     folder, found, _ = two

@@ -1,0 +1,91 @@
+"""Choosing a few examples that differ, so that checks on them see what depends on an example's length or label.
+
+Most data sets hold examples of one length in many, and of one label in many: a few that are spread evenly may all be
+alike, and then neither a collate function that sorts by length nor a loss that weighs classes shows itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+
+from lightning_tracin.bridge.fingerprint import _SAMPLED, length_of
+from lightning_tracin.bridge.loaders import loader_over
+
+#: What is noticed of an example: how much it holds, and its label, where that is one number.
+Look: TypeAlias = tuple[int, float | None]
+
+UNSEEN: Look = (-1, None)
+
+
+def look_of(item: Any) -> Look:
+    """What is noticed of an example."""
+    return length_of(item), _label_of(item)
+
+
+def _label_of(item: Any) -> float | None:
+    """``labels`` or ``label`` of a mapping, or the second of a pair, where it is a number."""
+    if isinstance(item, Mapping):
+        label = item.get("labels", item.get("label"))
+    else:
+        label = item[1] if isinstance(item, (tuple, list)) and len(item) == 2 else None
+        label = _label_of(label) if isinstance(label, Mapping) else label
+    if isinstance(label, (str, bytes)) or getattr(label, "shape", ()) != ():
+        return None
+    try:
+        return float(label)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def looks_of(items: Sequence[Any]) -> list[Look]:
+    """What is noticed of examples: a collate function of its own."""
+    return [look_of(item) for item in items]
+
+
+def looks_at(loader: DataLoader[Any], indices: Sequence[int]) -> dict[int, Look]:
+    """What is noticed of up to 64 examples, spread evenly, the first and the last among them.
+
+    They are read by the loader's workers, if it has any.
+
+    Args:
+        loader: of the examples.
+        indices: those that may be read.
+    """
+    size = min(_SAMPLED, len(indices))
+    sampled = [int(indices[place * (len(indices) - 1) // max(1, size - 1)]) for place in range(size)]
+    with isolate_rng():  # a data set may draw at random, and an iterator draws a base seed
+        found = [look for batch in loader_over(loader, sampled, collate_fn=looks_of) for look in batch]
+    if len(found) != size:  # the __getitems__ of a data set may hand out a batch
+        found = [UNSEEN] * size
+    return dict(zip(sampled, found, strict=True))
+
+
+def differing(looked: Mapping[int, Look], n_examples: int) -> list[int]:
+    """A few examples that differ in length and label, else lie apart; the first and the last are always among them.
+
+    Those that are chosen for a smaller number are among those for a larger one.
+
+    Args:
+        looked: by index, in the order of the data set, what was noticed.
+        n_examples: how many to choose, if there are so many.
+
+    Returns:
+        Indices, in the order of ``looked``.
+    """
+    indices, looks = list(looked), list(looked.values())
+    chosen = sorted({0, len(looks) - 1} & set(range(len(looks))))[:n_examples]
+    while len(chosen) < min(n_examples, len(looks)):
+        others = [place for place in range(len(looks)) if place not in chosen]
+        news = [_novelty(looks, chosen, place) for place in others]
+        chosen.append(others[news.index(max(news))])
+    return [indices[place] for place in sorted(chosen)]
+
+
+def _novelty(looks: Sequence[Look], chosen: Sequence[int], place: int) -> tuple[int, int]:
+    """In how much an example differs from all that are chosen, and how far it is from them."""
+    new = sum(all(looks[place][part] != looks[each][part] for each in chosen) for part in (0, 1))
+    return new, min(abs(place - each) for each in chosen)

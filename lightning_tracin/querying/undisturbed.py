@@ -1,0 +1,40 @@
+"""A question leaves the process as it was: its random generators, what the trainer has logged, a fit that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+
+from lightning_tracin.bridge.compat import metrics_kept
+
+
+def require_idle(trainer: pl.Trainer) -> None:
+    """Check that nothing of the trainer's is running, which would not survive that it predicts in between.
+
+    Raises:
+        ValueError: if its fit, validation, test or prediction is running.
+    """
+    # Not by trainer.training and its like: a fit that was stopped by hand in a notebook leaves those as they were.
+    if trainer.state.fn is not None and trainer.state.status.value == "running":
+        name = trainer.state.fn.value
+        raise ValueError(
+            f"This trainer is in the middle of trainer.{name}(), which a query would break: it runs the model at other "
+            f"weights, by the same trainer. Ask for influence after trainer.{name}() has returned, not in a hook or a "
+            "step; TracInCallback(log_examples=...) explains examples during a fit."
+        )
+
+
+@contextmanager
+def left_as_found(trainer: pl.Trainer) -> Iterator[None]:
+    """Give back what a query takes: random numbers of Python, numpy and torch, and the metrics that a trainer holds."""
+    with ExitStack() as stack:
+        # A CUDA that nobody has begun to use is not begun here: processes could not be forked any more.
+        generators = isolate_rng(include_cuda=torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        generators.__enter__()
+        stack.callback(generators.__exit__, None, None, None)  # told of an error, it would not give them back
+        stack.enter_context(metrics_kept(trainer))
+        yield
