@@ -68,7 +68,7 @@ def begin(
         fingerprint = training_set.fingerprint()
         processes.require_same("training sets", fingerprint)
         check_order(training_set.loader, "training", training_set.looked)
-        first = look_at_first_batch(trainer, module, training_set, plan.methods)
+        first = look_at_first_batch(trainer, module, training_set, plan.methods, compared=plan.cache != "training")
         sites = stored_sites(first, plan.options)
         if plan.cache == "training":
             form = _training_form(trainer, module, sites, first.batch, first.captured)

@@ -20,6 +20,7 @@ from lightning_tracin.gradients.losses import Losses, checked_losses
 from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import is_fsdp
+from lightning_tracin.recording.training_form import warn_of_another_loss
 from lightning_tracin.storage.encoding import StorageOptions, encoded_bytes
 
 # What stands for a site whose layer the module names itself; any other name is that of a layer.
@@ -43,11 +44,23 @@ class FirstBatch:
 
 @full_precision()  # so that what is compared differs by no rounding
 def look_at_first_batch(
-    trainer: pl.Trainer, module: pl.LightningModule, training_set: TrainingSet, methods: Sequence[str]
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    training_set: TrainingSet,
+    methods: Sequence[str],
+    *,
+    compared: bool = False,
 ) -> FirstBatch:
     """Find the sites, and check on the training set's first batch that influence can be computed.
 
     Under FSDP one backward pass of its own tells the layers' dimensions, for all batches.
+
+    Args:
+        trainer: whose fit is about to begin.
+        module: the module in training.
+        training_set: the examples.
+        methods: what sites are asked for.
+        compared: whether to warn if training trains another loss, which nothing else would notice; not under FSDP.
 
     Raises:
         ValueError: if it cannot; the message says why, and what to do.
@@ -72,6 +85,8 @@ def look_at_first_batch(
                 return batch_to_device(trainer, module, next(iter(training_set.loader_over(indices))))
 
             check_batching(module, losses, batch_of, training_set.first_indices, batch, captured.losses)
+        if compared and not is_fsdp(module):
+            warn_of_another_loss(module, batch, captured)
     return FirstBatch(batch, captured, gradients)
 
 

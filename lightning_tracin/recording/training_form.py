@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
 import torch
@@ -89,6 +90,43 @@ def check_training(module: nn.Module, sites: Sequence[Site], batch: Any, of_loss
         f"batch's example {worst} has the norm {float(found[0, worst]):.4g} by the one and "
         f"{float(expected[0, worst]):.4g} by the other. Is its loss weighted, a sum, or random? "
         f'cache="training" cannot tell the examples\' gradients from it. {USE_CHECKPOINT}'
+    )
+
+
+@torch.no_grad()
+def warn_of_another_loss(module: nn.Module, batch: Any, of_losses: Captured) -> None:
+    """Warn if ``training_step`` trains another loss than the mean of ``influence_loss``, of which scores are.
+
+    Nothing is said where that cannot be told: where ``training_step`` cannot be called by itself or is the only loss
+    that is known, and where a loss is drawn at random.
+
+    Args:
+        module: the module that is about to be trained, in eval mode.
+        batch: a first batch of the training set, on the module's device.
+        of_losses: what the losses of its examples gave.
+    """
+    losses = losses_of(module)
+    if isinstance(losses, MeanLoss):
+        return
+    tolerance = 5e-2 if uses_half_precision(module) else 1e-3
+    of_training = MeanLoss(module)
+    try:
+        trained, trained_again = (float(of_training(batch)[0]) for _ in range(2))
+    except Exception:  # of any kind: it may need what only training sets up
+        return
+    repeated = losses(batch).detach().float().cpu()
+    is_random = not torch.allclose(repeated, of_losses.losses, rtol=tolerance, atol=1e-6)
+    if is_random or not isclose(trained, trained_again, rel_tol=tolerance):  # NaN is close to nothing
+        return
+    shares = [TrainingForm({}, by_labels).shares(module, batch, len(of_losses)) for by_labels in (False, True)]
+    means = [float((of_losses.losses * share).sum()) for share in shares]
+    if any(isclose(trained, mean, rel_tol=tolerance, abs_tol=1e-7) for mean in means):
+        return
+    rank_zero_warn(
+        f"On {len(of_losses)} training examples, training_step of {type(module).__name__} returned a loss of "
+        f"{trained:.6g}, but the mean of influence_loss is {means[0]:.6g}: what is trained is another loss (class "
+        "weights? label smoothing? a further term?). Scores are of influence_loss. Let influence_loss(batch) return, "
+        "for each example, the loss that is trained; or ignore this where the difference is meant."
     )
 
 

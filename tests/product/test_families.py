@@ -266,7 +266,8 @@ def tiny(tmp_path_factory):
             module.scale = scale
             return module
 
-        return Fitted(Family(build, labelled_texts(classes)), tmp_path_factory.mktemp(f"{scale}"), scale)
+        with pytest.warns(UserWarning, match="Scores are of influence_loss"):
+            return Fitted(Family(build, labelled_texts(classes)), tmp_path_factory.mktemp(f"{scale}"), scale)
 
     return {scale: scaled(scale) for scale in (1e-9, 1e-15)}
 

@@ -30,7 +30,8 @@ def test_a_test_gradient_that_is_not_finite_is_named(tmp_path):
 def test_a_loss_that_depends_on_other_test_examples(tmp_path):
     """Unseen in training with batches of one."""
     module = with_loss(lambda m, b: cross_entropy(m, b, reduction="none") * m(b[0]).mean())
-    trainer = fitted(tmp_path / "trace", module, loader(batch_size=1))
+    with pytest.warns(UserWarning, match="Scores are of influence_loss"):
+        trainer = fitted(tmp_path / "trace", module, loader(batch_size=1))
     with pytest.raises(ValueError, match="depends on the other examples"):
         trainer.influence(loader(test_texts()))
 
@@ -248,7 +249,8 @@ class Steep(Toy):
 
 
 def test_products_that_overflow(tmp_path):
-    fit = fitted(tmp_path, Steep())
+    with pytest.warns(UserWarning, match="Scores are of influence_loss"):
+        fit = fitted(tmp_path, Steep())
     for k in (None, 2):
         with pytest.raises(ValueError, match=r"test example 0 are too large for float32.*cosine"):
             fit.influence(loader(test_texts()), k=k)
