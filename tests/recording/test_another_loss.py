@@ -120,3 +120,21 @@ def test_half_precision_is_given_room(tmp_path):
     with pytest.warns(UserWarning, match="influence_loss"):
         fitted(tmp_path / "a", trained(mean, Near))
     fitted(tmp_path / "b", trained(mean, Near), trainer={"precision": "bf16-mixed"})
+
+
+def test_a_module_with_a_generator_of_its_own_is_left_alone(tmp_path):
+    """Calling its training_step would move the generator, and so change what is trained."""
+
+    class Drawing(Training):
+        def __init__(self):
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(3)
+
+        def training_step(self, batch, batch_idx):
+            scale = torch.rand((), generator=self.generator)
+            return self.influence_loss(batch).mean() * scale
+
+    module = build(Drawing)
+    before = module.generator.get_state()
+    fitted(tmp_path / "trace", module, trainer={"max_steps": 0})
+    assert torch.equal(module.generator.get_state(), before)
