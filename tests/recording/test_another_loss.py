@@ -134,7 +134,12 @@ def test_a_module_with_a_generator_of_its_own_is_left_alone(tmp_path):
             scale = torch.rand((), generator=self.generator)
             return self.influence_loss(batch).mean() * scale
 
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 0:
+                self.at_start = self.generator.get_state()
+
     module = build(Drawing)
     before = module.generator.get_state()
-    fitted(tmp_path / "trace", module, trainer={"max_steps": 0})
-    assert torch.equal(module.generator.get_state(), before)
+    fitted(tmp_path / "trace", module, trainer={"max_epochs": 1})
+    assert torch.equal(module.at_start, before)
+    assert not torch.equal(module.generator.get_state(), before)
