@@ -23,7 +23,8 @@ class Bag(TracInMixin, pl.LightningModule):
         self.head = nn.Linear(8, 2)
 
     def influence_loss(self, batch):
-        logits = self.head(self.embedding(batch["input_ids"]).mean(1).tanh())
+        words = batch["attention_mask"].sum(1, keepdim=True)
+        logits = self.head((self.embedding(batch["input_ids"]).sum(1) / words).tanh())
         return functional.cross_entropy(logits, batch["labels"], reduction="none")
 
     def training_step(self, batch, batch_idx):
