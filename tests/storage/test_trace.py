@@ -216,7 +216,7 @@ def test_gradients_on_demand_are_filled_in_after_a_resumed_fit(tmp_path):
     torch.testing.assert_close(resumed.influence(loader(test_texts())).scores, expected, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*Scores are of influence_loss")
 @pytest.mark.parametrize("saved", [True, False], ids=["loaded from a file", "in memory"])
 @pytest.mark.parametrize(("step", "epochs"), [(5, 2), (10, 3)], ids=["last checkpoint replaced", "one more"])
 def test_words_of_a_result_are_never_those_of_checkpoints_that_a_resumed_fit_has_written(
