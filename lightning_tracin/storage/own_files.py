@@ -19,14 +19,17 @@ HEADER = "trace.json"
 # Those of format version 1 can be replaced, too.
 _KEY = r"(words|linear-\d{1,4}|texts|tracin-we|tracin-last)"
 _TEMPORARY = r"(\.[0-9a-f]{8}\.partial)?"
-_SHARDS = rf"(index\.json|\d{{5}}\.safetensors){_TEMPORARY}"
+# What safetensors itself writes to before it renames the file; a process that is killed leaves it.
+_OF_SAFETENSORS = r"\.tmp\w+"
+_SHARDS = rf"((index\.json|\d{{5}}\.safetensors){_TEMPORARY}|{_OF_SAFETENSORS})"
 _STEP = r"checkpoints/step-\d{9}(\.partial)?"
 _OWN = re.compile(
     rf"(trace|vocabulary)\.json{_TEMPORARY}"
     rf"|texts(\.partial)?/{_SHARDS}"
-    rf"|{_STEP}/(checkpoint\.json|weights\.safetensors|second-moments-{_KEY}\.safetensors){_TEMPORARY}"
+    rf"|{_STEP}/((checkpoint\.json|weights\.safetensors|second-moments-{_KEY}\.safetensors){_TEMPORARY}"
+    rf"|{_OF_SAFETENSORS})"
     rf"|{_STEP}/{_KEY}(\.partial)?/{_SHARDS}"
-    rf"|running\.partial/process-\d+/\d{{5}}/{_KEY}\.safetensors{_TEMPORARY}"
+    rf"|running\.partial/process-\d+/\d{{5}}/({_KEY}\.safetensors{_TEMPORARY}|{_OF_SAFETENSORS})"
 )
 # Folders that a trace has for itself; of `checkpoints`, which others use too, only what is called as its own.
 _PLACES = re.compile(rf"(texts(\.partial)?|running\.partial|{_STEP})(/.*)?")

@@ -238,3 +238,20 @@ def test_a_missing_checkpoint_is_noticed(tmp_path, number):
     with pytest.raises(FileNotFoundError, match="lacks the checkpoint before that of step"):
         fit.influence(loader(test_texts()))
     assert any("lacks the checkpoint before" in str(problem) for _, problem in verify(Trace(tmp_path / "trace")))
+
+
+def test_what_a_killed_fit_leaves_behind_is_its_own(tmp_path):
+    """Files that are being written, by safetensors under names of its own."""
+    fitted(tmp_path / "trace")
+    left = ["checkpoints/step-000000015.partial/words.partial/.tmpAbC1x2", "running.partial/process-0/00003/.tmpq9"]
+    left += [
+        "checkpoints/step-000000015.partial/weights.safetensors.0123abcd.partial",
+        "vocabulary.json.89ab0123.partial",
+    ]
+    for name in left:
+        (tmp_path / "trace" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "trace" / name).write_text("half")
+    fitted(tmp_path / "trace", overwrite=True)
+    assert not [name for name in left if (tmp_path / "trace" / name).exists()]
+    remove_trace(tmp_path / "trace")
+    assert not content(tmp_path / "trace")
