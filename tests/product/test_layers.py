@@ -19,6 +19,8 @@ from lightning_tracin import Trace, TracInCallback, TracInLayer, TracInSum, Trac
 
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3}
 RUNS = [("checkpoint", "float32"), ("checkpoint", "float16"), ("on_demand", "float32"), ("training", "float32")]
+# One of each kind of layer, and of each way to call it; the others are run by `make test-slow`.
+QUICK = {"bert-tokens", "gpt2-causal", "t5", "lora", "lstm-time-first", "cnn", "embedding-called-twice", "images"}
 # What mixes the examples of a training batch, or is drawn at random in training, has no gradients of its own there.
 NOT_IN_TRAINING = {"bert-dropout", "cnn", "without-mixin"}
 
@@ -71,7 +73,9 @@ class Reference:
         return total
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_layers_are_those_of_brute_force(tmp_path, monkeypatch, name):
     """All at once: in a sum to which each contributes about as much, none can be wrong by much more than the sum is."""
     monkeypatch.setattr("families.EMBEDDING_RATE", 2e-10)
