@@ -21,7 +21,7 @@ from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import is_fsdp
 from lightning_tracin.recording.training_form import warn_of_another_loss
-from lightning_tracin.storage.encoding import StorageOptions, encoded_bytes
+from lightning_tracin.storage.encoding import StorageOptions, stored_bytes
 
 # What stands for a site whose layer the module names itself; any other name is that of a layer.
 _WORDS, _LAST = "tracin-we", "tracin-last"
@@ -108,7 +108,7 @@ def bytes_per_example(first: FirstBatch, options: StorageOptions) -> float:
     """Bytes that a checkpoint stores for each training example, as a first batch tells."""
     taken = first.captured.gradients
     sites = [options.applied(site, taken[site.key]) for site in first.gradients.sites]
-    return sum(encoded_bytes(site.stored(taken[site.key]), options.dtype) for site in sites) / len(first.captured)
+    return sum(stored_bytes(site, taken[site.key], options.dtype) for site in sites) / len(first.captured)
 
 
 def _sites(module: pl.LightningModule, losses: Losses, batch: Any, methods: Sequence[str]) -> list[Site]:

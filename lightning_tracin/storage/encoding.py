@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.gradients.factor_gradients import FactorGradients
+from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.ragged import Ragged
 from lightning_tracin.gradients.rows import Dtype, unit_rows
 from lightning_tracin.gradients.sites import BLOCKS, Gradients, Site
@@ -50,7 +51,7 @@ class StorageOptions:
             return replace(site, top_words=self.top_words, projection=None if size is None else (size,))
         pair = self.projection if isinstance(self.projection, tuple) else None
         forms = [replace(site, shape="factors"), replace(site, shape="matrix", projection=pair)]
-        return min(forms, key=lambda form: encoded_bytes(form.stored(sample), self.dtype))
+        return min(forms, key=lambda form: stored_bytes(form, sample, self.dtype))
 
 
 def encode(block: Ragged) -> dict[str, Tensor]:
@@ -88,6 +89,16 @@ def decode(kind: str, stored: Mapping[str, Tensor], rows: Tensor | slice, n_exam
 def encoded_bytes(block: Ragged, dtype: Dtype) -> int:
     """The number of bytes that a block's tensors take on disk, with directions of the given type."""
     return sum(tensor.nbytes for tensor in encode(block.as_dtype(dtype)).values())
+
+
+def stored_bytes(site: Site, gradients: Gradients, dtype: Dtype) -> int:
+    """The number of bytes that gradients take on disk in a site's form, with directions of the given type.
+
+    Matrices are measured without being formed: those of a few examples at a language model's head take gigabytes.
+    """
+    if isinstance(gradients, FactorGradients) and site.shape == "matrix":
+        return encoded_bytes(MatrixGradients.outline(gradients, site.projection), dtype)
+    return encoded_bytes(site.stored(gradients), dtype)
 
 
 def integers_in_32_bits(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from brute_force import relative_error, with_bias
@@ -15,7 +17,7 @@ from lightning_tracin.gradients.linear_layers import as_matrix
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.scoring.methods import TracInLayer
-from lightning_tracin.storage.encoding import StorageOptions
+from lightning_tracin.storage.encoding import StorageOptions, encoded_bytes, stored_bytes
 from lightning_tracin.storage.second_moments import SecondMoments
 
 B, T, IN, OUT = 3, 7, 4, 6
@@ -129,8 +131,18 @@ def test_what_takes_less_space_is_stored(dtype):
     chosen = StorageOptions(dtype, projection=(8, 9)).applied(site, many)
     assert (chosen.shape, chosen.projection) == ("matrix", (8, 9))
     stored = chosen.stored(many)
+    for form in (replace(site, shape="factors"), replace(site, shape="matrix"), chosen):
+        for block in (few, many, ragged([0, 2, 0], 40, 30)[0]):
+            assert stored_bytes(form, block, dtype) == encoded_bytes(form.stored(block), dtype)
     assert stored.directions.shape == (3, 72)
     torch.testing.assert_close(stored.norms, many.example_norms())
+
+
+def test_no_matrix_is_formed_to_find_out_what_it_would_take():
+    site = Site("linear-0", "layer", "layer", "factors")
+    wide = FactorGradients.from_positions(1, torch.tensor([0]), torch.ones(1, 2**19), torch.ones(1, 2**19))
+    assert StorageOptions("float16").applied(site, wide).shape == "factors"
+    assert stored_bytes(replace(site, shape="matrix"), wide, "float16") > 2**39  # half a terabyte
 
 
 def test_projections_keep_angles_as_well_as_their_size_lets_them():
