@@ -51,6 +51,7 @@ class Recorder:
         self.validations: ValidationLog | None = None
         self._plan = plan
         self.gradients = gradients
+        self._site_layers = sites_on_module(gradients.module, fit.trace.sites)
         self._loader = loader
         self._failure: Exception | None = None
         recorded = fit.trace.checkpoints
@@ -96,13 +97,15 @@ class Recorder:
         """
         if is_fsdp(self.gradients.module):
             return []
+        parameters = {
+            each.site.key: [parameter for layer in each.layers for parameter in layer.parameters()]
+            for each in self._site_layers
+        }
+        if all(parameter.grad is not None for each in parameters.values() for parameter in each):
+            return []  # nearly always, so that the optimizer's parameters need not be gone through
         owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        unmoved = []
-        for each in sites_on_module(self.gradients.module, self.fit.trace.sites):
-            own = [parameter for layer in each.layers for parameter in layer.parameters() if parameter in owned]
-            if own and all(parameter.grad is None for parameter in own):
-                unmoved.append(each.site.key)
-        return unmoved
+        own = {key: [parameter for parameter in each if parameter in owned] for key, each in parameters.items()}
+        return [key for key, each in own.items() if each and all(parameter.grad is None for parameter in each)]
 
     def end_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
         """Keep a training batch's gradients, and take a checkpoint if ``every_n_train_steps`` is due."""
