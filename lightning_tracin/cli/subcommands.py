@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import jsonargparse  # noqa: F401
+    from jsonargparse import Namespace
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("lightning_tracin.cli needs jsonargparse: pip install lightning-tracin[cli]") from error
 
@@ -187,7 +187,8 @@ def _add_common_arguments(parser: LightningArgumentParser) -> None:
         # not the classes themselves: jsonargparse takes dataclasses of a union for each other
         type=str | dict[str, Any],
         default="tracin-we",
-        help='"tracin-we", "tracin-last", or class_path and init_args of lightning_tracin.TracInWE or .TracInLast.',
+        help='"tracin-we", "tracin-last", or class_path and init_args of lightning_tracin.TracInWE, .TracInLast, '
+        ".TracInLayer or .TracInSum, whose parts are given in the same way.",
     )
     for name in _OF_FIT:
         parser.add_argument(
@@ -197,13 +198,17 @@ def _add_common_arguments(parser: LightningArgumentParser) -> None:
         )
 
 
-def _method(given: str | dict[str, Any]) -> Method:
-    """The method that was asked for."""
-    if isinstance(given, str):
+def _method(given: str | dict[str, Any] | Namespace | Method) -> Method:
+    """The method that was asked for; the parts of a sum are given like it, parsed or instantiated by jsonargparse."""
+    given = given.as_dict() if isinstance(given, Namespace) else given
+    if not isinstance(given, dict):
         return method_of(given)
     if "class_path" not in given:
         raise ValueError(f"a method with options needs class_path and init_args, but got {given}.")
-    return method_of(instantiate_class((), given))
+    options = dict(given.get("init_args", {}))
+    if isinstance(options.get("parts"), list):
+        options["parts"] = [_method(part) for part in options["parts"]]
+    return method_of(instantiate_class((), {**given, "init_args": options}))
 
 
 def _write_csv(scores: Tensor, order: Tensor, path: Path) -> None:

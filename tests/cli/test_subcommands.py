@@ -12,7 +12,17 @@ from lightning.pytorch.cli import LightningCLI as TwinCLI
 from toy import N_TEST, N_TRAIN, Data, Toy, environment, loader, quiet, test_texts
 from twin_toy import TwinToy
 
-from lightning_tracin import InfluenceResult, InfluenceTrainerMixin, Trace, TracInCallback, TracInLast, TracInWE, cli
+from lightning_tracin import (
+    InfluenceResult,
+    InfluenceTrainerMixin,
+    Trace,
+    TracInCallback,
+    TracInLast,
+    TracInLayer,
+    TracInSum,
+    TracInWE,
+    cli,
+)
 from lightning_tracin.cli import InfluenceCLIMixin, TracInCLI
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -124,6 +134,29 @@ def test_a_method_with_options_and_k_come_from_the_configuration(project):
     assert torch.equal(result.proponents(3).values, expected(result.trace, method=method, k=3).proponents(3).values)
 
 
+def test_a_sum_over_layers_comes_from_the_configuration(project):
+    """The last layer goes by its own name, too."""
+    Path("ask.yaml").write_text(
+        "method:\n"
+        "  class_path: lightning_tracin.TracInSum\n"
+        "  init_args:\n"
+        "    parts:\n"
+        "      - tracin-we\n"
+        "      - class_path: lightning_tracin.TracInLayer\n"
+        "        init_args: {name: head, normalize: cosine}\n"
+        "    mix: [1, 0.5]\n"
+        "output: summed.safetensors\n"
+    )
+    influence("-c", "ask.yaml")
+    result = InfluenceResult.load("summed.safetensors")
+    method = TracInSum((TracInWE(), TracInLayer("head", normalize="cosine")), mix=(1, 0.5))
+    assert result.method == method
+    assert torch.equal(result.scores, expected(result.trace, method=method).scores)
+    assert result.words(0, 0) == expected(result.trace).words(0, 0)
+    cosines = expected(result.trace, method=TracInLast(normalize="cosine")).scores
+    torch.testing.assert_close(result.scores, expected(result.trace).scores + 0.5 * cosines)
+
+
 @pytest.mark.parametrize(
     ("given", "method"),
     [
@@ -146,6 +179,9 @@ def test_methods_on_the_command_line(project, tmp_path, given, method):
         ('{"class_path": "lightning_tracin.TracIn"}', "TracIn"),
         ('{"class_path": "torch.nn.Identity"}', "method must be one of"),
         ('{"normalize": "cosine"}', "needs class_path"),
+        ('{"class_path": "lightning_tracin.TracInLayer"}', "name"),
+        ('{"class_path": "lightning_tracin.TracInSum", "init_args": {"parts": ["tracin-we"]}}', "parts must be two"),
+        ('{"class_path": "lightning_tracin.TracInSum", "init_args": {"parts": [{"mix": 1}, 2]}}', "needs class_path"),
     ],
 )
 def test_a_wrong_method_is_a_wrong_command_line(project, capsys, given, message):
