@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,11 @@ def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
 
 
+def weight_of(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """(out, in) of a linear layer's weight, or of what has its shape; a table's as it is."""
+    return tensor.T if type(layer).__name__ == "Conv1D" else tensor.flatten(1)
+
+
 def dense_gradients(
     module: nn.Module, layer: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]
 ) -> Tensor:
@@ -35,6 +41,34 @@ def dense_gradients(
         parameter.requires_grad_()
     gradients = [torch.autograd.grad(loss(batch), parameters) for batch in batches]
     return torch.stack([with_bias(*each) if len(each) == 2 else each[0] for each in gradients]).double()
+
+
+class AdamMoments(pl.Callback):
+    """Bias-corrected second moments at the end of each epoch, by the name of the parameter, with epsilon."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, tuple[Tensor, float]]] = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        (optimizer,) = trainer.optimizers
+        state = optimizer.state_dict()["state"]
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        moments, position = {}, 0
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                own = state[position]
+                value = own["exp_avg_sq"] / (1 - group["betas"][1] ** own["step"].item())
+                moments[names[id(parameter)]] = (value, group["eps"])
+                position += 1
+        self.epochs.append(moments)
+
+    def of(self, name: str, layer: nn.Module) -> list[tuple[Tensor, float]]:
+        """At each epoch's end, those of a layer's weight, in the form of its gradients, and epsilon."""
+        found = []
+        for epoch in self.epochs:
+            weight, eps = epoch[f"{name}.weight"]
+            found.append((with_bias(weight_of(layer, weight), epoch.get(f"{name}.bias", (None,))[0]), eps))
+        return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from brute_force import BruteForce, dense_gradients, relative_error, untie, with_bias
+from brute_force import AdamMoments, BruteForce, dense_gradients, relative_error, untie
 from families import FAMILIES, FIRST, N_TRAIN, Family, Module, ScaledLoss, bert_classifier, classes, labelled_texts
 from torch.utils.data import DataLoader
 from toy import site_of
@@ -20,26 +20,6 @@ from lightning_tracin import Trace, TracInCallback, TracInLast, TracInWE, Traine
 METHODS = ("tracin-we", "tracin-last")
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3}
 OPTION_FAMILIES = ("bert-classes", "bert-tokens", "cnn")
-
-
-class AdamMoments(pl.Callback):
-    """Bias-corrected second moments at the end of each epoch, by the name of the parameter, with epsilon."""
-
-    def __init__(self) -> None:
-        self.epochs: list[dict[str, tuple[torch.Tensor, float]]] = []
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        (optimizer,) = trainer.optimizers
-        state = optimizer.state_dict()["state"]
-        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-        moments, position = {}, 0
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                own = state[position]
-                value = own["exp_avg_sq"] / (1 - group["betas"][1] ** own["step"].item())
-                moments[names[id(parameter)]] = (value, group["eps"])
-                position += 1
-        self.epochs.append(moments)
 
 
 @dataclass
@@ -91,11 +71,8 @@ class Fitted:
         return self._references[layer]
 
     def second_moments(self, method: Any) -> list[tuple[torch.Tensor, float]]:
-        layer, moments = self.layer_of(method), []
-        for epoch in self.moments.epochs:
-            weight, eps = epoch[f"{layer}.weight"]
-            moments.append((with_bias(weight, epoch.get(f"{layer}.bias", (None,))[0]), eps))
-        return moments
+        layer = self.layer_of(method)
+        return self.moments.of(layer, self.module.get_submodule(layer))
 
     def _gradients(self, layer: str, at: int, side: DataLoader) -> torch.Tensor:
         module = self.family.build()

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from brute_force import relative_error, untie, with_bias
+from brute_force import AdamMoments, BruteForce, relative_error, untie, weight_of, with_bias
 from families import FAMILIES, N_TRAIN
-from torch import nn
 from toy import quiet
 
 from lightning_tracin import Trace, TracInCallback, TracInLayer, TracInSum, TracInWE
@@ -23,11 +22,6 @@ RUNS = [("checkpoint", "float32"), ("checkpoint", "float16"), ("on_demand", "flo
 QUICK = {"bert-tokens", "gpt2-causal", "t5", "lora", "lstm-time-first", "cnn", "embedding-called-twice", "images"}
 # What mixes the examples of a training batch, or is drawn at random in training, has no gradients of its own there.
 NOT_IN_TRAINING = {"bert-dropout", "cnn", "without-mixin"}
-
-
-def weight_of(layer: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """(out, in) of a weight, or of its gradient."""
-    return tensor.T if type(layer).__name__ == "Conv1D" else tensor.flatten(1)
 
 
 class Reference:
@@ -62,15 +56,10 @@ class Reference:
                 found[place].append(with_bias(weight, next(left) if layer.bias is not None else None))
         return [torch.stack(each).double() for each in found]
 
-    def scores(self, name: str, rates, normalize: str | None = None) -> torch.Tensor:
-        place, total = self.names.index(name), 0
-        for rate, (test, train) in zip(rates, self.sides, strict=True):
-            products = torch.einsum("iab,jab->ij", test[place], train[place])
-            if normalize == "cosine":
-                norms = [side[place].flatten(1).norm(dim=1) for side in (test, train)]
-                products = products / norms[0][:, None] / norms[1]
-            total = total + rate * products
-        return total
+    def scores(self, name: str, rates, **options) -> torch.Tensor:
+        place = self.names.index(name)
+        test, train = ([each[side][place] for each in self.sides] for side in (0, 1))
+        return BruteForce(rates, test, train).scores(**options)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +77,8 @@ def test_layers_are_those_of_brute_force(tmp_path, monkeypatch, name):
     callbacks = [
         TracInCallback(path, dtype=dtype, cache=cache, methods=methods[cache]) for (cache, dtype), path in paths.items()
     ]
-    trainer = quiet(callbacks=callbacks, max_epochs=2)
+    moments = AdamMoments()
+    trainer = quiet(callbacks=[*callbacks, moments], max_epochs=2)
     pl.seed_everything(3, verbose=False)
     trainer.fit(module, family.train_loader())
     layers = [site.layer for site in Trace(paths[RUNS[0]]).sites if not site.has_words]
@@ -97,12 +87,15 @@ def test_layers_are_those_of_brute_force(tmp_path, monkeypatch, name):
         assert {site.layer for site in Trace(path).sites if not site.has_words} == set(layers)
         # a step from zero changes lora_B by all of it, and with it the gradients of lora_A
         known = [layer for layer in layers if cache != "training" or "lora_A" not in layer]
-        each = {layer: reference.scores(layer, module.mean_rates(layer)) for layer in known}
-        mix = [(1 + place / len(each)) / float(scores.norm()) for place, scores in enumerate(each.values())]
-        expected = sum(factor * scores for factor, scores in zip(mix, each.values(), strict=True))
-        method = summed([TracInLayer(layer) for layer in known], mix)
-        scores = trainer.influence(family.test_loader(), method=method, trace=path).scores
-        assert relative_error(scores, expected) < TOLERANCES[dtype], (cache, dtype)
+        trained = [layer for layer in known if f"{layer}.weight" in moments.epochs[0]]
+        of_adam = {layer: {"second_moments": moments.of(layer, module.get_submodule(layer))} for layer in trained}
+        for precondition, options in ((None, {layer: {} for layer in known}), ("adam", of_adam)):
+            each = {layer: reference.scores(layer, module.mean_rates(layer), **own) for layer, own in options.items()}
+            mix = [(1 + place / len(each)) / float(scores.norm()) for place, scores in enumerate(each.values())]
+            expected = sum(factor * scores for factor, scores in zip(mix, each.values(), strict=True))
+            method = summed([TracInLayer(layer, precondition=precondition) for layer in each], mix)
+            scores = trainer.influence(family.test_loader(), method=method, trace=path).scores
+            assert relative_error(scores, expected) < TOLERANCES[dtype], (cache, dtype, precondition)
     check_options(trainer, family, layers[len(layers) // 2], reference, module)
 
 
@@ -110,21 +103,11 @@ def summed(parts, mix):
     return TracInSum(parts, mix=mix) if len(parts) > 1 else TracInSum([*parts, *parts], mix=[*mix, 0])
 
 
-def fitted(family, path, cache, dtype):
-    """A trainer that has recorded every linear layer, the module, and the trace."""
-    module = family.build()
-    methods = ("tracin-we", "tracin-last", "*") if module.embedding and cache == "checkpoint" else ("tracin-last", "*")
-    trainer = quiet(callbacks=[TracInCallback(path, dtype=dtype, cache=cache, methods=methods)], max_epochs=2)
-    pl.seed_everything(3, verbose=False)
-    trainer.fit(module, family.train_loader())
-    return trainer, module, path
-
-
 def check_options(trainer, family, layer, reference, module) -> None:
     """Self-influence, the strongest, cosines and sums at one of the layers."""
     rates, cosine = module.mean_rates(layer), TracInLayer(layer, normalize="cosine")
     scores = trainer.influence(family.test_loader(), method=cosine).scores
-    assert relative_error(scores, reference.scores(layer, rates, "cosine")) < TOLERANCES["float32"]
+    assert relative_error(scores, reference.scores(layer, rates, normalize="cosine")) < TOLERANCES["float32"]
     plain = trainer.influence(family.test_loader(), method=TracInLayer(layer)).scores
     assert relative_error(plain, reference.scores(layer, rates)) < TOLERANCES["float32"]
     own = trainer.self_influence(method=TracInLayer(layer))
