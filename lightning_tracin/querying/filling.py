@@ -23,7 +23,7 @@ from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.terms import sites_of, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.lock import locked
-from lightning_tracin.storage.own_files import require_unlinked
+from lightning_tracin.storage.own_files import require_own
 from lightning_tracin.storage.trace import Trace
 from lightning_tracin.storage.training_pass import TrainingPass, reading_order, training_pass
 
@@ -126,11 +126,10 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
             if processes.first:
                 contexts.enter_context(locked(trace.path, within_fit=True))
                 trace.check_in_place()
-                require_unlinked(trace.path)
+                require_own(trace.path)
             _checkpoints_of_first(trace, query.method, processes)
-            missing = [
-                each for each in missing if not all(map(each.has_gradients, sites))
-            ]  # others may have stored some
+            # Others may have stored some.
+            missing = [each for each in missing if not all(map(each.has_gradients, sites))]
         contexts.enter_context(attribute_set(query.trainer, "limit_predict_batches", 1.0))  # every training example
         taken: dict[tuple[Site, ...], ModuleGradients] = {}
         for number, checkpoint in enumerate(missing, start=1):

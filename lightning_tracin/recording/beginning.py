@@ -29,7 +29,7 @@ from lightning_tracin.recording.training_form import TrainingForm, check_trainin
 from lightning_tracin.recording.validation_log import ValidationLog
 from lightning_tracin.storage.checkpoint import Step
 from lightning_tracin.storage.lock import locked
-from lightning_tracin.storage.own_files import has_trace, require_free, require_unlinked
+from lightning_tracin.storage.own_files import has_trace, require_free, require_own
 from lightning_tracin.storage.shards import fitting_shard_examples
 from lightning_tracin.storage.trace import Trace, TraceHeader, model_fingerprint
 
@@ -161,7 +161,7 @@ def _source(path: Path, plan: RecordingPlan, resumed: Mapping[str, Any]) -> Path
         FileExistsError: if what is in the place must not be replaced: the trace of another fit, or files of others.
     """
     if resumed and has_trace(path) and Trace(path).id == resumed["trace"]:
-        require_unlinked(path)
+        require_own(path)
         return path
     require_free(path)
     if has_trace(path) and not plan.overwrite:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_tracin.storage.files import write_json
+from lightning_tracin.storage.files import PARTIAL, write_json
 
 FORMAT = "lightning_tracin trace"
 HEADER = "trace.json"
@@ -71,17 +71,26 @@ def require_free(folder: Path) -> None:
         )
 
 
-def require_unlinked(folder: Path) -> None:
-    """Check that no link is at a place that a trace in a folder writes to.
+def require_own(folder: Path) -> None:
+    """Check that a trace in a folder can be written on: no link is in the way, and temporary folders are its own.
+
+    Files of others that lie in complete folders stay where they are.
 
     Raises:
-        FileExistsError: if one is; the message names it.
+        FileExistsError: if it cannot; the message names what is in the way.
     """
-    links = [path for path in in_the_way(folder) if path.is_symlink()]
+    found = in_the_way(folder)
+    links = [path for path in found if path.is_symlink()]
     if links:
         raise FileExistsError(
             f"{folder.absolute()} holds {_listed(folder, links)}, a link, through which a trace would write elsewhere. "
             "Remove the link, or put what it leads to into its place."
+        )
+    temporary = [path for path in found if f"{PARTIAL}/" in path.relative_to(folder).as_posix()]
+    if temporary:
+        raise FileExistsError(
+            f"{folder.absolute()} holds {_listed(folder, temporary)}, which no trace wrote, in a temporary folder, "
+            "which a trace would remove. Move it away."
         )
 
 

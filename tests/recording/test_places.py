@@ -138,6 +138,29 @@ def test_links_in_a_strangers_trace_are_not_written_through(tmp_path):
     assert not list(victim.iterdir())
 
 
+@pytest.mark.parametrize(
+    "name", ["texts.partial/note.txt", "checkpoints/step-000000005/words.partial/b", "running.partial/process-0/c"]
+)
+def test_files_of_others_in_temporary_folders_stay(tmp_path, name):
+    """A fit that goes on, and a query that stores gradients, make these folders anew."""
+    fit = fitted(tmp_path / "trace", cache="on_demand", trainer={"max_epochs": 1})
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    note = tmp_path / "trace" / name
+    note.parent.mkdir(parents=True)
+    note.write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"holds {name}, which no trace wrote, in a temporary folder"):
+        fit.influence(loader(test_texts()))
+    trainer = quiet(callbacks=[TracInCallback(tmp_path / "trace", cache="training", dtype="float32")])
+    with pytest.raises(FileExistsError, match=rf"holds {name}, which no trace wrote, in a temporary folder"):
+        trainer.fit(Toy(), loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert note.read_text() == "mine"
+    note.unlink()
+    note = tmp_path / "trace" / "checkpoints" / "step-000000005" / "note.txt"  # is in nobody's way
+    note.write_text("mine")
+    assert fit.influence(loader(test_texts())).scores.any()
+    assert note.read_text() == "mine"
+
+
 def test_temporary_files_have_names_that_nobody_foresees(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("mine")
