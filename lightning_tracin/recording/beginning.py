@@ -99,7 +99,7 @@ def begin(
             )
             Trace.create(path, header)
     fit = RecordedFit(_opened(path, processes), training_set)
-    steps = _steps_to_go_on_with(fit.trace, resumed, processes) if source is not None else []
+    steps = [] if source is None else _steps_to_go_on_with(fit.trace, resumed, trainer.global_step, processes)
     recorder = Recorder(fit, plan, first.gradients, trainer.train_dataloader, steps)
     if form is not None:
         recorder.training = TrainingCache(module, fit.trace, form, processes, tolerant=plan.on_error == "warn")
@@ -215,10 +215,10 @@ def _listed(sites: tuple[Site, ...]) -> str:
     return ", ".join(listed)
 
 
-def _steps_to_go_on_with(trace: Trace, resumed: Mapping[str, Any], processes: Processes) -> list[Step]:
-    """The optimizer steps since the last checkpoint that is still there."""
+def _steps_to_go_on_with(trace: Trace, resumed: Mapping[str, Any], done: int, processes: Processes) -> list[Step]:
+    """The optimizer steps since the last checkpoint that is still there, up to the last that was done."""
     last = processes.gather(max((each.step for each in trace.checkpoints), default=0))[0]
-    return [tuple(step) for step in resumed["steps"] if step[0] >= last]
+    return [tuple(step) for step in resumed["steps"] if last <= step[0] < done]
 
 
 def _require_whole_epoch(trainer: pl.Trainer) -> None:

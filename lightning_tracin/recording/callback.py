@@ -247,18 +247,16 @@ class TracInCallback(DualCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the last validation, and say so if the fit was too short for a checkpoint."""
         self._record(trainer, lambda recorder: recorder.end(trainer))
-        if self._recorder is not None:
-            self._left = weakref.ref(trainer), self.state_dict()
-        elif self._stopped is not None:
+        if self._recorder is None and self._stopped is not None:
             rank_zero_warn(f"The trace of this fit is incomplete. {self._stopped}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the loader and the module as they were, and the folder to others."""
-        self._close()
+        self._close(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """What :meth:`teardown` does, which Lightning does not call after an error."""
-        self._close()
+        self._close(trainer)
 
     def _record(self, trainer: pl.Trainer, act: Callable[[Recorder], None]) -> None:
         """Let the recorder act, if there is one; where it fails, recording ends, and training goes on."""
@@ -283,11 +281,12 @@ class TracInCallback(DualCallback):
         with suppress(OSError, ValueError):  # The folder may be gone, or the disk full.
             self.trace.mark_incomplete(trainer.global_step, why)
         rank_zero_warn(f'{self._stopped} Training goes on. With on_error="raise" it would end here.')
-        self._close()
+        self._close(trainer)
 
-    def _close(self) -> None:
+    def _close(self, trainer: pl.Trainer) -> None:
         with self._writing:  # let go last
             if self._recorder is not None:
+                self._left = weakref.ref(trainer), self.state_dict()
                 self._recorder.close()
             if self._sampled is not None:
                 self._sampled.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,59 @@ def test_a_trainer_that_fits_again_goes_on_with_its_trace(tmp_path, cache):
     recorded = [[(each.steps, each.epoch) for each in Trace(tmp_path / name).checkpoints] for name in ("twice", "once")]
     assert [[len(each[0]) for each in of_fit] for of_fit in recorded] == [[5] * 4] * 2
     assert twice.influence(loader(test_texts())).scores.shape == (6, N_TRAIN)
+
+
+class BreaksOff(Toy):
+    """Raises an error once, at a step: in the batch, or when the gradients are there and the step is not done."""
+
+    def __init__(self, step: int, hook: str, error: type[BaseException]) -> None:
+        super().__init__()
+        self.broken, self.hook, self.error = step, hook, error
+
+    def _raise_once(self, hook):
+        if (self.trainer.global_step, hook) == (self.broken, self.hook):
+            self.broken = None
+            raise self.error
+
+    def training_step(self, batch, batch_idx):
+        self._raise_once("training_step")
+        return super().training_step(batch, batch_idx)
+
+    def on_before_optimizer_step(self, optimizer):
+        self._raise_once("on_before_optimizer_step")
+
+
+@pytest.fixture
+def interruptible():
+    """Lightning ignores Ctrl-C from the first one on."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("cache", ["checkpoint", "training", "on_demand"])
+@pytest.mark.parametrize(
+    ("step", "hook", "error"),
+    [
+        (2, "training_step", KeyboardInterrupt),
+        (7, "training_step", RuntimeError),
+        (7, "on_before_optimizer_step", KeyboardInterrupt),
+        (10, "training_step", KeyboardInterrupt),
+    ],
+)
+def test_a_trainer_that_fits_again_after_it_was_broken_off_goes_on(tmp_path, cache, step, hook, error):
+    """Lightning begins the epoch anew, and counts its steps on."""
+    callback = TracInCallback(tmp_path / "trace", dtype="float32", cache=cache, on_error="raise")
+    trainer, module = quiet(callbacks=[callback], max_epochs=3), BreaksOff(step, hook, error)
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        trainer.fit(module, loader())
+    trainer.fit(module, loader())
+    checkpoints = Trace(tmp_path / "trace").checkpoints
+    assert [each.epoch for each in checkpoints] == [0, 1, 2]
+    assert [number for each in checkpoints for number, *_ in each.steps] == list(range(trainer.global_step))
+    assert checkpoints[-1].step == trainer.global_step == 15 + step % 5
+    assert trainer.influence(loader(test_texts())).scores.any()
 
 
 def test_another_trainer_does_not_go_on(tmp_path):
