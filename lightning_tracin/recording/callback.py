@@ -272,7 +272,7 @@ class TracInCallback(DualCallback):
     def _stop(self, trainer: pl.Trainer, error: Exception) -> None:
         """End the recording, and say what, why, and what is kept."""
         assert self.trace is not None
-        why = f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}".rstrip(".") + "."
         self._stopped = (
             f"TracInCallback stopped recording at step {trainer.global_step}, because of {why} What was stored up to "
             f"the last checkpoint in {self.trace.path} is complete, and can be asked; what comes later will be missing "

@@ -92,6 +92,8 @@ def test_a_fit_ends_as_without_the_callback(tmp_path, monkeypatch, cache, cause)
     stopped, again = said
     assert "stopped recording at step 10" in stopped
     assert reason in stopped
+    assert ". What was stored up to the last checkpoint" in stopped
+    assert ".." not in stopped
     assert 'With on_error="raise" it would end here' in stopped
     assert "The trace of this fit is incomplete" in again
     assert not any(part._forward_hooks for part in trainer.lightning_module.modules())
