@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Strategies that leave the module whole on every device, and the one whose way to spread it out is known.
 _WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
 
-_SHARDING = "FSDPStrategy"
+_SPREADING = "FSDPStrategy"
 
 
 def processes_of(trainer: pl.Trainer) -> Processes:
@@ -47,7 +47,7 @@ def require_strategy(trainer: pl.Trainer) -> None:
         ValueError: if it does neither.
     """
     strategy: Any = trainer.strategy
-    if trainer.world_size > 1 and not _is_of(strategy, *_WHOLE, _SHARDING):
+    if trainer.world_size > 1 and not _is_of(strategy, *_WHOLE, _SPREADING):
         raise ValueError(
             "lightning_tracin works with one device, DDP and FSDP, but the trainer's strategy is "
             f"{type(strategy).__name__}, which spreads the weights over the devices in another way. Use "
@@ -62,7 +62,7 @@ def require_strategy(trainer: pl.Trainer) -> None:
 
 def spreads(trainer: pl.Trainer) -> bool:
     """Whether the trainer's strategy spreads the weights over the devices as FSDP does."""
-    return _is_of(trainer.strategy, _SHARDING)
+    return _is_of(trainer.strategy, _SPREADING)
 
 
 def _is_of(thing: object, *names: str) -> bool:

@@ -228,7 +228,7 @@ def _hugging_face_embeddings(module: nn.Module) -> list[nn.Module]:
             continue
         layer = _layer_from_getter(submodule, "get_input_embeddings")
         weight = getattr(layer, "weight", None)
-        if isinstance(layer, nn.Module) and isinstance(weight, Tensor) and weight.dim() <= 2:  # 1: a shard of FSDP
+        if isinstance(layer, nn.Module) and isinstance(weight, Tensor) and weight.dim() <= 2:  # 1: a part, under FSDP
             layers.append(unwrapped(layer))
             inside.update(id(child) for child in submodule.modules())
     return layers

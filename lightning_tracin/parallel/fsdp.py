@@ -1,4 +1,4 @@
-"""Modules whose weights FSDP shards over the processes: parameter names, forward passes and full state dicts.
+"""Modules whose weights FSDP spreads over the processes: parameter names, forward passes and full state dicts.
 
 Every forward pass, every backward pass and every access to a full weight is then a collective operation, so all
 processes must run equally many of them.
@@ -39,13 +39,13 @@ def is_fsdp(module: nn.Module) -> bool:
     return bool(_fsdp_modules(module))
 
 
-def require_sharded(module: nn.Module) -> None:
-    """Check that FSDP shards the weights of every submodule that it wraps.
+def require_spread(module: nn.Module) -> None:
+    """Check that FSDP spreads the weights of every submodule that it wraps.
 
     With NO_SHARD, FSDP cannot gather a full state dict after passes outside of the training step.
 
     Raises:
-        ValueError: if it leaves the weights of one unsharded.
+        ValueError: if it leaves the weights of one whole.
     """
     if any(wrapper.sharding_strategy.name == "NO_SHARD" for wrapper in _fsdp_modules(module)):
         raise ValueError(
@@ -55,7 +55,7 @@ def require_sharded(module: nn.Module) -> None:
 
 
 def require_automatic_optimization(module: nn.Module) -> None:
-    """Check that a module whose weights FSDP shards does not optimize manually.
+    """Check that a module whose weights FSDP spreads does not optimize manually.
 
     Backward passes inside of FSDP's forward pass leave FSDP in a state from which no full state dict can be gathered.
 
@@ -124,7 +124,7 @@ def full_state_dict(module: nn.Module) -> Mapping[str, Any]:
 
 
 def load_full_state_dict(module: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Load full weights into an FSDP module; each process keeps its shard. Every process must call it."""
+    """Load full weights into an FSDP module; each process keeps its part. Every process must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, strict=False)
@@ -133,7 +133,7 @@ def load_full_state_dict(module: nn.Module, weights: Mapping[str, Any]) -> None:
 
 @contextmanager
 def local_weights_restored(module: nn.Module) -> Iterator[None]:
-    """On exit, restore this process's shards of an FSDP module's weights, and its buffers, to their values on entry."""
+    """On exit, restore this process's parts of an FSDP module's weights, and its buffers, to their values on entry."""
     saved = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
     try:
         yield
@@ -143,22 +143,22 @@ def local_weights_restored(module: nn.Module) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-def gathered_tensor(shard: Tensor | None, shape: torch.Size | None, processes: Processes) -> Tensor | None:
-    """A tensor of a parameter's shape, such as an optimizer's second moments, from the shards of all processes.
+def gathered_tensor(part: Tensor | None, shape: torch.Size | None, processes: Processes) -> Tensor | None:
+    """A tensor of a parameter's shape, such as an optimizer's second moments, from the parts of all processes.
 
     Args:
-        shard: this process's shard of the flattened tensor, or None if it has none.
+        part: this process's part of the flattened tensor, or None if it has none.
         shape: of the full tensor; the shape that the first process passes counts.
-        processes: the processes that hold the shards; every one of them must call this function.
+        processes: the processes that hold the parts; every one of them must call this function.
 
     Returns:
-        The full tensor, or None if no process has a shard.
+        The full tensor, or None if no process has a part.
     """
-    gathered = processes.gather((shard, shape))
-    shards = [piece.flatten() for piece, _ in gathered if piece is not None]
+    gathered = processes.gather((part, shape))
+    parts = [piece.flatten() for piece, _ in gathered if piece is not None]
     full_shape: torch.Size = gathered[0][1]
-    # The shards are in the order of the ranks. With replicas (HYBRID_SHARD), later ranks repeat the first ones.
-    return torch.cat(shards)[: full_shape.numel()].view(full_shape) if shards else None
+    # The parts are in the order of the ranks. With replicas (HYBRID_SHARD), later ranks repeat the first ones.
+    return torch.cat(parts)[: full_shape.numel()].view(full_shape) if parts else None
 
 
 def synchronized_batches(

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_tracin.bridge.strategy import spreads
 from lightning_tracin.bridge.training_set import RecordedFit
-from lightning_tracin.parallel.fsdp import is_fsdp, require_sharded
+from lightning_tracin.parallel.fsdp import is_fsdp, require_spread
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.querying.passes import attribute_set, serving
 from lightning_tracin.storage.trace import Trace
@@ -82,7 +82,7 @@ def spread_weights(
             "FSDP has spread this model together with another datamodule, whose hooks handle its batches. Pass the new "
             "one's loaders instead (dataloaders=..., train_dataloaders=...), or a new model."
         )
-    require_sharded(module)
+    require_spread(module)
 
 
 def trace_asked(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:

@@ -17,7 +17,7 @@ from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
 from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.sites import Site
-from lightning_tracin.parallel.fsdp import full_state_dict, require_automatic_optimization, require_sharded
+from lightning_tracin.parallel.fsdp import full_state_dict, require_automatic_optimization, require_spread
 from lightning_tracin.parallel.processes import Processes, wait_until_visible
 from lightning_tracin.recording.first_batch import bytes_per_example, look_at_first_batch, stored_sites
 from lightning_tracin.recording.loggers import logger_folder
@@ -58,7 +58,7 @@ def begin(
     processes = processes_of(trainer)
     form = None
     with processes.synchronized():
-        require_sharded(module)
+        require_spread(module)
         require_automatic_optimization(module)
         path = _locked_path(trainer, plan, processes, writing)
         source = processes.gather(_source(path, plan, resumed) if processes.first else None)[0]

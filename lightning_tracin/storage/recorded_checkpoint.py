@@ -96,11 +96,11 @@ def _write_weights_and_moments(
         The checksum of each file by its name; an empty dictionary in the other processes.
     """
     state = full_state_dict(module)
-    shard_owners = processes if is_fsdp(module) else ALONE
+    holders = processes if is_fsdp(module) else ALONE
     moments_by_file = {
-        moments_file(site): second_moments_at(site, module, optimizers, state, shard_owners)
+        moments_file(site): second_moments_at(site, module, optimizers, state, holders)
         for site in trace.sites
-        if processes.first or shard_owners.size > 1
+        if processes.first or holders.size > 1
     }
     if not processes.first:
         return {}

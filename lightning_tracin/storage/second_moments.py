@@ -76,7 +76,7 @@ def second_moments_at(
         module: the module that the optimizers train.
         optimizers: the optimizers of the fit.
         state: the module's state dict, with full weights.
-        processes: the processes that each have a shard of the optimizers' state; all of them must call this function.
+        processes: the processes that each have a part of the optimizers' state; all of them must call this function.
 
     Returns:
         None if the layer is frozen, or its optimizer is not of the Adam family.
