@@ -49,7 +49,8 @@ def main() -> None:
                 scores = torch.zeros(options.tests, stop - start)
                 for _ in range(options.checkpoints):
                     scores += method.dot(test, method.prepare(shards.read(shard), None, "train"), None)
-                strongest = [merge_top([*strongest, top_of(scores, start, options.k)], options.k)]
+                best = top_of(scores, torch.arange(start, stop), options.k)
+                strongest = [merge_top([*strongest, best], options.k)]
 
         wanted = torch.unique(test.tokens)
         needed, pairs = 0, 0
@@ -102,7 +103,8 @@ def _stored(folder: Path, n_examples: int, dtype: str) -> Shards:
     block = word_gradients(_BLOCK, seed=2)
     per_example = encoded_bytes(block, dtype) / _BLOCK  # type: ignore[arg-type]
     size = fitting_shard_examples(per_example, n_examples)
-    with ShardWriter(folder, dtype=dtype, shard_examples=size) as writer:  # type: ignore[arg-type]
+    everything = range(n_examples)
+    with ShardWriter(folder, dtype=dtype, shard_examples=size, examples=everything) as writer:  # type: ignore[arg-type]
         for start in range(0, n_examples, _BLOCK):
             writer.add(word_gradients(min(_BLOCK, n_examples - start), seed=2 + start))
         writer.close()

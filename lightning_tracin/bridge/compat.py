@@ -42,28 +42,44 @@ def logged_step(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def on_training_loader(trainer: pl.Trainer, see: Callable[[Any], None] | None) -> None:
+def watch_training_loader(trainer: pl.Trainer, see: Callable[[Any], None]) -> Callable[[], None]:
     """Show every loader that a fit is about to read to a function, after Lightning has given it its sampler.
 
     Lightning has no hook between the two; the strategy's ``process_dataloader`` is the last to touch a loader.
 
     Args:
         trainer: the trainer whose fit it is.
-        see: is called with the loader; None takes the last function back.
+        see: is called with the loader.
+
+    Returns:
+        What ends it.
     """
     strategy = trainer.strategy
-    strategy.__dict__.pop("process_dataloader", None)
-    if see is None:
-        return
-    own = strategy.process_dataloader
+    watching: list[Callable[[Any], None]] | None = getattr(strategy.process_dataloader, "watching", None)
+    if watching is None:
+        watching = []
+        _call_with_loaders(trainer, watching)
+    watching.append(see)
+
+    def end() -> None:
+        watching.remove(see)
+        if not watching:
+            strategy.__dict__.pop("process_dataloader", None)
+
+    return end
+
+
+def _call_with_loaders(trainer: pl.Trainer, watching: list[Callable[[Any], None]]) -> None:
+    own = trainer.strategy.process_dataloader
 
     def process_dataloader(loader: object) -> object:
         loader = own(loader)
-        if trainer.training:
+        for see in watching if trainer.training else ():
             see(loader)
         return loader
 
-    strategy.__dict__["process_dataloader"] = process_dataloader
+    process_dataloader.watching = watching  # type: ignore[attr-defined]
+    trainer.strategy.__dict__["process_dataloader"] = process_dataloader
 
 
 @contextmanager

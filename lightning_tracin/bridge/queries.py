@@ -22,7 +22,7 @@ from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.score import PreparedTests, Scores, joined_scores, score
 from lightning_tracin.scoring.terms import Term, terms_at
-from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
 from lightning_tracin.storage.scratch import Scratch
 from lightning_tracin.storage.trace import Trace
 
@@ -176,6 +176,7 @@ def result_of(blocks: Sequence[Queries], gradients: Sequence[list[WordGradients]
         strongest_proponents=scores.proponents,
         strongest_opponents=scores.opponents,
         totals=scores.totals,
+        undrawn=undrawn(first.checkpoints),
         tokenizer=tokenizer_of(first.module),
         scratch=scratch,
     )

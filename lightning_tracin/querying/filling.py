@@ -134,7 +134,7 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
         taken: dict[tuple[Site, ...], ModuleGradients] = {}
         for number, checkpoint in enumerate(missing, start=1):
             with processes.synchronized():
-                order = reading_order(trace, training_set, processes)
+                order = reading_order(trace, training_set, checkpoint.drawn(), processes)
             wanted = tuple(site for site in sites if not checkpoint.has_gradients(site))
             if wanted not in taken:
                 taken[wanted] = ModuleGradients(query.module, wanted, recorded=trace.sites)

@@ -19,6 +19,7 @@ from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, require_automatic_optimization, require_spread
 from lightning_tracin.parallel.processes import Processes, wait_until_visible
+from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.first_batch import bytes_per_example, look_at_first_batch, stored_sites
 from lightning_tracin.recording.loggers import logger_folder
 from lightning_tracin.recording.plan import RecordingPlan, local_path
@@ -100,7 +101,8 @@ def begin(
             Trace.create(path, header)
     fit = RecordedFit(_opened(path, processes), training_set)
     steps = [] if source is None else _steps_to_go_on_with(fit.trace, resumed, trainer.global_step, processes)
-    recorder = Recorder(fit, plan, first.gradients, trainer.train_dataloader, steps)
+    drawn = DrawnExamples(fit.trace.n_train, processes, resumed if steps else None)
+    recorder = Recorder(fit, plan, first.gradients, trainer.train_dataloader, steps=steps, drawn=drawn)
     if form is not None:
         recorder.training = TrainingCache(module, fit.trace, form, processes, tolerant=plan.on_error == "warn")
     recorder.validations = _validations(trainer, recorder, plan)

@@ -153,8 +153,7 @@ class TracInCallback(DualCallback):
             require_strategy(trainer)
             self._check_plan(trainer)
             self._resumed, self._stopped = {}, None
-            if self.plan.cache == "training":
-                self._sampled = SampledLoader(trainer)
+            self._sampled = SampledLoader(trainer, needed=self.plan.cache == "training")
 
     def _check_plan(self, trainer: pl.Trainer) -> None:
         """Check that the trainer can do what is asked for.
@@ -180,8 +179,8 @@ class TracInCallback(DualCallback):
         """What a resumed fit needs to go on with the same trace."""
         if self.trace is None:
             return {}
-        steps = [] if self._recorder is None else self._recorder.steps
-        return {"trace": self.trace.id, "path": str(self.trace.path.absolute()), "steps": steps}
+        since = {"steps": []} if self._recorder is None else self._recorder.state()
+        return {"trace": self.trace.id, "path": str(self.trace.path.absolute()), **since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the trace to go on with; only a fit does (predict with a checkpoint restores callbacks too)."""

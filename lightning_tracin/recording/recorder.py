@@ -21,6 +21,7 @@ from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
 from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches, unwrapped_name
 from lightning_tracin.parallel.processes import Processes
+from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.plan import RecordingPlan
 from lightning_tracin.recording.sampled_indices import SampledLoader
 from lightning_tracin.recording.training_cache import TrainingCache
@@ -40,10 +41,18 @@ class Recorder:
         gradients: takes those of the module in training.
         loader: the training loader that was looked at.
         steps: optimizer steps since the last checkpoint, of a fit that is resumed.
+        drawn: the examples that were trained on since then.
     """
 
     def __init__(
-        self, fit: RecordedFit, plan: RecordingPlan, gradients: ModuleGradients, loader: Any, steps: list[Step]
+        self,
+        fit: RecordedFit,
+        plan: RecordingPlan,
+        gradients: ModuleGradients,
+        loader: Any,
+        *,
+        steps: list[Step],
+        drawn: DrawnExamples,
     ) -> None:
         self.fit = fit
         self.steps = steps
@@ -53,6 +62,9 @@ class Recorder:
         self.gradients = gradients
         self._site_layers = sites_on_module(gradients.module, fit.trace.sites)
         self._loader = loader
+        self._drawn = drawn
+        self._indices: list[int] | None = None
+        self._learned = False
         self._failure: Exception | None = None
         recorded = fit.trace.checkpoints
         self._previous = recorded[-1].id if recorded else None
@@ -71,12 +83,15 @@ class Recorder:
 
     def begin_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
         """Learn which examples a training batch holds."""
-        if self.training is not None and sampled is not None:
-            with self._held_back(trainer):
-                self.training.begin(sampled.next_batch(), batch)
+        with self._held_back(trainer):
+            self._indices = None if sampled is None else sampled.next_batch()
+            self._learned = not trainer.lightning_module.automatic_optimization
+            if self.training is not None:
+                self.training.begin(self._indices or [], batch)
 
     def end_backward(self, trainer: pl.Trainer) -> None:
         """Take the gradients of a training batch."""
+        self._learned = True
         if self.training is not None:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             divisor, scaled = divisor_of(trainer.accumulate_grad_batches, scaler)
@@ -109,10 +124,12 @@ class Recorder:
 
     def end_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
         """Keep a training batch's gradients, and take a checkpoint if ``every_n_train_steps`` is due."""
-        if self.training is not None and sampled is not None:
-            with self._held_back(trainer):
-                if batch is None:  # skipped: Lightning has not called on_train_batch_start
-                    sampled.next_batch()
+        with self._held_back(trainer):
+            if batch is None and sampled is not None:  # skipped: Lightning has not called on_train_batch_start
+                sampled.next_batch()
+            elif self._learned:
+                self._drawn.add(self._indices)
+            if self.training is not None:
                 self.training.end()
         every = self._plan.every_n_train_steps
         if every is not None and self.steps and trainer.global_step // every > self.steps[0][0] // every:
@@ -157,6 +174,10 @@ class Recorder:
                 f"The fit ended before the first checkpoint of the trace in {self.fit.trace.path} was due: there is "
                 "nothing to compute influence from. Lower every_n_epochs or every_n_train_steps."
             )
+
+    def state(self) -> dict[str, Any]:
+        """What a fit that is resumed here needs to know."""
+        return {"steps": self.steps, **self._drawn.state()}
 
     def close(self) -> None:
         """Leave the module as it was."""
@@ -203,6 +224,7 @@ class Recorder:
             epoch=trainer.current_epoch,
             previous=self._previous,
             steps=self.steps,
+            drawn=self._drawn.of_all(),
             processes=processes,
         ) as checkpoint:
             if self._plan.cache == "checkpoint":
@@ -211,12 +233,13 @@ class Recorder:
                 self.training.store(checkpoint, n_recorded)
             recorded = checkpoint.id
         self._previous, self.steps = recorded, []
+        self._drawn.clear()
         self.log_validations(trainer)
 
     def _store_gradients(self, trainer: pl.Trainer, checkpoint: Checkpoint, processes: Processes) -> None:
         """Store every training example's gradients at the module's present weights."""
         trace, training_set, module = self.fit.trace, self.fit.training_set, self.gradients.module
-        order = reading_order(trace, training_set, processes)
+        order = reading_order(trace, training_set, checkpoint.drawn(), processes)
         loader = training_set.loader_over(order)
         fsdp, tolerant = is_fsdp(module), self._plan.on_error == "warn"
         with (

@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_tracin.bridge.compat import on_training_loader
+from lightning_tracin.bridge.compat import watch_training_loader
 
 _USE = 'Use cache="checkpoint", which reads the training set by itself.'
+
+
+def why_not_known(loader: Any) -> str | None:
+    """Why the indices of a loader's batches cannot be known, in a sentence; None if they can."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        kind = type(loader.dataset).__name__ if isinstance(loader, DataLoader) else type(loader).__name__
+        return f'cache="training" must know which examples a batch holds, but a {kind} has no sampler.'
+    if not getattr(loader, "in_order", True):
+        return 'cache="training" needs a DataLoader with in_order=True.'
+    if loader.batch_sampler is None and not isinstance(loader.sampler, BatchSampler):
+        return "The training DataLoader does not batch (batch_size=None)."
+    return None
 
 
 class SampledIndices(BatchSampler):
@@ -22,28 +34,23 @@ class SampledIndices(BatchSampler):
     batch that comes next is the first one that is remembered.
 
     Args:
-        loader: the loader that a fit is about to iterate. Call :meth:`restore` to give it its own sampler back.
-
-    Raises:
-        ValueError: if the indices of its batches cannot be known.
+        loader: the loader that a fit is about to iterate, whose indices can be known. Call :meth:`restore` to give it
+            its own sampler back.
     """
 
     def __init__(self, loader: Any) -> None:
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            kind = type(loader.dataset).__name__ if isinstance(loader, DataLoader) else type(loader).__name__
-            raise ValueError(
-                f'cache="training" must know which examples a batch holds, but a {kind} has no sampler. {_USE}'
-            )
-        if not getattr(loader, "in_order", True):
-            raise ValueError(f'cache="training" needs a DataLoader with in_order=True. {_USE}')
         place = "sampler" if loader.batch_sampler is None else "batch_sampler"
         own: Any = getattr(loader, place)
-        if place == "sampler" and not isinstance(own, BatchSampler):
-            raise ValueError(f"The training DataLoader does not batch (batch_size=None). {_USE}")
-        n_examples = len(loader.dataset)  # type: ignore[arg-type]
+        n_examples = len(loader.dataset)
         ours = {"loader": loader, "own": own, "_place": place, "_n_examples": n_examples, "_yielded": deque()}
         self.__dict__.update(ours)  # what others set is their sampler's
         object.__setattr__(loader, place, self)  # the loader itself refuses a new sampler
+
+    if not TYPE_CHECKING:
+
+        @property
+        def __class__(self) -> type:  # isinstance() finds the sampler's own class
+            return type(self.own)
 
     def __iter__(self) -> Iterator[list[int]]:
         yielded: deque[list[int]] = deque()  # without what an epoch that was cut short has left
@@ -69,17 +76,22 @@ class SampledIndices(BatchSampler):
         """
         yielded: deque[list[int]] = self._yielded
         with suppress(IndexError):
-            return yielded.popleft()
+            return [int(index) % self._n_examples for index in yielded.popleft()]  # -1 is the last one
         raise ValueError(f"The training loader gave a batch that its sampler had not asked for. {_USE}")
 
     def restore(self) -> None:
-        """Give the loader its own sampler back."""
-        if getattr(self.loader, self._place) is self:
+        """Give the loader its own sampler back, also where another callback has put its stand-in before this one."""
+        outer = getattr(self.loader, self._place)
+        if outer is self:
             object.__setattr__(self.loader, self._place, self.own)
+        while type(outer) is SampledIndices:
+            if outer.own is self:
+                outer.__dict__["own"] = self.own
+            outer = outer.own
 
     def _remembered(self, batches: Iterator[Any], yielded: deque[list[int]]) -> Iterator[Any]:
         for batch in batches:
-            yielded.append([int(index) % self._n_examples for index in batch])  # -1 is the last one
+            yielded.append(batch.tolist() if hasattr(batch, "tolist") else list(batch))
             yield batch
 
 
@@ -88,30 +100,41 @@ class SampledLoader:
 
     Args:
         trainer: the trainer whose fit it is, before Lightning has given its loader a sampler.
+        needed: whether a fit that cannot tell them is refused.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: pl.Trainer, *, needed: bool) -> None:
+        self._needed = needed
         self._sampled: SampledIndices | None = None
-        on_training_loader(trainer, self._see)
+        self._end = watch_training_loader(trainer, self._see)
 
-    def next_batch(self) -> list[int]:
-        """The data set indices of the batch that comes next.
+    def next_batch(self) -> list[int] | None:
+        """The data set indices of the batch that comes next; None if they cannot be known.
 
         Raises:
             ValueError: if the loader has delivered a batch that its sampler did not ask for.
         """
-        return [] if self._sampled is None else self._sampled.next_batch()
+        return None if self._sampled is None else self._sampled.next_batch()
 
     def close(self) -> None:
         """Leave the loader as it was."""
-        on_training_loader(self._trainer, None)
+        self._end()
         if self._sampled is not None:
             self._sampled.restore()
 
     def _see(self, loader: Any) -> None:
+        """Watch a loader.
+
+        Raises:
+            ValueError: if the indices of its batches are needed, and cannot be known.
+        """
         if self._sampled is not None:
             if self._sampled.loader is loader:
                 return  # a reload may give the same one again
             self._sampled.restore()
-        self._sampled = SampledIndices(loader)
+            self._sampled = None
+        why = why_not_known(loader)
+        if why is None:
+            self._sampled = SampledIndices(loader)
+        elif self._needed:
+            raise ValueError(f"{why} {_USE}")

@@ -9,6 +9,7 @@ from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.scoring.methods import Method, word_part
 from lightning_tracin.scoring.naming import described
 from lightning_tracin.scoring.terms import sites_of
+from lightning_tracin.storage.checkpoint import undrawn
 
 
 def notes_of_result(method: Method, words_of_ids: Mapping[int, str], *, has_evidence: bool) -> list[str]:
@@ -38,6 +39,12 @@ def notes_of_result(method: Method, words_of_ids: Mapping[int, str], *, has_evid
 def notes_of_trace(evidence: Evidence) -> list[str]:
     """What the scores lack because it could not be recorded."""
     notes = []
+    n_undrawn = len(undrawn(evidence.checkpoints))
+    if n_undrawn:
+        notes.append(
+            f"{n_undrawn:,} of the {evidence.trace.n_train:,} examples in the training data set are no training "
+            "examples: no batch has held them. They are left out."
+        )
     if evidence.trace.incomplete is not None:
         notes.append(f"The trace is incomplete. {evidence.trace.incomplete} Scores lack what came later.")
     counts: Counter[int] = Counter()

@@ -48,7 +48,7 @@ class RankedResult(StoredResult):
         Args:
             how: "mean" of the scores; mean "rank" (0 for a test example's strongest opponent, n_train - 1 for its
                 strongest proponent); or "vote", -Σ max(k - rank, 0): only a test example's k strongest opponents get
-                negative votes (arXiv 2511.04715).
+                negative votes (arXiv 2511.04715). An example that training never drew counts with scores of zero.
             k: for "vote" only, 10 by default.
 
         Returns:
@@ -67,7 +67,7 @@ class RankedResult(StoredResult):
             if how == "mean":
                 return self.scores.mean(0)
             return self.scores.argsort(stable=True, dim=1).argsort(1).float().mean(0)
-        opponents = self.opponents(min(10, self.n_train) if k is None else k)
+        opponents = self.opponents(min(10, self._n_drawn) if k is None else k)
         n_votes = opponents.indices.shape[1]
         votes = torch.arange(n_votes, 0, -1).float().expand(opponents.indices.shape)
         return -torch.zeros(self.n_train, dtype=torch.float32).index_add_(
@@ -75,9 +75,14 @@ class RankedResult(StoredResult):
         )
 
     @property
+    def _n_drawn(self) -> int:
+        """How many training examples training has drawn."""
+        return self.n_train - len(self.undrawn)
+
+    @property
     def _n_kept(self) -> int:
         """How many proponents and how many opponents of each test example are known."""
-        return self.n_train if self.strongest_proponents is None else self.strongest_proponents.values.shape[1]
+        return self._n_drawn if self.strongest_proponents is None else self.strongest_proponents.values.shape[1]
 
     def _check_test_index(self, test_index: int) -> None:
         if not 0 <= test_index < len(self.test_indices):
@@ -85,13 +90,22 @@ class RankedResult(StoredResult):
 
     def _strongest(self, k: int, kept: TopK | None, *, largest: bool) -> TopK:
         """The k strongest of one side: of all scores, or of those that were kept."""
-        k = clipped_k(k, self.n_train)
+        k = clipped_k(k, self._n_drawn)
         if self.scores is not None:
-            return strongest(self.scores, k, largest=largest)
+            top = strongest(self._drawn(self.scores), k, largest=largest)
+            return TopK(top.values, self._drawn(torch.arange(self.n_train))[top.indices])
         assert kept is not None
         if k > kept.values.shape[1]:
             raise ValueError(f"Only the {kept.values.shape[1]} strongest were kept: call influence with k={k} or more.")
         return TopK(kept.values[:, :k], kept.indices[:, :k])
+
+    def _drawn(self, values: Tensor) -> Tensor:
+        """Values of all training examples, (..., n_train), without those that training never drew."""
+        if not len(self.undrawn):
+            return values
+        is_drawn = torch.ones(self.n_train, dtype=torch.bool)
+        is_drawn[self.undrawn] = False
+        return values[..., is_drawn]
 
     def _share(self, row: int, score: float) -> float | None:
         """A score as a part of all scores of its sign that a test example has; None where all are zero."""
@@ -108,7 +122,7 @@ class RankedResult(StoredResult):
         """
         rows = slice(None) if row is None else slice(row, row + 1)
         if self.scores is not None:
-            return self.scores[rows].flatten()
+            return self._drawn(self.scores[rows]).flatten()
         sides = (self.proponents(self._n_kept), self.opponents(self._n_kept))
         values, indices = (torch.cat([side[column][rows] for side in sides], dim=1) for column in (0, 1))
         order = indices.argsort(dim=1, stable=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
@@ -59,7 +60,7 @@ class InfluenceResult(RichRepr, ExplainedResult):
         n_test = len(self.test_indices)
         n_checkpoints = len(self.checkpoint_ids)
         yield (
-            f"{self.method}, {n_test} test and {self.n_train} training examples, "
+            f"{self.method}, {n_test} test and {self._n_drawn} training examples, "
             f"{n_checkpoints} checkpoint{'s' * (n_checkpoints != 1)}"
         )
         yield from (Text(note, style="italic") for note in self._notes_given(evidence))
@@ -161,7 +162,7 @@ class InfluenceResult(RichRepr, ExplainedResult):
         whose = "all test examples" if test_index is None else f"test example {int(self.test_indices[test_index])}"
         if kind == "scores":
             which = "" if self.scores is not None else f"the {self._n_kept} most positive and most negative of "
-            title = f"Scores of {which}{self.n_train} training examples for {whose}"
+            title = f"Scores of {which}{self._n_drawn} training examples for {whose}"
             return plot_scores(self._known_scores(test_index), title, ax)
         k = min(k, self._n_kept)
         if kind == "labels":
@@ -198,7 +199,7 @@ class InfluenceResult(RichRepr, ExplainedResult):
         measure = without_normalizing(self.method) if is_constant_on_itself(self.method) else self.method
         counts = [
             _counted(n_test, "test example"),
-            _counted(self.n_train, "training example"),
+            _counted(self._n_drawn, "training example"),
             _counted(len(self.checkpoint_ids), "checkpoint"),
         ]
         page = Page(
@@ -210,7 +211,7 @@ class InfluenceResult(RichRepr, ExplainedResult):
                     has_test_texts=self.raw_test is not None or len(self.test_texts.ids) > 0,
                     has_raw_texts=self.raw_train is not None and self.raw_test is not None,
                     has_predictions=bool(self.predictions[:, 0].isfinite().any()),
-                    n_kept=n_kept if n_kept < min(k, self.n_train) else None,
+                    n_kept=n_kept if n_kept < min(k, self._n_drawn) else None,
                 ),
             ],
             n_train=self.n_train,
@@ -229,7 +230,8 @@ class InfluenceResult(RichRepr, ExplainedResult):
         """The training examples of highest self-influence, highest first, with their shares of all of it."""
         values = self_influences(evidence.checkpoints, method)
         total = float(values.sum())
-        order = values.argsort(descending=True, stable=True)[:n].tolist()
+        highest = values.argsort(descending=True, stable=True)
+        order = highest[~torch.isin(highest, self.undrawn)][:n].tolist()
         examples = self._examples_in(evidence, sorted(order))
         return [
             Influential(examples[index], float(values[index]), float(values[index]) / total if total else None)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -46,6 +47,8 @@ class StoredResult:
             probability, or a value and NaN; NaN where it is not known.
         scores: (n_test, n_train) float32, or None if only the k strongest were kept.
         totals: (n_test, 2) float64, the sums of each test example's positive and of its negative scores.
+        undrawn: (n,) int64, the indices of examples of the training data set that training never drew, such as those
+            that the sampler holds back: their scores are zero, and they are neither proponents nor opponents.
     """
 
     method: Method
@@ -62,6 +65,7 @@ class StoredResult:
     strongest_proponents: TopK | None = None
     strongest_opponents: TopK | None = None
     totals: Tensor | None = None
+    undrawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file.
@@ -88,6 +92,8 @@ class StoredResult:
             tensors["totals"] = self.totals
         if self.scores is not None:
             tensors["scores"] = self.scores
+        if len(self.undrawn):
+            tensors["undrawn"] = self.undrawn
         for name, top in (("proponents", self.strongest_proponents), ("opponents", self.strongest_opponents)):
             if top is not None:
                 tensors |= {f"{name}.values": top.values, f"{name}.indices": top.indices}
@@ -151,6 +157,7 @@ class StoredResult:
             strongest_proponents=tops[0],
             strongest_opponents=tops[1],
             totals=tensors.get("totals"),
+            undrawn=tensors.get("undrawn", torch.empty(0, dtype=torch.int64)),
         )
 
 

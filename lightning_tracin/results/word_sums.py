@@ -92,6 +92,8 @@ def word_table_of(
         label_of = labels.of[examples.start : examples.stop]
         entry_of = tally.enter(texts, label_of)
         for term, test, gradients in zip(terms, tests, stored, strict=True):
+            if not gradients.holds(shard):
+                continue
             for train in _pieces(term.prepared_training(gradients.read(shard)), len(classes.names)):
                 # With each row as an example of its own, a product of examples is the term of a single word.
                 rows = replace(train, n_examples=len(train.tokens), examples=torch.arange(len(train.tokens)))

@@ -16,7 +16,7 @@ from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.strongest import TopK, merge_top, top_of
 from lightning_tracin.scoring.terms import Term, terms_at
-from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.checkpoint import Checkpoint, ever_drawn
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def score(tests: PreparedTests, k: int | None, processes: Processes, device: tor
 
     Args:
         tests: the test examples.
-        k: keep only the k strongest proponents and opponents of each test example; None keeps all scores.
+        k: keep only the k strongest proponents and opponents of each test example, of those that training drew; None
+            keeps all scores.
         processes: the processes that share the shards; every one of them must call it.
         device: the device that multiplies.
 
@@ -69,10 +70,13 @@ def score(tests: PreparedTests, k: int | None, processes: Processes, device: tor
     columns: list[Tensor] = [torch.zeros(n_test, 0)]
     strongest: list[tuple[TopK, TopK]] = []
     totals = torch.zeros(n_test, 2, dtype=torch.float64)
+    drawn = ever_drawn([term.checkpoint for term in tests.terms])
     for shard in processes.share(len(shards_by_term[0])):
         start, stop = shards_by_term[0].bounds(shard)
         scores = torch.zeros(n_test, stop - start, dtype=torch.float32, device=device)
         for term, gradients, shards in zip(tests.terms, on_device, shards_by_term, strict=True):
+            if not shards.holds(shard):
+                continue
             block = term.prepared_training(shards.read(shard))
             scores += term.weight * term.method.dot(gradients, block, term.moments)
         totals += torch.stack([scores.clamp(min=0).sum(1), scores.clamp(max=0).sum(1)], 1).cpu()
@@ -85,7 +89,12 @@ def score(tests: PreparedTests, k: int | None, processes: Processes, device: tor
         if k is None:
             columns.append(scores.cpu())
         else:
-            strongest = [merge_top([*strongest, top_of(scores, start, k)], k)]
+            examples = torch.arange(start, stop)
+            if drawn is not None:
+                examples = examples[drawn[start:stop]]
+                scores = scores[:, (examples - start).to(device)]
+            if len(examples):
+                strongest = [merge_top([*strongest, top_of(scores, examples, k)], k)]
     totals = torch.stack(processes.gather(totals)).sum(0)
     if k is None:
         return Scores(totals, torch.cat(processes.gather(torch.cat(columns, dim=1)), dim=1))
@@ -130,6 +139,8 @@ def self_influences(checkpoints: Sequence[Checkpoint], method: Method, processes
     for term in terms:
         shards = term.shards
         for shard in processes.share(len(shards)):
+            if not shards.holds(shard):
+                continue
             block = shards.read(shard)
             as_test, as_training = (term.method.prepare(block, term.moments, side) for side in ("test", "train"))
             norms = [term.method.norms(prepared, term.moments) for prepared in (as_test, as_training)]

@@ -44,16 +44,16 @@ def strongest(scores: Tensor, k: int, *, largest: bool) -> TopK:
     return TopK(order.values, columns[places.gather(1, order.indices)])
 
 
-def top_of(scores: Tensor, start: int, k: int) -> tuple[TopK, TopK]:
+def top_of(scores: Tensor, examples: Tensor, k: int) -> tuple[TopK, TopK]:
     """The k strongest proponents and opponents in a block of scores, on the CPU; fewer if the block has fewer columns.
 
     Args:
-        scores: (n_test, n_block) scores of consecutive training examples.
-        start: index of the block's first training example.
+        scores: (n_test, n_block) scores of some training examples.
+        examples: (n_block,) their indices, ascending, on the CPU.
         k: how many proponents, and how many opponents.
     """
     tops = (strongest(scores, min(k, scores.shape[1]), largest=largest) for largest in (True, False))
-    proponents, opponents = (TopK(top.values.cpu(), top.indices.cpu() + start) for top in tops)
+    proponents, opponents = (TopK(top.values.cpu(), examples[top.indices.cpu()]) for top in tops)
     return proponents, opponents
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from lightning_tracin.gradients.sites import Site
@@ -21,6 +22,9 @@ Step: TypeAlias = tuple[int, int, list[float], list[str]]
 #: The name of the file with the weights, in the folder of a checkpoint.
 WEIGHTS = "weights.safetensors"
 
+#: That of the file with the examples that were drawn, where those are not all.
+DRAWN = "drawn.safetensors"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -34,7 +38,7 @@ class Checkpoint:
         previous: id of the checkpoint before; None for the first one.
         steps: the optimizer steps since the previous checkpoint.
         groups: the parameter names of each group of each optimizer.
-        checksums: of the files of weights and of second moments, by name.
+        checksums: of the files of weights, of second moments and of the examples that were drawn, by name.
         sites: where gradients are taken.
         frozen_sites: the keys of the sites that no step of the whole trace moved.
     """
@@ -117,6 +121,19 @@ class Checkpoint:
             )
         return SecondMoments.read(self.path / name, self.checksums[name])
 
+    def drawn(self) -> Tensor | None:
+        """(n_train,) bool, the examples that training has drawn since the previous checkpoint.
+
+        None if it has drawn all, or if that is not known: of a stream, say.
+
+        Raises:
+            ValueError: if the file is not as it was written.
+        """
+        if DRAWN not in self.checksums:
+            return None
+        tensors, _ = read_tensors(self.path / DRAWN, self.checksums[DRAWN])
+        return tensors["drawn"]
+
     def has_gradients(self, site: Site) -> bool:
         """Whether the training examples' gradients at a site are stored."""
         return (self.path / site.key / "index.json").exists()
@@ -129,3 +146,28 @@ class Checkpoint:
             ValueError: if their index is damaged.
         """
         return Shards.open(self.path / site.key)
+
+
+def undrawn(checkpoints: Sequence[Checkpoint]) -> Tensor:
+    """The indices of the examples that training has drawn before none of the checkpoints, int64.
+
+    Raises:
+        ValueError: if a file is not as it was written.
+    """
+    drawn = ever_drawn(checkpoints)
+    return torch.empty(0, dtype=torch.int64) if drawn is None else torch.nonzero(~drawn)[:, 0]
+
+
+def ever_drawn(checkpoints: Sequence[Checkpoint]) -> Tensor | None:
+    """(n_train,) bool, the examples that training has drawn before some of the checkpoints; None if all, or not known.
+
+    Raises:
+        ValueError: if a file is not as it was written.
+    """
+    ever: Tensor | None = None
+    for checkpoint in checkpoints:
+        drawn = checkpoint.drawn()
+        if drawn is None:
+            return None
+        ever = drawn if ever is None else ever | drawn
+    return ever

@@ -26,7 +26,7 @@ _STEP = r"checkpoints/step-\d{9}(\.partial)?"
 _OWN = re.compile(
     rf"(trace|vocabulary)\.json{_TEMPORARY}"
     rf"|texts(\.partial)?/{_SHARDS}"
-    rf"|{_STEP}/((checkpoint\.json|weights\.safetensors|second-moments-{_KEY}\.safetensors){_TEMPORARY}"
+    rf"|{_STEP}/((checkpoint\.json|weights\.safetensors|drawn\.safetensors|second-moments-{_KEY}\.safetensors){_TEMPORARY}"
     rf"|{_OF_SAFETENSORS})"
     rf"|{_STEP}/{_KEY}(\.partial)?/{_SHARDS}"
     rf"|running\.partial/process-\d+/\d{{5}}/({_KEY}\.safetensors{_TEMPORARY}|{_OF_SAFETENSORS})"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp, parameter_names
 from lightning_tracin.parallel.processes import ALONE, Processes
-from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint, Step
+from lightning_tracin.storage.checkpoint import DRAWN, WEIGHTS, Checkpoint, Step
 from lightning_tracin.storage.files import atomic_folder, write_json, write_tensors
 from lightning_tracin.storage.second_moments import moments_file, second_moments_at
 from lightning_tracin.storage.trace import Trace
@@ -29,6 +29,7 @@ def new_checkpoint(
     epoch: int,
     previous: str | None,
     steps: list[Step],
+    drawn: Tensor | None = None,
     processes: Processes = ALONE,
 ) -> Iterator[Checkpoint]:
     """Record a checkpoint; it becomes part of the trace when all processes leave the context without an exception.
@@ -43,6 +44,7 @@ def new_checkpoint(
         epoch: ``trainer.current_epoch``.
         previous: id of the checkpoint before; None for the first one.
         steps: the optimizer steps since the previous checkpoint.
+        drawn: (n_train,) bool, the examples that were trained on since then; None if all were, or if it is not known.
         processes: the processes of the fit; every one of them must enter the context.
 
     Raises:
@@ -78,6 +80,8 @@ def new_checkpoint(
     with atomic_folder(trace.path / "checkpoints" / f"step-{step:09d}", processes) as folder:
         content["checksums"] = _write_weights_and_moments(trace, folder, module, optimizers, processes)
         if processes.first:
+            if drawn is not None:
+                content["checksums"][DRAWN] = write_tensors(folder / DRAWN, {"drawn": drawn})
             write_json(folder / "checkpoint.json", content)
         content = processes.gather(content)[0]
         yield Checkpoint(path=folder, sites=trace.sites, **content)

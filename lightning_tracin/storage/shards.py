@@ -3,13 +3,16 @@
 A folder of shards has ``00000.safetensors``, ``00001.safetensors``, ... and ``index.json``, which is written last and
 contains the checksum of each. Shard ``j`` has the examples from ``j * shard_examples`` to ``(j + 1) * shard_examples``
 (exclusive). Word gradients are sorted by token, so that a query reads only the rows of its own words from disk.
+A shard without a single example that training drew has no file.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +42,9 @@ class ShardWriter:
         dtype: the type that directions are stored in. The relative error of a row is about 5e-4 in "float16" and about
             1 % in "int8", whatever its norm.
         shard_examples: number of examples in each shard.
-        first_shard: number of the first shard, if other processes write those before it.
-        order: the indices of the examples in the order in which they are added; None for the order of the data set.
-            Examples of one shard must be added together.
+        examples: the indices of the examples whose shards this writer has: those of complete shards.
+        order: the indices of the examples in the order in which they are added; None for all, in the order of the data
+            set. Examples of one shard must be added together; those that are not added have no rows.
     """
 
     def __init__(
@@ -50,18 +53,19 @@ class ShardWriter:
         *,
         dtype: Dtype,
         shard_examples: int,
-        first_shard: int = 0,
+        examples: range,
         order: Sequence[int] | None = None,
     ) -> None:
         self.folder = folder
         self.dtype: Dtype = dtype
         self.shard_examples = shard_examples
-        self.first_shard = first_shard
-        self.order = order
-        self.n_examples = 0
+        self.examples = examples
         self._kind: str | None = None
         self._waiting = RowBuffer()
-        self._checksums: list[str] = []
+        self._first_shard = examples.start // shard_examples
+        self._checksums: list[str | None] = [None] * -(-len(examples) // shard_examples)
+        by_shard = groupby(examples if order is None else order, key=lambda index: index // shard_examples)
+        self._to_come = deque((shard, torch.tensor(list(indices))) for shard, indices in by_shard)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lightning_tracin-store")
         self._written: Future[None] | None = None
 
@@ -78,18 +82,19 @@ class ShardWriter:
             OSError: if an earlier shard could not be written.
         """
         self._kind = block.KIND
-        self.n_examples += block.n_examples
         block = block.as_dtype(self.dtype)
         start = 0
         while start < block.n_examples:
-            stop = min(block.n_examples, start + self.shard_examples - self._waiting.n_examples)
+            shard, indices = self._to_come[0]
+            stop = min(block.n_examples, start + len(indices) - self._waiting.n_examples)
             self._waiting.add(block.slice(start, stop))
-            if self._waiting.n_examples == self.shard_examples:
-                self._flush()
+            if self._waiting.n_examples == len(indices):
+                self._flush(shard, indices)
+                self._to_come.popleft()
             start = stop
 
     def close(self, processes: Processes = ALONE, not_finite: Sequence[int] = ()) -> None:
-        """Write the last shard, and then the index that makes the folder readable.
+        """Write the index that makes the folder readable, when every example has been added.
 
         Args:
             processes: the processes that write shards of the folder; every one of them must call it.
@@ -98,10 +103,8 @@ class ShardWriter:
         Raises:
             OSError: if a file could not be written.
         """
-        if self._waiting.n_examples:
-            self._flush()
         self._wait()
-        gathered = processes.gather((self._kind, self.n_examples, self._checksums))
+        gathered = processes.gather((self._kind, len(self.examples), self._checksums))
         index = {
             "kind": next((kind for kind, _, _ in gathered if kind is not None), None),
             "dtype": self.dtype,
@@ -113,20 +116,19 @@ class ShardWriter:
         if processes.first:
             write_json(self.folder / "index.json", index)
 
-    def _flush(self) -> None:
-        """Submit the buffered examples to the thread, as a shard."""
+    def _flush(self, shard: int, indices: Tensor) -> None:
+        """Submit the buffered examples, of these indices, to the thread, as a shard."""
         self._wait()
-        block, n_written = self._waiting.block(), len(self._checksums) * self.shard_examples
-        if self.order is not None:
-            indices = torch.tensor(self.order[n_written : n_written + block.n_examples])
-            block = block.moved(indices - self.first_shard * self.shard_examples - n_written, block.n_examples)
-        shard = type(block).cat([block])  # a copy, because the buffer is reused for the next examples
+        start = shard * self.shard_examples
+        size = min(self.shard_examples, self.examples.stop - start)
+        block = self._waiting.block().moved(indices - start, size)
+        copied = type(block).cat([block])  # because the buffer is reused for the next examples
         self._waiting.clear()
-        self._written = self._thread.submit(self._write, shard)
+        self._written = self._thread.submit(self._write, shard, copied)
 
-    def _write(self, shard: Ragged) -> None:
-        path = _shard_file(self.folder, self.first_shard + len(self._checksums))
-        self._checksums.append(write_tensors(path, encode(shard)))
+    def _write(self, shard: int, block: Ragged) -> None:
+        path = _shard_file(self.folder, shard)
+        self._checksums[shard - self._first_shard] = write_tensors(path, encode(block))
 
     def _wait(self) -> None:
         """Wait until the thread has written its shard, and raise its error if it failed."""
@@ -145,7 +147,7 @@ class Shards:
         n_examples: number of examples over all shards.
         shard_examples: number of examples in each shard except the last.
         dtype: the type that directions are stored in.
-        checksums: the checksum of each shard's file.
+        checksums: the checksum of each shard's file; None for a shard that has none, because it holds no rows.
         not_finite: the examples whose gradients are zero because they were not finite.
     """
 
@@ -154,7 +156,7 @@ class Shards:
     n_examples: int
     shard_examples: int
     dtype: Dtype
-    checksums: Sequence[str]
+    checksums: Sequence[str | None]
     not_finite: Sequence[int] = ()
 
     @classmethod
@@ -172,20 +174,25 @@ class Shards:
 
     @property
     def files(self) -> list[tuple[Path, str]]:
-        """Each shard's file and its checksum."""
-        return [(_shard_file(self.folder, shard), checksum) for shard, checksum in enumerate(self.checksums)]
+        """Each shard's file and its checksum, of those that have one."""
+        numbered = enumerate(self.checksums)
+        return [(_shard_file(self.folder, shard), checksum) for shard, checksum in numbered if checksum is not None]
 
     @property
     def nbytes(self) -> int:
         """The number of bytes of all shards on disk."""
         return sum(size_of(file) for file, _ in self.files)
 
+    def holds(self, shard: int) -> bool:
+        """Whether a shard has a file; else none of its examples has any rows."""
+        return self.checksums[shard] is not None
+
     def bounds(self, shard: int) -> tuple[int, int]:
         """The first example of a shard, and the one after its last."""
         return shard * self.shard_examples, min((shard + 1) * self.shard_examples, self.n_examples)
 
     def read(self, shard: int) -> Any:
-        """A shard's block, memory-mapped, with examples numbered from 0 inside the shard.
+        """The block of a shard that has a file, memory-mapped, with examples numbered from 0 inside the shard.
 
         Raises:
             FileNotFoundError: if the shard's file is missing.
@@ -204,21 +211,27 @@ class Shards:
             FileNotFoundError: if a shard's file is missing.
             ValueError: if its checksum differs.
         """
-        indices = torch.tensor(examples)
+        indices, order = torch.sort(torch.tensor(examples))
+        asked = torch.unique(indices // self.shard_examples).tolist()
+        held = [shard for shard in range(len(self)) if self.holds(shard)]
+        found: list[Tensor] = []
         blocks: list[Any] = []
-        for shard in torch.unique(indices // self.shard_examples).tolist():
+        for shard in [shard for shard in asked if self.holds(shard)] or held[:1]:
             start, stop = self.bounds(shard)
             stored = self._stored(shard)
-            in_shard = torch.sort(indices[(indices >= start) & (indices < stop)]).values - start
+            in_shard = indices[(indices >= start) & (indices < stop)]
             places = torch.full((stop - start,), -1)
-            places[in_shard] = torch.arange(len(in_shard))
+            places[in_shard - start] = torch.arange(len(in_shard))
             rows = torch.nonzero(places[stored["examples"].long()] >= 0)[:, 0]
             blocks.append(decode(self.kind, stored, rows, stop - start).arranged(places, len(in_shard)))
-        # The blocks are in ascending order of the indices; this restores the given order.
-        return type(blocks[0]).cat(blocks).arranged(torch.argsort(indices), len(indices))
+            found.append(in_shard)
+        in_given_order = order[torch.searchsorted(indices, torch.cat(found))]
+        return type(blocks[0]).cat(blocks).arranged(in_given_order, len(indices))
 
     def _stored(self, shard: int) -> dict[str, Tensor]:
-        tensors, _ = read_tensors(_shard_file(self.folder, shard), self.checksums[shard])
+        checksum = self.checksums[shard]
+        assert checksum is not None
+        tensors, _ = read_tensors(_shard_file(self.folder, shard), checksum)
         return tensors
 
 

@@ -21,7 +21,7 @@ from lightning_tracin.gradients.rows import DTYPES, Dtype
 from lightning_tracin.gradients.sites import Site, sites_from_json
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.parallel.processes import ALONE, Processes
-from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.checkpoint import Checkpoint, ever_drawn
 from lightning_tracin.storage.files import PARTIAL, read_json, write_json
 from lightning_tracin.storage.own_files import FORMAT, HEADER, copy_before, remove_folder, remove_trace, require_free
 from lightning_tracin.storage.shards import Shards
@@ -151,8 +151,18 @@ class Trace:
 
     @property
     def has_texts(self) -> bool:
-        """Whether the training examples' token ids and labels are stored, which happens with the first gradients."""
+        """Whether token ids and labels of training examples are stored, which happens with their first gradients."""
         return bool(self._texts())
+
+    def has_texts_of(self, drawn: Tensor | None) -> bool:
+        """Whether the token ids and labels of the examples that were drawn, (n_train,) bool, are stored; None: all."""
+        if (self.path / "texts" / "index.json").exists():
+            return True
+        with_texts = [each for each in self.checkpoints if (each.path / "texts" / "index.json").exists()]
+        stored = ever_drawn(with_texts)
+        if stored is None or drawn is None:
+            return bool(with_texts) and stored is None
+        return not bool((drawn & ~stored).any())
 
     def texts(self, examples: Sequence[int]) -> Texts:
         """The token ids and labels of some training examples, in the given order.

@@ -45,8 +45,10 @@ def own_examples(trace: Trace, processes: Processes) -> range:
     return range(*(min(shard * trace.shard_examples, trace.n_train) for shard in (shards.start, shards.stop)))
 
 
-def reading_order(trace: Trace, examples: NumberedExamples, processes: Processes) -> Sequence[int]:
-    """The indices of this process's examples, in each shard from the longest to the shortest.
+def reading_order(
+    trace: Trace, examples: NumberedExamples, drawn: Tensor | None, processes: Processes
+) -> Sequence[int]:
+    """The indices of this process's examples that are read, in each shard from the longest to the shortest.
 
     Batches of similar lengths contain little padding. Lengths come from the stored texts, or else from the data set. A
     stream, and a data set without known lengths, keeps its order.
@@ -54,6 +56,7 @@ def reading_order(trace: Trace, examples: NumberedExamples, processes: Processes
     Args:
         trace: the trace, which has the stored texts and the number of examples in a shard.
         examples: the training set.
+        drawn: (n_train,) bool, the examples that are read; None for all.
         processes: the processes that each store their own examples.
 
     Raises:
@@ -65,12 +68,11 @@ def reading_order(trace: Trace, examples: NumberedExamples, processes: Processes
     lengths = _stored_lengths(trace, indices)
     if lengths is None or not lengths.any():  # texts are empty if only linear layers were recorded
         lengths = examples.lengths(indices)
-    if lengths is None:
-        return indices
-    order: list[int] = []
-    for shard_lengths in torch.split(lengths, trace.shard_examples):
-        order += (torch.argsort(shard_lengths, descending=True, stable=True) + indices.start + len(order)).tolist()
-    return order
+    order = torch.arange(indices.start, indices.stop)
+    if lengths is not None:
+        order = order[torch.argsort(lengths, descending=True, stable=True)]
+        order = order[torch.argsort(order // trace.shard_examples, stable=True)]
+    return (order if drawn is None else order[drawn[order]]).tolist()
 
 
 @contextmanager
@@ -83,16 +85,15 @@ def shard_writer(
         trace: the trace.
         folder: the folder of the shards.
         processes: the processes that write shards; every one of them must enter the context.
-        order: the order in which this process adds its examples; None for that of the data set.
+        order: the order in which this process adds its examples; None for all, in that of the data set.
     """
-    first_shard = own_examples(trace, processes).start // trace.shard_examples
     with (
         atomic_folder(folder, processes) as partial,
         ShardWriter(
             partial,
             dtype=trace.dtype,
             shard_examples=trace.shard_examples,
-            first_shard=first_shard,
+            examples=own_examples(trace, processes),
             order=order,
         ) as writer,
     ):
@@ -115,7 +116,7 @@ def training_pass(
         trace: the trace.
         checkpoint: a checkpoint of the trace.
         sites: the sites whose gradients are stored.
-        order: the order in which this process adds its examples; those of a shard must be added together.
+        order: the order in which this process adds its examples, see :func:`reading_order`.
         processes: the processes that each add their own examples; every one of them must enter the context.
         tolerant: whether an example without a finite loss or gradient counts zero, rather than ends the pass.
 
@@ -129,8 +130,10 @@ def training_pass(
             for site in sites
         }
         texts = None
-        if not processes.gather(trace.has_texts)[0]:
-            texts = folders.enter_context(shard_writer(trace, trace.path / "texts", processes, order))
+        drawn = checkpoint.drawn()
+        if not processes.gather(trace.has_texts_of(drawn))[0]:
+            folder = trace.path if drawn is None else checkpoint.path
+            texts = folders.enter_context(shard_writer(trace, folder / "texts", processes, order))
         writer = TrainingPass(trace, writers, texts, processes, order, tolerant=tolerant)
         yield writer
         writer.close(checkpoint.step)
@@ -214,7 +217,8 @@ class TrainingPass:
         """
         if self.n_examples != len(self._order):
             raise ValueError(self._wrong_number(str(self.n_examples)))
-        not_finite = all_not_finite(self._not_finite, self._trace.n_train, step, self._processes)
+        n_read = sum(self._processes.gather(len(self._order)))
+        not_finite = all_not_finite(self._not_finite, n_read, step, self._processes)
         for writer in self._writers.values():
             writer.close(self._processes, not_finite)
         if self._texts is not None:

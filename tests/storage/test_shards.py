@@ -16,7 +16,7 @@ from lightning_tracin.storage.shards import Shards, ShardWriter
 
 
 def written(folder, block, *, batch=4, dtype="float32", shard_examples=100):
-    with ShardWriter(folder, dtype=dtype, shard_examples=shard_examples) as writer:
+    with ShardWriter(folder, dtype=dtype, shard_examples=shard_examples, examples=range(block.n_examples)) as writer:
         for start in range(0, block.n_examples, batch):
             writer.add(block.slice(start, min(start + batch, block.n_examples)))
         writer.close()
@@ -63,8 +63,7 @@ def test_texts_come_back(tmp_path):
 @pytest.mark.parametrize("shard_examples", [3, 5, 17, 100])
 def test_the_order_in_which_the_examples_of_a_shard_come_does_not_matter(tmp_path, batch, shard_examples):
     """Shards are the same, byte for byte; they may begin with a later one, where other processes write the others."""
-    first = 2
-    start = first * shard_examples
+    start = 2 * shard_examples
     shards = torch.arange(start, start + 17).split(shard_examples)
     order = torch.cat([shard[torch.randperm(len(shard))] for shard in shards]).tolist()
     texts = Texts(17, torch.arange(17).repeat_interleave(3), torch.randint(9, (51,)), torch.rand(17).double())
@@ -73,13 +72,47 @@ def test_the_order_in_which_the_examples_of_a_shard_come_does_not_matter(tmp_pat
         (tmp_path / name / "other").mkdir(parents=True)
         expected = written(tmp_path / name, block, dtype="float16", shard_examples=shard_examples)
         with ShardWriter(
-            tmp_path / name / "other", dtype="float16", shard_examples=shard_examples, first_shard=first, order=order
+            tmp_path / name / "other",
+            dtype="float16",
+            shard_examples=shard_examples,
+            examples=range(start, start + 17),
+            order=order,
         ) as writer:
             for begin in range(0, 17, batch):
                 writer.add(came.slice(begin, min(begin + batch, 17)))
             writer.close()
         files = sorted((tmp_path / name / "other").glob("*.safetensors"))
         assert [file.read_bytes() for file in files] == [file.read_bytes() for file, _ in expected.files]
+
+
+@pytest.mark.parametrize("shard_examples", [1, 2, 5, 17])
+def test_examples_that_are_left_out_have_no_rows_and_shards_of_them_alone_no_file(tmp_path, shard_examples):
+    """What is read of those that were stored is what was written, in whatever order they are asked for."""
+    kept = [3, 2, 11, 12, 10, 14]  # those of a shard together, for every size
+    kept = sorted(kept, key=lambda index: index // shard_examples)
+    words, table = random_words(17)
+    texts = Texts(17, torch.arange(17).repeat_interleave(3), torch.randint(9, (51,)), torch.rand(17).double())
+    expected = torch.zeros_like(table)
+    expected[kept] = table[kept]
+    read = {}
+    for name, block in {"words": words, "texts": texts}.items():
+        (tmp_path / name).mkdir()
+        with ShardWriter(
+            tmp_path / name, dtype="float32", shard_examples=shard_examples, examples=range(17), order=kept
+        ) as writer:
+            for index in kept:
+                writer.add(block.slice(index, index + 1))
+            writer.close()
+        read[name] = Shards.open(tmp_path / name)
+        files_of = {index // shard_examples for index in kept}
+        assert [read[name].holds(shard) for shard in range(len(read[name]))] == [
+            shard in files_of for shard in range(-(-17 // shard_examples))
+        ]
+    for asked in ([0], [14, 2], [16, 3, 0, 12, 11], list(range(17))):
+        torch.testing.assert_close(dense(read["words"].read_examples(asked), 30), expected[asked], rtol=1e-5, atol=1e-6)
+        found = read["texts"].read_examples(asked)
+        assert found.ids_by_example() == [texts.ids_of(index) if index in kept else [] for index in asked]
+        assert torch.isnan(found.labels).tolist() == [index not in kept for index in asked]
 
 
 def test_stored_rows_stay_on_disk_until_they_are_used(tmp_path):
@@ -99,7 +132,7 @@ def test_encoded_bytes_is_what_lies_on_disk(tmp_path):
 
 
 def test_a_folder_without_an_index_cannot_be_opened(tmp_path):
-    with ShardWriter(tmp_path, dtype="float32", shard_examples=2) as writer:
+    with ShardWriter(tmp_path, dtype="float32", shard_examples=2, examples=range(4)) as writer:
         writer.add(random_words(4)[0])
     assert (tmp_path / "00000.safetensors").exists()
     with pytest.raises(FileNotFoundError, match=r"index\.json"):
@@ -121,7 +154,7 @@ def test_a_shard_that_cannot_be_written_is_an_error_of_the_writer(tmp_path, monk
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(files, "save_file", full)
-    with ShardWriter(tmp_path, dtype="float32", shard_examples=2) as writer:
+    with ShardWriter(tmp_path, dtype="float32", shard_examples=2, examples=range(2)) as writer:
         writer.add(random_words(2)[0])
         with pytest.raises(OSError, match=r"00000\.safetensors could not be written.*No space left"):
             writer.close()
