@@ -177,10 +177,9 @@ class TracInCallback(DualCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to go on with the same trace."""
-        if self.trace is None:
-            return {}
-        since = {"steps": []} if self._recorder is None else self._recorder.state()
-        return {"trace": self.trace.id, "path": str(self.trace.path.absolute()), **since}
+        if self._recorder is None or self.trace is None:
+            return {} if self._left is None else self._left[1]  # of a fit that is over
+        return {"trace": self.trace.id, "path": str(self.trace.path.absolute()), **self._recorder.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the trace to go on with; only a fit does (predict with a checkpoint restores callbacks too)."""

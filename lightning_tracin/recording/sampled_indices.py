@@ -50,7 +50,7 @@ class SampledIndices(BatchSampler):
 
         @property
         def __class__(self) -> type:  # isinstance() finds the sampler's own class
-            return type(self.own)
+            return self.own.__class__
 
     def __iter__(self) -> Iterator[list[int]]:
         yielded: deque[list[int]] = deque()  # without what an epoch that was cut short has left
