@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import Subset, SubsetRandomSampler
 from toy import Toy, leave, loader, quiet, test_texts, texts
 from variants import Reproducible
 
@@ -147,6 +147,16 @@ def in_two(folder, found):
     shards.write_tensors = write
     plain = fit(None, Toy, recorded=False).lightning_module
     found["going on"] = all(map(torch.equal, going_on.parameters(), plain.parameters()))
+
+    for cache in ("checkpoint", "training", "on_demand"):  # no example of the second process's shard, and one of ten
+        held_back = loader(sampler=SubsetRandomSampler([0, 1, 2, 4, 5, 6, 7, 9]))
+        held = fit(folder / f"held back {cache}", Toy, data=held_back, cache=cache, epochs=1)
+        if cache == "on_demand" and rank == 0:
+            shutil.copytree(folder / f"held back {cache}", folder / "held back, not filled")
+        torch.distributed.barrier()
+        all_scores = held.influence(loader(test_texts()))
+        strongest = held.influence(loader(test_texts()), k=9)
+        found[f"held back {cache}"] = [all_scores.scores.tolist(), strongest.proponents(8).indices.tolist()]
 
     fit(folder / "normed", Normed)
     for cache in ("checkpoint", "training"):

@@ -119,6 +119,23 @@ def scores_in(trace, kind, data=None, **options):
     return quiet().influence(loader(test_texts() if data is None else data), kind(), trace=trace, **options).scores
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_what_no_process_has_drawn_is_no_training_example(apart, cache):
+    """One of two processes has no example to read at all; the scores are those of one process, which fills them in."""
+    folder, *found = apart
+    path = shutil.copytree(folder / "held back, not filled", folder / f"filled for {cache}")
+    alone = quiet().influence(loader(test_texts()), Toy(), trace=path, train_dataloaders=loader())
+    assert alone.undrawn.tolist() == [3, 8, *range(10, N_TRAIN)]
+    for of_process in found:
+        scores, proponents = of_process[f"held back {cache}"]
+        if cache == "training":  # of the weights of the moment
+            assert (torch.tensor(scores) != 0).any(0).tolist() == (alone.scores != 0).any(0).tolist()
+        else:
+            torch.testing.assert_close(torch.tensor(scores), alone.scores, rtol=1e-5, atol=1e-9)
+            assert proponents == alone.proponents(8).indices.tolist()
+        assert {index for row in proponents for index in row} == {0, 1, 2, 4, 5, 6, 7, 9}
+
+
 def test_a_query_that_starts_the_processes_divides_the_missing_gradients(apart):
     folder, *found = apart
     alone = quiet().self_influence(trace=folder / "empty")
