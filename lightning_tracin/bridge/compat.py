@@ -12,10 +12,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import BasePredictionWriter, Callback, ProgressBar
+from pytorch_lightning.callbacks import BasePredictionWriter, Callback, Checkpoint, ProgressBar
 
 if TYPE_CHECKING or find_spec("lightning") is None:
     DualCallback = Callback
+    DualCheckpoint = Checkpoint
     DualPredictionWriter = BasePredictionWriter
     PROGRESS_BARS: tuple[type, ...] = (ProgressBar,)
 else:
@@ -23,6 +24,9 @@ else:
 
     class DualCallback(Callback, twins.Callback):
         """A callback for the trainers of both packages."""
+
+    class DualCheckpoint(Checkpoint, twins.Checkpoint):
+        """What Lightning takes for a kind of ModelCheckpoint, in either package."""
 
     class DualPredictionWriter(BasePredictionWriter, twins.BasePredictionWriter):
         """A prediction writer for the trainers of both packages."""

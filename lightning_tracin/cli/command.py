@@ -25,6 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 import lightning_tracin
+from lightning_tracin.storage.checkpoint import undrawn
 
 if TYPE_CHECKING:
     from lightning_tracin.report.explanation import Explanation
@@ -151,7 +152,7 @@ def _info(arguments: Namespace) -> int:
     facts = {
         "trace": content["path"],
         "model": content["model_class"],
-        "training examples": f"{content['n_train']:,}",
+        "training examples": _n_examples(content),
         **{f"site {site['name']}": _described(site) for site in content["sites"]},
         "gradients": content["dtype"],
         "texts": "stored" if content["has_texts"] else "not stored",
@@ -162,6 +163,13 @@ def _info(arguments: Namespace) -> int:
         table.add_row(name, value)
     _print(table, "", _checkpoint_table(content))
     return 0
+
+
+def _n_examples(content: dict[str, Any]) -> str:
+    """How many examples there are, and how many of them no batch has held."""
+    n_train, n_undrawn = content["n_train"], content["n_undrawn"]
+    others = f" of {n_train:,} in the data set; the others were never drawn" if n_undrawn else ""
+    return f"{n_train - n_undrawn:,}{others}"
 
 
 def _trace_content(trace: lightning_tracin.Trace) -> dict[str, Any]:
@@ -185,6 +193,7 @@ def _trace_content(trace: lightning_tracin.Trace) -> dict[str, Any]:
         "id": trace.id,
         "model_class": trace.model_class,
         "n_train": trace.n_train,
+        "n_undrawn": len(undrawn(trace.checkpoints)),
         "sites": [asdict(site) for site in trace.sites],
         "dtype": trace.dtype,
         "has_texts": trace.has_texts,

@@ -102,7 +102,9 @@ def begin(
     fit = RecordedFit(_opened(path, processes), training_set)
     steps = [] if source is None else _steps_to_go_on_with(fit.trace, resumed, trainer.global_step, processes)
     drawn = DrawnExamples(fit.trace.n_train, processes, resumed if steps else None)
-    recorder = Recorder(fit, plan, first.gradients, trainer.train_dataloader, steps=steps, drawn=drawn)
+    # The gradients of training itself are gone with the process that had them.
+    due = resumed.get("due") if steps and plan.cache != "training" else None
+    recorder = Recorder(fit, plan, first.gradients, trainer.train_dataloader, steps=steps, drawn=drawn, due=due)
     if form is not None:
         recorder.training = TrainingCache(module, fit.trace, form, processes, tolerant=plan.on_error == "warn")
     recorder.validations = _validations(trainer, recorder, plan)

@@ -17,6 +17,7 @@ from lightning_tracin.bridge.strategy import require_strategy, spreads
 from lightning_tracin.bridge.training_set import RecordedFit
 from lightning_tracin.gradients.rows import Dtype
 from lightning_tracin.recording.beginning import begin
+from lightning_tracin.recording.behind import BehindModelCheckpoint
 from lightning_tracin.recording.loggers import check_loggers
 from lightning_tracin.recording.plan import (
     Cache,
@@ -89,7 +90,7 @@ class TracInCallback(DualCallback):
             cannot be computed for. The message says what to change.
         FileExistsError: if ``dirpath`` holds the trace of another fit and ``overwrite`` is False.
         BlockingIOError: if another fit or query is writing into ``dirpath``.
-        OSError: if the disk has not enough space for the gradients, before anything is written.
+        OSError: if the disk has not enough space for one checkpoint, before anything is written.
 
     Example::
 
@@ -130,6 +131,7 @@ class TracInCallback(DualCallback):
         self._recorder: Recorder | None = None
         self._sampled: SampledLoader | None = None
         self._fitting = False
+        self._behind: BehindModelCheckpoint | None = None
         self._resumed: dict[str, Any] = {}
         self._left: tuple[Any, dict[str, Any]] | None = None
         self._stopped: str | None = None
@@ -152,6 +154,8 @@ class TracInCallback(DualCallback):
         if self._fitting:
             require_strategy(trainer)
             self._check_plan(trainer)
+            if trainer.checkpoint_callback is not None:
+                self._behind = BehindModelCheckpoint(trainer, self._take_due)
             self._resumed, self._stopped = {}, None
             self._sampled = SampledLoader(trainer, needed=self.plan.cache == "training")
 
@@ -196,6 +200,7 @@ class TracInCallback(DualCallback):
         resumed = self._left[1] if again and self._left is not None and not self._resumed else self._resumed
         self._recorder = begin(trainer, pl_module, self.plan, resumed, self._writing)
         self.recorded_fit = self._recorder.fit
+        self._take_due(trainer)  # what a fit that was killed has still to take
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check a loader that was made anew."""
@@ -223,10 +228,14 @@ class TracInCallback(DualCallback):
     ) -> None:
         """Keep the batch's gradients, and take a checkpoint if one is due."""
         self._record(trainer, lambda recorder: recorder.end_batch(trainer, batch, self._sampled))
+        if self._behind is None:
+            self._take_due(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take a checkpoint if one is due."""
         self._record(trainer, lambda recorder: recorder.end_epoch(trainer))
+        if self._behind is None:
+            self._take_due(trainer)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to choose examples of the validation."""
@@ -255,6 +264,9 @@ class TracInCallback(DualCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """What :meth:`teardown` does, which Lightning does not call after an error."""
         self._close(trainer)
+
+    def _take_due(self, trainer: pl.Trainer) -> None:
+        self._record(trainer, lambda recorder: recorder.take_due(trainer))
 
     def _record(self, trainer: pl.Trainer, act: Callable[[Recorder], None]) -> None:
         """Let the recorder act, if there is one; where it fails, recording ends, and training goes on."""
@@ -288,4 +300,6 @@ class TracInCallback(DualCallback):
                 self._recorder.close()
             if self._sampled is not None:
                 self._sampled.close()
-            self._recorder = self._sampled = None
+            if self._behind is not None:
+                self._behind.leave(trainer)
+            self._recorder = self._sampled = self._behind = None

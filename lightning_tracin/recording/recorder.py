@@ -42,6 +42,7 @@ class Recorder:
         loader: the training loader that was looked at.
         steps: optimizer steps since the last checkpoint, of a fit that is resumed.
         drawn: the examples that were trained on since then.
+        due: the epoch whose checkpoint the fit had yet to take when it was killed, if any.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Recorder:
         *,
         steps: list[Step],
         drawn: DrawnExamples,
+        due: int | None = None,
     ) -> None:
         self.fit = fit
         self.steps = steps
@@ -63,6 +65,7 @@ class Recorder:
         self._site_layers = sites_on_module(gradients.module, fit.trace.sites)
         self._loader = loader
         self._drawn = drawn
+        self._due = due
         self._indices: list[int] | None = None
         self._learned = False
         self._failure: Exception | None = None
@@ -123,7 +126,7 @@ class Recorder:
         return [key for key, each in own.items() if each and all(parameter.grad is None for parameter in each)]
 
     def end_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
-        """Keep a training batch's gradients, and take a checkpoint if ``every_n_train_steps`` is due."""
+        """Keep a training batch's gradients, and note whether a checkpoint is due by ``every_n_train_steps``."""
         with self._held_back(trainer):
             if batch is None and sampled is not None:  # skipped: Lightning has not called on_train_batch_start
                 sampled.next_batch()
@@ -133,13 +136,19 @@ class Recorder:
                 self.training.end()
         every = self._plan.every_n_train_steps
         if every is not None and self.steps and trainer.global_step // every > self.steps[0][0] // every:
-            self._take_checkpoint(trainer)
+            self._due = trainer.current_epoch
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
-        """Take a checkpoint if ``every_n_epochs`` is due."""
+        """Note whether a checkpoint is due by ``every_n_epochs``."""
         plan = self._plan
         if plan.every_n_train_steps is None and (trainer.current_epoch + 1) % plan.every_n_epochs == 0:
-            self._take_checkpoint(trainer)
+            self._due = trainer.current_epoch
+
+    def take_due(self, trainer: pl.Trainer) -> None:
+        """Take a checkpoint if one is due."""
+        epoch, self._due = self._due, None
+        if epoch is not None and self.steps:  # else nothing was trained since the last one
+            self._take_checkpoint(trainer, epoch)
 
     def begin_validation(self, trainer: pl.Trainer) -> None:
         """Begin to choose examples of a validation."""
@@ -177,7 +186,7 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """What a fit that is resumed here needs to know."""
-        return {"steps": self.steps, **self._drawn.state()}
+        return {"steps": self.steps, "due": self._due, **self._drawn.state()}
 
     def close(self) -> None:
         """Leave the module as it was."""
@@ -201,9 +210,7 @@ class Recorder:
         if self._failure is not None:
             raise self._failure
 
-    def _take_checkpoint(self, trainer: pl.Trainer) -> None:
-        if not self.steps:
-            return  # nothing was trained since the last checkpoint
+    def _take_checkpoint(self, trainer: pl.Trainer, epoch: int) -> None:
         step = trainer.global_step
         optimizers = [_unwrapped(each) for each in trainer.optimizers]
         processes = processes_of(trainer)
@@ -221,7 +228,7 @@ class Recorder:
             self.gradients.module,
             optimizers,
             step=step,
-            epoch=trainer.current_epoch,
+            epoch=epoch,
             previous=self._previous,
             steps=self.steps,
             drawn=self._drawn.of_all(),

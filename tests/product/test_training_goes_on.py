@@ -8,8 +8,10 @@ import warnings
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from toy import N_TRAIN, Toy, loader, quiet, test_texts
+from variants import Reproducible
 
 from lightning_tracin import Trace, TracInCallback
 from lightning_tracin.storage import files
@@ -194,3 +196,50 @@ def test_validation_batches_of_another_form(tmp_path):
         found, said, _ = weights_after(Validated, [callback], tmp_path / "b")
     assert_same(found, expected)
     assert "KeyError: 'labels'" in said[0]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("cache", ["checkpoint", "training"])
+def test_a_fit_that_is_killed_while_it_stores_gradients_has_saved_its_epoch(tmp_path, monkeypatch, cache):
+    """ModelCheckpoint comes first, wherever it stands in the list, and what it saved goes on with the whole trace."""
+
+    class Killed(BaseException):
+        pass
+
+    def fit(name, epochs, **arguments):
+        pl.seed_everything(0, verbose=False)
+        ours = [TracInCallback(tmp_path / name / part, cache=cache, dtype="float32") for part in ("a", "b")]
+        if cache == "training":
+            del ours[1]  # there can be one of them
+        saver = ModelCheckpoint(tmp_path / name, filename="{epoch}", save_top_k=-1)
+        callbacks = [ours[0], saver, *ours[1:]]
+        trainer = quiet(callbacks=callbacks, enable_checkpointing=True, max_epochs=epochs)
+        listed = list(trainer.callbacks)
+        try:
+            trainer.fit(Reproducible(), loader(), **arguments)
+        finally:
+            assert trainer.callbacks == listed
+        return trainer
+
+    save = files.save_file
+
+    def kill(tensors, path, **options):
+        if "step-000000010" in str(path) and path.parent.name.startswith("words"):
+            raise Killed
+        save(tensors, path, **options)
+
+    expected = fit("whole", 3).influence(loader(test_texts()))
+    monkeypatch.setattr(files, "save_file", kill)
+    with pytest.raises(Killed):
+        fit("killed", 3)
+    monkeypatch.undo()
+    assert [each.step for each in Trace(tmp_path / "killed" / "a").checkpoints] == [5]
+    resumed = fit("killed", 3, ckpt_path=tmp_path / "killed" / "epoch=1.ckpt")
+    checkpoints = Trace(tmp_path / "killed" / "a").checkpoints
+    assert [step[0] for each in checkpoints for step in each.steps] == list(range(15))
+    if cache == "checkpoint":
+        assert [(each.step, each.epoch) for each in checkpoints] == [(5, 0), (10, 1), (15, 2)]
+        found = resumed.influence(loader(test_texts()))
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-9)
+    else:  # the gradients of the second epoch are gone
+        assert [each.step for each in checkpoints] == [5, 15]
