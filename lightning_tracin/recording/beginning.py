@@ -22,6 +22,7 @@ from lightning_tracin.parallel.processes import Processes, wait_until_visible
 from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.first_batch import bytes_per_example, look_at_first_batch, stored_sites
 from lightning_tracin.recording.loggers import logger_folder
+from lightning_tracin.recording.new_labels import NewLabels
 from lightning_tracin.recording.plan import RecordingPlan, local_path
 from lightning_tracin.recording.recorder import Recorder
 from lightning_tracin.recording.space import require_space
@@ -104,7 +105,9 @@ def begin(
     drawn = DrawnExamples(fit.trace.n_train, processes, resumed if steps else None)
     # The gradients of training itself are gone with the process that had them.
     due = resumed.get("due") if steps and plan.cache != "training" else None
-    recorder = Recorder(fit, plan, first.gradients, trainer.train_dataloader, steps=steps, drawn=drawn, due=due)
+    labels = NewLabels(module, first.batch)
+    loader = trainer.train_dataloader
+    recorder = Recorder(fit, plan, first.gradients, loader, steps=steps, drawn=drawn, labels=labels, due=due)
     if form is not None:
         recorder.training = TrainingCache(module, fit.trace, form, processes, tolerant=plan.on_error == "warn")
     recorder.validations = _validations(trainer, recorder, plan)

@@ -22,10 +22,11 @@ from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches, unwrapped_name
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.drawn import DrawnExamples
+from lightning_tracin.recording.new_labels import NewLabels
 from lightning_tracin.recording.plan import RecordingPlan
 from lightning_tracin.recording.sampled_indices import SampledLoader
 from lightning_tracin.recording.training_cache import TrainingCache
-from lightning_tracin.recording.training_form import divisor_of
+from lightning_tracin.recording.training_form import check_training, divisor_of, warn_of_another_loss
 from lightning_tracin.recording.validation_log import ValidationLog
 from lightning_tracin.storage.checkpoint import Checkpoint, Step
 from lightning_tracin.storage.recorded_checkpoint import new_checkpoint
@@ -42,6 +43,7 @@ class Recorder:
         loader: the training loader that was looked at.
         steps: optimizer steps since the last checkpoint, of a fit that is resumed.
         drawn: the examples that were trained on since then.
+        labels: those that have been looked at.
         due: the epoch whose checkpoint the fit had yet to take when it was killed, if any.
     """
 
@@ -54,6 +56,7 @@ class Recorder:
         *,
         steps: list[Step],
         drawn: DrawnExamples,
+        labels: NewLabels,
         due: int | None = None,
     ) -> None:
         self.fit = fit
@@ -66,6 +69,7 @@ class Recorder:
         self._loader = loader
         self._drawn = drawn
         self._due = due
+        self._labels = labels
         self._indices: list[int] | None = None
         self._learned = False
         self._failure: Exception | None = None
@@ -87,10 +91,26 @@ class Recorder:
     def begin_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
         """Learn which examples a training batch holds."""
         with self._held_back(trainer):
+            self._check_labels(trainer, batch)
             self._indices = None if sampled is None else sampled.next_batch()
             self._learned = not trainer.lightning_module.automatic_optimization
             if self.training is not None:
                 self.training.begin(self._indices or [], batch)
+
+    def _check_labels(self, trainer: pl.Trainer, batch: Any) -> None:
+        """Check what was checked before training again, on a batch with labels that none before it had."""
+        module = self.gradients.module
+        new = self._labels.of(batch)
+        if not new or is_fsdp(module):
+            return
+        with inside_fit(trainer, module):
+            captured = self.gradients.capture(batch)
+            self._labels.check(batch, captured.losses, new)
+            if self.training is not None:
+                check_training(module, self.fit.trace.sites, batch, captured)
+            else:
+                warn_of_another_loss(module, batch, captured)
+        self._labels.add(new)
 
     def end_backward(self, trainer: pl.Trainer) -> None:
         """Take the gradients of a training batch."""

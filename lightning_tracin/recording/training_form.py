@@ -90,7 +90,7 @@ def check_training(module: nn.Module, sites: Sequence[Site], batch: Any, of_loss
             return form
     worst = int((found - expected).abs().amax(0).argmax())
     raise ValueError(
-        f"training_step of {name} does not return the mean of influence_loss over the batch: the gradient of the first "
+        f"training_step of {name} does not return the mean of influence_loss over the batch: the gradient of a "
         f"batch's example {worst} has the norm {float(found[0, worst]):.4g} by the one and "
         f"{float(expected[0, worst]):.4g} by the other. Is its loss weighted, a sum, or random? "
         f'cache="training" cannot tell the examples\' gradients from it. {USE_CHECKPOINT}'

@@ -1,0 +1,87 @@
+"""Checks that go on while batches come: losses are of single examples, also where a label comes for the first time.
+
+A loss that weighs classes, averages over tokens or ignores a label looks like any other on examples of frequent labels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tracin.bridge.mixin import labels_of_module, losses_of
+from lightning_tracin.gradients.batches import batch_size, row_of
+from lightning_tracin.gradients.losses import checked_losses
+from lightning_tracin.gradients.mean_loss import MeanLoss
+from lightning_tracin.gradients.precision import full_precision, uses_half_precision
+
+_MOST = 64  # different labels that are looked at: where there are more, as in language models, each batch has new ones
+
+
+class NewLabels:
+    """Looks at each batch that holds labels which no batch before it held.
+
+    Args:
+        module: whose losses they are.
+        first: a batch whose losses have been checked.
+    """
+
+    def __init__(self, module: nn.Module, first: Any) -> None:
+        self._module = module
+        self._losses = losses_of(module)
+        self._first = first
+        self._seen: set[int] = set()
+        self._seen = self.of(first)
+
+    def of(self, batch: Any) -> set[int]:
+        """The labels of a batch that are new; none where labels are not whole numbers, or too many."""
+        size = batch_size(batch)
+        labels = None if size is None else labels_of_module(self._module, batch, size)
+        if labels is None or labels.is_floating_point() or len(self._seen) > _MOST:
+            return set()
+        return set(torch.unique(labels).tolist()) - self._seen
+
+    def add(self, labels: set[int]) -> None:
+        """Remember labels whose batch has been checked."""
+        self._seen |= labels
+
+    @full_precision()
+    @torch.no_grad()
+    def check(self, batch: Any, losses: Tensor, new: set[int]) -> None:
+        """Check that the losses of a batch with new labels are those of its examples alone.
+
+        Args:
+            batch: on the module's device.
+            losses: (B,) those of its examples in the batch; of no account for a module that knows only their mean.
+            new: what :meth:`of` says of it.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        if isinstance(self._losses, MeanLoss):
+            self._losses.check(batch)
+            return
+        of_first = checked_losses(self._losses(self._first)).float().cpu()
+        if not self._is_alone(self._first, of_first, 0):
+            return  # batches cannot be cut into their examples, so that nothing follows from doing so
+        labels = labels_of_module(self._module, batch, len(losses))
+        assert labels is not None
+        is_new = torch.isin(labels.cpu(), torch.tensor(sorted(new))).reshape(len(losses), -1).any(1)
+        for place in torch.nonzero(is_new)[:, 0].tolist()[:4]:
+            if not self._is_alone(batch, losses, place):
+                raise ValueError(
+                    f"The losses of {type(self._module).__name__} depend on the batch where its labels hold "
+                    f"{sorted(new)}, which no batch before it held: that of one of its examples is "
+                    f"{float(losses[place]):.4g} in a batch of {len(losses)}, but another alone. Divide an example's "
+                    "loss by what it holds itself (its tokens, its outputs), never by what its batch does."
+                )
+
+    def _is_alone(self, batch: Any, losses: Tensor, place: int) -> bool:
+        """Whether an example that is cut out of its batch has the loss that it has inside."""
+        try:
+            alone = checked_losses(self._losses(row_of(batch, place, len(losses)))).float().cpu()
+        except (ValueError, RuntimeError, IndexError, TypeError, KeyError):  # the model is not made for what was cut
+            return False
+        tolerance = 5e-2 if uses_half_precision(self._module) else 1e-3
+        return len(alone) == 1 and bool(torch.isclose(alone[0], losses[place], rtol=tolerance, atol=1e-6))
