@@ -25,7 +25,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 import lightning_tracin
-from lightning_tracin.storage.checkpoint import undrawn
 
 if TYPE_CHECKING:
     from lightning_tracin.report.explanation import Explanation
@@ -193,7 +192,7 @@ def _trace_content(trace: lightning_tracin.Trace) -> dict[str, Any]:
         "id": trace.id,
         "model_class": trace.model_class,
         "n_train": trace.n_train,
-        "n_undrawn": len(undrawn(trace.checkpoints)),
+        "n_undrawn": len(trace.undrawn),
         "sites": [asdict(site) for site in trace.sites],
         "dtype": trace.dtype,
         "has_texts": trace.has_texts,

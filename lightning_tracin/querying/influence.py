@@ -35,7 +35,7 @@ from lightning_tracin.scoring.naming import method_of
 from lightning_tracin.scoring.score import self_influences
 from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.scoring.terms import sites_of
-from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
+from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.scratch import Scratch
 from lightning_tracin.storage.trace import Trace
 
@@ -92,7 +92,7 @@ def influence(
                 dataloaders = loader_of_datamodule(trainer, datamodule, "test", processes)
             loader = only_test_loader(dataloaders)
             check_order(loader, "test")
-            n_kept = None if k is None else clipped_k(k, opened.n_train - len(undrawn(opened.checkpoints)))
+            n_kept = None if k is None else clipped_k(k, opened.n_train - len(opened.undrawn))
         spread_weights(trainer, module, loader, datamodule)
         query = Query(trainer, module, opened, chosen, datamodule or attached_datamodule(trainer, module), processes)
         scratch = Scratch()

@@ -21,7 +21,7 @@ from lightning_tracin.gradients.rows import DTYPES, Dtype
 from lightning_tracin.gradients.sites import Site, sites_from_json
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.parallel.processes import ALONE, Processes
-from lightning_tracin.storage.checkpoint import Checkpoint, ever_drawn
+from lightning_tracin.storage.checkpoint import Checkpoint, ever_drawn, undrawn
 from lightning_tracin.storage.files import PARTIAL, read_json, write_json
 from lightning_tracin.storage.own_files import FORMAT, HEADER, copy_before, remove_folder, remove_trace, require_free
 from lightning_tracin.storage.shards import Shards
@@ -148,6 +148,11 @@ class Trace:
         found = [self.read_checkpoint(file) for file in files if file.parent.suffix != PARTIAL]
         frozen = {site.key for site in self.sites if not any(checkpoint.moves(site) for checkpoint in found)}
         return [replace(checkpoint, frozen_sites=frozenset(frozen)) for checkpoint in found]
+
+    @property
+    def undrawn(self) -> Tensor:
+        """The indices, int64, of the examples of the training data set that training drew before no checkpoint."""
+        return undrawn(self.checkpoints)
 
     @property
     def has_texts(self) -> bool:

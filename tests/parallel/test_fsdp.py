@@ -24,6 +24,7 @@ from fsdp_processes import (
     Tied,
 )
 from launched import run
+from torch.utils.data import DistributedSampler
 from toy import RATE, Toy, loader, mean_rate, quiet, site_of, texts
 
 from lightning_tracin import Trace, TracInWE
@@ -48,7 +49,7 @@ def fits(tmp_path_factory):
 
 
 def brute_force(trace, kind, layer, rates):
-    """One example at a time, at the recorded weights."""
+    """One example at a time, at the recorded weights; at each checkpoint those count that its epoch has drawn."""
 
     def gradients(checkpoint, examples):
         module = kind()
@@ -62,7 +63,20 @@ def brute_force(trace, kind, layer, rates):
         return dense_gradients(module, getattr(module, layer), singles, lambda batch: loss(batch).sum())
 
     test, train = ([gradients(each, side) for each in Trace(trace).checkpoints] for side in (TEST, TRAIN))
+    for epoch, of_epoch in enumerate(train):
+        drawn = drawn_in(epoch)
+        of_epoch[[index for index in range(UNEVEN) if index not in drawn]] = 0
     return BruteForce(rates, test, train)
+
+
+def drawn_in(epoch):
+    """The examples of each process's whole batches, by the sampler that Lightning gives both."""
+    found = set()
+    for rank in (0, 1):
+        sampler = DistributedSampler(TRAIN, num_replicas=2, rank=rank, shuffle=True, seed=0)
+        sampler.set_epoch(epoch)
+        found |= set(list(sampler)[:8])
+    return found
 
 
 def scores_in(trace, kind=Toy, **options):
