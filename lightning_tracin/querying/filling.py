@@ -63,6 +63,7 @@ def ready_checkpoints(
             )
         if missing and training_set is not None:
             training_set.check_divisible(processes)
+            training_set.agree_on_batches(processes)
             check_order(training_set.loader, "training", training_set.looked)
     if missing and module is not None and training_set is not None:
         require_results(query.trainer)

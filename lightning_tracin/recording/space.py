@@ -42,6 +42,8 @@ def require_space(
         beside = 0.0  # what came since the last checkpoint
         if plan.cache == "training":
             beside = max_run_bytes(one_pass, _passes_between(trainer, plan, training_set), trainer.world_size)
+        elif training_set.batches is not None:
+            beside = one_pass  # which is sorted on disk
         return checkpoints * (weights + one_pass) + beside
 
     existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())

@@ -7,7 +7,7 @@ each stores a contiguous range of complete shards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.files import atomic_folder
 from lightning_tracin.storage.shards import Shards, ShardWriter
+from lightning_tracin.storage.sorting import SortingWriter, sorting
 from lightning_tracin.storage.trace import Trace
 
 
@@ -35,8 +36,23 @@ class NumberedExamples(Protocol):
 
     iterable: bool
 
+    @property
+    def batches(self) -> Sequence[Sequence[int]] | None:
+        """Batches of all of its examples, which alone can be collated; None if any examples can."""
+
     def lengths(self, indices: Sequence[int]) -> Tensor | None:
         """(len(indices),) the examples' lengths, in any unit; None if they are not known."""
+
+
+def _by_shards(trace: Trace, order: Sequence[int], processes: Processes) -> bool:
+    """Whether an order has this process's own examples, those of each shard together."""
+    own = own_examples(trace, processes)
+    if order == own:
+        return True
+    numbers = torch.tensor(order, dtype=torch.long)
+    return len(order) == len(own) and torch.equal(
+        numbers // trace.shard_examples, torch.arange(own.start, own.stop) // trace.shard_examples
+    )
 
 
 def own_examples(trace: Trace, processes: Processes) -> range:
@@ -49,7 +65,8 @@ def reading_order(trace: Trace, examples: NumberedExamples, processes: Processes
     """The indices of this process's examples, in each shard from the longest to the shortest.
 
     Batches of similar lengths contain little padding. Lengths come from the stored texts, or else from the data set. A
-    stream, and a data set without known lengths, keeps its order.
+    stream, and a data set without known lengths, keeps its order. Where only some batches can be collated, a process
+    has a share of these, whose examples may be of any shard.
 
     Args:
         trace: the trace, which has the stored texts and the number of examples in a shard.
@@ -62,6 +79,8 @@ def reading_order(trace: Trace, examples: NumberedExamples, processes: Processes
     indices = own_examples(trace, processes)
     if examples.iterable:
         return indices
+    if examples.batches is not None:
+        return [index for number in processes.share(len(examples.batches)) for index in examples.batches[number]]
     lengths = _stored_lengths(trace, indices)
     if lengths is None or not lengths.any():  # texts are empty if only linear layers were recorded
         lengths = examples.lengths(indices)
@@ -100,6 +119,24 @@ def shard_writer(
 
 
 @contextmanager
+def sorting_writer(trace: Trace, folder: Path, processes: Processes, order: Sequence[int]) -> Iterator[SortingWriter]:
+    """What :func:`shard_writer` gives, for examples in any order, and of any shards.
+
+    Args:
+        trace: the trace.
+        folder: the folder of the shards.
+        processes: the processes that add examples; every one of them must enter the context.
+        order: the order in which this process adds its examples.
+    """
+    running = trace.path / "running.partial" / f"process-{processes.rank}"
+    with (
+        shard_writer(trace, folder, processes) as writer,
+        sorting(writer, running, trace.n_train, folder.name, order) as sorted_writer,
+    ):
+        yield sorted_writer
+
+
+@contextmanager
 def training_pass(
     trace: Trace,
     checkpoint: Checkpoint,
@@ -115,7 +152,8 @@ def training_pass(
         trace: the trace.
         checkpoint: a checkpoint of the trace.
         sites: the sites whose gradients are stored.
-        order: the order in which this process adds its examples; those of a shard must be added together.
+        order: the order in which this process adds its examples. Where those of a shard are not added together, they
+            are sorted on disk when all have come.
         processes: the processes that each add their own examples; every one of them must enter the context.
         tolerant: whether an example without a finite loss or gradient counts zero, rather than ends the pass.
 
@@ -123,14 +161,16 @@ def training_pass(
         ValueError: if the number of examples that were added differs from that of the training set, or if
             gradients are not finite: that of one example, or, with ``tolerant``, those of more than half.
     """
+    ordered = all(processes.gather(_by_shards(trace, order, processes)))
+
+    def writer_to(folder: Path) -> AbstractContextManager[ShardWriter | SortingWriter]:
+        return (shard_writer if ordered else sorting_writer)(trace, folder, processes, order)
+
     with ExitStack() as folders:
-        writers = {
-            site: folders.enter_context(shard_writer(trace, checkpoint.path / site.key, processes, order))
-            for site in sites
-        }
+        writers = {site: folders.enter_context(writer_to(checkpoint.path / site.key)) for site in sites}
         texts = None
         if not processes.gather(trace.has_texts)[0]:
-            texts = folders.enter_context(shard_writer(trace, trace.path / "texts", processes, order))
+            texts = folders.enter_context(writer_to(trace.path / "texts"))
         writer = TrainingPass(trace, writers, texts, processes, order, tolerant=tolerant)
         yield writer
         writer.close(checkpoint.step)
@@ -146,8 +186,8 @@ class TrainingPass:
     def __init__(
         self,
         trace: Trace,
-        writers: Mapping[Site, ShardWriter],
-        texts: ShardWriter | None,
+        writers: Mapping[Site, ShardWriter | SortingWriter],
+        texts: ShardWriter | SortingWriter | None,
         processes: Processes,
         order: Sequence[int],
         *,
