@@ -56,6 +56,7 @@ class TrainingSet:
             raise ValueError("The training set is empty.")
         self._looked: dict[int, Look] = {}
         self._first_indices: list[int] | None = None
+        self._given: int | None = None
         self._lengths: tuple[Sequence[int], Tensor | None] | None = None
 
     def __len__(self) -> int:
@@ -129,13 +130,27 @@ class TrainingSet:
             self._first_indices = differing_in_batch(self.loader, self.batches, N_CHECKED)
         return self._first_indices or differing(self.looked, min(N_CHECKED, _batch_size(self.loader)))
 
+    @property
+    def first_size(self) -> int | None:
+        """How many examples :meth:`first_batch` was collated of; None of a stream that hands out batches."""
+        return self._given if self.iterable else len(self.first_indices)
+
     def first_batch(self) -> Any:
         """A batch of a few examples, to check what a fit can do; a stream's own first batch.
 
         They differ in length and label, as far as that can be told: where all are alike, a loss that weighs classes, or
         tokens, looks like any other.
         """
-        return next(iter(self.loader_over(self.first_indices)))
+        loader = self.loader_over(self.first_indices)
+        if self.iterable and loader.batch_size is not None:
+            collate = loader.collate_fn
+
+            def counted(items: list[Any]) -> Any:
+                self._given = len(items)
+                return collate(items)
+
+            loader.collate_fn = counted
+        return next(iter(loader))
 
     def fingerprint(self) -> str:
         """A hash of the number of examples and of 64 of them, spread evenly.

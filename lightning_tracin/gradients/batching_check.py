@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.batches import tensors_of
-from lightning_tracin.gradients.losses import Losses
+from lightning_tracin.gradients.losses import Losses, require_one_each
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
 
@@ -39,16 +39,20 @@ def check_batching(
         expected: (len(indices),) the losses of that batch, on the CPU.
 
     Raises:
-        ValueError: if an example's loss differs between the batch and its half. If the halves are padded less, or only
-            the mean loss is known, there is a warning in its place.
+        ValueError: if an example's loss differs between the batch and its half, or if there is not one for each. If the
+            halves are padded less, or only the mean loss is known, a difference is a warning.
     """
     if len(indices) < 2:
         return
     with torch.no_grad():
         batches = [batch_of(subset) for subset in (indices, indices[::2], indices[1::2])]
         repeated, *losses_of_halves = [losses(each).float().cpu() for each in batches]
-    if not len(expected) == len(repeated) == sum(map(len, losses_of_halves)) == len(indices):
-        return  # the collate function drops or adds examples, which the training pass reports
+    for found, given in (
+        (repeated, indices),
+        (losses_of_halves[0], indices[::2]),
+        (losses_of_halves[1], indices[1::2]),
+    ):
+        require_one_each(len(part), len(given), "training")
     halved = expected.new_empty(len(indices))
     halved[::2], halved[1::2] = losses_of_halves
     if isinstance(losses, MeanLoss):  # each loss is the mean of its batch
@@ -62,7 +66,9 @@ def check_batching(
         return
     name, size = type(module).__name__, len(indices)
     which = "losses are" if isinstance(losses, MeanLoss) else f"the loss of training example {indices[worst]} is"
-    found = f"{which} {float(expected[worst]):.4g} in a batch of {size}, but {float(halved[worst]):.4g} in one of half"
+    differing = (
+        f"{which} {float(expected[worst]):.4g} in a batch of {size}, but {float(halved[worst]):.4g} in one of half"
+    )
     if isinstance(losses, MeanLoss) or _widths(batches[1 + worst % 2]) != _widths(batch):
         rank_zero_warn(
             f"{name} seems to read padding: {found} of them, which is padded less. Scores then depend on how examples "
