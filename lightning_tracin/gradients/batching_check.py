@@ -47,11 +47,7 @@ def check_batching(
     with torch.no_grad():
         batches = [batch_of(subset) for subset in (indices, indices[::2], indices[1::2])]
         repeated, *losses_of_halves = [losses(each).float().cpu() for each in batches]
-    for found, given in (
-        (repeated, indices),
-        (losses_of_halves[0], indices[::2]),
-        (losses_of_halves[1], indices[1::2]),
-    ):
+    for part, given in zip((repeated, *losses_of_halves), (indices, indices[::2], indices[1::2]), strict=True):
         require_one_each(len(part), len(given), "training")
     halved = expected.new_empty(len(indices))
     halved[::2], halved[1::2] = losses_of_halves
@@ -66,9 +62,7 @@ def check_batching(
         return
     name, size = type(module).__name__, len(indices)
     which = "losses are" if isinstance(losses, MeanLoss) else f"the loss of training example {indices[worst]} is"
-    differing = (
-        f"{which} {float(expected[worst]):.4g} in a batch of {size}, but {float(halved[worst]):.4g} in one of half"
-    )
+    found = f"{which} {float(expected[worst]):.4g} in a batch of {size}, but {float(halved[worst]):.4g} in one of half"
     if isinstance(losses, MeanLoss) or _widths(batches[1 + worst % 2]) != _widths(batch):
         rank_zero_warn(
             f"{name} seems to read padding: {found} of them, which is padded less. Scores then depend on how examples "
