@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of
@@ -23,8 +22,12 @@ def only_test_loader(loaders: Any) -> Any:
         ValueError: if there are several loaders, none, or an empty one.
     """
     loader = only_loader(loaders, "test")
-    if isinstance(loader, (list, tuple, dict, Tensor)) or not hasattr(loader, "__iter__"):
-        raise TypeError(f"The test examples must come in a DataLoader, but got {type(loader).__name__}.")
+    is_data = hasattr(loader, "__getitem__") and not isinstance(loader, DataLoader)  # a tensor, a dict, a data set
+    if is_data or not hasattr(loader, "__iter__"):
+        raise TypeError(
+            f"The test examples must come in a DataLoader, but got {type(loader).__name__}. Put a data set into one: "
+            "DataLoader(data, batch_size=...), with the collate function of training."
+        )
     iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
     if isinstance(loader, DataLoader) and loader.batch_sampler is None and not iterable:
         raise ValueError(
@@ -101,10 +104,10 @@ def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
         loader: this process's; one of :meth:`TrainingSet.loader_over` serves too.
         processes: every one of them must call it.
     """
-    hands_out = loader.batch_sampler is None  # the data set gives whole batches
-    listed = iter(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
-    first: Any = processes.gather(next(listed) if processes.first else None)[0]
+    first = processes.gather(list(loader.sampler)[:N_CHECKED])[0]
     options = {**loader_options(loader), "timeout": 0}  # which only workers may have, and one batch needs none
-    if hands_out:
-        return next(iter(DataLoader(loader.dataset, batch_size=None, sampler=[first], **options)))
-    return next(iter(DataLoader(loader.dataset, batch_sampler=[first[:N_CHECKED]], **options)))
+    if loader.batch_sampler is None:  # the sampler yields batches, and the data set gives them whole
+        return next(iter(DataLoader(loader.dataset, batch_size=None, sampler=first[:1], **options)))
+    if isinstance(first[0], list):  # the sampler of loader_of_batches
+        first = first[0][:N_CHECKED]
+    return next(iter(DataLoader(loader.dataset, batch_sampler=[first], **options)))
