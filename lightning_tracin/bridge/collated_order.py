@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from lightning_tracin.bridge.fingerprint import add_to_hash, length_of
-from lightning_tracin.bridge.looks import Look, differing, looks_at
+from lightning_tracin.bridge.looks import Look, differing, differing_in_batch, looks_at
+from lightning_tracin.bridge.own_batches import batches_once
 
 _EXAMPLES = 8  # that are collated
+
+_BATCHES = 64  # of a batch sampler of the user's own, that some are taken from
 
 _TIMES = 10  # that a collate function is seen to reorder before it is refused: random numbers may look so once
 
@@ -28,9 +31,10 @@ _TIMES = 10  # that a collate function is seen to reorder before it is refused: 
 def check_order(loader: Any, kind: str, looked: Mapping[int, Look] | None = None) -> None:
     """Check on a few examples that a loader's collate function leaves them in the order in which they come.
 
-    Those are chosen that differ in length. They are collated in their order, and once more with the first one last. The
-    largest thing in the batches that holds the same rows both times tells, so that neither what is drawn at random
-    counts, nor lengths that are sorted beside texts that are not.
+    Those are chosen that differ in length, out of one batch if a batch sampler of the user's own composes batches. They
+    are collated in their order, and once more with the first one last. The largest thing in the batches that holds the
+    same rows both times tells, so that neither what is drawn at random counts, nor lengths that are sorted beside texts
+    that are not.
 
     Args:
         loader: of the training or the test examples; a stream, or one that does not batch, is not looked at.
@@ -45,15 +49,21 @@ def check_order(loader: Any, kind: str, looked: Mapping[int, Look] | None = None
     dataset, sampler = loader.dataset, loader.sampler
     if isinstance(dataset, IterableDataset) or loader.batch_sampler is None or not hasattr(dataset, "__len__"):
         return
-    indices = sampler.indices if isinstance(sampler, SubsetRandomSampler) else range(len(dataset))
-    if len(indices) < 2:
-        return
-    looked = looks_at(loader, indices) if looked is None else looked
-    few = differing(looked, _EXAMPLES)
+    composed = batches_once(loader, _BATCHES)
+    if composed is not None:
+        few = differing_in_batch(loader, composed, _EXAMPLES)
+        fewer = few[:-1]
+    else:
+        indices = sampler.indices if isinstance(sampler, SubsetRandomSampler) else range(len(dataset))
+        if len(indices) < 2:
+            return
+        looked = looks_at(loader, indices) if looked is None else looked
+        few = differing(looked, _EXAMPLES)
+        fewer = differing(looked, len(few) - 1)  # the one that is left out tells least
     if len(few) < 2:  # a sampler may give one example several times
         return
-    # what by chance is as long as there are few is not as long as these; the one that is left out tells least
-    fewer = differing(looked, len(few) - 1) if len(few) > 3 else few
+    # what by chance is as long as there are few is not as long as these
+    fewer = fewer if len(few) > 3 else few
     asked = [order for pick in [few, fewer] * (_TIMES // 2) for order in (pick, pick[1:] + pick[:1])]
     with isolate_rng():  # the data set and the collate function may draw at random
         batches = iter(DataLoader(dataset, batch_sampler=asked, collate_fn=loader.collate_fn))

@@ -19,7 +19,9 @@ if TYPE_CHECKING or find_spec("lightning") is None:
     DualCheckpoint = Checkpoint
     DualPredictionWriter = BasePredictionWriter
     PROGRESS_BARS: tuple[type, ...] = (ProgressBar,)
+    DATAMODULES: tuple[type, ...] = (pl.LightningDataModule,)
 else:
+    import lightning.pytorch as twin
     import lightning.pytorch.callbacks as twins
 
     class DualCallback(Callback, twins.Callback):
@@ -32,6 +34,7 @@ else:
         """A prediction writer for the trainers of both packages."""
 
     PROGRESS_BARS = (ProgressBar, twins.ProgressBar)
+    DATAMODULES = (pl.LightningDataModule, twin.LightningDataModule)
 
 
 def batch_to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:

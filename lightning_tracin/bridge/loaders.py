@@ -29,8 +29,52 @@ class _InOrder(DistributedSampler[Any]):
         return len(self.indices)
 
 
+class _AsListed(BatchSampler):
+    """Batches as a sampler lists them; Lightning makes it anew for ``predict``, with the loader's sampler."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.sampler)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+
 def loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any) -> DataLoader[Any]:
     """A loader like another, but for some options, over some examples in their order."""
+    if _hands_out_batches(loader):
+        return loader_of_batches(loader, list(BatchSampler(indices, _batch_size(loader), drop_last=False)), **others)
+    sampler = _InOrder(loader.dataset, indices)
+    return DataLoader(loader.dataset, batch_size=_batch_size(loader), sampler=sampler, **_all_options(loader, others))
+
+
+def loader_of_batches(loader: DataLoader[Any], batches: Sequence[Sequence[int]], **others: Any) -> DataLoader[Any]:
+    """A loader like another, but for some options, that gives some batches in their order."""
+    options = _all_options(loader, others)
+    sampler = _InOrder(loader.dataset, batches)
+    if _hands_out_batches(loader):
+        return DataLoader(loader.dataset, batch_size=None, sampler=sampler, **options)
+    made = DataLoader(loader.dataset, batch_sampler=_AsListed(sampler, 1, drop_last=False), **options)
+    object.__setattr__(made, "sampler", sampler)  # torch would let Lightning find one of the whole data set there
+    return made
+
+
+def _hands_out_batches(loader: DataLoader[Any]) -> bool:
+    """Whether the data set gives whole batches for lists of indices.
+
+    Raises:
+        ValueError: if nothing makes such lists.
+    """
+    if loader.batch_size is not None or loader.batch_sampler is not None:
+        return False
+    if not isinstance(loader.sampler, (BatchSampler, _InOrder)):
+        raise ValueError(
+            "The training DataLoader does not batch (batch_size=None), so its examples cannot be numbered. "
+            "Give it a batch_size, or a BatchSampler as its sampler."
+        )
+    return True
+
+
+def _all_options(loader: DataLoader[Any], others: dict[str, Any]) -> dict[str, Any]:
     options = {**loader_options(loader), **others}
     if loader.num_workers:
         options |= {
@@ -38,16 +82,7 @@ def loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any) 
             "prefetch_factor": loader.prefetch_factor,
             "multiprocessing_context": loader.multiprocessing_context,
         }
-    if loader.batch_size is None and loader.batch_sampler is None:
-        if not isinstance(loader.sampler, BatchSampler):
-            raise ValueError(
-                "The training DataLoader does not batch (batch_size=None), so its examples cannot be numbered. "
-                "Give it a batch_size, or a BatchSampler as its sampler."
-            )
-        batches = list(BatchSampler(indices, _batch_size(loader), drop_last=False))
-        return DataLoader(loader.dataset, batch_size=None, sampler=_InOrder(loader.dataset, batches), **options)
-    sampler = _InOrder(loader.dataset, indices)
-    return DataLoader(loader.dataset, batch_size=_batch_size(loader), sampler=sampler, **options)
+    return options
 
 
 def _batch_size(loader: DataLoader[Any]) -> int:

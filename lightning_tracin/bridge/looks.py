@@ -20,6 +20,8 @@ Look: TypeAlias = tuple[int, float | None]
 
 UNSEEN: Look = (-1, None)
 
+_BATCHES = _OF_A_BATCH = 8  # so many batches, and examples of each, are looked at: 64, as of a whole data set
+
 
 def look_of(item: Any) -> Look:
     """What is noticed of an example."""
@@ -62,6 +64,22 @@ def looks_at(loader: DataLoader[Any], indices: Sequence[int]) -> dict[int, Look]
     if len(found) != size:  # the __getitems__ of a data set may hand out a batch
         found = [UNSEEN] * size
     return dict(zip(sampled, found, strict=True))
+
+
+def differing_in_batch(loader: DataLoader[Any], batches: Sequence[Sequence[int]], n_examples: int) -> list[int]:
+    """A few examples of one batch that differ, of the batch in which they differ most.
+
+    Args:
+        loader: of the examples.
+        batches: those to choose from; some are looked at, spread evenly.
+        n_examples: how many to choose, if a batch has so many.
+    """
+    several = [batch for batch in batches if len(batch) > 1] or list(batches)
+    some = [batch[:: -(-len(batch) // _OF_A_BATCH)] for batch in several[:: -(-len(several) // _BATCHES)]]
+    looked = looks_at(loader, list(dict.fromkeys(index for batch in some for index in batch)))
+    seen = [{index: looked[index] for index in batch if index in looked} for batch in some]
+    news = [len({look[0] for look in each.values()}) + len({look[1] for look in each.values()}) for each in seen]
+    return differing(seen[news.index(max(news))], n_examples) if seen else []
 
 
 def differing(looked: Mapping[int, Look], n_examples: int) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_tracin.bridge.mixin import label_names_of, labels_of_module, tokenizer_of, words_of_batch
 from lightning_tracin.gradients.capture import Captured
+from lightning_tracin.gradients.losses import require_one_each
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.gradients.rows import unique_tokens
 from lightning_tracin.gradients.sites import last_site
@@ -68,11 +69,7 @@ class Queries:
             ValueError: if the examples cannot be numbered, or a gradient is not finite.
         """
         numbers = indices or list(range(len(self._taken), len(self._taken) + len(captured)))
-        if len(numbers) != len(captured):
-            raise ValueError(
-                f"A batch of {len(numbers)} test examples has {len(captured)} losses: the collate function drops or "
-                "adds examples, so that they cannot be numbered."
-            )
+        require_one_each(len(captured), len(numbers), "test")
         bad = captured.first_not_finite()
         if bad is not None:
             raise ValueError(f"The loss or gradient of test example {numbers[bad]} is NaN or infinite.")

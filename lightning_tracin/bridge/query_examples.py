@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of
-from lightning_tracin.bridge.loaders import loader_options, loader_over, only_loader
+from lightning_tracin.bridge.loaders import loader_of_batches, loader_options, loader_over, only_loader
+from lightning_tracin.bridge.own_batches import batches_once
 from lightning_tracin.bridge.training_set import N_CHECKED
 from lightning_tracin.parallel.processes import Processes
 
@@ -21,8 +22,12 @@ def only_test_loader(loaders: Any) -> Any:
         ValueError: if there are several loaders, none, or an empty one.
     """
     loader = only_loader(loaders, "test")
-    if isinstance(loader, (list, tuple, dict, Tensor)) or not hasattr(loader, "__iter__"):
-        raise TypeError(f"The test examples must come in a DataLoader, but got {type(loader).__name__}.")
+    is_data = hasattr(loader, "__getitem__") and not isinstance(loader, DataLoader)  # a tensor, a dict, a data set
+    if is_data or not hasattr(loader, "__iter__"):
+        raise TypeError(
+            f"The test examples must come in a DataLoader, but got {type(loader).__name__}. Put a data set into one: "
+            "DataLoader(data, batch_size=...), with the collate function of training."
+        )
     iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
     if isinstance(loader, DataLoader) and loader.batch_sampler is None and not iterable:
         raise ValueError(
@@ -37,9 +42,9 @@ def only_test_loader(loaders: Any) -> Any:
 def example_blocks(loader: Any, n_examples: int | None, processes: Processes) -> list[Any]:
     """Loaders over this process's part of the test examples, block by block.
 
-    One process reads a stream, or batches that a sampler of the user's own composes, in one block. Lightning's own way
-    to divide examples among processes leaves some out where these shuffle differently, and fails where there are fewer
-    examples than processes.
+    One process reads a stream in one block. What a batch sampler of the user's own puts together stays together.
+    Lightning's own way to divide examples among processes leaves some out where these shuffle differently, and fails
+    where there are fewer examples than processes.
 
     Args:
         loader: of the test examples.
@@ -50,10 +55,10 @@ def example_blocks(loader: Any, n_examples: int | None, processes: Processes) ->
         ValueError: if the examples cannot be divided, or if the processes have different ones.
     """
     is_stream = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
-    if processes.size == 1:
-        own_batches = is_stream or type(loader.batch_sampler) is not BatchSampler
-        if own_batches or n_examples is None or _n_yielded(loader) <= n_examples:
-            return [loader]
+    batches = None if is_stream else batches_once(loader)
+    fits = is_stream or n_examples is None or _n_yielded(loader) <= n_examples
+    if processes.size == 1 and batches is None and fits:
+        return [loader]
     if is_stream:
         raise ValueError(
             "The test examples come in a stream, which several processes cannot divide among themselves. Use "
@@ -62,10 +67,29 @@ def example_blocks(loader: Any, n_examples: int | None, processes: Processes) ->
     if processes.size > 1:
         fingerprint = fingerprint_of(loader.dataset, len(loader.dataset), read=True)
         processes.require_same("test examples", fingerprint)
+    if batches is not None:
+        batches = processes.gather(batches)[0]
+        return [
+            loader_of_batches(loader, block[processes.rank :: processes.size])
+            for block in _blocks_of(batches, n_examples or len(loader.dataset))
+        ]
     yielded = processes.gather(sorted({int(index) for batch in loader.batch_sampler or () for index in batch}))[0]
     size = max(processes.size, n_examples or len(yielded))
     blocks = [yielded[start : start + size] for start in range(0, len(yielded), size)]
     return [loader_over(loader, block[processes.rank :: processes.size]) for block in blocks]
+
+
+def _blocks_of(batches: Sequence[list[int]], n_examples: int) -> list[list[list[int]]]:
+    """Batches in blocks of at most so many examples, but of one batch at least."""
+    blocks: list[list[list[int]]] = [[]]
+    held = 0
+    for batch in batches:
+        held += len(batch)
+        if blocks[-1] and held > n_examples:
+            blocks.append([])
+            held = len(batch)
+        blocks[-1].append(batch)
+    return blocks
 
 
 def _n_yielded(loader: DataLoader[Any]) -> int:
@@ -82,6 +106,8 @@ def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
     """
     first = processes.gather(list(loader.sampler)[:N_CHECKED])[0]
     options = {**loader_options(loader), "timeout": 0}  # which only workers may have, and one batch needs none
-    if loader.batch_size is None:  # the sampler yields batches
+    if loader.batch_sampler is None:  # the sampler yields batches, and the data set gives them whole
         return next(iter(DataLoader(loader.dataset, batch_size=None, sampler=first[:1], **options)))
+    if isinstance(first[0], list):  # the sampler of loader_of_batches
+        first = first[0][:N_CHECKED]
     return next(iter(DataLoader(loader.dataset, batch_sampler=[first], **options)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import _SAMPLED, fingerprint_of, length_of, lengths_of
-from lightning_tracin.bridge.loaders import _batch_size, loader_options, loader_over, only_loader
-from lightning_tracin.bridge.looks import UNSEEN, Look, differing, look_of
+from lightning_tracin.bridge.loaders import _batch_size, loader_of_batches, loader_options, loader_over, only_loader
+from lightning_tracin.bridge.looks import UNSEEN, Look, differing, differing_in_batch, look_of
+from lightning_tracin.bridge.own_batches import batches_of_all, joined, parts_of
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.storage.trace import Trace
 
@@ -23,7 +25,8 @@ N_CHECKED = 8  # examples that are looked at before training: each check costs a
 class TrainingSet:
     """A training data loader's data set, each example once, numbered as the data set numbers it.
 
-    Shuffling, sampling with weights, ``drop_last`` and batch samplers of the loader do not matter here.
+    Shuffling, sampling with weights and ``drop_last`` of the loader do not matter here. What a batch sampler of the
+    user's own puts together, and nothing else, is read together.
 
     Args:
         loaders: what ``train_dataloader`` returned: one ``DataLoader``.
@@ -52,6 +55,8 @@ class TrainingSet:
         if len(self) == 0:
             raise ValueError("The training set is empty.")
         self._looked: dict[int, Look] = {}
+        self._first_indices: list[int] | None = None
+        self._given: int | None = None
         self._lengths: tuple[Sequence[int], Tensor | None] | None = None
 
     def __len__(self) -> int:
@@ -69,11 +74,28 @@ class TrainingSet:
                 "divide among themselves. Use devices=1, or a map-style dataset."
             )
 
+    @cached_property
+    def batches(self) -> list[list[int]] | None:
+        """Batches of all examples as the user's own batch sampler composes them; None if any may be in one batch."""
+        return None if self.iterable else batches_of_all(self.loader)
+
+    def agree_on_batches(self, processes: Processes) -> None:
+        """Let all processes know the same :attr:`batches`, those of all their samplers; every one must call it."""
+        composed = [batch for batch in self.batches or () if len(batch) > 1]  # else it may be what this sampler lacks
+        found = processes.gather(composed)
+        if processes.size > 1 and self.batches is not None:
+            self.batches = joined(found, len(self))
+
     def loader_over(self, indices: Sequence[int]) -> DataLoader[Any]:
-        """A loader over some examples, in their order; of a stream, over all in its own."""
+        """A loader over some examples, in their order; of a stream, over all in its own.
+
+        What follows each other there is in one batch as far as the batch size, or :attr:`batches`, let it.
+        """
         loader = self.loader
         if self.iterable:  # several workers would each yield all of it, or in an order of their own
             return DataLoader(loader.dataset, batch_size=loader.batch_size, **{**loader_options(loader), "timeout": 0})
+        if self.batches is not None:
+            return loader_of_batches(loader, parts_of(self.batches, indices))
         return loader_over(loader, indices)
 
     def lengths(self, indices: Sequence[int]) -> Tensor | None:
@@ -104,7 +126,14 @@ class TrainingSet:
         """The data set indices of :meth:`first_batch`, as far as it holds so many."""
         if self.iterable:
             return list(range(len(self)))
-        return differing(self.looked, min(N_CHECKED, _batch_size(self.loader)))
+        if self._first_indices is None and self.batches is not None:
+            self._first_indices = differing_in_batch(self.loader, self.batches, N_CHECKED)
+        return self._first_indices or differing(self.looked, min(N_CHECKED, _batch_size(self.loader)))
+
+    @property
+    def first_size(self) -> int | None:
+        """How many examples :meth:`first_batch` was collated of; None of a stream that hands out batches."""
+        return self._given if self.iterable else len(self.first_indices)
 
     def first_batch(self) -> Any:
         """A batch of a few examples, to check what a fit can do; a stream's own first batch.
@@ -112,7 +141,16 @@ class TrainingSet:
         They differ in length and label, as far as that can be told: where all are alike, a loss that weighs classes, or
         tokens, looks like any other.
         """
-        return next(iter(self.loader_over(self.first_indices)))
+        loader = self.loader_over(self.first_indices)
+        if self.iterable and loader.batch_size is not None:
+            collate = loader.collate_fn
+
+            def counted(items: list[Any]) -> Any:
+                self._given = len(items)
+                return collate(items)
+
+            loader.collate_fn = counted
+        return next(iter(loader))
 
     def fingerprint(self) -> str:
         """A hash of the number of examples and of 64 of them, spread evenly.

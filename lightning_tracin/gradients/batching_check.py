@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.batches import tensors_of
-from lightning_tracin.gradients.losses import Losses
+from lightning_tracin.gradients.losses import Losses, require_one_each
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
 
@@ -39,16 +39,16 @@ def check_batching(
         expected: (len(indices),) the losses of that batch, on the CPU.
 
     Raises:
-        ValueError: if an example's loss differs between the batch and its half. If the halves are padded less, or only
-            the mean loss is known, there is a warning in its place.
+        ValueError: if an example's loss differs between the batch and its half, or if there is not one for each. If the
+            halves are padded less, or only the mean loss is known, a difference is a warning.
     """
     if len(indices) < 2:
         return
     with torch.no_grad():
         batches = [batch_of(subset) for subset in (indices, indices[::2], indices[1::2])]
         repeated, *losses_of_halves = [losses(each).float().cpu() for each in batches]
-    if not len(expected) == len(repeated) == sum(map(len, losses_of_halves)) == len(indices):
-        return  # the collate function drops or adds examples, which the training pass reports
+    for part, given in zip((repeated, *losses_of_halves), (indices, indices[::2], indices[1::2]), strict=True):
+        require_one_each(len(part), len(given), "training")
     halved = expected.new_empty(len(indices))
     halved[::2], halved[1::2] = losses_of_halves
     if isinstance(losses, MeanLoss):  # each loss is the mean of its batch

@@ -41,6 +41,25 @@ def checked_losses(losses: object) -> Tensor:
     return losses
 
 
+def require_one_each(n_losses: int, n_examples: int, kind: str) -> None:
+    """Check that a batch has one loss for each example that it was collated of.
+
+    Args:
+        n_losses: of the batch.
+        n_examples: that the collate function was given.
+        kind: "training" or "test", for the message.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if n_losses != n_examples:
+        raise ValueError(
+            f"A batch of {n_examples} {kind} examples has {n_losses} losses: the collate function drops or adds "
+            "examples, as one that packs texts or cuts them into windows, so that they cannot be numbered. Do that in "
+            "the data set, so that each of its items is one row of a batch."
+        )
+
+
 def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
     """The losses of a batch's examples, for a module whose forward returns a Hugging Face output with ``logits``.
 

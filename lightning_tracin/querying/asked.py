@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 from torch import nn
 
+from lightning_tracin.bridge.compat import DATAMODULES
 from lightning_tracin.bridge.strategy import spreads
 from lightning_tracin.bridge.training_set import RecordedFit
 from lightning_tracin.parallel.fsdp import is_fsdp, require_spread
@@ -106,10 +107,43 @@ def last_fits(trainer: pl.Trainer) -> list[RecordedFit]:
     return [each for each in found if isinstance(each, RecordedFit)]
 
 
+def datamodule_asked(
+    datamodule: pl.LightningDataModule | None, dataloaders: Any, train_dataloaders: Any
+) -> tuple[pl.LightningDataModule | None, Any, Any]:
+    """The datamodule and the loaders, where a datamodule may stand in the place of loaders, as for ``trainer.test``.
+
+    Returns:
+        The datamodule, the test loaders and the training loaders; None for those that it gives.
+
+    Raises:
+        ValueError: if there are several datamodules, or if it lacks a loader whose place it stands in.
+    """
+    places = {"datamodule": datamodule, "dataloaders": dataloaders, "train_dataloaders": train_dataloaders}
+    given: dict[str, Any] = {name: each for name, each in places.items() if isinstance(each, DATAMODULES)}
+    found = list({id(each): each for each in given.values()}.values())
+    if len(found) > 1:
+        raise ValueError(
+            f"Influence needs one datamodule, whose hooks handle all batches, but got one as "
+            f"{' and another as '.join(given)}. Pass the loaders of the others."
+        )
+    if "dataloaders" in given:
+        _require_loader(found[0], "test")
+        dataloaders = None
+    if "train_dataloaders" in given:
+        _require_loader(found[0], "train")
+        train_dataloaders = None
+    return (found[0] if found else datamodule), dataloaders, train_dataloaders
+
+
 def loader_of_datamodule(
     trainer: pl.Trainer, datamodule: pl.LightningDataModule, kind: Literal["test", "train"], processes: Processes
 ) -> Any:
-    """A datamodule's test or training loader, set up as Lightning would."""
+    """A datamodule's test or training loader, set up as Lightning would.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    _require_loader(datamodule, kind)
     if datamodule.trainer is None:
         datamodule.trainer = trainer
     with processes.synchronized():
@@ -119,9 +153,18 @@ def loader_of_datamodule(
     return datamodule.test_dataloader() if kind == "test" else datamodule.train_dataloader()
 
 
-def has_training_set(datamodule: pl.LightningDataModule) -> bool:
-    """Whether a datamodule has a training loader of its own, not that of either Lightning, which raises."""
-    return getattr(datamodule.train_dataloader, "__qualname__", "") != "DataHooks.train_dataloader"
+def has_loader(datamodule: pl.LightningDataModule, kind: Literal["test", "train"]) -> bool:
+    """Whether a datamodule has a test or training loader of its own, not that of either Lightning, which raises."""
+    name = f"{kind}_dataloader"
+    return getattr(getattr(datamodule, name), "__qualname__", "") != f"DataHooks.{name}"
+
+
+def _require_loader(datamodule: pl.LightningDataModule, kind: Literal["test", "train"]) -> None:
+    if not has_loader(datamodule, kind):
+        argument = "dataloaders" if kind == "test" else "train_dataloaders"
+        raise ValueError(
+            f"{type(datamodule).__name__} has no {kind}_dataloader. Give it one, or pass a loader as {argument}=..."
+        )
 
 
 def attached_datamodule(trainer: pl.Trainer, module: nn.Module) -> pl.LightningDataModule | None:

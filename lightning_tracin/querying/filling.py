@@ -17,7 +17,7 @@ from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp
 from lightning_tracin.parallel.processes import Processes, wait_until_visible
-from lightning_tracin.querying.asked import has_training_set, last_fits, loader_of_datamodule
+from lightning_tracin.querying.asked import has_loader, last_fits, loader_of_datamodule
 from lightning_tracin.querying.passes import Pass, Query, attribute_set, run_pass
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.terms import sites_of, terms_at
@@ -63,6 +63,7 @@ def ready_checkpoints(
             )
         if missing and training_set is not None:
             training_set.check_divisible(processes)
+            training_set.agree_on_batches(processes)
             check_order(training_set.loader, "training", training_set.looked)
     if missing and module is not None and training_set is not None:
         require_results(query.trainer)
@@ -77,7 +78,7 @@ def _training_set(
     if train_dataloaders is not None:
         return TrainingSet(train_dataloaders)
     trainer = query.trainer
-    if datamodule is not None and datamodule is not trainer.datamodule and has_training_set(datamodule):  # type: ignore[attr-defined]
+    if datamodule is not None and datamodule is not trainer.datamodule and has_loader(datamodule, "train"):  # type: ignore[attr-defined]
         return TrainingSet(loader_of_datamodule(trainer, datamodule, "train", query.processes))
     fits = last_fits(trainer) if needed else []
     return next((each.training_set for each in fits if each.trace.id == query.trace.id), None)

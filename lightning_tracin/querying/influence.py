@@ -19,6 +19,7 @@ from lightning_tracin.gradients.rows import DTYPES
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.querying.asked import (
     attached_datamodule,
+    datamodule_asked,
     given_module,
     loader_of_datamodule,
     module_asked,
@@ -60,11 +61,11 @@ def influence(
 
     Args:
         trainer: runs the test examples through the model, on its own device and precision.
-        dataloaders: one loader of test examples, in batches that ``training_step`` takes.
+        dataloaders: one loader of test examples, in batches that ``training_step`` takes, or a datamodule.
         model: the trained module; by default that of the last fit in this process.
         datamodule: gives ``test_dataloader`` and ``train_dataloader`` where loaders are not passed.
         train_dataloaders: one loader of the training set of the fit. It is needed only where gradients are not
-            stored yet (``cache="on_demand"``); by default that of the last fit in this process.
+            stored yet (``cache="on_demand"``); by default that of the last fit in this process. Or a datamodule.
         trace: what the fit recorded, or its folder; by default that of the last fit in this process.
         method: "tracin-we", "tracin-last", or a :class:`TracInWE`, :class:`TracInLast`, :class:`TracInLayer` or
             :class:`TracInSum` with options.
@@ -83,6 +84,7 @@ def influence(
     chosen = method_of(method)
     require_idle(trainer)
     require_results(trainer)
+    datamodule, dataloaders, train_dataloaders = datamodule_asked(datamodule, dataloaders, train_dataloaders)
     with left_as_found(trainer):
         processes = launched(trainer)
         with processes.synchronized():
@@ -139,6 +141,7 @@ def self_influence(
     """
     chosen = method_of(method)
     require_idle(trainer)
+    datamodule, _, train_dataloaders = datamodule_asked(datamodule, None, train_dataloaders)
     with left_as_found(trainer):
         processes = launched(trainer)
         module = given_module(model) or trainer.lightning_module

@@ -65,6 +65,7 @@ def begin(
         path = _locked_path(trainer, plan, processes, writing)
         source = processes.gather(_source(path, plan, resumed) if processes.first else None)[0]
         training_set = TrainingSet(trainer.train_dataloader)
+        training_set.agree_on_batches(processes)
         if plan.cache != "on_demand":
             training_set.check_divisible(processes)
         fingerprint = training_set.fingerprint()

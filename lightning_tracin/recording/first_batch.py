@@ -16,7 +16,7 @@ from lightning_tracin.gradients.batching_check import check_batching
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.layers import called_layers, layer_name, linear_layers_named, named_layer
-from lightning_tracin.gradients.losses import Losses, checked_losses
+from lightning_tracin.gradients.losses import Losses, checked_losses, require_one_each
 from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import is_fsdp
@@ -72,6 +72,8 @@ def look_at_first_batch(
         if is_fsdp(module):
             gradients.find_dims(batch)
         captured = gradients.capture(batch)
+        if training_set.first_size is not None:
+            require_one_each(len(captured), training_set.first_size, "training")
         bad = captured.first_not_finite()
         if bad is not None:
             raise ValueError(

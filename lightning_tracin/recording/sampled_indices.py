@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_tracin.bridge.compat import watch_training_loader
+from lightning_tracin.bridge.own_batches import StandIn
 
 _USE = 'Use cache="checkpoint", which reads the training set by itself.'
 
@@ -27,7 +28,7 @@ def why_not_known(loader: Any) -> str | None:
     return None
 
 
-class SampledIndices(BatchSampler):
+class SampledIndices(StandIn):
     """Stands in for a loader's batch sampler, and remembers what it yields.
 
     A ``DataLoader`` delivers batches in the order in which it asked for them, however many workers prefetch, so the

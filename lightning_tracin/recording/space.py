@@ -47,6 +47,8 @@ def require_space(
         if plan.cache == "training":
             passes = math.ceil(_epochs_between(trainer, plan)) * max(1.0, _drawn_in_epoch(trainer, training_set))
             beside = max_run_bytes(one_pass, passes, trainer.world_size)
+        elif training_set.batches is not None:
+            beside = one_pass  # which is sorted on disk
         return number * (weights + one_pass) + beside
 
     existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())

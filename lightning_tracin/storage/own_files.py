@@ -29,7 +29,7 @@ _OWN = re.compile(
     rf"|{_STEP}/((checkpoint\.json|weights\.safetensors|drawn\.safetensors|second-moments-{_KEY}\.safetensors){_TEMPORARY}"
     rf"|{_OF_SAFETENSORS})"
     rf"|{_STEP}/{_KEY}(\.partial)?/{_SHARDS}"
-    rf"|running\.partial/process-\d+/\d{{5}}/({_KEY}\.safetensors{_TEMPORARY}|{_OF_SAFETENSORS})"
+    rf"|running\.partial/process-\d+/({_KEY}/)?\d{{5}}/({_KEY}\.safetensors{_TEMPORARY}|{_OF_SAFETENSORS})"
 )
 # Folders that a trace has for itself; of `checkpoints`, which others use too, only what is called as its own.
 _PLACES = re.compile(rf"(texts(\.partial)?|running\.partial|{_STEP})(/.*)?")

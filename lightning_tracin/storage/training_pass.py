@@ -7,7 +7,7 @@ each stores a contiguous range of complete shards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.files import atomic_folder
 from lightning_tracin.storage.shards import Shards, ShardWriter
+from lightning_tracin.storage.sorting import SortingWriter, sorting
 from lightning_tracin.storage.trace import Trace
 
 
@@ -35,8 +36,19 @@ class NumberedExamples(Protocol):
 
     iterable: bool
 
+    @property
+    def batches(self) -> Sequence[Sequence[int]] | None:
+        """Batches of all of its examples, which alone can be collated; None if any examples can."""
+
     def lengths(self, indices: Sequence[int]) -> Tensor | None:
         """(len(indices),) the examples' lengths, in any unit; None if they are not known."""
+
+
+def _by_shards(trace: Trace, order: Sequence[int], processes: Processes) -> bool:
+    """Whether an order is of this process's own examples alone, and has those of each shard together."""
+    own, numbers = own_examples(trace, processes), torch.tensor(order, dtype=torch.long)
+    ascending = (numbers // trace.shard_examples).diff() >= 0
+    return bool(ascending.all() and (numbers >= own.start).all() and (numbers < own.stop).all())
 
 
 def own_examples(trace: Trace, processes: Processes) -> range:
@@ -51,7 +63,8 @@ def reading_order(
     """The indices of this process's examples that are read, in each shard from the longest to the shortest.
 
     Batches of similar lengths contain little padding. Lengths come from the stored texts, or else from the data set. A
-    stream, and a data set without known lengths, keeps its order.
+    stream, and a data set without known lengths, keeps its order. Where only some batches can be collated, a process
+    has a share of these, whose examples may be of any shard.
 
     Args:
         trace: the trace, which has the stored texts and the number of examples in a shard.
@@ -65,6 +78,9 @@ def reading_order(
     indices = own_examples(trace, processes)
     if examples.iterable:
         return indices
+    if examples.batches is not None:
+        shared = [index for number in processes.share(len(examples.batches)) for index in examples.batches[number]]
+        return [index for index in shared if drawn is None or drawn[index]]
     lengths = _stored_lengths(trace, indices)
     if lengths is None or not lengths.any():  # texts are empty if only linear layers were recorded
         lengths = examples.lengths(indices)
@@ -101,6 +117,24 @@ def shard_writer(
 
 
 @contextmanager
+def sorting_writer(trace: Trace, folder: Path, processes: Processes, order: Sequence[int]) -> Iterator[SortingWriter]:
+    """What :func:`shard_writer` gives, for examples in any order, and of any shards.
+
+    Args:
+        trace: the trace.
+        folder: the folder of the shards.
+        processes: the processes that add examples; every one of them must enter the context.
+        order: the order in which this process adds its examples.
+    """
+    running = trace.path / "running.partial" / f"process-{processes.rank}"
+    with (
+        shard_writer(trace, folder, processes) as writer,
+        sorting(writer, running, trace.n_train, folder.name, order) as sorted_writer,
+    ):
+        yield sorted_writer
+
+
+@contextmanager
 def training_pass(
     trace: Trace,
     checkpoint: Checkpoint,
@@ -116,7 +150,8 @@ def training_pass(
         trace: the trace.
         checkpoint: a checkpoint of the trace.
         sites: the sites whose gradients are stored.
-        order: the order in which this process adds its examples, see :func:`reading_order`.
+        order: the order in which this process adds its examples, see :func:`reading_order`. Where those of a shard are
+            not added together, they are sorted on disk when all have come.
         processes: the processes that each add their own examples; every one of them must enter the context.
         tolerant: whether an example without a finite loss or gradient counts zero, rather than ends the pass.
 
@@ -124,16 +159,18 @@ def training_pass(
         ValueError: if the number of examples that were added differs from that of the training set, or if
             gradients are not finite: that of one example, or, with ``tolerant``, those of more than half.
     """
+    ordered = all(processes.gather(_by_shards(trace, order, processes)))
+
+    def writer_to(folder: Path) -> AbstractContextManager[ShardWriter | SortingWriter]:
+        return (shard_writer if ordered else sorting_writer)(trace, folder, processes, order)
+
     with ExitStack() as folders:
-        writers = {
-            site: folders.enter_context(shard_writer(trace, checkpoint.path / site.key, processes, order))
-            for site in sites
-        }
+        writers = {site: folders.enter_context(writer_to(checkpoint.path / site.key)) for site in sites}
         texts = None
         drawn = checkpoint.drawn()
         if not processes.gather(trace.has_texts_of(drawn))[0]:
             folder = trace.path if drawn is None else checkpoint.path
-            texts = folders.enter_context(shard_writer(trace, folder / "texts", processes, order))
+            texts = folders.enter_context(writer_to(folder / "texts"))
         writer = TrainingPass(trace, writers, texts, processes, order, tolerant=tolerant)
         yield writer
         writer.close(checkpoint.step)
@@ -149,8 +186,8 @@ class TrainingPass:
     def __init__(
         self,
         trace: Trace,
-        writers: Mapping[Site, ShardWriter],
-        texts: ShardWriter | None,
+        writers: Mapping[Site, ShardWriter | SortingWriter],
+        texts: ShardWriter | SortingWriter | None,
         processes: Processes,
         order: Sequence[int],
         *,

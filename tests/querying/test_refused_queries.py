@@ -20,6 +20,16 @@ from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage import files
 
 
+class Rows:
+    """A data set that can be iterated, as those of Hugging Face can."""
+
+    def __getitem__(self, index):
+        return test_texts()[index]
+
+    def __iter__(self):
+        return iter(test_texts())
+
+
 def test_a_test_gradient_that_is_not_finite_is_named(tmp_path):
     module, data = poisoned(13)
     trainer = fitted(tmp_path / "trace", module, loader())
@@ -57,12 +67,13 @@ def test_an_empty_training_set(toy, trace):
         (lambda: None, "no test loader"),
         (lambda: DataLoader(test_texts(), batch_size=None), "does not batch"),
         (lambda: 3, "must come in a DataLoader, but got int"),
+        (lambda: Rows(), "must come in a DataLoader, but got Rows. Put a data set into one"),
         (
             lambda: loader(test_texts(), collate_fn=lambda r: torch.utils.data.default_collate(r[1:])),
             "collate function",
         ),
     ],
-    ids=["empty", "several", "none", "unbatched", "not a loader", "dropping collate"],
+    ids=["empty", "several", "none", "unbatched", "not a loader", "rows", "dropping collate"],
 )
 def test_test_data_that_cannot_be_numbered(toy, data, message):
     with pytest.raises((ValueError, TypeError), match=message):

@@ -247,24 +247,31 @@ def test_a_collate_function_that_drops_examples(tmp_path):
     def drop(rows):
         return torch.utils.data.default_collate(rows[:-1])
 
-    with pytest.raises(ValueError, match=r"has 20 examples, but a pass over it gave 15"):
+    with pytest.raises(ValueError, match=r"A batch of 4 training examples has 3 losses: the collate function"):
         fitted(tmp_path / "trace", data=loader(collate_fn=drop))
 
 
-def doubled(items):
-    return torch.utils.data.default_collate([*items, *items])
+class Late:
+    """Adds or drops examples only when training has begun."""
 
+    def __init__(self, taken: slice, added: int) -> None:
+        self.taken, self.added, self.module = taken, added, Toy()
 
-def without_the_last(items):
-    return torch.utils.data.default_collate(items[:-1])
+    def __call__(self, items):
+        if self.module._trainer is not None and self.module.trainer.global_step:
+            items = items[self.taken] + items[: self.added]
+        return torch.utils.data.default_collate(items)
 
 
 @pytest.mark.parametrize("shard_examples", [8, 100])
-@pytest.mark.parametrize(("collate", "found"), [(doubled, "more than 20"), (without_the_last, "15")])
-def test_a_collate_function_that_adds_or_drops_examples(tmp_path, monkeypatch, collate, found, shard_examples):
+@pytest.mark.parametrize(("taken", "added", "found"), [(slice(None), 4, "more than 20"), (slice(3), 0, "15")])
+def test_a_collate_function_that_adds_or_drops_examples_later(
+    tmp_path, monkeypatch, taken, added, found, shard_examples
+):
     monkeypatch.setattr(shards, "_SHARD_EXAMPLES", shard_examples)
+    collate = Late(taken, added)
     with pytest.raises(ValueError, match=f"has 20 examples, but a pass over it gave {found}: the collate function"):
-        fitted(tmp_path, data=loader(collate_fn=collate))
+        fitted(tmp_path, collate.module, loader(collate_fn=collate))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
