@@ -192,7 +192,9 @@ def to_the_longest(items):
 @pytest.mark.parametrize("shard_examples", [8, 100])
 @pytest.mark.parametrize("cache", ["checkpoint", "on_demand"])
 @pytest.mark.parametrize(
-    ("build", "methods"), [(texts, METHODS), (Ragged, METHODS), (Ragged, ("tracin-last",))], ids=str
+    ("build", "methods"),
+    [(texts, METHODS), (Ragged, METHODS), (Ragged, ("tracin-last",))],
+    ids=["padded", "ragged", "ragged, without words"],
 )
 def test_texts_of_about_one_length_come_together_once_lengths_are_known(
     tmp_path, monkeypatch, cache, shard_examples, build, methods
