@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
+from lightning_tracin.bridge.kept_order import InOrder
+
 _BATCH_SIZE = 32  # for a batch sampler that does not tell its own
 
 
@@ -76,6 +78,9 @@ def _hands_out_batches(loader: DataLoader[Any]) -> bool:
 
 def _all_options(loader: DataLoader[Any], others: dict[str, Any]) -> dict[str, Any]:
     options = {**loader_options(loader), **others}
+    is_own = options["collate_fn"] is loader.collate_fn and not isinstance(loader.collate_fn, InOrder)
+    if is_own and not _hands_out_batches(loader):
+        options["collate_fn"] = InOrder(loader.collate_fn)
     if loader.num_workers:
         options |= {
             "num_workers": loader.num_workers,
