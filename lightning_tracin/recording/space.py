@@ -18,6 +18,7 @@ from lightning_tracin.gradients.sites import words_site
 from lightning_tracin.recording.first_batch import FirstBatch, bytes_per_example
 from lightning_tracin.recording.plan import RecordingPlan
 from lightning_tracin.storage.encoding import StorageOptions
+from lightning_tracin.storage.recorded_checkpoint import frozen_names
 from lightning_tracin.storage.runs import max_run_bytes
 
 
@@ -35,7 +36,13 @@ def require_space(
         OSError: if it has not; the message says how much is needed, and what would need less.
     """
     checkpoints = _expected_checkpoints(trainer, plan)
-    weights = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+    frozen = frozen_names(first.gradients.module)
+    once, weights = (
+        sum(
+            value.nbytes for name, value in state.items() if isinstance(value, Tensor) and (name in frozen) is is_frozen
+        )
+        for is_frozen in (True, False)
+    )
 
     def needed(options: StorageOptions, cached: bool = True) -> float:
         one_pass = cached * bytes_per_example(first, options) * len(training_set)
@@ -44,7 +51,7 @@ def require_space(
             beside = max_run_bytes(one_pass, _passes_between(trainer, plan, training_set), trainer.world_size)
         elif training_set.batches is not None:
             beside = one_pass  # which is sorted on disk
-        return checkpoints * (weights + one_pass) + beside
+        return once + checkpoints * (weights + one_pass) + beside
 
     existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
