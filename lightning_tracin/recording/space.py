@@ -21,6 +21,7 @@ from lightning_tracin.gradients.sites import words_site
 from lightning_tracin.recording.first_batch import FirstBatch, bytes_per_example
 from lightning_tracin.recording.plan import RecordingPlan
 from lightning_tracin.storage.encoding import StorageOptions
+from lightning_tracin.storage.recorded_checkpoint import frozen_names
 from lightning_tracin.storage.runs import max_run_bytes
 
 
@@ -38,7 +39,13 @@ def require_space(
         OSError: if it has not enough for one; the message says how much is needed, and what would need less.
     """
     checkpoints = _expected_checkpoints(trainer, plan)
-    weights = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+    frozen = frozen_names(first.gradients.module)
+    once, weights = (
+        sum(
+            value.nbytes for name, value in state.items() if isinstance(value, Tensor) and (name in frozen) is is_frozen
+        )
+        for is_frozen in (True, False)
+    )
 
     def needed(number: int, options: StorageOptions, cached: bool = True) -> float:
         drawn = min(1.0, _epochs_between(trainer, plan) * _drawn_in_epoch(trainer, training_set))
@@ -49,7 +56,7 @@ def require_space(
             beside = max_run_bytes(one_pass, passes, trainer.world_size)
         elif training_set.batches is not None:
             beside = one_pass  # which is sorted on disk
-        return number * (weights + one_pass) + beside
+        return once + number * (weights + one_pass) + beside
 
     existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free

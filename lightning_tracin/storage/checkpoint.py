@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.storage.files import read_tensors
+from lightning_tracin.storage.frozen import is_shared
 from lightning_tracin.storage.second_moments import SecondMoments, moments_file
 from lightning_tracin.storage.shards import Shards
 
@@ -38,7 +39,8 @@ class Checkpoint:
         previous: id of the checkpoint before; None for the first one.
         steps: the optimizer steps since the previous checkpoint.
         groups: the parameter names of each group of each optimizer.
-        checksums: of the files of weights, of second moments and of the examples that were drawn, by name.
+        checksums: of the files of weights, of second moments and of the examples that were drawn, by name; see
+            :meth:`file`.
         sites: where gradients are taken.
         frozen_sites: the keys of the sites that no step of the whole trace moved.
     """
@@ -98,13 +100,27 @@ class Checkpoint:
         # With adapters such as LoRA the weight itself is frozen, and only parameters under the layer are trained.
         return groups_with(f"{prefix}weight") or groups_with(prefix)
 
+    @property
+    def shared(self) -> dict[str, str]:
+        """The checksums of the files of frozen weights that it shares with other checkpoints, by name."""
+        return {name: checksum for name, checksum in self.checksums.items() if is_shared(name)}
+
+    def file(self, name: str) -> Path:
+        """Where a file of :attr:`checksums` is: in its own folder, or, with frozen weights, in that of the trace."""
+        return (self.path.parent.parent if is_shared(name) else self.path) / name
+
     def weights(self) -> dict[str, Tensor]:
         """The module's state dict, as trained (not averaged), with tied weights under each of their names.
 
         Raises:
-            ValueError: if the file is not as it was written.
+            FileNotFoundError: if a file of weights is missing.
+            ValueError: if one is not as it was written.
         """
-        tensors, tied = read_tensors(self.path / WEIGHTS, self.checksums[WEIGHTS])
+        tensors: dict[str, Tensor] = {}
+        for name, checksum in self.shared.items():
+            tensors |= read_tensors(self.file(name), checksum)[0]
+        own, tied = read_tensors(self.path / WEIGHTS, self.checksums[WEIGHTS])
+        tensors |= own
         return {**tensors, **{alias: tensors[name] for alias, name in tied.items()}}
 
     def second_moments(self, site: Site) -> SecondMoments:

@@ -26,7 +26,8 @@ _STEP = r"checkpoints/step-\d{9}(\.partial)?"
 _OWN = re.compile(
     rf"(trace|vocabulary)\.json{_TEMPORARY}"
     rf"|texts(\.partial)?/{_SHARDS}"
-    rf"|{_STEP}/((checkpoint\.json|weights\.safetensors|drawn\.safetensors|second-moments-{_KEY}\.safetensors){_TEMPORARY}"
+    r"|frozen-[0-9a-f]{32}\.safetensors"
+    rf"|{_STEP}/((checkpoint\.json|(weights|frozen|drawn)\.safetensors|second-moments-{_KEY}\.safetensors){_TEMPORARY}"
     rf"|{_OF_SAFETENSORS})"
     rf"|{_STEP}/{_KEY}(\.partial)?/{_SHARDS}"
     rf"|running\.partial/process-\d+/({_KEY}/)?\d{{5}}/({_KEY}\.safetensors{_TEMPORARY}|{_OF_SAFETENSORS})"
@@ -155,9 +156,10 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
     for top in (HEADER, "vocabulary.json", *_TOP):
         if os.path.lexists(folder / top):
             yield folder / top, top
-    for path in folder.glob("*.partial") if folder.is_dir() else ():
-        if path.name not in _TOP and _OWN.fullmatch(path.name):
-            yield path, path.name
+    for pattern in ("*.partial", "frozen-*"):
+        for path in folder.glob(pattern) if folder.is_dir() else ():
+            if path.name not in _TOP and _OWN.fullmatch(path.name):
+                yield path, path.name
     for top in _TOP:
         if (folder / top).is_symlink():
             continue

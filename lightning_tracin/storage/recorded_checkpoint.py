@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp, parameter_names
+from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp, parameter_names, unwrapped_name
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.checkpoint import DRAWN, WEIGHTS, Checkpoint, Step
 from lightning_tracin.storage.files import atomic_folder, write_json, write_tensors
+from lightning_tracin.storage.frozen import share_frozen
 from lightning_tracin.storage.second_moments import moments_file, second_moments_at
 from lightning_tracin.storage.trace import Trace
 
@@ -51,6 +52,7 @@ def new_checkpoint(
         FileNotFoundError: if the trace, or a checkpoint of it, is no longer in its folder.
         ValueError: if another trace has replaced it.
     """
+    shared: dict[str, str] = {}
     with processes.synchronized():
         if processes.first:
             trace.check_in_place()  # The lock means nothing to a person who moves folders.
@@ -61,6 +63,7 @@ def new_checkpoint(
                     f"The last checkpoint in {trace.path} was removed while the fit was running. Restore it from a "
                     "copy, or fit again."
                 )
+            shared = recorded[-1].shared if recorded else {}
     names = parameter_names(module)
     groups = [
         [
@@ -78,7 +81,7 @@ def new_checkpoint(
         "groups": groups,
     }
     with atomic_folder(trace.path / "checkpoints" / f"step-{step:09d}", processes) as folder:
-        content["checksums"] = _write_weights_and_moments(trace, folder, module, optimizers, processes)
+        content["checksums"] = _write_weights_and_moments(trace, folder, module, optimizers, shared, processes)
         if processes.first:
             if drawn is not None:
                 content["checksums"][DRAWN] = write_tensors(folder / DRAWN, {"drawn": drawn})
@@ -92,6 +95,7 @@ def _write_weights_and_moments(
     folder: Path,
     module: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
+    shared: Mapping[str, str],
     processes: Processes,
 ) -> dict[str, str]:
     """Write the weights and the sites' second moments, in the first process.
@@ -108,18 +112,17 @@ def _write_weights_and_moments(
     }
     if not processes.first:
         return {}
-    checksums = {WEIGHTS: _write_weights(folder / WEIGHTS, state)}
+    tensors, tied = _untied(state)
+    checksums = share_frozen(folder, trace.path, tensors, frozen_names(module), shared)
+    checksums[WEIGHTS] = write_tensors(folder / WEIGHTS, tensors, tied)
     for name, moments in moments_by_file.items():
         if moments is not None:
             checksums[name] = moments.write(folder / name)
     return checksums
 
 
-def _write_weights(path: Path, state: Mapping[str, Any]) -> str:
-    """Write a state dict's tensors, tied ones once, and return the file's checksum.
-
-    The file's metadata maps each further name of a tied tensor to the name under which it is stored.
-    """
+def _untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state dict's tensors, tied ones once, and of each further name of a tied one that under which it stands."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     name_at: dict[Any, str] = {}
@@ -135,4 +138,13 @@ def _write_weights(path: Path, state: Mapping[str, Any]) -> str:
             storage = value.untyped_storage().data_ptr()
             tensors[name] = value.detach().cpu() if storage not in storages else value.detach().cpu().clone()
             storages.add(storage)
-    return write_tensors(path, tensors, tied)
+    return tensors, tied
+
+
+def frozen_names(module: nn.Module) -> set[str]:
+    """The names of the parameters that need no gradient."""
+    return {
+        unwrapped_name(name)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }

@@ -23,6 +23,7 @@ from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.checkpoint import Checkpoint, ever_drawn, undrawn
 from lightning_tracin.storage.files import PARTIAL, read_json, write_json
+from lightning_tracin.storage.frozen import remove_unshared
 from lightning_tracin.storage.own_files import FORMAT, HEADER, copy_before, remove_folder, remove_trace, require_free
 from lightning_tracin.storage.shards import Shards
 
@@ -316,6 +317,7 @@ class Trace:
         for checkpoint in self.checkpoints:
             if checkpoint.step > step:
                 remove_folder(self.path, checkpoint.path)
+        remove_unshared(self.path, {name for checkpoint in self.checkpoints for name in checkpoint.shared})
 
     def _texts(self) -> list[Shards]:
         """The stored texts: of the whole training set, and of the examples that were trained on before a checkpoint."""

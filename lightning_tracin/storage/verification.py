@@ -28,13 +28,17 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
         yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
     folders = [path for path in sorted(trace.path.glob("checkpoints/*")) if path.suffix != PARTIAL]
     all_read = True
+    named: dict[Path, str] = {}  # checkpoints share files of frozen weights
     for folder in folders:
         file = folder / "checkpoint.json"
         problem = _problem(file, partial(trace.read_checkpoint, file))
         all_read = all_read and problem is None
         yield file, problem
-        for name, checksum in {} if problem else trace.read_checkpoint(file).checksums.items():
-            yield folder / name, _problem(folder / name, partial(check_file, folder / name, checksum))
+        if problem is None:
+            checkpoint = trace.read_checkpoint(file)
+            named |= {checkpoint.file(name): checksum for name, checksum in checkpoint.checksums.items()}
+    for path, checksum in named.items():
+        yield path, _problem(path, partial(check_file, path, checksum))
     if all_read:  # or the file is named above
         try:
             trace.check_whole(trace.checkpoints)
