@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_tracin.gradients.batches import labels_of, shallow_copy, tensors_of
+from lightning_tracin.gradients.batches import shallow_copy, shown_labels_of, tensors_of
 from lightning_tracin.gradients.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
 from lightning_tracin.gradients.losses import Losses, hugging_face_losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
@@ -31,8 +31,9 @@ class TracInMixin:
         """One unreduced loss for each example of the batch.
 
         The default serves a ``forward`` that returns a Hugging Face output with ``logits``, and a batch with
-        ``labels``: classification, multi-label classification, regression, token classification, causal and masked
-        language models. An example with several labels has their mean as its loss.
+        ``labels``: classification, multi-label classification, multiple choice, regression, token classification,
+        causal and masked language models; or with ``start_positions`` and ``end_positions``: question answering. An
+        example with several labels has their mean as its loss.
 
         Args:
             batch: what ``training_step`` takes.
@@ -81,7 +82,8 @@ class TracInMixin:
         """The labels to show beside the batch's examples; scores do not depend on them.
 
         The default takes ``labels`` or ``label`` of a mapping, or the second of two entries, of which either may be
-        such a mapping. Of a batch in another form none are shown.
+        such a mapping; of questions, where the answer starts (``start_positions``). Of a batch in another form none are
+        shown.
 
         Args:
             batch: what ``training_step`` takes.
@@ -89,7 +91,7 @@ class TracInMixin:
         Returns:
             A tensor whose first dimension counts the examples, or None. Labels of shape (B,) are shown.
         """
-        return labels_of(batch)
+        return shown_labels_of(batch)
 
     def influence_label_names(self) -> dict[int, str]:
         """What to print for each label, by its number.
@@ -173,7 +175,7 @@ def labels_of_module(module: nn.Module, batch: Any, n_examples: int) -> Tensor |
     """
     own = getattr(module, "influence_labels", None)
     if not callable(own) or getattr(own, "__func__", None) is TracInMixin.influence_labels:
-        return labels_of(batch)
+        return shown_labels_of(batch)
     labels = own(shallow_copy(batch))
     if labels is None or (isinstance(labels, Tensor) and labels.dim() > 0 and len(labels) == n_examples):
         return labels
@@ -220,9 +222,13 @@ def _configured_label_names(module: nn.Module) -> dict[int, str]:
 
 
 def _token_ids(batch: Any) -> Tensor | None:
-    """The batch's token ids (B, T): by name in a mapping, else its first tensor of whole numbers in two dimensions."""
+    """The batch's token ids (B, T): by name in a mapping, else its first tensor of whole numbers in two dimensions.
+
+    Several texts of an example, (B, C, T), are put in a row.
+    """
     if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-        return batch["input_ids"]  # type: ignore[no-any-return]
+        ids: Tensor = batch["input_ids"]
+        return ids.flatten(1) if ids.dim() > 2 else ids
     return next((t for t in tensors_of(batch) if t.dim() == 2 and not t.is_floating_point()), None)
 
 

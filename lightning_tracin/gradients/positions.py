@@ -11,8 +11,6 @@ from torch import Tensor
 from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.linear_layers import factors_of_call
 
-_MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
-
 
 def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The positions, without padding, of all calls of the layers that read the word embedding table.
@@ -80,13 +78,22 @@ def _by_example(call_positions: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Te
 
 
 def _attention_mask(batch: Any, ids: Tensor) -> Tensor | None:
-    """The batch's attention mask for the token ids of a call; None if the batch has no mask for them."""
+    """The batch's attention mask for the token ids of a call; None if the batch has no mask for them.
+
+    The ids may be those of several entries of the batch, one after the other, and have fewer dimensions there.
+    """
     if not isinstance(batch, Mapping):
         return None
-    for ids_name, mask_name in _MASKS.items():
-        batch_ids, mask = batch.get(ids_name), batch.get(mask_name)
-        if not isinstance(batch_ids, Tensor) or not isinstance(mask, Tensor):
-            continue
-        if mask.shape == ids.shape == batch_ids.shape and torch.equal(batch_ids, ids):
-            return mask
-    return None
+    masked = [
+        (each.flatten(0, -2), mask.flatten(0, -2))
+        for name, each in batch.items()
+        if isinstance(each, Tensor)
+        and isinstance(mask := batch.get(str(name).replace("input_ids", "attention_mask")), Tensor)
+        and mask is not each
+        and mask.shape == each.shape
+        and each.dim() > 1
+    ]
+    if len({each.shape[-1] for each, _ in masked}) == 1:
+        masked.append(tuple(torch.cat(each) for each in zip(*masked, strict=True)))  # type: ignore[arg-type]
+    flat = ids.flatten(0, -2)
+    return next((mask.view(ids.shape) for each, mask in masked if torch.equal(each, flat)), None)

@@ -69,16 +69,17 @@ def look_at_first_batch(
     with inside_fit(trainer, module), zero_weights_filled(module):
         batch = batch_to_device(trainer, module, training_set.first_batch())
         gradients = ModuleGradients(module, _sites(module, losses, batch, methods))
+        gradients.check_mean(batch)
         if is_fsdp(module):
-            gradients.find_dims(batch)
+            gradients.learn_layouts(batch)
         captured = gradients.capture(batch)
+        _require_all(module, captured, training_set)
         bad = captured.first_not_finite()
         if bad is not None:
             raise ValueError(
                 f"The loss or gradient of training example {training_set.first_indices[bad]} is NaN or infinite before "
                 "training began."
             )
-        gradients.check_mean(batch)
         if not training_set.iterable and not is_fsdp(module):  # a pass without gradients is too many for FSDP
 
             def batch_of(indices: Sequence[int]) -> Any:
@@ -109,6 +110,21 @@ def bytes_per_example(first: FirstBatch, options: StorageOptions) -> float:
     taken = first.captured.gradients
     sites = [options.applied(site, taken[site.key]) for site in first.gradients.sites]
     return sum(stored_bytes(site, taken[site.key], options.dtype) for site in sites) / len(first.captured)
+
+
+def _require_all(module: pl.LightningModule, captured: Captured, training_set: TrainingSet) -> None:
+    """Check that a first batch has a loss for each of its examples; a stream does not tell how many they are.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    n_asked = len(captured) if training_set.iterable else len(training_set.first_indices)
+    if len(captured) != n_asked:
+        raise ValueError(
+            f"A batch of {n_asked} training examples has {len(captured)} losses: either the collate function drops or "
+            f"adds examples, so that they cannot be numbered, or influence_loss of {type(module).__name__} does not "
+            "return one loss for each."
+        )
 
 
 def _sites(module: pl.LightningModule, losses: Losses, batch: Any, methods: Sequence[str]) -> list[Site]:

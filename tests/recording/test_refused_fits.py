@@ -8,7 +8,7 @@ from mistakes import Endless, Plain, cross_entropy, empty, poisoned, with_loss
 from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 from toy import N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInMixin, TracInWE
@@ -24,10 +24,25 @@ from lightning_tracin.storage import shards
         (lambda m, b: cross_entropy(m, b, reduction="none").tolist(), "but got list"),
         (lambda m, b: b[1], "float tensor"),
         (lambda m, b: cross_entropy(m, b, reduction="none").detach(), "detaches them"),
-        (lambda m, b: cross_entropy(m, b, reduction="none")[:2], "is the number of losses, 2"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[:2], "4 training examples has 2 losses"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[::2], "4 training examples has 2 losses"),
+        (lambda m, b: cross_entropy(m, b)[None], "4 training examples has 1 losses"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[:3], "neither the first nor the second dimension is"),
         (lambda m, b: cross_entropy(m, b, reduction="none") * m(b[0]).mean(), "depends on the other examples"),
     ],
-    ids=["scalar", "(B, 1)", "(B, T)", "list", "integers", "detached", "too few", "of the whole batch"],
+    ids=[
+        "scalar",
+        "(B, 1)",
+        "(B, T)",
+        "list",
+        "integers",
+        "detached",
+        "half",
+        "each second",
+        "a mean",
+        "too few",
+        "of the whole batch",
+    ],
 )
 def test_a_loss_that_is_not_one_for_each_example(tmp_path, loss, message):
     with pytest.raises(ValueError, match=message):
@@ -243,29 +258,38 @@ def test_training_data_that_cannot_be_numbered(tmp_path, data, message):
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_collate_function_that_drops_examples(tmp_path):
-    def drop(rows):
-        return torch.utils.data.default_collate(rows[:-1])
-
-    with pytest.raises(ValueError, match=r"has 20 examples, but a pass over it gave 15"):
-        fitted(tmp_path / "trace", data=loader(collate_fn=drop))
+def is_odd(item):
+    """One that is not among the few that are looked at first."""
+    return torch.equal(item[0], texts()[5][0])
 
 
-def doubled(items):
-    return torch.utils.data.default_collate([*items, *items])
+def with_one_more(items):
+    return default_collate([*items, *filter(is_odd, items)])
 
 
-def without_the_last(items):
-    return torch.utils.data.default_collate(items[:-1])
+def with_one_less(items):
+    return default_collate([item for item in items if not is_odd(item)])
 
 
 @pytest.mark.parametrize("shard_examples", [8, 100])
-@pytest.mark.parametrize(("collate", "found"), [(doubled, "more than 20"), (without_the_last, "15")])
-def test_a_collate_function_that_adds_or_drops_examples(tmp_path, monkeypatch, collate, found, shard_examples):
+@pytest.mark.parametrize(("collate", "found"), [(with_one_more, "more than 20"), (with_one_less, "19")])
+def test_a_collate_function_that_adds_or_drops_an_example(tmp_path, monkeypatch, collate, found, shard_examples):
     monkeypatch.setattr(shards, "_SHARD_EXAMPLES", shard_examples)
     with pytest.raises(ValueError, match=f"has 20 examples, but a pass over it gave {found}: the collate function"):
         fitted(tmp_path, data=loader(collate_fn=collate))
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "training", "on_demand"])
+@pytest.mark.parametrize(
+    ("collate", "found"),
+    [(lambda items: default_collate([*items, *items]), 8), (lambda items: default_collate(items[:-1]), 3)],
+    ids=["adds", "drops"],
+)
+def test_a_collate_function_that_always_adds_or_drops_is_refused_before_training(tmp_path, collate, found, cache):
+    with pytest.raises(ValueError, match=f"A batch of 4 training examples has {found} losses: either the collate"):
+        fitted(tmp_path / "trace", data=loader(collate_fn=collate), cache=cache)
+    assert not (tmp_path / "trace").exists()
 
 
 @pytest.mark.parametrize(
