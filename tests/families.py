@@ -157,6 +157,45 @@ class EncoderPairNet(nn.Module):
         return self.head(torch.cat(halves, dim=1))
 
 
+class PositionsNet(nn.Module):
+    """With positions and segments in embedding layers of their own, beside that of the words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(16, HIDDEN)
+        self.segments = nn.Embedding(2, HIDDEN)
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN, padding_idx=PADDING)
+        self.hidden = nn.Linear(HIDDEN, HIDDEN)
+        self.head = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, ids):
+        places = torch.arange(ids.shape[1], device=ids.device)
+        vectors = self.positions(places) + self.segments((places > 3).long().expand_as(ids)) + self.embedding(ids)
+        return self.head(self.hidden(vectors).tanh().mean(1))
+
+
+class BagNet(nn.Module):
+    """Bags of words: their mean, or their sum with weights."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(VOCABULARY, HIDDEN, mode=mode, padding_idx=PADDING)
+        self.hidden = nn.Linear(HIDDEN, HIDDEN)
+        self.head = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, ids):
+        weights = 1 / (1 + torch.arange(ids.shape[1])).expand_as(ids) if self.embedding.mode == "sum" else None
+        return self.head(self.hidden(self.embedding(ids, per_sample_weights=weights)).tanh())
+
+
+class OffsetsNet(BagNet):
+    """Takes the words of all examples in one row, and where each example begins."""
+
+    def forward(self, words):
+        ids, offsets = words
+        return self.head(self.hidden(self.embedding(ids, offsets)).tanh())
+
+
 class SentencePairNet(EncoderPairNet):
     """Reads the two halves in one call of twice as many rows, first all first ones."""
 
@@ -308,6 +347,13 @@ def images() -> list[tuple[Tensor, Tensor]]:
 def time_first(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     ids, labels = zip(*batch, strict=True)
     return torch.stack(ids, dim=1), torch.stack(labels)
+
+
+def in_one_row(batch: list[tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Without padding, as nn.EmbeddingBag takes texts."""
+    texts = [ids[ids != PADDING] for ids, _ in batch]
+    offsets = torch.tensor([0, *map(len, texts[:-1])]).cumsum(0)
+    return (torch.cat(texts), offsets), torch.stack([label for _, label in batch])
 
 
 def cut_to_the_longest(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -495,6 +541,11 @@ FAMILIES = {
     "without-mixin": Family(lambda: WithoutMixin(ConvolutionalNet()), pairs(8)),
     "bert-choices": Family(lambda: bert("BertForMultipleChoice", "classifier"), choices()),
     "bert-answers": Family(lambda: bert("BertForQuestionAnswering", "qa_outputs"), questions()),
+    "beside-positions": Family(lambda: Plain(PositionsNet()), pairs(8)),
+    "beside-positions-without-mixin": Family(lambda: WithoutMixin(PositionsNet()), pairs(8)),
+    "bag-mean": Family(lambda: Plain(BagNet("mean")), pairs(8)),
+    "bag-weighted": Family(lambda: Plain(BagNet("sum")), pairs(8)),
+    "bag-in-one-row": Family(lambda: Plain(OffsetsNet("mean")), pairs(8), in_one_row),
     "sentence-pairs": Family(lambda: Plain(SentencePairNet()), pairs(8)),
     "sentence-pairs-without-mixin": Family(lambda: WithoutMixin(SentencePairNet()), pairs(8)),
     "preferences": Family(lambda: PreferringWithMixin(RewardNet()), preferences()),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.batches import shallow_copy, shown_labels_of, tensors_of
@@ -47,7 +49,10 @@ class TracInMixin:
         return hugging_face_losses(self, batch)  # type: ignore[arg-type]
 
     def influence_embedding_layer(self) -> nn.Module:
-        """The word embedding layer, called with token ids (B, T) and returning (B, T, H).
+        """The word embedding layer, called with token ids (B, T) and returning (B, T, H); or an ``nn.EmbeddingBag``.
+
+        The default is a Hugging Face model's, or else the only embedding layer. Before the default is used, a forward
+        pass tells of several the one that is called with the batch's token ids.
 
         Raises:
             ValueError: if there is none, or several candidates; the message lists them by name.
@@ -109,10 +114,13 @@ def losses_of(module: nn.Module) -> Losses:
     return lambda batch: call_in_forward_pass(module, own, shallow_copy(batch))
 
 
-def embedding_layer_of(module: nn.Module) -> nn.Module:
-    """The word embedding layer that the module names, or the one that is found."""
+def embedding_layer_of(module: nn.Module, losses: Callable[[], Tensor], batch: Any) -> nn.Module:
+    """The word embedding layer that the module names, or the one that is found in a forward pass on a batch."""
     own = getattr(module, "influence_embedding_layer", None)
-    layer = own() if callable(own) else find_embedding_layer(module)
+    if callable(own) and getattr(own, "__func__", None) is not TracInMixin.influence_embedding_layer:
+        layer = own()
+    else:
+        layer = find_embedding_layer(module, losses, _all_token_ids(batch))
     return _checked(layer, nn.Module, "influence_embedding_layer")
 
 
@@ -230,6 +238,16 @@ def _token_ids(batch: Any) -> Tensor | None:
         ids: Tensor = batch["input_ids"]
         return ids.flatten(1) if ids.dim() > 2 else ids
     return next((t for t in tensors_of(batch) if t.dim() == 2 and not t.is_floating_point()), None)
+
+
+def _all_token_ids(batch: Any) -> list[Tensor]:
+    """All that may be token ids (B, T): those that are named so, else whole numbers that are not named otherwise."""
+    if isinstance(batch, Mapping):
+        named = [name for name in batch if "input_ids" in str(name)]
+        others = [name for name in batch if not re.search("position|type|segment|mask|label|length", str(name))]
+        batch = [batch[name] for name in named or others]
+    tensors = tensors_of(batch)
+    return [each for each in tensors if each.dim() > 1 and each.dtype in (torch.int64, torch.int32)]
 
 
 def _checked(layer: Any, kind: type[nn.Module], method: str) -> nn.Module:
