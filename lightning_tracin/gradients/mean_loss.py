@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy, deepcopy
+from types import MethodType
 from typing import Any
 
 import torch
@@ -27,10 +28,12 @@ class MeanLoss:
 
     Args:
         module: a LightningModule with automatic optimization.
+        n_examples: number of examples in a batch, where that is known; None to take it from the batch's first tensor.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, n_examples: int | None = None) -> None:
         self.module = module
+        self._n_examples = n_examples
 
     def __call__(self, batch: Any) -> Tensor:
         """The mean loss of a batch, repeated for each of its examples, (B,).
@@ -38,7 +41,8 @@ class MeanLoss:
         Raises:
             ValueError: if ``training_step`` fails outside of training, or does not return one mean loss.
         """
-        return call_in_forward_pass(self.module, self._training_loss, batch).expand(_size(batch))
+        size = self._n_examples or _size(batch)
+        return call_in_forward_pass(self.module, self._training_loss, batch).expand(size)
 
     def rows(self, batch: Any) -> list[Any]:
         """The examples of a batch, each as a batch of one."""
@@ -166,10 +170,15 @@ class MeanLoss:
 def _stand_in(module: nn.Module) -> Any:
     """A copy of a module that shares its layers and weights, but none of the state that a ``training_step`` may change.
 
-    Attributes, lists, dictionaries, sets, buffers and metrics are copied.
+    Attributes, lists, dictionaries, sets, buffers and metrics are copied. Methods among the attributes, such as those
+    that Lightning has put compiled ones before, are bound to the copy, and not compiled there.
     """
     copied: Any = object.__new__(type(module))
+    compiled = getattr(module, "_compiler_ctx", None) or {}
     for name, value in vars(module).items():
+        value = compiled.get(f"original_{name}", value)
+        if isinstance(value, MethodType) and value.__self__ is module:
+            value = MethodType(value.__func__, copied)
         copied.__dict__[name] = copy(value) if isinstance(value, (list, dict, set)) else value
     for name, buffer in module._buffers.items():
         copied._buffers[name] = None if buffer is None else buffer.clone()

@@ -91,7 +91,7 @@ def check_training(
     losses = losses_of(module)
     if isinstance(losses, MeanLoss):
         return TrainingForm(layouts, by_labels=False)  # the mean is what it checks on its own
-    of_training = capture(MeanLoss(module), batch, places, layouts=dict(layouts))
+    of_training = capture(MeanLoss(module, len(of_losses)), batch, places, layouts=dict(layouts))
     expected, found = (torch.stack(_norms(captured)) for captured in (of_losses, of_training))
     tolerance = 5e-2 if uses_half_precision(module) else 1e-3
     for by_labels in (True, False):
@@ -126,7 +126,7 @@ def warn_of_another_loss(module: nn.Module, batch: Any, of_losses: Captured) -> 
     if isinstance(losses, MeanLoss) or any(isinstance(value, _GENERATORS) for value in held):
         return
     tolerance = 5e-2 if uses_half_precision(module) else 1e-3
-    of_training = MeanLoss(module)
+    of_training = MeanLoss(module, len(of_losses))
     try:
         trained, trained_again = (float(of_training(batch)[0]) for _ in range(2))
     except Exception:  # of any kind: it may need what only training sets up
