@@ -157,6 +157,92 @@ class EncoderPairNet(nn.Module):
         return self.head(torch.cat(halves, dim=1))
 
 
+class PositionsNet(nn.Module):
+    """With positions and segments in embedding layers of their own, beside that of the words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(16, HIDDEN)
+        self.segments = nn.Embedding(2, HIDDEN)
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN, padding_idx=PADDING)
+        self.hidden = nn.Linear(HIDDEN, HIDDEN)
+        self.head = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, ids):
+        places = torch.arange(ids.shape[1], device=ids.device)
+        vectors = self.positions(places) + self.segments((places > 3).long().expand_as(ids)) + self.embedding(ids)
+        return self.head(self.hidden(vectors).tanh().mean(1))
+
+
+class BagNet(nn.Module):
+    """Bags of words: their mean, or their sum with weights."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(VOCABULARY, HIDDEN, mode=mode, padding_idx=PADDING)
+        self.hidden = nn.Linear(HIDDEN, HIDDEN)
+        self.head = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, ids):
+        weights = 1 / (1 + torch.arange(ids.shape[1])).expand_as(ids) if self.embedding.mode == "sum" else None
+        return self.head(self.hidden(self.embedding(ids, per_sample_weights=weights)).tanh())
+
+
+class OffsetsNet(BagNet):
+    """Takes the words of all examples in one row, and where each example begins."""
+
+    def forward(self, words):
+        ids, offsets = words
+        return self.head(self.hidden(self.embedding(ids, offsets)).tanh())
+
+
+class SentencePairNet(EncoderPairNet):
+    """Reads the two halves in one call of twice as many rows, first all first ones."""
+
+    def forward(self, ids):
+        first, second = self.hidden(self.embedding(torch.cat(ids.chunk(2, dim=1)))).tanh().mean(1).chunk(2)
+        return self.head(torch.cat([first - second, first * second], dim=1))
+
+
+class RewardNet(nn.Module):
+    """One number for each text; its head is called on a chosen and on a rejected one for each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN, padding_idx=PADDING)
+        self.hidden = nn.Linear(HIDDEN, HIDDEN)
+        self.head = nn.Linear(HIDDEN, 1)
+
+    def forward(self, ids):
+        return self.head(self.hidden(self.embedding(ids)).tanh().mean(1))[:, 0]
+
+
+class Preferring(WithoutMixin):
+    """Trained on pairs of a chosen and a rejected text; knows nothing of influence."""
+
+    interleaved = False
+
+    def losses(self, batch):
+        both = (batch["chosen"], batch["rejected"])
+        if self.interleaved:  # a chosen one, its rejected one, the next chosen one, ...
+            rewards = self.network(torch.stack(both, 1).flatten(0, 1)).view(-1, 2)
+            return -functional.logsigmoid(rewards[:, 0] - rewards[:, 1])
+        chosen, rejected = self.network(torch.cat(both)).chunk(2)
+        return -functional.logsigmoid(chosen - rejected)
+
+    def loss(self, batch):
+        return self.losses(batch).mean()
+
+
+class PreferringWithMixin(TracInMixin, Preferring):
+    def influence_loss(self, batch):
+        return self.losses(batch)
+
+
+class Interleaved(PreferringWithMixin):
+    interleaved = True
+
+
 def draw() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
@@ -227,6 +313,27 @@ def translations(padding: int = PADDING) -> list[dict[str, Tensor]]:
     return rows({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
 
 
+def choices(n_choices: int = 3) -> list[dict[str, Tensor]]:
+    """Questions with several answers to choose from, (C, T) each."""
+    ids, mask = sentences(length=6)
+    columns = [torch.stack([column.roll(5 * c, 0) for c in range(n_choices)], 1) for column in (ids, mask.long())]
+    return rows({"input_ids": columns[0], "attention_mask": columns[1], "labels": classes(ids, mask)})
+
+
+def questions() -> list[dict[str, Tensor]]:
+    """Texts with an answer from one position to another."""
+    ids, mask = sentences()
+    lengths = mask.sum(1)
+    start = (torch.rand(len(ids), generator=draw()) * lengths).long()
+    end = start + (torch.rand(len(ids), generator=draw()) * (lengths - start)).long()
+    return rows({"input_ids": ids, "attention_mask": mask.long(), "start_positions": start, "end_positions": end})
+
+
+def preferences() -> list[dict[str, Tensor]]:
+    ids, _ = sentences(length=6)
+    return rows({"chosen": ids, "rejected": ids.roll(3, 0)})
+
+
 def pairs(length: int) -> list[tuple[Tensor, Tensor]]:
     ids, mask = sentences(length)
     return list(zip(ids, classes(ids, mask), strict=True))
@@ -240,6 +347,13 @@ def images() -> list[tuple[Tensor, Tensor]]:
 def time_first(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     ids, labels = zip(*batch, strict=True)
     return torch.stack(ids, dim=1), torch.stack(labels)
+
+
+def in_one_row(batch: list[tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Without padding, as nn.EmbeddingBag takes texts."""
+    texts = [ids[ids != PADDING] for ids, _ in batch]
+    offsets = torch.tensor([0, *map(len, texts[:-1])]).cumsum(0)
+    return (torch.cat(texts), offsets), torch.stack([label for _, label in batch])
 
 
 def cut_to_the_longest(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -425,5 +539,17 @@ FAMILIES = {
     "embedding-called-twice": Family(lambda: Plain(EncoderPairNet()), pairs(8)),
     "frozen-embedding": Family(frozen_embedding, pairs(8)),
     "without-mixin": Family(lambda: WithoutMixin(ConvolutionalNet()), pairs(8)),
+    "bert-choices": Family(lambda: bert("BertForMultipleChoice", "classifier"), choices()),
+    "bert-answers": Family(lambda: bert("BertForQuestionAnswering", "qa_outputs"), questions()),
+    "beside-positions": Family(lambda: Plain(PositionsNet()), pairs(8)),
+    "beside-positions-without-mixin": Family(lambda: WithoutMixin(PositionsNet()), pairs(8)),
+    "bag-mean": Family(lambda: Plain(BagNet("mean")), pairs(8)),
+    "bag-weighted": Family(lambda: Plain(BagNet("sum")), pairs(8)),
+    "bag-in-one-row": Family(lambda: Plain(OffsetsNet("mean")), pairs(8), in_one_row),
+    "sentence-pairs": Family(lambda: Plain(SentencePairNet()), pairs(8)),
+    "sentence-pairs-without-mixin": Family(lambda: WithoutMixin(SentencePairNet()), pairs(8)),
+    "preferences": Family(lambda: PreferringWithMixin(RewardNet()), preferences()),
+    "preferences-interleaved": Family(lambda: Interleaved(RewardNet()), preferences()),
+    "preferences-without-mixin": Family(lambda: Preferring(RewardNet()), preferences()),
     "images": Family(lambda: Plain(ImageNet(), embedding=None), images()),
 }

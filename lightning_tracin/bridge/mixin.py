@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_tracin.gradients.batches import labels_of, shallow_copy, tensors_of
+from lightning_tracin.gradients.batches import shallow_copy, shown_labels_of, tensors_of
 from lightning_tracin.gradients.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
 from lightning_tracin.gradients.losses import Losses, hugging_face_losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
@@ -31,8 +33,9 @@ class TracInMixin:
         """One unreduced loss for each example of the batch.
 
         The default serves a ``forward`` that returns a Hugging Face output with ``logits``, and a batch with
-        ``labels``: classification, multi-label classification, regression, token classification, causal and masked
-        language models. An example with several labels has their mean as its loss.
+        ``labels``: classification, multi-label classification, multiple choice, regression, token classification,
+        causal and masked language models; or with ``start_positions`` and ``end_positions``: question answering. An
+        example with several labels has their mean as its loss.
 
         Args:
             batch: what ``training_step`` takes.
@@ -46,7 +49,10 @@ class TracInMixin:
         return hugging_face_losses(self, batch)  # type: ignore[arg-type]
 
     def influence_embedding_layer(self) -> nn.Module:
-        """The word embedding layer, called with token ids (B, T) and returning (B, T, H).
+        """The word embedding layer, called with token ids (B, T) and returning (B, T, H); or an ``nn.EmbeddingBag``.
+
+        The default is a Hugging Face model's, or else the only embedding layer. Before the default is used, a forward
+        pass tells of several the one that is called with the batch's token ids.
 
         Raises:
             ValueError: if there is none, or several candidates; the message lists them by name.
@@ -81,7 +87,8 @@ class TracInMixin:
         """The labels to show beside the batch's examples; scores do not depend on them.
 
         The default takes ``labels`` or ``label`` of a mapping, or the second of two entries, of which either may be
-        such a mapping. Of a batch in another form none are shown.
+        such a mapping; of questions, where the answer starts (``start_positions``). Of a batch in another form none are
+        shown.
 
         Args:
             batch: what ``training_step`` takes.
@@ -89,7 +96,7 @@ class TracInMixin:
         Returns:
             A tensor whose first dimension counts the examples, or None. Labels of shape (B,) are shown.
         """
-        return labels_of(batch)
+        return shown_labels_of(batch)
 
     def influence_label_names(self) -> dict[int, str]:
         """What to print for each label, by its number.
@@ -107,10 +114,13 @@ def losses_of(module: nn.Module) -> Losses:
     return lambda batch: call_in_forward_pass(module, own, shallow_copy(batch))
 
 
-def embedding_layer_of(module: nn.Module) -> nn.Module:
-    """The word embedding layer that the module names, or the one that is found."""
+def embedding_layer_of(module: nn.Module, losses: Callable[[], Tensor], batch: Any) -> nn.Module:
+    """The word embedding layer that the module names, or the one that is found in a forward pass on a batch."""
     own = getattr(module, "influence_embedding_layer", None)
-    layer = own() if callable(own) else find_embedding_layer(module)
+    if callable(own) and getattr(own, "__func__", None) is not TracInMixin.influence_embedding_layer:
+        layer = own()
+    else:
+        layer = find_embedding_layer(module, losses, _all_token_ids(batch))
     return _checked(layer, nn.Module, "influence_embedding_layer")
 
 
@@ -173,7 +183,7 @@ def labels_of_module(module: nn.Module, batch: Any, n_examples: int) -> Tensor |
     """
     own = getattr(module, "influence_labels", None)
     if not callable(own) or getattr(own, "__func__", None) is TracInMixin.influence_labels:
-        return labels_of(batch)
+        return shown_labels_of(batch)
     labels = own(shallow_copy(batch))
     if labels is None or (isinstance(labels, Tensor) and labels.dim() > 0 and len(labels) == n_examples):
         return labels
@@ -220,10 +230,24 @@ def _configured_label_names(module: nn.Module) -> dict[int, str]:
 
 
 def _token_ids(batch: Any) -> Tensor | None:
-    """The batch's token ids (B, T): by name in a mapping, else its first tensor of whole numbers in two dimensions."""
+    """The batch's token ids (B, T): by name in a mapping, else its first tensor of whole numbers in two dimensions.
+
+    Several texts of an example, (B, C, T), are put in a row.
+    """
     if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-        return batch["input_ids"]  # type: ignore[no-any-return]
+        ids: Tensor = batch["input_ids"]
+        return ids.flatten(1) if ids.dim() > 2 else ids
     return next((t for t in tensors_of(batch) if t.dim() == 2 and not t.is_floating_point()), None)
+
+
+def _all_token_ids(batch: Any) -> list[Tensor]:
+    """All that may be token ids (B, T): those that are named so, else whole numbers that are not named otherwise."""
+    if isinstance(batch, Mapping):
+        named = [name for name in batch if "input_ids" in str(name)]
+        others = [name for name in batch if not re.search("position|type|segment|mask|label|length", str(name))]
+        batch = [batch[name] for name in named or others]
+    tensors = tensors_of(batch)
+    return [each for each in tensors if each.dim() > 1 and each.dtype in (torch.int64, torch.int32)]
 
 
 def _checked(layer: Any, kind: type[nn.Module], method: str) -> nn.Module:

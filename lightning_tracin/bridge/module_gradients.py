@@ -11,9 +11,10 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_tracin.bridge.mixin import losses_of
-from lightning_tracin.gradients.capture import Captured, capture, find_example_dims
+from lightning_tracin.gradients.capture import Captured, capture, learn_layouts
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.gradients.layers import sites_on_module
+from lightning_tracin.gradients.layouts import Layout
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.gradients.sites import Site, words_site
@@ -46,18 +47,18 @@ class ModuleGradients:
         self._losses = self._own_losses if probe is None else probe.watching(self._own_losses)
         words = words_site(recorded)
         self._read = () if words is None or words in self.sites else (words,)
-        self._dims: dict[nn.Module, int] = {}
+        self.layouts: dict[nn.Module, Layout] = {}
 
     def at(self, wanted: Sequence[Site], probe: PredictionProbe) -> ModuleGradients:
         """What takes gradients at some of the sites, and knows already what batches told here."""
         narrower = ModuleGradients(self.module, wanted, recorded=self.sites, probe=probe)
-        narrower._dims = self._dims
+        narrower.layouts = self.layouts
         return narrower
 
     @property
     def is_new(self) -> bool:
         """Whether no batch has come yet."""
-        return not self._dims
+        return not self.layouts
 
     def check_first(self, batch: Any) -> None:
         """What :meth:`check_mean` does, if no batch has come yet."""
@@ -67,18 +68,19 @@ class ModuleGradients:
     def check_mean(self, batch: Any) -> None:
         """Check on a batch that a module without losses of single examples returns their mean.
 
+        Gradients of a mean do not show which position belongs to which example, so that is learned here, too.
+
         Raises:
             ValueError: if it returns anything else.
         """
         if isinstance(self._own_losses, MeanLoss):
             self._own_losses.check(batch)
-            first, *_ = sites_on_module(self.module, self.sites)
-            self._own_losses.check_batch_first(batch, first.layers)
+            self.layouts |= self._own_losses.layouts(batch, self._layers)
 
-    def find_dims(self, batch: Any) -> None:
-        """Learn from a batch which dimensions count the examples, by a pass of its own, as FSDP needs it."""
+    def learn_layouts(self, batch: Any) -> None:
+        """Learn from a batch where the examples are in the layers' calls, by a pass of its own, as FSDP needs it."""
         layers = [layer for each in sites_on_module(self.module, self.sites) for layer in each.layers]
-        self._dims |= find_example_dims(self._losses, batch, layers, independent=self._is_independent)
+        learn_layouts(self._losses, batch, layers, self.layouts, independent=self._is_independent)
 
     def capture(self, batch: Any) -> Captured:
         """The gradients of a batch's examples, inside of :func:`inside_fit` or of ``gradients_enabled``."""
@@ -89,10 +91,17 @@ class ModuleGradients:
             batch,
             sites_on_module(self.module, self.sites),
             reading_layers=[layer for each in reading for layer in each.layers],
-            dims=self._dims,
+            layouts=self.layouts,
             module=None if fsdp else self.module,
             independent=self._is_independent,
+            passes=0 if fsdp else None,
         )
+
+    @property
+    def _layers(self) -> list[nn.Module]:
+        """The layers of all sites that a batch is read or differentiated at."""
+        sites = sites_on_module(self.module, (*self.sites, *self._read))
+        return [layer for each in sites for layer in each.layers]
 
     @property
     def _is_independent(self) -> bool:

@@ -33,6 +33,19 @@ def _named_labels(batch: Any) -> Tensor | None:
     return next((each for each in named if isinstance(each, Tensor)), None)
 
 
+def answers_of(batch: Any) -> tuple[Tensor, Tensor] | None:
+    """Where the answers of a batch of questions start and end in their texts, (B,) each; None if it has none."""
+    named = [batch.get(f"{side}_positions") for side in ("start", "end")] if isinstance(batch, Mapping) else []
+    positions = [each.flatten(1).squeeze(1) if each.dim() > 1 else each for each in named if isinstance(each, Tensor)]
+    return (positions[0], positions[1]) if len(positions) == 2 else None
+
+
+def shown_labels_of(batch: Any) -> Tensor | None:
+    """The labels to show beside a batch's examples: its labels, or where the answers start."""
+    labels, answers = labels_of(batch), answers_of(batch)
+    return answers[0] if labels is None and answers is not None else labels
+
+
 def shallow_copy(batch: Any) -> Any:
     """A shallow copy of a mapping or list, so that entries removed from it stay in the original batch."""
     return copy(batch) if isinstance(batch, (Mapping, list)) else batch

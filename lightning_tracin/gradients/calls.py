@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tracin.gradients.bags import Bags
 from lightning_tracin.gradients.linear_layers import features_last
 from lightning_tracin.gradients.losses import Losses, checked_losses
 
@@ -24,24 +25,27 @@ class Call:
         output: its output, at which the gradient is taken.
         gradient: the gradient of the sum of the losses at the output; None before the backward pass, and if no loss
             depends on this call.
+        bags: how an ``nn.EmbeddingBag`` adds up its words; None for any other layer.
     """
 
     layer: nn.Module
     inputs: Tensor
     output: Tensor
     gradient: Tensor | None = None
+    bags: Bags | None = None
 
     @classmethod
     def of(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
         """A call from the arguments of a forward hook; the first tensor that the layer was given counts as its input.
 
         Raises:
-            ValueError: if the layer does not take a tensor and return a tensor.
+            ValueError: if the layer does not take a tensor and return a tensor, or is a bag without words' gradients.
         """
         value = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Tensor)), None)
         if value is None or not isinstance(output, Tensor):
             raise ValueError(f"The layer {layer} must take a tensor and return a tensor; it returned {type(output)}.")
-        return cls(layer, value.detach().clone(), output)
+        bags = Bags.of(layer, args, kwargs) if isinstance(layer, nn.EmbeddingBag) else None
+        return cls(layer, value.detach().clone(), output, bags=bags)
 
     @property
     def positions(self) -> torch.Size:

@@ -24,9 +24,9 @@ from lightning_tracin.gradients.calls import (
     require_called,
     require_dependent,
 )
-from lightning_tracin.gradients.example_dims import detect_example_dims, examples_of_positions
 from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.layers import SiteLayers
+from lightning_tracin.gradients.layouts import Layout, find_layouts, new_layers
 from lightning_tracin.gradients.losses import Losses, checked_losses
 from lightning_tracin.gradients.positions import linear_positions, word_positions
 from lightning_tracin.gradients.sites import Gradients
@@ -86,9 +86,10 @@ def capture(
     sites: Sequence[SiteLayers],
     *,
     reading_layers: Sequence[nn.Module] = (),
-    dims: dict[nn.Module, int] | None = None,
+    layouts: dict[nn.Module, Layout] | None = None,
     module: nn.Module | None = None,
     independent: bool = True,
+    passes: int | None = None,
 ) -> Captured:
     """The gradients of a batch's examples, from one forward and one backward pass.
 
@@ -99,12 +100,13 @@ def capture(
         batch: an argument of the module's ``training_step``, on the module's device.
         sites: where gradients are taken, summed over all calls of a site's layers and over all positions.
         reading_layers: embedding layers of which only the token ids are needed.
-        dims: for each layer, the dimension of its calls that counts the examples, as far as earlier batches determined
-            it; this batch adds to it. A batch for which it is empty takes one more backward pass.
-        module: the module whose parameters are frozen once ``dims`` has all layers, so that the graph is smaller; None
-            to leave them as they are.
-        independent: whether to check, on a batch for which ``dims`` is empty, that the first example's loss does not
+        layouts: for each layer, where the examples are in its calls, as far as earlier batches determined it; this
+            batch adds to it. A batch for which it is empty takes one more backward pass.
+        module: the module whose parameters are frozen once ``layouts`` has all layers, so that the graph is smaller;
+            None to leave them as they are.
+        independent: whether to check, on a batch for which ``layouts`` is empty, that the first example's loss does not
             depend on other examples.
+        passes: the number of backward passes to find layouts by, 0 under FSDP; None for as many as are needed.
 
     Raises:
         ValueError: if the losses are not of shape (B,), if the first example's loss depends on others, or if a layer
@@ -112,7 +114,7 @@ def capture(
     """
     calls: list[Call] = []
     reading_calls: list[Call] = []
-    known = {} if dims is None else dims
+    known = {} if layouts is None else layouts
     layers = [layer for site_layers in sites for layer in site_layers.layers]
     frozen = module is not None and all(layer in known for layer in (*layers, *reading_layers))
     with ExitStack() as hooks:
@@ -126,15 +128,21 @@ def capture(
         per_example = checked_losses(losses(batch))
         calls, reading_calls = list(calls), list(reading_calls)  # copies: recomputation appends to the originals
         require_called([site_layers.layers for site_layers in sites], calls)
-        if not frozen:  # a frozen batch is not the first one, which has been checked
+        if frozen:  # not the first batch, which has been checked
+            new = new_layers(len(per_example), [*calls, *reading_calls], known)
+        else:
+            new = set()
             require_dependent(per_example)
-        batch_dims = detect_example_dims(per_example, [*calls, *reading_calls], known, check=independent and not known)
-        if per_example.requires_grad:
-            gradients = torch.autograd.grad(per_example.sum(), [call.output for call in calls], allow_unused=True)
-            for call, gradient in zip(calls, gradients, strict=True):
-                call.gradient = gradient
+        if not new:
+            check = independent and not known
+            found = find_layouts(per_example, [*calls, *reading_calls], known, check=check, passes=passes)
+            _differentiate(per_example, calls)
+    if new:  # learned once more, with gradients at all of the calls
+        for layer in new:
+            del known[layer]
+        return capture(losses, batch, sites, reading_layers=reading_layers, layouts=known, independent=independent)
     return captured_from_calls(
-        per_example.detach().float().cpu(), batch, sites, calls, batch_dims, reading_calls=reading_calls
+        per_example.detach().float().cpu(), batch, sites, calls, found, reading_calls=reading_calls
     )
 
 
@@ -143,7 +151,7 @@ def captured_from_calls(
     batch: Any,
     sites: Sequence[SiteLayers],
     calls: Sequence[Call],
-    dims: Mapping[nn.Module, int],
+    layouts: Mapping[nn.Module, Layout],
     *,
     reading_calls: Sequence[Call] = (),
 ) -> Captured:
@@ -154,12 +162,12 @@ def captured_from_calls(
         batch: the batch that the module was called with; its attention masks mark padding.
         sites: the sites whose layers were called.
         calls: the calls of the sites' layers, with their gradients.
-        dims: for each layer, the dimension of its calls that counts the examples: 0, or 1 (time first).
+        layouts: for each layer, where the examples are in its calls.
         reading_calls: calls of embedding layers of which only the token ids are needed; they need no gradients.
     """
 
     def owners_of(layer_calls: Sequence[Call]) -> list[Tensor]:
-        return [examples_of_positions(len(losses), call.positions, dims[call.layer]) for call in layer_calls]
+        return [layouts[call.layer].owners(len(losses), call.positions) for call in layer_calls]
 
     token_owners = token_ids = torch.empty(0, dtype=torch.long)
     gradients: dict[str, Gradients] = {}
@@ -181,30 +189,38 @@ def captured_from_calls(
     return Captured(losses, token_owners, token_ids, gradients)
 
 
-def find_example_dims(
-    losses: Losses, batch: Any, layers: Sequence[nn.Module], *, independent: bool
-) -> dict[nn.Module, int]:
-    """For each layer, the dimension of its calls that counts the examples: 0, or 1 (time first).
+def learn_layouts(
+    losses: Losses, batch: Any, layers: Sequence[nn.Module], known: dict[nn.Module, Layout], *, independent: bool
+) -> None:
+    """Learn from a batch where the examples are in the layers' calls, by one backward pass, as FSDP needs it.
 
-    It always runs one backward pass: after a forward pass without one, FSDP in mixed precision loses the gradients of
-    the next training step.
+    After a forward pass without one, FSDP in mixed precision loses the gradients of the next training step.
 
     Args:
         losses: the function from a batch to its examples' losses.
         batch: a batch on the module's device.
         layers: the layers; at least one of them must be called.
+        known: is added to.
         independent: whether to check that the first example's loss does not depend on other examples.
 
     Raises:
         ValueError: as :func:`capture` does.
     """
     with recorded_calls(losses, batch, layers) as (per_example, calls):
-        return detect_example_dims(per_example, calls, {}, check=independent, always=True)
+        find_layouts(per_example, calls, known, check=independent, passes=1)
 
 
 def without_inference_tensors(batch: Any) -> Any:
     """The batch with copies in place of inference tensors, which autograd cannot save for a backward pass."""
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
+def _differentiate(losses: Tensor, calls: Sequence[Call]) -> None:
+    """Run the backward pass, and give each call its gradient."""
+    if losses.requires_grad:
+        gradients = torch.autograd.grad(losses.sum(), [call.output for call in calls], allow_unused=True)
+        for call, gradient in zip(calls, gradients, strict=True):
+            call.gradient = gradient
 
 
 def _differentiated(calls: list[Call]) -> list[Call]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,16 +21,30 @@ EMBEDDING_ADVICE = "Return the word embedding layer from influence_embedding_lay
 LAST_ADVICE = "Return the last layer from influence_last_layer() of the module"
 
 
-def find_embedding_layer(module: nn.Module) -> nn.Module:
-    """The word embedding layer: a Hugging Face model's ``get_input_embeddings()``, or else the only ``nn.Embedding``.
+class NoLastLayer(ValueError):
+    """A module has no head, so that no linear layer is the last one."""
+
+
+def find_embedding_layer(
+    module: nn.Module, losses: Callable[[], Tensor] | None = None, ids: Sequence[Tensor] = ()
+) -> nn.Module:
+    """The word embedding layer: a Hugging Face model's ``get_input_embeddings()``, or else the only embedding layer.
+
+    Of several it is the one that is called with the batch's token ids, if no other one seems to read words, as those of
+    positions and of segments do not.
+
+    Args:
+        module: the module.
+        losses: computes the losses of a batch; None to call nothing.
+        ids: what may be token ids in that batch.
 
     Raises:
         ValueError: if there is none, or more than one; the message lists the candidates by name.
     """
-    candidates = _hugging_face_embeddings(module) or [
-        layer for layer in module.modules() if isinstance(layer, nn.Embedding)
-    ]
+    candidates = _hugging_face_embeddings(module) or [layer for layer in module.modules() if _is_embedding(layer)]
     unique = list({id(getattr(layer, "weight", layer)): layer for layer in candidates}.values())
+    if len(unique) > 1 and losses is not None:
+        unique = _reading_words(losses, unique, ids) or unique
     if len(unique) == 1:
         return unique[0]
     if not unique:
@@ -44,11 +58,43 @@ def find_embedding_layer(module: nn.Module) -> nn.Module:
     )
 
 
+def _reading_words(losses: Callable[[], Tensor], layers: Sequence[nn.Module], ids: Sequence[Tensor]) -> list[nn.Module]:
+    """Of some embedding layers that which is called with a batch's ids; all that seem to read words, if others do."""
+    inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+
+    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[layer] += [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:1]
+
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+        losses()
+    known = [each.flatten(0, -2) for each in ids]
+    if len({each.shape[-1] for each in known}) == 1:
+        known.append(torch.cat(known))
+
+    def is_given(value: Tensor) -> bool:
+        return value.dim() > 1 and any(torch.equal(value.flatten(0, -2), each) for each in known)
+
+    given = [layer for layer, values in inputs.items() if any(map(is_given, values))]
+    others = [layer for layer in layers if layer not in given and any(map(_may_be_words, inputs[layer]))]
+    return given if not given else [*given, *others]
+
+
+def _may_be_words(ids: Tensor) -> bool:
+    """Whether ids are other than those of positions or segments, which never grow by more than one."""
+    return ids.dim() > 1 and bool((ids.diff(dim=-1) > 1).any())
+
+
+def _is_embedding(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
+
+
 def layers_sharing_table(module: nn.Module, layer: nn.Module) -> list[nn.Module]:
     """The layer, and the module's other embedding layers that share its weight (as encoder and decoder may)."""
     weight = getattr(layer, "weight", None)
     inside = set(layer.modules())  # a layer of peft contains the layer that it wraps
-    tied = [other for other in module.modules() if isinstance(other, nn.Embedding) and other.weight is weight]
+    tied = [other for other in module.modules() if _is_embedding(other) and other.weight is weight]
     return [layer, *(other for other in tied if other not in inside)]
 
 
@@ -123,7 +169,7 @@ def find_last_layer(module: nn.Module) -> nn.Linear:
     return linears[-1]
 
 
-def find_layers_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> list[nn.Linear]:
+def find_layers_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> tuple[list[nn.Linear], bool]:
     """The linear layers whose output reaches the losses through no other linear layer.
 
     One forward pass records the layers' outputs, and a walk through the autograd graph, back from the losses, stops at
@@ -132,6 +178,10 @@ def find_layers_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> 
     Args:
         module: the module.
         losses: computes the losses of a batch, with autograd on.
+
+    Returns:
+        The layers, and whether one of them also reaches the losses through another, as in an encoder that adds a part's
+        input to its output.
 
     Raises:
         ValueError: if the walk meets ``torch.utils.checkpoint`` with ``use_reentrant=True``, which hides its layers.
@@ -151,24 +201,42 @@ def find_layers_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> 
     finally:
         for handle in handles:
             handle.remove()
-    last_layers: dict[int, nn.Linear] = {}
+    name = type(module).__name__
+    nearest = _first_met([total.grad_fn], layer_of, name)
+    behind: set[Any] = set()
+    ends = nearest
+    while ends:  # the layers behind those, and so on
+        ends = [each for each in _first_met(_earlier(ends), layer_of, name) if each not in behind]
+        behind.update(ends)
+    layers = list(dict.fromkeys(layer_of[node] for node in nearest))
+    return layers, not behind.isdisjoint(nearest)
+
+
+def _first_met(nodes: Sequence[Any], stops: Mapping[Any, nn.Linear], name: str) -> list[Any]:
+    """The nodes among ``stops`` that a walk back through the autograd graph meets first on each path."""
+    met: dict[Any, None] = {}
     visited: set[Any] = set()
-    nodes = [total.grad_fn]
-    while nodes:
-        node = nodes.pop()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
         if node is None or node in visited:
             continue
         if node.name() == "CheckpointFunctionBackward":
             raise ValueError(
-                f"{type(module).__name__} computes a part in torch.utils.checkpoint with use_reentrant=True, where "
-                "gradients of examples cannot be taken. Use use_reentrant=False."
+                f"{name} computes a part in torch.utils.checkpoint with use_reentrant=True, where gradients of "
+                "examples cannot be taken. Use use_reentrant=False."
             )
         visited.add(node)
-        if node in layer_of:
-            last_layers[id(layer_of[node])] = layer_of[node]
+        if node in stops:
+            met[node] = None
         else:
-            nodes.extend(earlier for earlier, _ in node.next_functions)
-    return list(last_layers.values())
+            waiting.extend(_earlier([node]))
+    return list(met)
+
+
+def _earlier(nodes: Sequence[Any]) -> list[Any]:
+    """The nodes before some in the autograd graph."""
+    return [earlier for node in nodes for earlier, _ in node.next_functions]
 
 
 def only_layer_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> nn.Linear:
@@ -179,16 +247,17 @@ def only_layer_before_loss(module: nn.Module, losses: Callable[[], Tensor]) -> n
         losses: computes the losses of a batch, with autograd on.
 
     Raises:
-        ValueError: if there is none, or several; the message lists them by name.
+        NoLastLayer: if there is none, or if several do that follow each other, as in an encoder without a head.
+        ValueError: if several do side by side; in each case the message lists them by name.
     """
-    layers = find_layers_before_loss(module, losses)
+    layers, in_a_row = find_layers_before_loss(module, losses)
     if len(layers) == 1:
         return layers[0]
     if not layers:
-        raise ValueError(
+        raise NoLastLayer(
             f"No nn.Linear of {type(module).__name__} feeds the losses, or influence_loss detaches them. {LAST_ADVICE}."
         )
-    raise ValueError(
+    raise (NoLastLayer if in_a_row else ValueError)(
         f"{len(layers)} linear layers of {type(module).__name__} feed the loss directly: "
         f"{_listed(module, list(layers))}. {LAST_ADVICE}."
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_tracin.gradients.batches import described_batch, labels_of
+from lightning_tracin.gradients.batches import answers_of, described_batch, labels_of
 
 #: A function from a batch to the losses of its examples, (B,). A module's mean loss is that mean repeated B times.
 Losses: TypeAlias = Callable[[Any], Tensor]
@@ -55,8 +55,9 @@ def require_one_each(n_losses: int, n_examples: int, kind: str) -> None:
     if n_losses != n_examples:
         raise ValueError(
             f"A batch of {n_examples} {kind} examples has {n_losses} losses: the collate function drops or adds "
-            "examples, as one that packs texts or cuts them into windows, so that they cannot be numbered. Do that in "
-            "the data set, so that each of its items is one row of a batch."
+            "examples, as one that packs texts or cuts them into windows, so that they cannot be numbered, or "
+            "influence_loss does not return one loss for each. Do in the data set what makes other rows, so that each "
+            "of its items is one row of a batch."
         )
 
 
@@ -64,13 +65,14 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
     """The losses of a batch's examples, for a module whose forward returns a Hugging Face output with ``logits``.
 
     The labels' shape and the config's ``problem_type`` select the loss, as in transformers: classification, multi-label
-    classification, regression, token classification, masked or causal language modelling. The loss of an example with
-    many labels (tokens, classes, targets) is the mean over them, which the model itself returns for a batch of one. If
-    the output contains the batch's loss, the mean of the result is checked against it.
+    classification, multiple choice, regression, token classification, masked or causal language modelling. The loss of
+    an example with many labels (tokens, classes, targets) is the mean over them, which the model itself returns for a
+    batch of one. Of an answer's ``start_positions`` and ``end_positions`` it is the mean of both. If the output
+    contains the batch's loss, the mean of the result is checked against it.
 
     Args:
         module: a module whose forward takes the batch, or the batch's entries by name.
-        batch: a mapping with ``labels`` (or ``label``).
+        batch: a mapping with ``labels`` (or ``label``), or with ``start_positions`` and ``end_positions``.
 
     Returns:
         (B,) float tensor.
@@ -79,26 +81,32 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
         ValueError: if the batch or the output has another form, or the model computes another loss; the message names
             ``influence_loss``.
     """
-    labels = labels_of(batch)
-    if not isinstance(batch, Mapping) or labels is None:
+    labels, answers = labels_of(batch), answers_of(batch)
+    if not isinstance(batch, Mapping) or (labels is None and answers is None):
         raise ValueError(
             f"{type(module).__name__} has no loss for each example: the default influence_loss needs a batch that is "
-            f"a mapping with 'labels', but got {described_batch(batch)}. {OVERRIDE}."
+            "a mapping with 'labels', or with 'start_positions' and 'end_positions', but got "
+            f"{described_batch(batch)}. {OVERRIDE}."
         )
     output = _forward(module, batch)
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"{type(module).__name__} has no loss for each example: its forward returned {type(output).__name__}, "
-            f"not a Hugging Face output with logits. {OVERRIDE}."
-        )
     model = hugging_face_model(module)
-    problem_type = getattr(getattr(model, "config", None), "problem_type", None)
-    values, counted = _elementwise(logits.float(), labels, problem_type=problem_type, causal=_is_causal(model))
-    values, counted = values.flatten(1), counted.flatten(1)
-    model_loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(model_loss, Tensor) and model_loss.dim() == 0 and bool(counted.any()):
-        mean = values.sum() / counted.sum()
+    if labels is None and answers is not None:
+        values, counted = _of_answers(module, answer_logits(output), answers)
+        losses, mean = values.mean(1), (values.sum(0) / counted.sum(0)).mean()
+    else:
+        assert labels is not None
+        logits = output_entry(output, "logits")
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{type(module).__name__} has no loss for each example: its forward returned {type(output).__name__}, "
+                f"not a Hugging Face output with logits. {OVERRIDE}."
+            )
+        problem_type = getattr(getattr(model, "config", None), "problem_type", None)
+        values, counted = _elementwise(logits.float(), labels, problem_type=problem_type, causal=_is_causal(model))
+        values, counted = values.flatten(1), counted.flatten(1)
+        losses, mean = values.sum(1) / counted.sum(1).clamp(min=1), values.sum() / counted.sum()
+    model_loss = output_entry(output, "loss")
+    if isinstance(model_loss, Tensor) and model_loss.dim() == 0 and bool(counted.any(0).all()):
         tolerance = 1e-3 if model_loss.element_size() > 2 else 2e-2
         if not torch.isclose(mean.detach(), model_loss.detach().float(), rtol=tolerance, atol=1e-5):
             raise ValueError(
@@ -106,17 +114,54 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
                 f"their logits and labels tell, is {mean.item():.6g}: {type(model).__name__} computes its loss in "
                 f"another way. {OVERRIDE}."
             )
-    return values.sum(1) / counted.sum(1).clamp(min=1)
+    return losses
+
+
+def output_entry(output: Any, name: str) -> Any:
+    """An entry of a model's output, which may be a mapping; None if it has none of this name."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def answer_logits(output: Any) -> tuple[Tensor, Tensor] | None:
+    """The logits of where answers start and end, (B, T) each, in a model's output; None if it has none."""
+    start, end = (output_entry(output, f"{side}_logits") for side in ("start", "end"))
+    return (start, end) if all(isinstance(each, Tensor) and each.dim() == 2 for each in (start, end)) else None
+
+
+def _of_answers(
+    module: nn.Module, logits: tuple[Tensor, Tensor] | None, answers: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The losses of where answers start and end, (B, 2), and which of them count: those inside of the text.
+
+    As in transformers: a place before the text is its first position, one behind it has no loss.
+    """
+    if logits is None:
+        raise ValueError(
+            f"{type(module).__name__} has no loss for each example: for a batch with start_positions and end_positions "
+            f"its forward must return a Hugging Face output with start_logits and end_logits, (B, T). {OVERRIDE}."
+        )
+    places = [each.clamp(0, side.shape[1]) for each, side in zip(answers, logits, strict=True)]
+    values = [
+        functional.cross_entropy(side.float(), place, ignore_index=side.shape[1], reduction="none")
+        for side, place in zip(logits, places, strict=True)
+    ]
+    counted = [place < side.shape[1] for side, place in zip(logits, places, strict=True)]
+    return torch.stack(values, 1), torch.stack(counted, 1)
 
 
 def label_counts(module: nn.Module, batch: Any) -> Tensor | None:
     """The number of labelled tokens of each example, (B,), over all of which a model's own loss is a mean.
 
+    Of questions, 1 or, where the answer is not in the text, 0.
+
     Returns:
         None if each example has one label, or if the module contains no model of transformers.
     """
-    labels = labels_of(batch)
+    labels, answers = labels_of(batch), answers_of(batch)
     model = hugging_face_model(module)
+    if model is not None and labels is None and answers is not None:
+        ids = batch.get("input_ids")
+        return (answers[0] < ids.shape[-1]).long() if isinstance(ids, Tensor) else None
     if model is None or labels is None or labels.dim() < 2 or labels.is_floating_point():
         return None
     return (labels[:, 1:] if _is_causal(model) else labels).ne(_IGNORED).flatten(1).sum(1)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy, deepcopy
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_tracin.gradients.batches import batch_size, described_batch, row_of, shallow_copy
+from lightning_tracin.gradients.calls import Call
+from lightning_tracin.gradients.layouts import Layout
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
 from lightning_tracin.parallel.fsdp import call_in_forward_pass
 
@@ -25,10 +28,12 @@ class MeanLoss:
 
     Args:
         module: a LightningModule with automatic optimization.
+        n_examples: number of examples in a batch, where that is known; None to take it from the batch's first tensor.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, n_examples: int | None = None) -> None:
         self.module = module
+        self._n_examples = n_examples
 
     def __call__(self, batch: Any) -> Tensor:
         """The mean loss of a batch, repeated for each of its examples, (B,).
@@ -36,7 +41,8 @@ class MeanLoss:
         Raises:
             ValueError: if ``training_step`` fails outside of training, or does not return one mean loss.
         """
-        return call_in_forward_pass(self.module, self._training_loss, batch).expand(_size(batch))
+        size = self._n_examples or _size(batch)
+        return call_in_forward_pass(self.module, self._training_loss, batch).expand(size)
 
     def rows(self, batch: Any) -> list[Any]:
         """The examples of a batch, each as a batch of one."""
@@ -62,28 +68,74 @@ class MeanLoss:
                 f"loss is not a mean of independent losses. {_use_mixin()}."
             )
 
-    def check_batch_first(self, batch: Any, layers: Sequence[nn.Module]) -> None:
-        """Check that layers are called with the examples in the first dimension.
+    @full_precision()
+    def layouts(self, batch: Any, layers: Sequence[nn.Module]) -> dict[nn.Module, Layout]:
+        """Where the examples are in the calls of those layers that are called, as far as calls with one example show.
 
-        Gradients of a mean loss cannot show which dimension counts the examples, so it has to be the first one.
+        Gradients of a mean loss cannot show it. Where a layer is called on several rows for each example, those are an
+        example's own that it is called with when the example is alone.
 
         Args:
-            batch: a batch; its first example is run.
+            batch: a batch of the module.
             layers: the layers that gradients are taken at.
 
         Raises:
-            ValueError: if a layer is called with time in the first dimension.
+            ValueError: if a layer is called with time in the first dimension, or on rows that cannot be told apart.
         """
-        shapes: list[torch.Size] = []
-        with ExitStack() as hooks, torch.no_grad():
+        rows = self.rows(batch)
+        calls, first = self._calls(batch, layers), self._calls(rows[0], layers)
+        alone = [first]
+        if any(call.positions[0] != len(rows) for call in calls):
+            alone += [self._calls(row, layers) for row in rows[1:]]
+        found: dict[nn.Module, Layout] = {}
+        for number, call in enumerate(calls):
+            own = [each[number] for each in alone if len(each) == len(calls)]
+            if own and _is_time_first(call.positions, own[0].positions, len(rows)):
+                raise ValueError(
+                    f"{type(self.module).__name__} calls a layer with time in the first dimension, where the mean that "
+                    f"its training_step returns does not tell examples from positions. {_use_mixin()}."
+                )
+            if call.positions[0] == len(rows):
+                found.setdefault(call.layer, Layout())
+            else:
+                found[call.layer] = self._layout_of_rows(call, own, len(rows))
+        if len(rows) == 1:
+            return found
+        return {
+            layer: layout.having_seen(len(rows), [call for call in calls if call.layer is layer])
+            for layer, layout in found.items()
+        }
+
+    def _layout_of_rows(self, call: Call, alone: Sequence[Call], n_examples: int) -> Layout:
+        """The layout by which an example's rows of a call are those that the layer is called on when it is alone."""
+        tolerance = 5e-2 if uses_half_precision(self.module) else 1e-3
+        errors = {Layout(together=together): torch.inf for together in (True, False)}
+        if len(alone) == n_examples and len(call.inputs) % n_examples == 0:
+            for layout in errors:
+                owners = layout.owners(n_examples, call.inputs.shape[:1])
+                errors[layout] = max(_error(call.inputs[owners == i], own.inputs) for i, own in enumerate(alone))
+        best = min(errors, key=lambda layout: errors[layout])
+        if errors[best] <= tolerance:
+            return best
+        raise ValueError(
+            f"{type(self.module).__name__} calls a layer on positions of shape {tuple(call.positions)} for "
+            f"{n_examples} examples, where the mean that its training_step returns does not tell which are whose. "
+            f"{_use_mixin()}."
+        )
+
+    @torch.no_grad()
+    def _calls(self, batch: Any, layers: Sequence[nn.Module]) -> list[Call]:
+        """The calls of some layers in a forward pass."""
+        calls: list[Call] = []
+
+        def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.append(Call.of(layer, args, kwargs, output))
+
+        with ExitStack() as hooks:
             for layer in layers:
-                hooks.callback(layer.register_forward_hook(lambda _, __, output: shapes.append(output.shape)).remove)
-            call_in_forward_pass(self.module, self._training_loss, row_of(batch, 0, _size(batch)))
-        if any(len(shape) > 2 and shape[0] > 1 == shape[1] for shape in shapes):
-            raise ValueError(
-                f"{type(self.module).__name__} calls a layer with time in the first dimension, where the mean that its "
-                f"training_step returns does not tell examples from positions. {_use_mixin()}."
-            )
+                hooks.callback(layer.register_forward_hook(record, with_kwargs=True).remove)
+            call_in_forward_pass(self.module, self._training_loss, batch)
+        return calls
 
     def _training_loss(self, batch: Any) -> Tensor:
         """The loss that ``training_step`` returns for a batch, as a scalar."""
@@ -118,10 +170,15 @@ class MeanLoss:
 def _stand_in(module: nn.Module) -> Any:
     """A copy of a module that shares its layers and weights, but none of the state that a ``training_step`` may change.
 
-    Attributes, lists, dictionaries, sets, buffers and metrics are copied.
+    Attributes, lists, dictionaries, sets, buffers and metrics are copied. Methods among the attributes, such as those
+    that Lightning has put compiled ones before, are bound to the copy, and not compiled there.
     """
     copied: Any = object.__new__(type(module))
+    compiled = getattr(module, "_compiler_ctx", None) or {}
     for name, value in vars(module).items():
+        value = compiled.get(f"original_{name}", value)
+        if isinstance(value, MethodType) and value.__self__ is module:
+            value = MethodType(value.__func__, copied)
         copied.__dict__[name] = copy(value) if isinstance(value, (list, dict, set)) else value
     for name, buffer in module._buffers.items():
         copied._buffers[name] = None if buffer is None else buffer.clone()
@@ -131,6 +188,21 @@ def _stand_in(module: nn.Module) -> Any:
         elif any(isinstance(submodule, Metric) for submodule in child.modules()):
             copied._modules[name] = _stand_in(child)
     return copied
+
+
+def _is_time_first(positions: torch.Size, alone: torch.Size, n_examples: int) -> bool:
+    """Whether the second dimension of a call counts the examples, by the positions of a call with one of them alone."""
+    return len(positions) > 1 and positions[1] == n_examples and alone[0] > 1 == alone[1]
+
+
+def _error(values: Tensor, expected: Tensor) -> float:
+    """The largest difference of two tensors, as a part of their largest value; infinite if their shapes differ."""
+    if values.shape != expected.shape:
+        return torch.inf
+    if not values.is_floating_point():
+        return 0.0 if torch.equal(values, expected) else torch.inf
+    values, expected = values.float(), expected.float()
+    return float((values - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
 def _size(batch: Any) -> int:

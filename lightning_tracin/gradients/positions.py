@@ -11,8 +11,6 @@ from torch import Tensor
 from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.linear_layers import factors_of_call
 
-_MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
-
 
 def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The positions, without padding, of all calls of the layers that read the word embedding table.
@@ -26,19 +24,19 @@ def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: 
         The example (P,), token id (P,) and gradient (P, H) of each position, on the CPU.
 
     Raises:
-        ValueError: if a call does not map token ids (B, T) to vectors (B, T, H).
+        ValueError: if a call maps token ids (B, T) neither to vectors (B, T, H) nor, as nn.EmbeddingBag, to (B, H).
     """
     call_positions = []
     for call, owners in zip(calls, owners_of_calls, strict=True):
-        ids, output = call.inputs, call.output
+        ids, output, owners = call.inputs, call.output, owners.reshape(-1)
         padding = getattr(
             getattr(call.layer, "base_layer", call.layer), "padding_idx", None
         )  # peft keeps the wrapped layer there
-        if ids.is_floating_point() or output.shape[:-1] != ids.shape:
+        if ids.is_floating_point() or (call.bags is None and output.shape[:-1] != ids.shape):
             raise ValueError(
                 f"The embedding layer must turn ids of shape (B, T) into vectors of shape (B, T, H), but turned "
                 f"{ids.dtype} {tuple(ids.shape)} into {tuple(output.shape)}. Return the word embedding layer from "
-                "influence_embedding_layer (an EmbeddingBag has no gradient for each word)."
+                "influence_embedding_layer."
             )
         is_token = torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
         mask = _attention_mask(batch, ids)
@@ -46,9 +44,12 @@ def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: 
             is_token &= mask != 0
         places = torch.nonzero(is_token.cpu().reshape(-1))[:, 0]
         gradient = call.gradient_by_position.float().cpu().reshape(-1, output.shape[-1])
-        if len(places) < len(gradient):  # without padding, indexing would copy all rows for nothing
-            gradient = gradient[places]
-        call_positions.append((owners.reshape(-1)[places], ids.cpu().reshape(-1)[places].long(), gradient))
+        if call.bags is not None:
+            bags = call.bags.of_words.cpu()[places]
+            owners, gradient = owners[bags], gradient[bags] * call.bags.shares.cpu()[places, None]
+        elif len(places) < len(gradient):  # without padding, indexing would copy all rows for nothing
+            owners, gradient = owners[places], gradient[places]
+        call_positions.append((owners, ids.cpu().reshape(-1)[places].long(), gradient))
     return _by_example(call_positions)
 
 
@@ -80,13 +81,22 @@ def _by_example(call_positions: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Te
 
 
 def _attention_mask(batch: Any, ids: Tensor) -> Tensor | None:
-    """The batch's attention mask for the token ids of a call; None if the batch has no mask for them."""
-    if not isinstance(batch, Mapping):
+    """The batch's attention mask for the token ids of a call; None if the batch has no mask for them.
+
+    The ids may be those of several entries of the batch, one after the other, and have fewer dimensions there.
+    """
+    if not isinstance(batch, Mapping) or ids.dim() < 2:
         return None
-    for ids_name, mask_name in _MASKS.items():
-        batch_ids, mask = batch.get(ids_name), batch.get(mask_name)
-        if not isinstance(batch_ids, Tensor) or not isinstance(mask, Tensor):
-            continue
-        if mask.shape == ids.shape == batch_ids.shape and torch.equal(batch_ids, ids):
-            return mask
-    return None
+    masked = [
+        (each.flatten(0, -2), mask.flatten(0, -2))
+        for name, each in batch.items()
+        if isinstance(each, Tensor)
+        and isinstance(mask := batch.get(str(name).replace("input_ids", "attention_mask")), Tensor)
+        and mask is not each
+        and mask.shape == each.shape
+        and each.dim() > 1
+    ]
+    if len({each.shape[-1] for each, _ in masked}) == 1:
+        masked.append(tuple(torch.cat(each) for each in zip(*masked, strict=True)))  # type: ignore[arg-type]
+    flat = ids.flatten(0, -2)
+    return next((mask.view(ids.shape) for each, mask in masked if torch.equal(each, flat)), None)

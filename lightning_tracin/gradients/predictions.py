@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.layers import named_layer
-from lightning_tracin.gradients.losses import Losses, hugging_face_model
+from lightning_tracin.gradients.losses import Losses, answer_logits, hugging_face_model, output_entry
 
 
 class PredictionProbe:
@@ -62,9 +62,13 @@ class PredictionProbe:
             labels: the batch's labels, whose type distinguishes classification from regression; None if unknown.
 
         Returns:
-            (n_examples, 2) float64: the class and its probability, or a regression's value and NaN. All are NaN if
-            there is not exactly one prediction for each example (token classification, several labels).
+            (n_examples, 2) float64: the class and its probability, or a regression's value and NaN; of a question,
+            where the likeliest answer starts, and that answer's probability. All are NaN if there is not exactly one
+            prediction for each example (token classification, several labels).
         """
+        answers = [found for outputs in self._outputs.values() if (found := _answers(outputs, n_examples)) is not None]
+        if answers:
+            return answers[0]
         candidates = (self._logits(submodule, n_examples) for submodule in self._outputs)
         logits = next((candidate for candidate in candidates if candidate is not None), None)
         unknown = torch.full((n_examples, 2), torch.nan, dtype=torch.float64)
@@ -84,14 +88,28 @@ class PredictionProbe:
             return None
         output = self._outputs[submodule][0]
         if submodule is not self._last_layer:
-            output = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            output = output_entry(output, "logits")
         if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() not in (1, 2):
             return None
-        return output.detach().double().cpu().reshape(n_examples, -1) if len(output) == n_examples else None
+        return output.detach().cpu().double().reshape(n_examples, -1) if len(output) == n_examples else None
 
 
 def _append_output(outputs: list[Any], _: nn.Module, __: Any, output: Any) -> None:
     outputs.append(output)
+
+
+def _answers(outputs: list[Any], n_examples: int) -> Tensor | None:
+    """(n_examples, 2) where the likeliest answers start, and their probabilities; None if the output has none.
+
+    An answer does not end before it starts.
+    """
+    logits = answer_logits(outputs[0]) if len(outputs) == 1 else None
+    if logits is None or len(logits[0]) != n_examples:
+        return None
+    start, end = (side.detach().cpu().double().log_softmax(1) for side in logits)
+    best_start = start.cummax(1)  # for each end
+    best = (best_start.values + end).max(1)
+    return torch.stack([best_start.indices.gather(1, best.indices[:, None])[:, 0].double(), best.values.exp()], 1)
 
 
 def _probabilities(logits: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def _run_in_step(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
             spare = batch_to_device(trainer, module, spare_batch(of.loader, processes))
         if of.gradients.is_new:
             of.gradients.check_first(spare)
-            of.gradients.find_dims(spare)
+            of.gradients.learn_layouts(spare)
         for batch, own in synchronized_batches(of.loader, n_batches, lambda: spare, processes):
             batch = batch_to_device(trainer, module, batch)
             captured = of.gradients.capture(batch)

@@ -20,7 +20,7 @@ from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, require_automatic_optimization, require_spread
 from lightning_tracin.parallel.processes import Processes, wait_until_visible
 from lightning_tracin.recording.drawn import DrawnExamples
-from lightning_tracin.recording.first_batch import bytes_per_example, look_at_first_batch, stored_sites
+from lightning_tracin.recording.first_batch import FirstBatch, bytes_per_example, look_at_first_batch, stored_sites
 from lightning_tracin.recording.loggers import logger_folder
 from lightning_tracin.recording.new_labels import NewLabels
 from lightning_tracin.recording.plan import RecordingPlan, local_path
@@ -74,7 +74,7 @@ def begin(
         first = look_at_first_batch(trainer, module, training_set, plan.methods, compared=plan.cache != "training")
         sites = stored_sites(first, plan.options)
         if plan.cache == "training":
-            form = _training_form(trainer, module, sites, first.batch, first.captured)
+            form = _training_form(trainer, module, sites, first)
         state = full_state_dict(module)
         if processes.first:
             require_space(trainer, plan, path, state, first, training_set)
@@ -116,12 +116,12 @@ def begin(
 
 
 def _training_form(
-    trainer: pl.Trainer, module: pl.LightningModule, sites: tuple[Site, ...], batch: Any, captured: Any
+    trainer: pl.Trainer, module: pl.LightningModule, sites: tuple[Site, ...], first: FirstBatch
 ) -> TrainingForm:
     """How training's own gradients are made of those of the examples' losses, if they can be used."""
     _require_whole_epoch(trainer)
     with inside_fit(trainer, module), zero_weights_filled(module):
-        return check_training(module, sites, batch, captured)
+        return check_training(module, sites, first.batch, first.captured, first.gradients.layouts)
 
 
 def _validations(trainer: pl.Trainer, recorder: Recorder, plan: RecordingPlan) -> ValidationLog | None:

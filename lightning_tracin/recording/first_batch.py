@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
 
 from lightning_tracin.bridge.compat import batch_to_device
 from lightning_tracin.bridge.mixin import embedding_layer_of, last_layer_of, losses_of
@@ -15,16 +17,14 @@ from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.gradients.batching_check import check_batching
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.eval_mode import zero_weights_filled
-from lightning_tracin.gradients.layers import called_layers, layer_name, linear_layers_named, named_layer
+from lightning_tracin.gradients.layers import NoLastLayer, called_layers, layer_name, linear_layers_named, named_layer
 from lightning_tracin.gradients.losses import Losses, checked_losses, require_one_each
 from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import is_fsdp
+from lightning_tracin.recording.plan import LAST, WORDS
 from lightning_tracin.recording.training_form import warn_of_another_loss
 from lightning_tracin.storage.encoding import StorageOptions, stored_bytes
-
-# What stands for a site whose layer the module names itself; any other name is that of a layer.
-_WORDS, _LAST = "tracin-we", "tracin-last"
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ def look_at_first_batch(
     with inside_fit(trainer, module), zero_weights_filled(module):
         batch = batch_to_device(trainer, module, training_set.first_batch())
         gradients = ModuleGradients(module, _sites(module, losses, batch, methods))
+        gradients.check_mean(batch)
         if is_fsdp(module):
-            gradients.find_dims(batch)
+            gradients.learn_layouts(batch)
         captured = gradients.capture(batch)
         if training_set.first_size is not None:
             require_one_each(len(captured), training_set.first_size, "training")
@@ -80,7 +81,6 @@ def look_at_first_batch(
                 f"The loss or gradient of training example {training_set.first_indices[bad]} is NaN or infinite before "
                 "training began."
             )
-        gradients.check_mean(batch)
         if not training_set.iterable and not is_fsdp(module):  # a pass without gradients is too many for FSDP
 
             def batch_of(indices: Sequence[int]) -> Any:
@@ -116,25 +116,35 @@ def bytes_per_example(first: FirstBatch, options: StorageOptions) -> float:
 def _sites(module: pl.LightningModule, losses: Losses, batch: Any, methods: Sequence[str]) -> list[Site]:
     """The sites that methods ask for: words first, then the last layer, then others in the order of the model."""
     sites: list[Site] = []
-    if _WORDS in methods:
-        sites.append(Site("words", _WORDS, layer_name(module, embedding_layer_of(module)), "words"))
-    if _LAST in methods:
-        layer = last_layer_of(module, lambda: checked_losses(losses(batch)))
-        sites.append(Site("linear-0", _LAST, layer_name(module, layer), "factors", is_last=True))
+
+    def of_batch() -> Tensor:
+        return checked_losses(losses(batch))
+
+    if WORDS in methods:
+        sites.append(Site("words", WORDS, layer_name(module, embedding_layer_of(module, of_batch, batch)), "words"))
+    if LAST in methods:
+        try:
+            layer = layer_name(module, last_layer_of(module, of_batch))
+        except NoLastLayer as error:
+            if tuple(methods) != (WORDS, LAST):  # what is asked for by default is not asked for by the user
+                raise
+            rank_zero_info(f"TracInCallback records {WORDS} alone: {error}")
+        else:
+            sites.append(Site("linear-0", LAST, layer, "factors", is_last=True))
     for name in methods:
-        if name not in (_WORDS, _LAST):
-            sites += _layers_asked_for(module, losses, batch, name, [site.layer for site in sites])
+        if name not in (WORDS, LAST):
+            sites += _layers_asked_for(module, of_batch, name, [site.layer for site in sites])
     return list(_numbered(sites))
 
 
 def _layers_asked_for(
-    module: pl.LightningModule, losses: Losses, batch: Any, name: str, known: Sequence[str]
+    module: pl.LightningModule, losses: Callable[[], Tensor], name: str, known: Sequence[str]
 ) -> list[Site]:
     """The sites of a layer's name, or of a pattern: of those that match it, the layers that take part in the loss."""
     names = linear_layers_named(module, name)
     if names != [name]:
         layers = [named_layer(module, each) for each in names]
-        called = called_layers(lambda: checked_losses(losses(batch)), layers)
+        called = called_layers(losses, layers)
         names = [each for each, layer in zip(names, layers, strict=True) if layer in called]
         if not names:
             raise ValueError(f"No layer that methods={name!r} stands for is called when a loss is computed.")

@@ -14,6 +14,9 @@ from lightning_tracin.storage.encoding import StorageOptions
 Cache: TypeAlias = Literal["checkpoint", "training", "on_demand"]
 OnError: TypeAlias = Literal["warn", "raise"]
 
+#: What stands for a site whose layer the module names itself; any other method is the name of a layer.
+WORDS, LAST = "tracin-we", "tracin-last"
+
 
 @dataclass(frozen=True)
 class RecordingPlan:

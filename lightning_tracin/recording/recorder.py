@@ -107,7 +107,7 @@ class Recorder:
             captured = self.gradients.capture(batch)
             self._labels.check(batch, captured.losses, new)
             if self.training is not None:
-                check_training(module, self.fit.trace.sites, batch, captured)
+                check_training(module, self.fit.trace.sites, batch, captured, self.gradients.layouts)
             else:
                 warn_of_another_loss(module, batch, captured)
         self._labels.add(new)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
-from lightning_tracin.gradients.batches import shallow_copy
+from lightning_tracin.gradients.batches import batch_size, shallow_copy
 from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.capture import captured_from_calls
 from lightning_tracin.gradients.layers import sites_on_module
@@ -197,14 +197,18 @@ class TrainingCache:
 
     def _take(self, job: _Job) -> None:
         """Turn a batch's gradients into rows."""
-        indices, dims = job.indices, self._form.dims
-        sizes = {call.positions[dims[call.layer]] for call in job.calls}
-        if sizes != {len(indices)}:
-            raise ValueError(
-                f"In a training batch of {len(indices)} examples the layers were called on {sorted(sizes)} of them: "
-                "the collate function drops or adds examples, so that they cannot be numbered."
-            )
-        captured = captured_from_calls(torch.zeros(len(indices)), job.batch, self._sites, job.calls, dims)
+        indices, layouts = job.indices, {call.layer: self._form.layout_of(call.layer) for call in job.calls}
+        for call in job.calls:
+            layout = layouts[call.layer]
+            rows = layout.rows(len(indices), call.positions)
+            several = rows is not None and max(layout.checked, default=1) > 1 and batch_size(job.batch) == len(indices)
+            if rows not in (layout.checked or {1}) and not several:
+                raise ValueError(
+                    f"In a training batch of {len(indices)} examples a layer was called on "
+                    f"{call.positions[layout.dim]} of them: the collate function drops or adds examples, so that they "
+                    "cannot be numbered."
+                )
+        captured = captured_from_calls(torch.zeros(len(indices)), job.batch, self._sites, job.calls, layouts)
         bad = captured.not_finite()
         if bool(bad.any()):
             if job.scaled:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_tracin.bridge.mixin import losses_of
-from lightning_tracin.gradients.capture import Captured, capture, find_example_dims
+from lightning_tracin.gradients.capture import Captured, capture
 from lightning_tracin.gradients.layers import sites_on_module
+from lightning_tracin.gradients.layouts import Layout
 from lightning_tracin.gradients.losses import label_counts
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
@@ -32,12 +33,16 @@ class TrainingForm:
     """How the gradients of training are made of those of the examples' losses.
 
     Attributes:
-        dims: for each layer, the dimension of its calls that counts the examples.
+        layouts: for each layer, where the examples are in its calls.
         by_labels: whether the loss of a batch is the mean over all labelled tokens, rather than over the examples.
     """
 
-    dims: Mapping[nn.Module, int]
+    layouts: Mapping[nn.Module, Layout]
     by_labels: bool
+
+    def layout_of(self, layer: nn.Module) -> Layout:
+        """Where the examples are in a layer's calls: in the first dimension, if the first batch did not show it."""
+        return self.layouts.get(layer, Layout())
 
     def shares(self, module: nn.Module, batch: Any, n_examples: int) -> Tensor:
         """What each example's loss counts in the loss of its batch, (n_examples,)."""
@@ -48,7 +53,13 @@ class TrainingForm:
 
 
 @full_precision()
-def check_training(module: nn.Module, sites: Sequence[Site], batch: Any, of_losses: Captured) -> TrainingForm:
+def check_training(
+    module: nn.Module,
+    sites: Sequence[Site],
+    batch: Any,
+    of_losses: Captured,
+    layouts: Mapping[nn.Module, Layout],
+) -> TrainingForm:
     """Check that the gradients of training are those of the examples' losses.
 
     Call it inside :func:`~lightning_tracin.gradients.eval_mode.gradients_enabled`.
@@ -58,6 +69,7 @@ def check_training(module: nn.Module, sites: Sequence[Site], batch: Any, of_loss
         sites: where gradients are needed.
         batch: a first batch of the training set, on the module's device.
         of_losses: what the losses of its examples gave.
+        layouts: where the examples are in the calls of the sites' layers.
 
     Raises:
         ValueError: if the loss of ``training_step`` is not a mean of the examples' losses, or if hooks do not run.
@@ -77,14 +89,13 @@ def check_training(module: nn.Module, sites: Sequence[Site], batch: Any, of_loss
         )
     places = sites_on_module(module, sites)
     losses = losses_of(module)
-    dims = find_example_dims(losses, batch, [layer for each in places for layer in each.layers], independent=False)
     if isinstance(losses, MeanLoss):
-        return TrainingForm(dims, by_labels=False)  # the mean is what it checks on its own
-    of_training = capture(MeanLoss(module), batch, places, dims=dims)
+        return TrainingForm(layouts, by_labels=False)  # the mean is what it checks on its own
+    of_training = capture(MeanLoss(module, len(of_losses)), batch, places, layouts=dict(layouts))
     expected, found = (torch.stack(_norms(captured)) for captured in (of_losses, of_training))
     tolerance = 5e-2 if uses_half_precision(module) else 1e-3
     for by_labels in (True, False):
-        form = TrainingForm(dims, by_labels)
+        form = TrainingForm(layouts, by_labels)
         weighted = expected * form.shares(module, batch, len(of_losses)) * len(of_losses)
         if torch.allclose(found, weighted, rtol=tolerance, atol=float(weighted.max()) * tolerance):
             return form
@@ -115,7 +126,7 @@ def warn_of_another_loss(module: nn.Module, batch: Any, of_losses: Captured) -> 
     if isinstance(losses, MeanLoss) or any(isinstance(value, _GENERATORS) for value in held):
         return
     tolerance = 5e-2 if uses_half_precision(module) else 1e-3
-    of_training = MeanLoss(module)
+    of_training = MeanLoss(module, len(of_losses))
     try:
         trained, trained_again = (float(of_training(batch)[0]) for _ in range(2))
     except Exception:  # of any kind: it may need what only training sets up

@@ -55,9 +55,11 @@ def recorded_site(method: SiteMethod, sites: Sequence[Site]) -> Site:
     if site is None:
         names: dict[type[Any], str] = {kind: name for name, kind in _BY_NAME.items()}
         name = names.get(type(method), getattr(method, "name", ""))
+        advice = f'Fit again with "{name}" among the methods of TracInCallback.'
+        if isinstance(method, TracInLast):
+            advice += " If it was, no single linear layer feeds the loss: let influence_last_layer() return one."
         raise ValueError(
-            f"The fit did not record the layer of {method}: it ran with methods={tuple(each.name for each in sites)}. "
-            f'Fit again with "{name}" among the methods of TracInCallback.'
+            f"The fit did not record the layer of {method}: it recorded {tuple(each.name for each in sites)}. {advice}"
         )
     return site
 

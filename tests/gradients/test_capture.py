@@ -79,19 +79,19 @@ def test_the_first_batch_tells_what_the_others_need_not_ask(monkeypatch, sites, 
             alone = ModuleGradients(module, sites, recorded=SITES).capture(batch)
             for one, other in zip(rows(found), rows(alone), strict=True):
                 assert one is other or one == other if isinstance(one, int | None) else torch.equal(one, other)
-    assert gradients._dims[module.embedding] == int(time_first)
+    assert gradients.layouts[module.embedding].dim == int(time_first)
 
 
 def test_parameters_learn_again_after_an_error():
     module = Square()
     batch = texts(7, length=7).tensors
-    dims = {}
+    layouts = {}
     with gradients_enabled(module):
         places = sites_on_module(module, [WORDS])
-        capture(module.influence_loss, batch, places, dims=dims, module=module)
+        capture(module.influence_loss, batch, places, layouts=layouts, module=module)
         module.embedding.requires_grad_(False)
         with pytest.raises(ValueError, match="one unreduced loss for each example"):
-            capture(lambda each: module.influence_loss(each).mean(), batch, places, dims=dims, module=module)
+            capture(lambda each: module.influence_loss(each).mean(), batch, places, layouts=layouts, module=module)
     assert module.head.weight.requires_grad
     assert not module.embedding.weight.requires_grad
 

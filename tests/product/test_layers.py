@@ -19,7 +19,10 @@ from lightning_tracin import Trace, TracInCallback, TracInLayer, TracInSum, Trac
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3}
 RUNS = [("checkpoint", "float32"), ("checkpoint", "float16"), ("on_demand", "float32"), ("training", "float32")]
 # One of each kind of layer, and of each way to call it; the others are run by `make test-slow`.
-QUICK = {"bert-tokens", "gpt2-causal", "t5", "lora", "lstm-time-first", "cnn", "embedding-called-twice", "images"}
+QUICK = {
+    *("bert-tokens", "gpt2-causal", "t5", "lora", "lstm-time-first", "cnn", "embedding-called-twice", "images"),
+    *("bert-choices", "sentence-pairs-without-mixin", "preferences"),
+}
 # What mixes the examples of a training batch, or is drawn at random in training, has no gradients of its own there.
 NOT_IN_TRAINING = {"bert-dropout", "cnn", "without-mixin"}
 
@@ -72,7 +75,7 @@ def test_layers_are_those_of_brute_force(tmp_path, monkeypatch, name):
     family, module = FAMILIES[name], FAMILIES[name].build()
     runs = [run for run in RUNS if run[0] != "training" or name not in NOT_IN_TRAINING]
     words = ("tracin-we",) if module.embedding else ()
-    methods = {"checkpoint": (*words, "tracin-last", "*"), "on_demand": ("tracin-last", "*"), "training": ("*",)}
+    methods = {cache: (*words, "*") if cache == "training" else (*words, "tracin-last", "*") for cache, _ in RUNS}
     paths = {run: tmp_path / "-".join(run) for run in runs}
     callbacks = [
         TracInCallback(path, dtype=dtype, cache=cache, methods=methods[cache]) for (cache, dtype), path in paths.items()
@@ -96,6 +99,12 @@ def test_layers_are_those_of_brute_force(tmp_path, monkeypatch, name):
             method = summed([TracInLayer(layer, precondition=precondition) for layer in each], mix)
             scores = trainer.influence(family.test_loader(), method=method, trace=path).scores
             assert relative_error(scores, expected) < TOLERANCES[dtype], (cache, dtype, precondition)
+    if words:  # test_families.py compares those of the first with brute force
+        of_words = [
+            trainer.influence(family.test_loader(), method=TracInWE(), trace=path).scores for path in paths.values()
+        ]
+        for (_, dtype), scores in zip(paths, of_words, strict=True):
+            assert relative_error(scores, of_words[0].double()) < TOLERANCES[dtype]
     check_options(trainer, family, layers[len(layers) // 2], reference, module)
 
 

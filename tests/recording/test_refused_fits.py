@@ -8,7 +8,7 @@ from mistakes import Endless, Plain, cross_entropy, empty, poisoned, with_loss
 from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 from toy import N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInMixin, TracInWE
@@ -23,11 +23,26 @@ from lightning_tracin.storage import shards
         (lambda m, b: cross_entropy(m, b, reduction="none")[:, None].expand(-1, 7), r"but got shape \(4, 7\)"),
         (lambda m, b: cross_entropy(m, b, reduction="none").tolist(), "but got list"),
         (lambda m, b: b[1], "float tensor"),
-        (lambda m, b: cross_entropy(m, b, reduction="none").detach(), "detaches them"),
-        (lambda m, b: cross_entropy(m, b, reduction="none")[:2], "is the number of losses, 2"),
+        (lambda m, b: cross_entropy(m, b, reduction="none").detach(), "must not detach them"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[:2], "4 training examples has 2 losses"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[::2], "4 training examples has 2 losses"),
+        (lambda m, b: cross_entropy(m, b)[None], "4 training examples has 1 losses"),
+        (lambda m, b: cross_entropy(m, b, reduction="none")[:3], "neither the first nor the second dimension is"),
         (lambda m, b: cross_entropy(m, b, reduction="none") * m(b[0]).mean(), "depends on the other examples"),
     ],
-    ids=["scalar", "(B, 1)", "(B, T)", "list", "integers", "detached", "too few", "of the whole batch"],
+    ids=[
+        "scalar",
+        "(B, 1)",
+        "(B, T)",
+        "list",
+        "integers",
+        "detached",
+        "half",
+        "each second",
+        "a mean",
+        "too few",
+        "of the whole batch",
+    ],
 )
 def test_a_loss_that_is_not_one_for_each_example(tmp_path, loss, message):
     with pytest.raises(ValueError, match=message):
@@ -124,13 +139,6 @@ def test_no_embedding_layer(tmp_path):
         fitted(tmp_path / "trace", module)
 
 
-def test_two_embedding_layers(tmp_path):
-    module = Toy()
-    module.positions = nn.Embedding(7, 8)
-    with pytest.raises(ValueError, match=r"embedding \(\(40, 8\)\), positions \(\(7, 8\)\).*influence_embedding_layer"):
-        fitted(tmp_path / "trace", module)
-
-
 def test_two_heads(tmp_path):
     class TwoHeads(Toy):
         def __init__(self):
@@ -154,19 +162,16 @@ def test_a_named_layer_that_is_not_one(tmp_path):
         fitted(tmp_path / "trace", Wrong())
 
 
-def test_an_embedding_bag_has_no_words(tmp_path):
+def test_the_maximum_of_a_bag_has_no_words(tmp_path):
     class Bag(Toy):
         def __init__(self):
             super().__init__()
-            self.embedding = nn.EmbeddingBag(40, 8)
+            self.embedding = nn.EmbeddingBag(40, 8, mode="max")
 
         def forward(self, ids):
             return self.head(self.embedding(ids))
 
-        def influence_embedding_layer(self):
-            return self.embedding
-
-    with pytest.raises(ValueError, match="EmbeddingBag has no gradient for each word"):
+    with pytest.raises(ValueError, match=r"EmbeddingBag\(.*takes the maximum .* no gradient for each word. Use mode="):
         fitted(tmp_path / "trace", Bag())
 
 
@@ -273,6 +278,18 @@ def test_a_collate_function_that_adds_or_drops_examples_later(
     with pytest.raises(ValueError, match=f"has 20 examples, but a pass over it gave {found}: the collate function"):
         fitted(tmp_path, collate.module, loader(collate_fn=collate))
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "training", "on_demand"])
+@pytest.mark.parametrize(
+    ("collate", "found"),
+    [(lambda items: default_collate([*items, *items]), 8), (lambda items: default_collate(items[:-1]), 3)],
+    ids=["adds", "drops"],
+)
+def test_a_collate_function_that_always_adds_or_drops_is_refused_before_training(tmp_path, collate, found, cache):
+    with pytest.raises(ValueError, match=f"A batch of 4 training examples has {found} losses: the collate"):
+        fitted(tmp_path / "trace", data=loader(collate_fn=collate), cache=cache)
+    assert not (tmp_path / "trace").exists()
 
 
 @pytest.mark.parametrize(
