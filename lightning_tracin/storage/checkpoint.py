@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.storage.files import read_tensors
+from lightning_tracin.storage.layouts import WeightsLayout
+from lightning_tracin.storage.schemas import CheckpointFile, Step, TraceHeader
 from lightning_tracin.storage.second_moments import SecondMoments, moments_file
 from lightning_tracin.storage.shards import Shards
-
-#: One optimizer step: its number (``trainer.global_step`` before it), the optimizer, the rate of each of its groups,
-#: and the keys of the sites that it did not move, because their weights had no gradient.
-Step: TypeAlias = tuple[int, int, list[float], list[str]]
 
 #: The name of the file with the weights, in the folder of a checkpoint.
 WEIGHTS = "weights.safetensors"
@@ -35,7 +34,7 @@ class Checkpoint:
         steps: the optimizer steps since the previous checkpoint.
         groups: the parameter names of each group of each optimizer.
         checksums: of the files of weights and of second moments, by name.
-        sites: where gradients are taken.
+        header: what the trace says of all checkpoints.
         frozen_sites: the keys of the sites that no step of the whole trace moved.
     """
 
@@ -47,8 +46,25 @@ class Checkpoint:
     steps: list[Step]
     groups: list[list[list[str]]]
     checksums: dict[str, str]
-    sites: Sequence[Site]
+    header: TraceHeader
     frozen_sites: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, folder: Path, header: TraceHeader, content: CheckpointFile) -> Checkpoint:
+        """The checkpoint in a folder, whose ``checkpoint.json`` has this content."""
+        fields: dict[str, Any] = msgspec.structs.asdict(content)
+        del fields["checksum"]
+        return cls(path=folder, header=header, **fields)
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """Where gradients are taken."""
+        return self.header.sites
+
+    @property
+    def trace_path(self) -> Path:
+        """The folder of the trace, which no link may lead out of."""
+        return self.path.parents[1]
 
     @property
     def learning_rate(self) -> float:
@@ -100,7 +116,9 @@ class Checkpoint:
         Raises:
             ValueError: if the file is not as it was written.
         """
-        tensors, tied = read_tensors(self.path / WEIGHTS, self.checksums[WEIGHTS])
+        layout = WeightsLayout(self.header.model_fingerprint)
+        path = self.path / WEIGHTS
+        tensors, tied = read_tensors(path, self.checksums[WEIGHTS], layout, within=self.trace_path)
         return {**tensors, **{alias: tensors[name] for alias, name in tied.items()}}
 
     def second_moments(self, site: Site) -> SecondMoments:
@@ -115,7 +133,23 @@ class Checkpoint:
                 f'precondition="adam" needs Adam\'s second moments, but the fit kept none of {site.layer!r} at step '
                 f"{self.step}: it was frozen, or its optimizer is not of the Adam family."
             )
-        return SecondMoments.read(self.path / name, self.checksums[name])
+        path = self.path / name
+        return SecondMoments.read(path, self.checksums[name], has_words=site.has_words, within=self.trace_path)
+
+    def check_file(self, name: str) -> None:
+        """Check one of the files that this checkpoint holds checksums of.
+
+        Raises:
+            FileNotFoundError: if it is missing.
+            ValueError: if it is damaged, or of a site that the trace has not.
+        """
+        site = next((site for site in self.sites if moments_file(site) == name), None)
+        if site is not None:
+            self.second_moments(site)
+        elif name == WEIGHTS:
+            self.weights()
+        else:
+            raise ValueError(f"{self.path / name} is of no site of the trace.")
 
     def has_gradients(self, site: Site) -> bool:
         """Whether the training examples' gradients at a site are stored."""
@@ -128,4 +162,5 @@ class Checkpoint:
             FileNotFoundError: if they are not stored.
             ValueError: if their index is damaged.
         """
-        return Shards.open(self.path / site.key)
+        shards = Shards.open(self.path / site.key, within=self.trace_path)
+        return shards.checked(site.shape, self.header)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp, parameter_names
 from lightning_tracin.parallel.processes import ALONE, Processes
-from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint, Step
-from lightning_tracin.storage.files import atomic_folder, write_json, write_tensors
+from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint
+from lightning_tracin.storage.files import atomic_folder, write_tensors
+from lightning_tracin.storage.schemas import CheckpointFile, Step, write
 from lightning_tracin.storage.second_moments import moments_file, second_moments_at
 from lightning_tracin.storage.trace import Trace
 
@@ -78,9 +79,9 @@ def new_checkpoint(
     with atomic_folder(trace.path / "checkpoints" / f"step-{step:09d}", processes) as folder:
         content["checksums"] = _write_weights_and_moments(trace, folder, module, optimizers, processes)
         if processes.first:
-            write_json(folder / "checkpoint.json", content)
+            write(folder / "checkpoint.json", CheckpointFile(**content))
         content = processes.gather(content)[0]
-        yield Checkpoint(path=folder, sites=trace.sites, **content)
+        yield Checkpoint(path=folder, header=trace.header, **content)
 
 
 def _write_weights_and_moments(

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from lightning_tracin.storage.files import PARTIAL, check_file, read_json
+from lightning_tracin.storage.files import PARTIAL
 from lightning_tracin.storage.own_files import HEADER
+from lightning_tracin.storage.schemas import VocabularyFile, read
 from lightning_tracin.storage.shards import Shards
 from lightning_tracin.storage.trace import Trace
 
@@ -23,46 +24,49 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
         The path of each file, and its problem in words, or None. A temporary file or folder of an interrupted write is
         reported as a problem, though nothing reads it.
     """
-    yield trace.path / HEADER, _problem(trace.path / HEADER, partial(read_json, trace.path / HEADER))
+    yield trace.path / HEADER, _problem(trace.path / HEADER, lambda: Trace(trace.path))
     for path in sorted(trace.path.rglob(f"*{PARTIAL}")):
         yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
-    folders = [path for path in sorted(trace.path.glob("checkpoints/*")) if path.suffix != PARTIAL]
+    folders = [path for path in sorted(trace.path.glob("checkpoints/step-*")) if path.suffix != PARTIAL]
     all_read = True
     for folder in folders:
         file = folder / "checkpoint.json"
         problem = _problem(file, partial(trace.read_checkpoint, file))
         all_read = all_read and problem is None
         yield file, problem
-        for name, checksum in {} if problem else trace.read_checkpoint(file).checksums.items():
-            yield folder / name, _problem(folder / name, partial(check_file, folder / name, checksum))
+        if problem is None:
+            checkpoint = trace.read_checkpoint(file)
+            for name in checkpoint.checksums:
+                yield folder / name, _problem(folder / name, partial(checkpoint.check_file, name))
     if all_read:  # or the file is named above
         try:
             trace.check_whole(trace.checkpoints)
         except FileNotFoundError as error:
             yield trace.path / "checkpoints", str(error)
-    stored = [
-        folder / name
+    stored = {
+        folder / name: kind
         for folder in folders
-        for name in (*(site.key for site in trace.sites), "texts")
+        for name, kind in (*((site.key, site.shape) for site in trace.sites), ("texts", "texts"))
         if (folder / name).exists()
-    ]
+    }
     if stored:  # texts and vocabulary are stored with the first gradients
         path = trace.path / "vocabulary.json"
-        yield path, _problem(path, partial(read_json, path, ["words"]))
+        yield path, _problem(path, partial(read, path, VocabularyFile, within=trace.path))
         if not any(folder.name == "texts" for folder in stored):
-            stored.append(trace.path / "texts")
-    for folder in stored:
-        yield from _verify_shards(trace, folder)
+            stored[trace.path / "texts"] = "texts"
+    for folder, kind in stored.items():
+        yield from _verify_shards(trace, folder, kind)
 
 
-def _verify_shards(trace: Trace, folder: Path) -> Iterator[tuple[Path, str | None]]:
+def _verify_shards(trace: Trace, folder: Path, kind: str) -> Iterator[tuple[Path, str | None]]:
     """Verify a folder of shards; see :func:`verify`."""
     path = folder / "index.json"
-    problem = _problem(path, lambda: trace.check_counts(Shards.open(folder)))
+    problem = _problem(path, lambda: Shards.open(folder, within=trace.path).checked(kind, trace.header))
     yield path, problem
     if problem is None:
-        for file, checksum in Shards.open(folder).files:
-            yield file, _problem(file, partial(check_file, file, checksum))
+        shards = Shards.open(folder, within=trace.path)
+        for shard, (file, _) in enumerate(shards.files):
+            yield file, _problem(file, partial(shards.read, shard))
 
 
 def _problem(path: Path, read: Callable[[], object]) -> str | None:

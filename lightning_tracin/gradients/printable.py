@@ -1,0 +1,48 @@
+"""Texts of examples, of vocabularies and of files, as they can be shown and stored: without what steers a terminal."""
+
+from __future__ import annotations
+
+import re
+
+# Signs that do not show but change how others do: C0 (escape sequences) but for white space, DEL, C1, and the halves of
+# characters. Line separators break a line where nobody counts on it.
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+# Those that turn the direction of text around, so that it reads as another: embeddings, overrides, isolates and marks.
+_BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+_SPACES = re.compile("[\t\n\v\f\r\u2028\u2029]")
+
+# What a spreadsheet takes for a formula at the beginning of a cell.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def cleaned(text: str) -> str:
+    r"""A text without control characters, which become �, and without marks of direction; white space stays.
+
+    Example:
+        >>> cleaned("a\x1b[2Jb\u202ec\nd")
+        'a�[2Jbc\nd'
+    """
+    return _CONTROLS.sub("�", _BIDI.sub("", text))
+
+
+def printable(text: str) -> str:
+    """A text on one line, without what would steer a terminal."""
+    return _SPACES.sub(" ", cleaned(text))
+
+
+def in_a_cell(text: str) -> str:
+    """A text that a spreadsheet does not take for a formula.
+
+    Example:
+        >>> in_a_cell("=1+1"), in_a_cell("1+1")
+        ("'=1+1", '1+1')
+    """
+    text = cleaned(text)
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def storable(text: str) -> str:
+    """A text that can be written to a file: halves of characters become �, or one character where two fit together."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
