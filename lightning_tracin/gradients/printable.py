@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 
-# Signs that do not show but change how others do: C0 (escape sequences) but for white space, DEL, C1, and the halves of
-# characters. Line separators break a line where nobody counts on it.
-_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# C0 (escape sequences) but for white space, DEL, C1, and the halves of characters.
+_CONTROL = "\\x00-\\x08\\x0e-\\x1f\\x7f-\\x9f\\ud800-\\udfff"
 
-# Those that turn the direction of text around, so that it reads as another: embeddings, overrides, isolates and marks.
-_BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Signs that turn the direction of text around, so that it reads as another: embeddings, overrides, isolates and marks.
+_BIDI = "\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069"
+
+#: Signs that do not show but change how others do.
+STEERING = re.compile(f"[{_CONTROL}{_BIDI}]")
+
+_TURNING = re.compile(f"[{_BIDI}]")
 
 _SPACES = re.compile("[\t\n\v\f\r\u2028\u2029]")
 
 # What a spreadsheet takes for a formula at the beginning of a cell.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", re.ASCII)
 
 
 def cleaned(text: str) -> str:
@@ -24,7 +30,7 @@ def cleaned(text: str) -> str:
         >>> cleaned("a\x1b[2Jb\u202ec\nd")
         'a�[2Jbc\nd'
     """
-    return _CONTROLS.sub("�", _BIDI.sub("", text))
+    return STEERING.sub(lambda sign: "" if _TURNING.match(sign[0]) else "�", text)
 
 
 def printable(text: str) -> str:
@@ -33,14 +39,14 @@ def printable(text: str) -> str:
 
 
 def in_a_cell(text: str) -> str:
-    """A text that a spreadsheet does not take for a formula.
+    """A text that a spreadsheet does not take for a formula; a number stays one.
 
     Example:
-        >>> in_a_cell("=1+1"), in_a_cell("1+1")
-        ("'=1+1", '1+1')
+        >>> in_a_cell("=1+1"), in_a_cell("1+1"), in_a_cell("-1")
+        ("'=1+1", '1+1', '-1')
     """
     text = cleaned(text)
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
 
 
 def storable(text: str) -> str:

@@ -64,7 +64,7 @@ class Site:
             or (self.key == "words") != self.has_words
             or (self.is_last and self.has_words)
             or len(projection or ()) not in sizes
-            or any(number < 1 for number in numbers)
+            or not all(1 <= number < 2**31 for number in numbers)
         ):
             raise ValueError(f"{asdict(self)} is no site.")
 

@@ -209,18 +209,29 @@ def parsed_json(content: bytes) -> dict[str, Any]:
     """An object from JSON, without its checksum, which is verified.
 
     Raises:
-        ValueError: if it is no object, has a key twice or a number that is not finite, or its checksum differs.
+        ValueError: as :func:`object_from_json`, or if its checksum differs.
         RecursionError: if it is nested too deeply.
     """
-    parsed = json.loads(content.decode(), object_pairs_hook=_with_distinct_keys, parse_constant=_refused)
-    if not isinstance(parsed, dict):
-        raise ValueError("it holds no object")
+    parsed = object_from_json(content)
     if CHECKSUM not in parsed:
         raise ValueError(f"there is no {CHECKSUM} in it")
     written = parsed.pop(CHECKSUM)
     actual = _hash_of_json(parsed)
     if actual != written:
         raise ValueError(f"its content has the checksum {actual}, but {written} was written")
+    return parsed
+
+
+def object_from_json(content: bytes) -> dict[str, Any]:
+    """An object from JSON.
+
+    Raises:
+        ValueError: if it is no object, or has a key twice or a number that is not finite.
+        RecursionError: if it is nested too deeply.
+    """
+    parsed = json.loads(content.decode(), object_pairs_hook=_with_distinct_keys, parse_constant=_refused)
+    if not isinstance(parsed, dict):
+        raise ValueError("it holds no object")
     return parsed
 
 
@@ -305,6 +316,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """Yield where to write a file that was asked for, which appears whole or not at all.
+
+    What is no regular file, such as /dev/stdout, is written to directly; of a link, what it leads to is replaced.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+    else:
+        with atomic_file(path) as partial:
+            yield partial
 
 
 @contextmanager

@@ -262,7 +262,7 @@ def without_the_last(items):
 @pytest.mark.parametrize("shard_examples", [8, 100])
 @pytest.mark.parametrize(("collate", "found"), [(doubled, "more than 20"), (without_the_last, "15")])
 def test_a_collate_function_that_adds_or_drops_examples(tmp_path, monkeypatch, collate, found, shard_examples):
-    monkeypatch.setattr(shards, "_SHARD_EXAMPLES", shard_examples)
+    monkeypatch.setattr(shards, "MOST_SHARD_EXAMPLES", shard_examples)
     with pytest.raises(ValueError, match=f"has 20 examples, but a pass over it gave {found}: the collate function"):
         fitted(tmp_path, data=loader(collate_fn=collate))
     assert not list(tmp_path.rglob("*.safetensors"))
