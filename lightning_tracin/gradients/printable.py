@@ -18,7 +18,7 @@ _TURNING = re.compile(f"[{_BIDI}]")
 _SPACES = re.compile("[\t\n\v\f\r\u2028\u2029]")
 
 # What a spreadsheet takes for a formula at the beginning of a cell.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@", "\t", "\n")
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", re.ASCII)
 
@@ -39,13 +39,13 @@ def printable(text: str) -> str:
 
 
 def in_a_cell(text: str) -> str:
-    """A text that a spreadsheet does not take for a formula; a number stays one.
+    """A text that a spreadsheet does not take for a formula, with line feeds for other ends of lines.
 
     Example:
         >>> in_a_cell("=1+1"), in_a_cell("1+1"), in_a_cell("-1")
         ("'=1+1", '1+1', '-1')
     """
-    text = cleaned(text)
+    text = "\n".join(cleaned(text).replace("\r\n", "\n").split("\r"))
     return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
 
 

@@ -324,11 +324,10 @@ def output_file(path: Path) -> Iterator[Path]:
 
     What is no regular file, such as /dev/stdout, is written to directly; of a link, what it leads to is replaced.
     """
-    path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         yield path
     else:
-        with atomic_file(path) as partial:
+        with atomic_file(Path(os.path.realpath(path))) as partial:
             yield partial
 
 
