@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,41 @@ _WEIRD_TEXTS = (
     "weights.safetensors",
     "NaN",
     "null",
+)
+_TOKENS = (
+    *(
+        "",
+        " ",
+        "\n",
+        "▁",
+        "▁a",
+        "Ġ",
+        "Ġa",
+        "##",
+        "##a",
+        "a</w>",
+        "a@@",
+        "<0xFF>",
+        "<0x0A>",
+        "[CLS]",
+        "e\u0301",
+        "\u0301",
+    ),
+    *(
+        "\u0301",
+        "语",
+        "\u202e",
+        "\x1b[2J",
+        "=1+1",
+        "a\tb",
+        "\U0001f600",
+        "'",
+        "</script>",
+        "\x00",
+        "[/red]",
+        "Ã",
+        "a" * 999,
+    ),
 )
 _WEIRD_NUMBERS = (0, -1, 1, 2, 7, 10**9, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e-320, 1e308, -1e308, True, False)
 _WEIRD_FLOATS = (float("nan"), float("inf"), -float("inf"))
@@ -106,7 +142,7 @@ def mutated_readings(n: int, seed: int, folder: Path) -> Counter:
     """Mutate files and read everything back.
 
     Args:
-        n: how many mutations; each is read in all ways that it can matter for.
+        n: how many readings, at least; each mutation is read in several ways, every fourth in all.
         seed: of what is mutated and how.
         folder: an empty folder for the files.
 
@@ -118,7 +154,9 @@ def mutated_readings(n: int, seed: int, folder: Path) -> Counter:
     draw = random.Random(seed)
     found: Counter = Counter()
     intact = originals(folder / "intact")
-    for number in range(n):
+    for number in count():
+        if found.total() >= n:
+            break
         original = draw.choice(intact)
         place = folder / f"mutated-{number}"  # of its own: a process verifies an unchanged file once
         copies = place / "copied"
@@ -288,6 +326,15 @@ def _json_values(draw: random.Random, copies: Path, names: str) -> str:
     return f"{what} in {path.relative_to(copies)}"
 
 
+def _vocabulary(draw: random.Random, copies: Path, names: str) -> str:
+    """Words of other tokenizers, and none."""
+    path = _one_of(draw, copies, names)
+    words = json.loads(path.read_text(encoding="utf-8"))["words"]
+    tokens = draw.sample(_TOKENS, draw.choice([1, 3, len(_TOKENS)]))
+    _write_json(path, {"words": {token: draw.choice(tokens) for token in words}})
+    return f"words {tokens}"
+
+
 def _json_text(draw: random.Random, copies: Path, names: str) -> str:
     """JSON that is no value: nested deeply, with a key twice, huge, with NaN."""
     path = _one_of(draw, copies, names)
@@ -403,6 +450,7 @@ _MUTATIONS: list[tuple[Callable[[random.Random, Path, str], str], str]] = [
     (_json_values, "trace/checkpoints/*/checkpoint.json"),
     (_json_values, "trace/**/index.json"),
     (_json_text, _JSON),
+    (_vocabulary, "trace/vocabulary.json"),
     (_tensors, _SAFETENSORS),
     (_tensors, "trace/**/00000.safetensors"),
     (_tensors, "trace/**/0*.safetensors"),

@@ -40,8 +40,12 @@ _REPAIR = (
     "influence with the training set at hand computes them again."
 )
 
-# Parsed, JSON takes some 70 bytes for each value beside its text: with these limits, less than a gigabyte.
-_JSON_BYTES, _JSON_VALUES = 64 * 2**20, 6_000_000
+# Parsed, JSON takes some 100 bytes for each value, and 400 for each key: with these limits, less than a gigabyte. They
+# allow for a million words, and for half a million steps between two checkpoints.
+_JSON_BYTES, _JSON_VALUES, _VALUES_OF_KEY = 64 * 2**20, 4_000_000, 3
+
+# Of the header of a safetensors file, which may hold the words of a saved result, and its braces: one for each tensor.
+_HEADER_BYTES, _HEADER_BRACES = 32 * 2**20, 60_000
 
 
 class Layout(Protocol):
@@ -98,12 +102,16 @@ def read_tensors(
 
 
 def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, memory-mapped, and its metadata; nothing is verified.
+    """The tensors of a safetensors file, memory-mapped, and its metadata; neither is verified.
 
     Raises:
-        ValueError: if it is no safetensors file, or holds types of tensors that torch does not know.
+        ValueError: if it is no safetensors file, its header is too large, or torch does not know a type in it.
     """
     try:
+        with path.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            if size > _HEADER_BYTES or opened.read(size).count(b"{") > _HEADER_BRACES:
+                raise ValueError(f"its header has {size} bytes, or more than {_HEADER_BRACES} tensors, and is not read")
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -197,7 +205,7 @@ def require_small(content: bytes, size: int | None = None) -> None:
         ValueError: if it would.
     """
     size = len(content) if size is None else size
-    n_values = sum(map(content.count, (b",", b"[", b"{")))
+    n_values = sum(map(content.count, (b",", b"[", b"{"))) + _VALUES_OF_KEY * content.count(b":")
     if size > _JSON_BYTES or n_values > _JSON_VALUES:
         raise ValueError(
             f"{size} bytes of JSON with some {n_values} values are too large: at most {_JSON_BYTES} bytes and "
