@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 import lightning_tracin
+from lightning_tracin.gradients.printable import STEERING, in_a_cell, printable
 
 if TYPE_CHECKING:
     from lightning_tracin.report.explanation import Explanation
@@ -44,19 +46,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: on ``--help``, ``--version`` and a wrong command line.
     """
-    arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # or a word that the terminal has no signs for would be an error
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
+        return _run(argv)
     except BrokenPipeError:  # the reader, such as head, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
+        _close_output()
         return 0
-    except (OSError, ValueError, IndexError, ModuleNotFoundError) as error:
-        _tell(f"error: {error}")
-        return 1
     except KeyboardInterrupt:
         return 130  # what a shell makes of Ctrl-C
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run a command; see :func:`main`."""
+    try:
+        arguments = _parser().parse_args(argv)
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError, IndexError, ModuleNotFoundError) as error:
+        _tell(f"error: {error}")
+        if isinstance(error, OSError):
+            _close_output()
+        return 1
     return code
+
+
+def _close_output() -> None:
+    """Write nothing more, or Python would complain when it exits that it cannot."""
+    for stream in (sys.stdout, sys.stderr):
+        if not _flushed(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _flushed(stream: TextIO) -> bool:
+    """Whether what was written could be."""
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _parser() -> ArgumentParser:
@@ -146,13 +177,13 @@ def _info(arguments: Namespace) -> int:
     """Print what a trace holds."""
     content = _trace_content(lightning_tracin.Trace(arguments.trace))
     if arguments.json:
-        sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(_json(content, indent=2) + "\n")
         return 0
     facts = {
         "trace": content["path"],
-        "model": content["model_class"],
+        "model": printable(content["model_class"]),
         "training examples": _n_examples(content),
-        **{f"site {site['name']}": _described(site) for site in content["sites"]},
+        **{printable(f"site {site['name']}"): _described(site) for site in content["sites"]},
         "gradients": content["dtype"],
         "texts": "stored" if content["has_texts"] else "not stored",
         "size": decimal(content["bytes"]),
@@ -204,7 +235,7 @@ def _trace_content(trace: lightning_tracin.Trace) -> dict[str, Any]:
 def _described(site: dict[str, Any]) -> str:
     """A site's layer, and what is stored there."""
     kept = [f"{name} {site[name]}" for name in ("top_words", "projection") if site[name]]
-    return ", ".join([site["layer"], *([] if site["shape"] == "words" else [f"as {site['shape']}"]), *kept])
+    return ", ".join([printable(site["layer"]), *([] if site["shape"] == "words" else [f"as {site['shape']}"]), *kept])
 
 
 def _checkpoint_table(content: dict[str, Any]) -> Table:
@@ -212,7 +243,7 @@ def _checkpoint_table(content: dict[str, Any]) -> Table:
     names = [site["name"] for site in content["sites"]]
     table = Table(box=None, pad_edge=False)
     for column in ("step", "epoch", "learning rate", "weights", "moments", *names):
-        table.add_column(column, justify="right")
+        table.add_column(printable(column), justify="right")
     for each in content["checkpoints"]:
         sizes = {name: decimal(size) for name, size in each["bytes"].items()}
         stored = [sizes[name] if name in each["gradients"] else "not stored" for name in names]
@@ -264,10 +295,14 @@ def _html(arguments: Namespace) -> int:
 
 def _export(arguments: Namespace) -> int:
     """Write the strongest pairs as a table."""
+    from lightning_tracin.storage.files import output_file
+
     result = _result(arguments.result, arguments.trace)
     if arguments.parquet is not None:
         try:
-            result.to_pandas(arguments.k).to_parquet(arguments.parquet, index=False)
+            frame = result.to_pandas(arguments.k)
+            with output_file(Path(arguments.parquet)) as partial:
+                frame.to_parquet(partial, index=False)
         except ImportError as error:
             message = "--parquet needs pandas and pyarrow: pip install lightning-tracin[parquet]"
             raise ModuleNotFoundError(message) from error
@@ -277,9 +312,9 @@ def _export(arguments: Namespace) -> int:
         if arguments.csv is not None:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
         else:
-            file.write("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
+            file.write("[\n" + ",\n".join(map(_json, rows)) + "\n]\n")
     return 0
 
 
@@ -298,11 +333,13 @@ def _verify(arguments: Namespace) -> int:
             n_bytes += _bytes(path)
             advance(_bytes(path))
     for problem in problems:
-        sys.stdout.write(problem + "\n")
+        sys.stdout.write(_one_line(problem) + "\n")
     if problems:
         _tell(f"{len(problems)} of {n_files} files in {trace.path} are not as they should be.")
         return 1
-    sys.stdout.write(f"{trace.path}: all {n_files} files ({decimal(n_bytes)}) are as they were written.\n")
+    sys.stdout.write(
+        f"{printable(str(trace.path))}: all {n_files} files ({decimal(n_bytes)}) are as they were written.\n"
+    )
     return 0
 
 
@@ -337,8 +374,21 @@ def _opened(path: str) -> Iterator[TextIO]:
     if path == "-":
         yield sys.stdout
     else:
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
+        from lightning_tracin.storage.files import output_file
+
+        with output_file(Path(path)) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             yield file
+
+
+def _cell(value: Any) -> Any:
+    """A cell of a table that a spreadsheet may open."""
+    return in_a_cell(value) if isinstance(value, str) else value
+
+
+def _json(content: Any, indent: int | None = None) -> str:
+    """JSON in which signs that steer a terminal are escaped."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    return STEERING.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
 
 
 @contextmanager
@@ -368,7 +418,7 @@ def _tell(message: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(printable(text).split())
 
 
 def _bytes(path: Path) -> int:

@@ -26,6 +26,7 @@ from lightning_tracin.querying.trainer import Trainer
 from lightning_tracin.recording.callback import TracInCallback
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of
+from lightning_tracin.storage.files import output_file
 
 # The arguments of the trainer's methods that do not come from the command line, or are added here.
 _SKIPPED = {"model", "dataloaders", "datamodule", "train_dataloaders", "trace", "method"}
@@ -214,7 +215,7 @@ def _method(given: str | dict[str, Any] | Namespace | Method) -> Method:
 def _write_csv(scores: Tensor, order: Tensor, path: Path) -> None:
     """Write training examples and their scores, in an order."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with output_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["train_index", "self_influence"])
         writer.writerows(zip(order.tolist(), scores[order].tolist(), strict=True))

@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_tracin.gradients import memory
 from lightning_tracin.gradients.ragged import Ragged
 from lightning_tracin.gradients.rows import DTYPES, Dtype, rows_in_bytes, unit_rows
-
-_ENTRIES = 2**24  # numbers in the dense tensors of one group of examples
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class FactorGradients(Ragged):
         while start < len(lengths):
             # Examples are in ascending order of length, so a group's last one sets its width.
             stop = start + 1
-            while stop < len(lengths) and (stop + 1 - start) * entries(lengths[stop]) <= _ENTRIES:
+            while stop < len(lengths) and (stop + 1 - start) * entries(lengths[stop]) <= memory.NUMBERS_AT_ONCE:
                 stop += 1
             examples = order[start:stop]
             place = torch.arange(lengths[stop - 1])

@@ -115,7 +115,7 @@ def sites_on_module(module: nn.Module, sites: Sequence[Site]) -> list[SiteLayers
     """Sites with their layers in a module.
 
     Raises:
-        AttributeError: if the module has no layer of a site's name.
+        ValueError: if the module has no layer of a site's name.
     """
     with_layers = []
     for site in sites:
@@ -280,11 +280,14 @@ def named_layer(module: nn.Module, name: str) -> nn.Module:
     """The layer of a dotted name that :func:`layer_name` gave, through any wrappers of FSDP and checkpointing.
 
     Raises:
-        AttributeError: if the module has no layer of that name.
+        ValueError: if the module has no layer of that name.
     """
     layer = module
-    for component in name.split("."):
-        layer = unwrapped(layer).get_submodule(component)
+    try:
+        for component in name.split("."):
+            layer = unwrapped(layer).get_submodule(component)
+    except AttributeError as error:
+        raise ValueError(f"{type(module).__name__} has no layer {name!r}, at which gradients were taken.") from error
     return unwrapped(layer)
 
 

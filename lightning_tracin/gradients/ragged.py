@@ -43,6 +43,11 @@ class Ragged:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The number of numbers in a row of each column that has several."""
+        return tuple(column.shape[1] for column in self.columns.values() if column.dim() == 2)
+
     @classmethod
     def cat(cls: type[_Block], blocks: Sequence[_Block]) -> _Block:
         """Concatenate blocks into new memory; examples are renumbered and rows sorted."""

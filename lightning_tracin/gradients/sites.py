@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
@@ -23,7 +23,8 @@ Gradients: TypeAlias = WordGradients | FactorGradients | MatrixGradients
 #: The class of each kind of block on disk.
 BLOCKS: dict[str, type[Ragged]] = {kind.KIND: kind for kind in (WordGradients, FactorGradients, MatrixGradients, Texts)}
 
-_KEY = re.compile(r"words|linear-[0-9]{1,4}")
+#: What names the files of a site.
+KEY_PATTERN = r"words|linear-[0-9]{1,4}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Site:
             projection.
 
     Raises:
-        ValueError: if the key or the number of projection sizes is not of this form.
+        ValueError: if the key, the number of top words or the projection is not of this form.
     """
 
     key: str
@@ -57,7 +58,14 @@ class Site:
         projection = None if self.projection is None else tuple(self.projection)
         object.__setattr__(self, "projection", projection)
         sizes = {"words": (0, 1), "factors": (0,), "matrix": (0, 2)}.get(self.shape, ())
-        if not _KEY.fullmatch(self.key) or len(projection or ()) not in sizes:
+        numbers = [*(projection or ()), *([] if self.top_words is None else [self.top_words])]
+        if (
+            not re.fullmatch(KEY_PATTERN, self.key)
+            or (self.key == "words") != self.has_words
+            or (self.is_last and self.has_words)
+            or len(projection or ()) not in sizes
+            or not all(1 <= number < 2**31 for number in numbers)
+        ):
             raise ValueError(f"{asdict(self)} is no site.")
 
     @property
@@ -88,18 +96,3 @@ def words_site(sites: Sequence[Site]) -> Site | None:
 def last_site(sites: Sequence[Site]) -> Site | None:
     """The site at the only linear layer that feeds the loss directly; None if it was not recorded."""
     return next((site for site in sites if site.is_last), None)
-
-
-def sites_from_json(content: Any) -> tuple[Site, ...]:
-    """Sites from the dictionaries of their attributes, as JSON holds them.
-
-    Raises:
-        ValueError: if attributes are missing, unknown or invalid, or if two sites have the same key.
-    """
-    try:
-        sites = tuple(Site(**each) for each in content)
-    except TypeError as error:
-        raise ValueError(f"{content!r} are no sites: {error}.") from error
-    if len({site.key for site in sites}) < len(sites):
-        raise ValueError(f"Two of {content!r} have the same key.")
-    return sites

@@ -115,7 +115,7 @@ def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoi
         terms_at(checkpoint, method)  # raises where the method needs second moments and there are none
         for site in sites:
             if checkpoint.has_gradients(site):
-                trace.check_counts(checkpoint.gradients(site))
+                checkpoint.gradients(site)
     return sites
 
 

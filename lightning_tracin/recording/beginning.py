@@ -29,11 +29,12 @@ from lightning_tracin.recording.space import require_space
 from lightning_tracin.recording.training_cache import TrainingCache
 from lightning_tracin.recording.training_form import TrainingForm, check_training
 from lightning_tracin.recording.validation_log import ValidationLog
-from lightning_tracin.storage.checkpoint import Step
+from lightning_tracin.storage.layouts import model_fingerprint
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import has_trace, require_free, require_own
+from lightning_tracin.storage.schemas import Step, TraceHeader
 from lightning_tracin.storage.shards import fitting_shard_examples
-from lightning_tracin.storage.trace import Trace, TraceHeader, model_fingerprint
+from lightning_tracin.storage.trace import Trace
 
 
 def begin(

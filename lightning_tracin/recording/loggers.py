@@ -15,6 +15,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeAlias
 
+from lightning_tracin.gradients.printable import in_a_cell, printable
 from lightning_tracin.report.explanation import Explanation
 
 #: A line of the table: a training example that pushed a validation example.
@@ -46,19 +47,19 @@ def rows_of(
             "epoch": epoch,
             "dataloader_idx": loader,
             "index": explanation.test.index,
-            "text": shorten(explanation.test.text, _CHARACTERS, placeholder=" ..."),
-            "label": explanation.test.label,
-            "prediction": explanation.test.prediction,
+            "text": shorten(printable(explanation.test.text), _CHARACTERS, placeholder=" ..."),
+            "label": _printable(explanation.test.label),
+            "prediction": _printable(explanation.test.prediction),
             "confidence": explanation.test.confidence,
             "loss": loss,
             "role": role,
             "rank": rank,
             "train_index": each.example.index,
-            "train_label": each.example.label,
+            "train_label": _printable(each.example.label),
             "score": each.score,
             "share": each.share,
-            "words": ", ".join(f"{word} {term:+.2g}" for word, term in each.strongest_words()),
-            "train_text": shorten(each.example.text, _CHARACTERS, placeholder=" ..."),
+            "words": ", ".join(f"{printable(word)} {term:+.2g}" for word, term in each.strongest_words()),
+            "train_text": shorten(printable(each.example.text), _CHARACTERS, placeholder=" ..."),
         }
         for explanation, (loader, loss) in zip(explanations, examples, strict=True)
         for role, influentials in (("proponent", explanation.proponents), ("opponent", explanation.opponents))
@@ -125,7 +126,8 @@ def log_table(logger: Any, rows: Sequence[Row], *, step: int, root: str) -> Path
         logger.experiment.log_table(run_id=logger.run_id, data=data, artifact_file=f"{KEY}.json")
     elif _is(logger, "CometLogger"):
         name = f"{KEY.replace('/', '-')}-step-{step:09d}.csv"
-        logger.experiment.log_table(name, tabular_data=values, headers=columns)
+        cells = [[in_a_cell(value) if isinstance(value, str) else value for value in line] for line in values]
+        logger.experiment.log_table(name, tabular_data=cells, headers=columns)
     else:
         file = logger_folder(logger, root) / FILE
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +145,10 @@ def logger_folder(logger: Any, root: str) -> Path:
 
 def _is(logger: Any, name: str) -> bool:
     return any(kind.__name__ == name for kind in type(logger).__mro__)
+
+
+def _printable(text: str | None) -> str | None:
+    return None if text is None else printable(text)
 
 
 def _plain(text: str) -> str:

@@ -28,8 +28,9 @@ from lightning_tracin.recording.sampled_indices import SampledLoader
 from lightning_tracin.recording.training_cache import TrainingCache
 from lightning_tracin.recording.training_form import check_training, divisor_of, warn_of_another_loss
 from lightning_tracin.recording.validation_log import ValidationLog
-from lightning_tracin.storage.checkpoint import Checkpoint, Step
+from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.recorded_checkpoint import new_checkpoint
+from lightning_tracin.storage.schemas import Step
 from lightning_tracin.storage.training_pass import reading_order, training_pass
 
 

@@ -19,9 +19,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from lightning_tracin.gradients.printable import cleaned
 from lightning_tracin.report.explanation import Example, Explanation, Influential
 from lightning_tracin.report.word_table import WordTable
-from lightning_tracin.storage.files import atomic_file
+from lightning_tracin.storage.files import output_file
 
 _FOLDER = Path(__file__).parent
 
@@ -74,7 +75,7 @@ def write_page(page: Page, path: str | Path) -> Path:
     html = page_html(page)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as partial:
+        with output_file(path) as partial:
             partial.write_text(html, encoding="utf-8")
     except OSError as error:
         raise OSError(f"The page could not be written to {path}: {error.strerror}. Pass the path of a file.") from error
@@ -90,15 +91,15 @@ def page_html(page: Page) -> str:
     # Inside a function, the names of the scripts stay out of the page's global scope.
     script = f'"use strict";\n(() => {{\n{of_tests}\n{of_views}}})();\n'
     return environment.get_template("page.html.j2").render(
-        title=page.title,
-        facts=page.facts,
-        notes=page.notes,
+        title=cleaned(page.title),
+        facts=[cleaned(fact) for fact in page.facts],
+        notes=[cleaned(note) for note in page.notes],
         has_word_table=page.word_table is not None,
         script=Markup(script),
         style=Markup(style),
         script_hash=_hash_of(script),
         style_hash=_hash_of(style),
-        data=Markup(json_in_html(_content(page))),
+        data=Markup(json_in_html(_cleaned(_content(page)))),
     )
 
 
@@ -111,6 +112,15 @@ def json_in_html(content: Any) -> str:
     """
     dumped = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _UNSAFE.sub(lambda sign: f"\\u{ord(sign[0]):04x}", dumped)
+
+
+def _cleaned(content: Any) -> Any:
+    """What JSON can hold, with every text of it without control characters and marks of direction."""
+    if isinstance(content, str):
+        return cleaned(content)
+    if isinstance(content, dict):
+        return {key: _cleaned(value) for key, value in content.items()}
+    return [_cleaned(each) for each in content] if isinstance(content, (list, tuple)) else content
 
 
 @dataclass

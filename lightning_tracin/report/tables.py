@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -10,6 +9,7 @@ from rich.padding import Padding
 from rich.panel import Panel
 from rich.text import Text
 
+from lightning_tracin.gradients.printable import printable
 from lightning_tracin.report.explanation import Example, Explanation, Influential
 from lightning_tracin.report.palette import TERMINAL_AGAINST, TERMINAL_FOR
 
@@ -48,13 +48,13 @@ def shaded(example: Example, terms: Sequence[float], score: float, *, room: int 
     for number in shown:
         word, term = example.words[number], terms[number] if terms else 0.0
         if number > shown.start:
-            text.append(_printable(word.before))
+            text.append(printable(word.before))
         style = _style(abs(term) / total if total else 0.0, with_score=term * score >= 0)
-        text.append(_printable(word.text), style=style or ("dim" if word.special else ""))
+        text.append(printable(word.text), style=style or ("dim" if word.special else ""))
     if shown.stop < len(example.words):
         text.append(" …", style="dim")
     elif room is None and example.unread:
-        text.append(_printable(example.unread[:_UNREAD]), style="dim italic")
+        text.append(printable(example.unread[:_UNREAD]), style="dim italic")
         text.append(" …" if len(example.unread) > _UNREAD else "", style="dim")
     return text
 
@@ -71,10 +71,10 @@ class _Entry:
         if each.share is not None:
             facts.append(f"  {each.share:.1%} of all {'proponents' if each.score >= 0 else 'opponents'}")
         if each.example.label is not None:
-            facts.append(f"  label {_printable(each.example.label)}")
+            facts.append(f"  label {printable(each.example.label)}")
         facts.truncate(options.max_width - 2, overflow="ellipsis")
         yield Padding(facts, (0, 0, 0, 2))
-        shares = [(_printable(word), term / each.score) for word, term in each.strongest_words() if each.score]
+        shares = [(printable(word), term / each.score) for word, term in each.strongest_words() if each.score]
         named = ", ".join(f"{word} {share:.0%}" for word, share in shares)
         if named:
             words = Text(f"words: {named}", style="italic")
@@ -116,9 +116,9 @@ def _filled(chosen: range, lengths: Sequence[int], room: int) -> range:
 def _title(test: Example) -> Text:
     title = Text(f"Test example {test.index}")
     if test.label is not None:
-        title.append(f", label {_printable(test.label)}")
+        title.append(f", label {printable(test.label)}")
     if test.prediction is not None:
-        title.append(f", prediction {_printable(test.prediction)}", style="bold" if test.is_mistaken else "")
+        title.append(f", prediction {printable(test.prediction)}", style="bold" if test.is_mistaken else "")
         title.append("" if test.confidence is None else f" ({test.confidence:.0%})")
     return title
 
@@ -130,10 +130,3 @@ def _style(share: float, *, with_score: bool) -> str:
     if share >= _MEDIUM:
         return styles.medium
     return styles.weak if share >= _WEAK else ""
-
-
-def _printable(text: str) -> str:
-    """A text on one line, without what would steer the terminal."""
-    return "".join(
-        " " if sign in "\n\r\t\v\f" else "�" if unicodedata.category(sign) in ("Cc", "Cs") else sign for sign in text
-    )

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lightning_tracin.gradients.printable import printable
 from lightning_tracin.report.palette import TERMINAL_AGAINST, TERMINAL_FOR
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
 
@@ -163,9 +164,11 @@ def _printed(table: WordTable, net: Tensor, width: int) -> Table:
     printed.add_column("word", width=_WORD_WIDTH, no_wrap=True)
     printed.add_column("train", justify="right", no_wrap=True, min_width=_COUNT_WIDTH)
     for each in shown:
-        printed.add_column(Text(table.classes[each]), max_width=max(_CLASS_WIDTH, room // n_shown - 1), no_wrap=True)
+        printed.add_column(
+            Text(printable(table.classes[each])), max_width=max(_CLASS_WIDTH, room // n_shown - 1), no_wrap=True
+        )
     for place, numbers in enumerate(net.tolist()):
-        word = Text(table.words[place], style="dim italic" if table.special[place] else "")
+        word = Text(printable(table.words[place]), style="dim italic" if table.special[place] else "")
         cells = [_cell(table, place, each, numbers[each]) for each in shown]
         printed.add_row(word, str(int(table.examples[place].sum())), *cells)
     if n_shown < len(table.classes):
@@ -178,6 +181,6 @@ def _cell(table: WordTable, word: int, of_class: int, net: float) -> Text:
     values = table.values[word, of_class]
     if not bool(values.any()):
         return Text("")
-    label = f" {table.labels[int(values.abs().argmax())]}" if len(table.labels) > 1 else ""
+    label = f" {printable(table.labels[int(values.abs().argmax())])}" if len(table.labels) > 1 else ""
     styles = TERMINAL_FOR if net >= 0 else TERMINAL_AGAINST
     return Text.assemble((f"{net:+.1f}", styles.number), label)

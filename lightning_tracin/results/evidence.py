@@ -96,6 +96,7 @@ class Evidence:
                 is_paired = torch.zeros(len(wanted), dtype=torch.bool)
                 is_paired[[place_of[index] for index in of_row]] = True
                 test = self._test_gradients_of(row, checkpoint)
+                term.require_same_layer(test, train)
                 columns = term.method.terms(test, train.select(is_paired[train.examples]))
                 for place, token, value in zip(*(column.tolist() for column in columns), strict=True):
                     terms[row][wanted[place]][token] += term.weight * value

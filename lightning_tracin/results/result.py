@@ -11,6 +11,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from lightning_tracin.gradients.printable import printable
 from lightning_tracin.report.explanation import Influential
 from lightning_tracin.report.page import Page, write_page
 from lightning_tracin.report.plots import Kind, plot_labels, plot_scores, plot_self_influence, plot_words, pyplot
@@ -59,11 +60,11 @@ class InfluenceResult(RichRepr, ExplainedResult):
         evidence = Evidence.find(self)
         n_test = len(self.test_indices)
         n_checkpoints = len(self.checkpoint_ids)
-        yield (
-            f"{self.method}, {n_test} test and {self._n_drawn} training examples, "
+        yield Text(
+            f"{printable(str(self.method))}, {n_test} test and {self._n_drawn} training examples, "
             f"{n_checkpoints} checkpoint{'s' * (n_checkpoints != 1)}"
         )
-        yield from (Text(note, style="italic") for note in self._notes_given(evidence))
+        yield from (Text(printable(note), style="italic") for note in self._notes_given(evidence))
         shown = min(_PRINTED_TESTS, n_test)
         for explanation in self._explanations_from(evidence, range(shown), _PRINTED_K):
             yield explained(explanation)

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_tracin.gradients.printable import storable
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.results.result_file import FILE_CHECKSUM, HEADER, WORD_TENSORS, ResultHeader, read_result
 from lightning_tracin.scoring.methods import Method
-from lightning_tracin.scoring.naming import method_from_json, method_to_json
+from lightning_tracin.scoring.naming import method_to_json
 from lightning_tracin.scoring.strongest import TopK
 from lightning_tracin.storage.files import hash_of_tensors, write_tensors
+from lightning_tracin.storage.schemas import FORMAT_VERSION
 from lightning_tracin.storage.trace import Trace
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-FORMAT_VERSION = 2
-
-# The file's metadata: what is not a tensor, as JSON, and the checksum of that and of all tensors.
-_HEADER = "lightning_tracin.result"
-_CHECKSUM = "lightning_tracin.checksum"
-
-_REPAIR = "Restore the file from a copy, or ask trainer.influence again."
-
-_WORD_TENSORS = ("examples", "tokens", "norms", "directions")
 
 
 @dataclass(repr=False, eq=False)
@@ -99,22 +91,22 @@ class StoredResult:
                 tensors |= {f"{name}.values": top.values, f"{name}.indices": top.indices}
         for block, of_block in enumerate(self.test_gradients):
             for number, gradients in enumerate(of_block):
-                own = {name: column for name, column in gradients.columns.items() if name in _WORD_TENSORS}
+                own = {name: column for name, column in gradients.columns.items() if name in WORD_TENSORS}
                 tensors |= {f"gradients.{block}.{number}.{name}": column for name, column in own.items()}
         used = set(self.test_texts.ids.tolist())
-        header = {
-            "version": FORMAT_VERSION,
-            "method": method_to_json(self.method),
-            "n_train": self.n_train,
-            "gradients": [[each.n_examples for each in of_block] for of_block in self.test_gradients],
-            "words_of_ids": {str(token): word for token, word in self.words_of_ids.items() if token in used},
-            "label_names": {str(number): name for number, name in self.label_names.items()},
-            "checkpoint_ids": self.checkpoint_ids,
-            "trace": None if self.trace is None else str(self.trace.path.absolute()),
-            "trace_relative": None if self.trace is None else os.path.relpath(self.trace.path, path.parent),
-        }
-        text = json.dumps(header)
-        write_tensors(path, tensors, {_HEADER: text, _CHECKSUM: hash_of_tensors(tensors, text)})
+        header = ResultHeader(
+            version=FORMAT_VERSION,
+            method=method_to_json(self.method),
+            n_train=self.n_train,
+            gradients=[[each.n_examples for each in of_block] for of_block in self.test_gradients],
+            words_of_ids={str(token): storable(word) for token, word in self.words_of_ids.items() if token in used},
+            label_names={str(number): storable(name) for number, name in self.label_names.items()},
+            checkpoint_ids=self.checkpoint_ids,
+            trace=None if self.trace is None else storable(str(self.trace.path.absolute())),
+            trace_relative=None if self.trace is None else storable(os.path.relpath(self.trace.path, path.parent)),
+        )
+        text = msgspec.json.encode(header).decode()
+        write_tensors(path, tensors, {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)})
         return path
 
     @classmethod
@@ -130,29 +122,29 @@ class StoredResult:
             ValueError: if the file holds no result, or one of another version, or is damaged, or if the folder holds
                 another trace.
         """
-        header, tensors = _read(path)
-        opened = _find_trace(header, Path(path).parent) if trace is None else _trace_of(header, Path(trace))
+        path = Path(path)
+        header, method, tensors = read_result(path)
+        opened = _find_trace(header, path) if trace is None else _trace_of(header, Path(trace), path)
         n_test = len(tensors["test_indices"])
         tops = [
             TopK(tensors[f"{name}.values"], tensors[f"{name}.indices"]) if f"{name}.values" in tensors else None
             for name in ("proponents", "opponents")
         ]
-        words = {int(token): word for token, word in header["words_of_ids"].items()}
-        method = method_from_json(header["method"])
+        words = {int(token): word for token, word in header.words_of_ids.items()}
         return cls(
             method=method,
-            n_train=header["n_train"],
+            n_train=header.n_train,
             test_indices=tensors["test_indices"],
             test_texts=Texts(n_test, tensors["texts.examples"], tensors["texts.ids"], tensors["texts.labels"]),
             test_gradients=[
                 [_word_gradients(tensors, f"gradients.{block}.{number}", n) for number, n in enumerate(of_block)]
-                for block, of_block in enumerate(header["gradients"])
+                for block, of_block in enumerate(header.gradients)
             ],
             words_of_ids=words if opened is None else {**opened.vocabulary, **words},
-            label_names={int(number): name for number, name in header["label_names"].items()},
+            label_names={int(number): name for number, name in header.label_names.items()},
             predictions=tensors["predictions"],
             trace=opened,
-            checkpoint_ids=header["checkpoint_ids"],
+            checkpoint_ids=header.checkpoint_ids,
             scores=tensors.get("scores"),
             strongest_proponents=tops[0],
             strongest_opponents=tops[1],
@@ -161,74 +153,35 @@ class StoredResult:
         )
 
 
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors of a result's file, as they were written.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file holds no result, or one of another version, or is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error}. {_REPAIR}") from error
-    if _HEADER not in metadata:
-        raise ValueError(f"{path} holds no InfluenceResult, or is damaged: its metadata has no {_HEADER}. {_REPAIR}")
-    text, written = metadata[_HEADER], metadata.get(_CHECKSUM)
-    actual = hash_of_tensors(tensors, text)
-    if written not in (actual, None):
-        raise ValueError(f"{path} is damaged: it has the checksum {actual}, but {written} was written. {_REPAIR}")
-    header = _header(path, text)
-    if written is None:  # only now: results of version 1 have none
-        raise ValueError(f"{path} is damaged: its metadata has no {_CHECKSUM}. {_REPAIR}")
-    return header, tensors
-
-
-def _header(path: str | Path, text: str) -> dict[str, Any]:
-    """The header of a result's file, from JSON.
-
-    Raises:
-        ValueError: if it is none, or of another version.
-    """
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. {_REPAIR}") from error
-    version = header.get("version") if isinstance(header, dict) else None
-    if not isinstance(header, dict) or not isinstance(version, int):
-        raise ValueError(f"{path} is damaged: its {_HEADER} has no version. {_REPAIR}")
-    if version != FORMAT_VERSION:
-        remedy = "Update lightning_tracin" if version > FORMAT_VERSION else "Ask trainer.influence again"
-        raise ValueError(
-            f"{path} is of format version {version}, but this lightning_tracin reads version {FORMAT_VERSION}. "
-            f"{remedy}."
-        )
-    return header
-
-
 def _word_gradients(tensors: Mapping[str, Tensor], prefix: str, n_examples: int) -> WordGradients:
-    return WordGradients(n_examples, **{name: tensors[f"{prefix}.{name}"] for name in _WORD_TENSORS})
+    return WordGradients(n_examples, **{name: tensors[f"{prefix}.{name}"] for name in WORD_TENSORS})
 
 
-def _find_trace(header: dict[str, Any], folder: Path) -> Trace | None:
+def _find_trace(header: ResultHeader, path: Path) -> Trace | None:
     """The trace that a result was computed from, if it is where it was, or lies as it did beside the result."""
-    for place in (header["trace"], header["trace_relative"] and folder / header["trace_relative"]):
-        if place is not None and (Path(place) / "trace.json").exists():
+    for place in (header.trace, header.trace_relative and path.parent / header.trace_relative):
+        if place is not None and os.path.exists(os.path.join(place, "trace.json")):  # noqa: PTH110, PTH118 (never raises)
             trace = Trace(place)
-            if _holds(trace, header):
+            if _holds(trace, header, path):
                 return trace
     return None
 
 
-def _trace_of(header: dict[str, Any], path: Path) -> Trace:
+def _trace_of(header: ResultHeader, folder: Path, path: Path) -> Trace:
     """The trace in a folder, which must be the one that a result was computed from."""
-    trace = Trace(path)
-    if not _holds(trace, header):
-        raise ValueError(f"The trace in {path} is of another fit than the one that the scores were computed from.")
+    trace = Trace(folder)
+    if not _holds(trace, header, path):
+        raise ValueError(f"The trace in {folder} is of another fit than the one that the scores were computed from.")
     return trace
 
 
-def _holds(trace: Trace, header: dict[str, Any]) -> bool:
-    return set(header["checkpoint_ids"]) <= {each.id for each in trace.checkpoints}
+def _holds(trace: Trace, header: ResultHeader, path: Path) -> bool:
+    """Whether a trace has the checkpoints of a result, and, if so, the result the examples of the trace."""
+    if not set(header.checkpoint_ids) <= {each.id for each in trace.checkpoints}:
+        return False
+    if header.n_train != trace.n_train:
+        raise ValueError(
+            f"{path} is damaged: it has {header.n_train} training examples, but the trace in {trace.path} has "
+            f"{trace.n_train}. Restore the file from a copy, or ask trainer.influence again."
+        )
+    return True

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lightning_tracin.gradients import memory
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.report.word_table import WordTable
 from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.reader import Reader
-
-_PIECE = 2**24  # At most so many products are in memory at once.
+from lightning_tracin.scoring.score import require_finite_scores
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def word_table_of(
             for train in _pieces(term.prepared_training(gradients.read(shard)), len(classes.names)):
                 # With each row as an example of its own, a product of examples is the term of a single word.
                 rows = replace(train, n_examples=len(train.tokens), examples=torch.arange(len(train.tokens)))
-                products = term.weight * term.method.dot(test, rows, term.moments).T.double()
+                products = term.dot(test, rows).T.double()
+                require_finite_scores(products, "words")
                 tally.add(texts, entry_of, label_of, train, products)
     return tally.table(classes, labels, n, min_examples)
 
@@ -236,6 +237,6 @@ def _summed(blocks: Sequence[WordGradients], classes: Groups) -> WordGradients:
 
 def _pieces(train: WordGradients, n_classes: int) -> Iterator[WordGradients]:
     """A block in pieces of so many rows that their products fit into memory, without a copy of the rows."""
-    size = max(1, _PIECE // n_classes)
+    size = max(1, memory.NUMBERS_AT_ONCE // n_classes)
     for start in range(0, len(train.tokens), size):
         yield train.select(slice(start, start + size))

@@ -222,7 +222,7 @@ def _read(token: str, marks: Marks) -> tuple[bool, bytes, bool]:
 def _goes_on(word: _Growing, content: bytes, marks: Marks) -> bool:
     """Whether what follows a word without a space belongs to it."""
     before, after = word.content.decode(errors="replace")[-1], content.decode(errors="replace")[:1]
-    if "�" in (before, after):  # A token ended in the middle of a character.
+    if not after or "�" in (before, after):  # A token ended in the middle of a character.
         return True
     if unicodedata.category(after).startswith("M"):  # An accent belongs to the letter before it.
         return True

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_tracin.gradients import memory
 from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.precision import full_precision
-
-_PRODUCTS = 2**24  # numbers in the largest intermediate tensor
 
 
 @full_precision()
@@ -21,7 +20,7 @@ def dot_factors(test: FactorGradients, train: FactorGradients) -> Tensor:
     """
     scores = test.delta_norms.new_zeros(train.n_examples, test.n_examples)
     test_inputs, test_deltas = test.scaled_inputs, test.scaled_deltas
-    size = max(1, _PRODUCTS // max(len(test.examples), 1))
+    size = max(1, memory.NUMBERS_AT_ONCE // max(len(test.examples), 1))
     for start in range(0, len(train.examples), size):
         chunk = train.select(slice(start, start + size)).to(scores.device)
         products = (chunk.scaled_inputs @ test_inputs.T) * (chunk.scaled_deltas @ test_deltas.T)
@@ -54,7 +53,7 @@ def dot_matrices(test: MatrixGradients, train: MatrixGradients, weights: Tensor 
     left = test.directions.float() * test.factors[:, None]
     if weights is not None:
         left = left * weights.to(left.device).float().flatten()
-    size = max(1, _PRODUCTS // max(left.shape[1], 1))
+    size = max(1, memory.NUMBERS_AT_ONCE // max(left.shape[1], 1))
     for start in range(0, len(train.examples), size):
         chunk = train.select(slice(start, start + size)).to(scores.device)
         products = (left @ chunk.directions.float().T) * chunk.factors

@@ -30,6 +30,8 @@ Normalize: TypeAlias = Literal["train", "cosine"] | None
 Precondition: TypeAlias = Literal["adam"] | None
 _Linear: TypeAlias = FactorGradients | MatrixGradients
 
+_MOST = 2**62  # Larger numbers do not fit into a tensor.
+
 
 class SiteMethod(Protocol):
     """The interface of a method at one site; gradients are in the form of that site."""
@@ -103,12 +105,14 @@ class TracInWE:
 
     def __post_init__(self) -> None:
         _check_options(self)
-        _require(self.top_words is None or self.top_words >= 1, "top_words", "None or at least 1", self.top_words)
+        fits = self.top_words is None or 1 <= self.top_words < _MOST
+        _require(fits, "top_words", "None or at least 1", self.top_words)
         try:
             tokens = tuple(index(token) for token in self.exclude_tokens)
         except TypeError as error:
             ids = "token ids, such as tokenizer.all_special_ids"
             raise ValueError(f"exclude_tokens must be {ids}, but got {self.exclude_tokens!r}.") from error
+        _require(all(abs(token) < _MOST for token in tokens), "exclude_tokens", "token ids", self.exclude_tokens)
         object.__setattr__(self, "exclude_tokens", tokens)
 
     @property

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.scoring.methods import (
@@ -79,13 +81,17 @@ def method_from_json(content: dict[str, Any]) -> Method:
         ValueError: if the object does not describe a method.
     """
     try:
-        options = dict(content)
-        kind = _KINDS[options.pop("method")]
+        options = msgspec.convert(content, dict[str, Any])
+        kind = _KINDS[msgspec.convert(options.pop("method", None), Literal[tuple(_KINDS)])]
+        unknown = options.keys() - {option.name for option in fields(kind)}
+        if unknown:
+            raise ValueError(f"it has no {sorted(unknown)[0]}")
         if kind is TracInSum:
-            options["parts"] = [method_from_json(part) for part in options["parts"]]
-        method: Method = kind(**options)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{content!r} is no method: {error}.") from error
+            parts = [method_from_json(part) for part in msgspec.convert(options.get("parts"), list[Any])]
+            return TracInSum(parts, msgspec.convert(options.get("mix"), list[float] | None))  # type: ignore[arg-type]
+        method: Method = msgspec.convert(options, kind)
+    except (ValueError, msgspec.ValidationError) as error:
+        raise ValueError(f"{str(content)[:200]} is no method: {error}") from error
     return method
 
 

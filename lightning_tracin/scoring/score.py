@@ -78,14 +78,10 @@ def score(tests: PreparedTests, k: int | None, processes: Processes, device: tor
             if not shards.holds(shard):
                 continue
             block = term.prepared_training(shards.read(shard))
-            scores += term.weight * term.method.dot(gradients, block, term.moments)
+            scores += term.dot(gradients, block)
         totals += torch.stack([scores.clamp(min=0).sum(1), scores.clamp(max=0).sum(1)], 1).cpu()
-        if not torch.isfinite(totals).all():
-            example = int(tests.indices[~torch.isfinite(totals).all(1)][0])
-            raise ValueError(
-                f"Scores of test example {example} are too large for float32: the products of its gradients with those "
-                'of training examples overflow. Use a method with normalize="cosine", or look at the learning rate.'
-            )
+        bad = tests.indices[~torch.isfinite(totals).all(1)]
+        require_finite_scores(totals, f"test example {int(bad[0]) if len(bad) else ''}")
         if k is None:
             columns.append(scores.cpu())
         else:
@@ -135,15 +131,34 @@ def self_influences(checkpoints: Sequence[Checkpoint], method: Method, processes
         ValueError: if the fit did not record what the method needs, or a file of the trace is damaged.
     """
     terms = [term for checkpoint in checkpoints for term in terms_at(checkpoint, method)]
-    scores = torch.zeros(terms[0].shards.n_examples, dtype=torch.float32)
-    for term in terms:
-        shards = term.shards
-        for shard in processes.share(len(shards)):
+    shards_by_term = [term.shards for term in terms]
+    columns = [torch.zeros(0)]
+    for shard in processes.share(len(shards_by_term[0])):
+        start, stop = shards_by_term[0].bounds(shard)
+        scores = torch.zeros(stop - start, dtype=torch.float32)
+        for term, shards in zip(terms, shards_by_term, strict=True):
             if not shards.holds(shard):
                 continue
             block = shards.read(shard)
-            as_test, as_training = (term.method.prepare(block, term.moments, side) for side in ("test", "train"))
-            norms = [term.method.norms(prepared, term.moments) for prepared in (as_test, as_training)]
+            norms = [
+                term.method.norms(term.prepared(block, "test"), term.moments),
+                term.method.norms(term.prepared(block, "train"), term.moments),
+            ]
             # Both sides are multiples of one gradient, so their product is that of their norms.
-            scores[slice(*shards.bounds(shard))] += term.weight * norms[0] * norms[1]
-    return torch.stack(processes.gather(scores)).sum(0)
+            scores += term.weight * norms[0] * norms[1]
+        require_finite_scores(scores, f"training examples {start} to {stop - 1} on themselves")
+        columns.append(scores)
+    return torch.cat(processes.gather(torch.cat(columns)))
+
+
+def require_finite_scores(scores: Tensor, whose: str) -> None:
+    """Check that scores are not too large.
+
+    Raises:
+        ValueError: if one is infinite or NaN.
+    """
+    if not torch.isfinite(scores).all():
+        raise ValueError(
+            f"Scores of {whose} are too large for float32: the products of gradients overflow. Use a method with "
+            'normalize="cosine", or look at the learning rate.'
+        )

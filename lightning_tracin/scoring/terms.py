@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.sites import Gradients, Site
-from lightning_tracin.scoring.methods import Method, SiteMethod
+from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.scoring.methods import Method, Side, SiteMethod
 from lightning_tracin.scoring.naming import recorded_site
 from lightning_tracin.storage.checkpoint import Checkpoint
-from lightning_tracin.storage.second_moments import SecondMoments
+from lightning_tracin.storage.second_moments import SecondMoments, moments_file
 from lightning_tracin.storage.shards import Shards
 
 
@@ -39,11 +43,51 @@ class Term:
 
     def prepared_tests(self, gradients: Gradients) -> Any:
         """Captured test gradients, prepared for multiplication."""
-        return self.method.prepare(self.site.stored(gradients), self.moments, "test")
+        return self.prepared(self.site.stored(gradients), "test")
 
     def prepared_training(self, stored: Gradients) -> Any:
         """Stored training gradients, prepared for multiplication."""
-        return self.method.prepare(stored, self.moments, "train")
+        return self.prepared(stored, "train")
+
+    def prepared(self, gradients: Gradients, side: Side) -> Any:
+        """Gradients in the form of the site, prepared for multiplication.
+
+        Raises:
+            ValueError: if the stored second moments are of another layer.
+        """
+        if self.moments is not None:
+            widths, shape = gradients.widths, tuple(self.moments.values.shape)
+            if isinstance(gradients, WordGradients):
+                fits = widths == shape[1:]
+            elif isinstance(gradients, MatrixGradients):
+                fits = widths == (shape[0] * shape[1],)
+            else:
+                fits = widths == shape[::-1]
+            if not fits:
+                path = self.checkpoint.path / moments_file(self.site)
+                raise ValueError(f"{path} is damaged: {shape} second moments are not those of gradients of {widths}.")
+        return self.method.prepare(gradients, self.moments, side)
+
+    def dot(self, test: Any, train: Any) -> Tensor:
+        """(n_test, n_train) products of prepared blocks with the weight of the term.
+
+        Raises:
+            ValueError: as :meth:`require_same_layer`.
+        """
+        self.require_same_layer(test, train)
+        return self.weight * self.method.dot(test, train, self.moments)
+
+    def require_same_layer(self, test: Any, train: Any) -> None:
+        """Check that stored gradients are of the layer that those of the test examples are of.
+
+        Raises:
+            ValueError: if they are not, so that they cannot be multiplied.
+        """
+        if test.widths != train.widths:
+            raise ValueError(
+                f"{self.checkpoint.path / self.site.key} holds gradients of {train.widths} numbers, but those of the "
+                f"test examples have {test.widths}: one of them is of another model, or damaged."
+            )
 
 
 def terms_at(checkpoint: Checkpoint, method: Method) -> list[Term]:

@@ -26,6 +26,8 @@ def dot_words(test: WordGradients, train: WordGradients) -> Tensor:
     words that both blocks have are moved to the device of the test gradients.
     """
     scores = test.norms.new_zeros(train.n_examples, test.n_examples)
+    if not len(test.tokens) or not len(train.tokens):
+        return scores.T
     shared = _shared_words(test.tokens.cpu(), train.tokens)
     is_rare = (shared.n_test <= _FEW_ROWS) & (shared.n_train <= _CHUNK)
     _add_common(scores, shared.select(~is_rare), test, train)

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from lightning_tracin.gradients.sites import Site
-from lightning_tracin.storage.files import read_tensors
+from lightning_tracin.storage.files import damage_named, read_tensors
 from lightning_tracin.storage.frozen import is_shared
+from lightning_tracin.storage.layouts import DrawnLayout, WeightsLayout
+from lightning_tracin.storage.schemas import CheckpointFile, Step, TraceHeader
 from lightning_tracin.storage.second_moments import SecondMoments, moments_file
 from lightning_tracin.storage.shards import Shards
-
-#: One optimizer step: its number (``trainer.global_step`` before it), the optimizer, the rate of each of its groups,
-#: and the keys of the sites that it did not move, because their weights had no gradient.
-Step: TypeAlias = tuple[int, int, list[float], list[str]]
 
 #: The name of the file with the weights, in the folder of a checkpoint.
 WEIGHTS = "weights.safetensors"
@@ -41,7 +40,7 @@ class Checkpoint:
         groups: the parameter names of each group of each optimizer.
         checksums: of the files of weights, of second moments and of the examples that were drawn, by name; see
             :meth:`file`.
-        sites: where gradients are taken.
+        header: what the trace says of all checkpoints.
         frozen_sites: the keys of the sites that no step of the whole trace moved.
     """
 
@@ -53,8 +52,25 @@ class Checkpoint:
     steps: list[Step]
     groups: list[list[list[str]]]
     checksums: dict[str, str]
-    sites: Sequence[Site]
+    header: TraceHeader
     frozen_sites: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, folder: Path, header: TraceHeader, content: CheckpointFile) -> Checkpoint:
+        """The checkpoint in a folder, whose ``checkpoint.json`` has this content."""
+        fields: dict[str, Any] = msgspec.structs.asdict(content)
+        del fields["checksum"]
+        return cls(path=folder, header=header, **fields)
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """Where gradients are taken."""
+        return self.header.sites
+
+    @property
+    def trace_path(self) -> Path:
+        """The folder of the trace, which no link may lead out of."""
+        return self.path.parents[1]
 
     @property
     def learning_rate(self) -> float:
@@ -118,9 +134,12 @@ class Checkpoint:
         """
         tensors: dict[str, Tensor] = {}
         for name, checksum in self.shared.items():
-            tensors |= read_tensors(self.file(name), checksum)[0]
-        own, tied = read_tensors(self.path / WEIGHTS, self.checksums[WEIGHTS])
+            tensors |= read_tensors(self.file(name), checksum, within=self.trace_path)[0]
+        path = self.path / WEIGHTS
+        own, tied = read_tensors(path, self.checksums[WEIGHTS], within=self.trace_path)
         tensors |= own
+        with damage_named(path):
+            WeightsLayout(self.header.model_fingerprint).check(tensors, tied)
         return {**tensors, **{alias: tensors[name] for alias, name in tied.items()}}
 
     def second_moments(self, site: Site) -> SecondMoments:
@@ -135,7 +154,27 @@ class Checkpoint:
                 f'precondition="adam" needs Adam\'s second moments, but the fit kept none of {site.layer!r} at step '
                 f"{self.step}: it was frozen, or its optimizer is not of the Adam family."
             )
-        return SecondMoments.read(self.path / name, self.checksums[name])
+        path = self.path / name
+        return SecondMoments.read(path, self.checksums[name], has_words=site.has_words, within=self.trace_path)
+
+    def check_file(self, name: str) -> None:
+        """Check one of the files that this checkpoint holds checksums of.
+
+        Raises:
+            FileNotFoundError: if it is missing.
+            ValueError: if it is damaged, or of a site that the trace has not.
+        """
+        site = next((site for site in self.sites if moments_file(site) == name), None)
+        if site is not None:
+            self.second_moments(site)
+        elif name == WEIGHTS:
+            self.weights()
+        elif name == DRAWN:
+            self.drawn()
+        elif name in self.shared:
+            read_tensors(self.file(name), self.checksums[name], within=self.trace_path)
+        else:
+            raise ValueError(f"{self.path / name} is of no site of the trace.")
 
     def drawn(self) -> Tensor | None:
         """(n_train,) bool, the examples that training has drawn since the previous checkpoint.
@@ -147,7 +186,8 @@ class Checkpoint:
         """
         if DRAWN not in self.checksums:
             return None
-        tensors, _ = read_tensors(self.path / DRAWN, self.checksums[DRAWN])
+        path, layout = self.path / DRAWN, DrawnLayout(self.header.n_train)
+        tensors, _ = read_tensors(path, self.checksums[DRAWN], layout, within=self.trace_path)
         return tensors["drawn"]
 
     def has_gradients(self, site: Site) -> bool:
@@ -161,7 +201,8 @@ class Checkpoint:
             FileNotFoundError: if they are not stored.
             ValueError: if their index is damaged.
         """
-        return Shards.open(self.path / site.key)
+        shards = Shards.open(self.path / site.key, within=self.trace_path)
+        return shards.checked(site.shape, self.header)
 
 
 def undrawn(checkpoints: Sequence[Checkpoint]) -> Tensor:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from lightning_tracin.gradients.sites import KEY_PATTERN
 from lightning_tracin.storage.files import PARTIAL, write_json
+from lightning_tracin.storage.schemas import FORMAT, HeaderOfAnyVersion, header_of_any_version
 
-FORMAT = "lightning_tracin trace"
 HEADER = "trace.json"
 
 # Those of format version 1 can be replaced, too.
-_KEY = r"(words|linear-\d{1,4}|texts|tracin-we|tracin-last)"
+_KEY = rf"({KEY_PATTERN}|texts|tracin-we|tracin-last)"
 _TEMPORARY = r"(\.[0-9a-f]{8}\.partial)?"
 # What safetensors itself writes to before it renames the file; a process that is killed leaves it.
 _OF_SAFETENSORS = r"\.tmp\w+"
@@ -40,7 +39,7 @@ _TOP = ("texts", "texts.partial", "checkpoints", "running.partial")
 def has_trace(folder: Path) -> bool:
     """Whether the header of a trace is in a folder, of whatever version."""
     header = _header(folder)
-    return header is not None and not header.get("removed")
+    return header is not None and not header.removed
 
 
 def in_the_way(folder: Path) -> list[Path]:
@@ -169,13 +168,13 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
                 yield path, path.relative_to(folder).as_posix()
 
 
-def _header(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's header, if it is that of a trace, of whatever version; its checksum is not verified."""
+def _header(folder: Path) -> HeaderOfAnyVersion | None:
+    """A folder's header, if it is that of a trace, of whatever version; its checksum is not verified."""
     path = folder / HEADER
     if path.is_symlink():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        header = header_of_any_version(path)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+    return header if header.format == FORMAT else None

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp, parameter_names, unwrapped_name
 from lightning_tracin.parallel.processes import ALONE, Processes
-from lightning_tracin.storage.checkpoint import DRAWN, WEIGHTS, Checkpoint, Step
-from lightning_tracin.storage.files import atomic_folder, write_json, write_tensors
+from lightning_tracin.storage.checkpoint import DRAWN, WEIGHTS, Checkpoint
+from lightning_tracin.storage.files import atomic_folder, write_tensors
 from lightning_tracin.storage.frozen import share_frozen
+from lightning_tracin.storage.schemas import CheckpointFile, Step, write
 from lightning_tracin.storage.second_moments import moments_file, second_moments_at
 from lightning_tracin.storage.trace import Trace
 
@@ -85,9 +86,9 @@ def new_checkpoint(
         if processes.first:
             if drawn is not None:
                 content["checksums"][DRAWN] = write_tensors(folder / DRAWN, {"drawn": drawn})
-            write_json(folder / "checkpoint.json", content)
+            write(folder / "checkpoint.json", CheckpointFile(**content))
         content = processes.gather(content)[0]
-        yield Checkpoint(path=folder, sites=trace.sites, **content)
+        yield Checkpoint(path=folder, header=trace.header, **content)
 
 
 def _write_weights_and_moments(

@@ -16,6 +16,7 @@ from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import gathered_tensor, parameter_names
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.storage.files import read_tensors, write_tensors
+from lightning_tracin.storage.layouts import MomentsLayout
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,19 @@ class SecondMoments:
     eps: float
 
     @classmethod
-    def read(cls, path: Path, checksum: str) -> SecondMoments:
+    def read(cls, path: Path, checksum: str, *, has_words: bool, within: Path) -> SecondMoments:
         """Read the file that :meth:`write` wrote.
+
+        Args:
+            path: the file.
+            checksum: of its bytes.
+            has_words: whether they are of a word embedding table.
+            within: the folder that no link may lead out of.
 
         Raises:
             ValueError: if the file is not as it was written.
         """
-        tensors, metadata = read_tensors(path, checksum)
+        tensors, metadata = read_tensors(path, checksum, MomentsLayout(has_words), within=within)
         return cls(tensors["values"], tensors.get("rows"), float(metadata["eps"]))
 
     def write(self, path: Path) -> str:
@@ -53,6 +60,8 @@ class SecondMoments:
         """The second moments of some tokens' rows, (len(tokens), columns); 0 for a token that was not trained on."""
         if self.rows is None:
             return replace(self, values=self.values[tokens])
+        if not len(self.rows):
+            return SecondMoments(self.values.new_zeros(len(tokens), self.values.shape[1]), None, self.eps)
         places = torch.searchsorted(self.rows, tokens).clamp(max=len(self.rows) - 1)
         is_stored = self.rows[places] == tokens
         return SecondMoments(self.values[places] * is_stored[:, None], None, self.eps)

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -23,13 +24,13 @@ from lightning_tracin.gradients.ragged import Ragged
 from lightning_tracin.gradients.rows import Dtype
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.encoding import decode, encode
-from lightning_tracin.storage.files import read_json, read_tensors, size_of, write_json, write_tensors
+from lightning_tracin.storage.files import read_tensors, size_of, write_tensors
+from lightning_tracin.storage.layouts import ShardLayout
 from lightning_tracin.storage.row_buffer import RowBuffer
+from lightning_tracin.storage.schemas import MOST_SHARD_EXAMPLES, IndexFile, TraceHeader, read, write
 
 # Rows of one word are contiguous, so queries are faster with larger shards; a few must fit in memory beside a model.
 _SHARD_BYTES = 256 * 2**20
-
-_SHARD_EXAMPLES = 4096  # at most, however small an example is
 
 
 class ShardWriter:
@@ -105,7 +106,7 @@ class ShardWriter:
         """
         self._wait()
         gathered = processes.gather((self._kind, len(self.examples), self._checksums))
-        index = {
+        index: dict[str, Any] = {
             "kind": next((kind for kind, _, _ in gathered if kind is not None), None),
             "dtype": self.dtype,
             "n_examples": sum(n_examples for _, n_examples, _ in gathered),
@@ -114,7 +115,7 @@ class ShardWriter:
             "not_finite": list(not_finite),
         }
         if processes.first:
-            write_json(self.folder / "index.json", index)
+            write(self.folder / "index.json", IndexFile(**index))
 
     def _flush(self, shard: int, indices: Tensor) -> None:
         """Submit the buffered examples, of these indices, to the thread, as a shard."""
@@ -143,6 +144,7 @@ class Shards:
 
     Attributes:
         folder: the folder of the shards.
+        within: the folder that no link may lead out of.
         kind: "words", "factors", "matrix" or "texts".
         n_examples: number of examples over all shards.
         shard_examples: number of examples in each shard except the last.
@@ -152,6 +154,7 @@ class Shards:
     """
 
     folder: Path
+    within: Path
     kind: str
     n_examples: int
     shard_examples: int
@@ -160,14 +163,42 @@ class Shards:
     not_finite: Sequence[int] = ()
 
     @classmethod
-    def open(cls, folder: Path) -> Shards:
+    def open(cls, folder: Path, *, within: Path | None = None) -> Shards:
         """Open a folder of shards.
+
+        Args:
+            folder: the folder.
+            within: the folder that no link may lead out of; by default the same.
 
         Raises:
             FileNotFoundError: if the folder has no index, because nothing was stored there or storing was interrupted.
             ValueError: if the index is damaged.
         """
-        return cls(folder, **read_json(folder / "index.json", [each.name for each in fields(cls)[1:]]))
+        within = folder if within is None else within
+        index: dict[str, Any] = msgspec.structs.asdict(read(folder / "index.json", IndexFile, within=within))
+        del index["checksum"]
+        return cls(folder, within, **index)
+
+    def checked(self, kind: str, header: TraceHeader) -> Shards:
+        """These shards, if they are what a trace says that they are.
+
+        Args:
+            kind: what they should hold.
+            header: of the trace.
+
+        Raises:
+            ValueError: if the index says otherwise.
+        """
+        actual = (self.kind, self.dtype, self.n_examples, self.shard_examples)
+        expected = (kind, header.dtype, header.n_train, header.shard_examples)
+        if actual != expected or len(self.checksums) != len(self):
+            raise ValueError(
+                f"{self.folder / 'index.json'} is damaged: it counts {self.n_examples} examples in "
+                f"{len(self.checksums)} shards of {self.shard_examples}, {self.kind} in {self.dtype}, but the trace "
+                f"has {header.n_train} in shards of {header.shard_examples}, {kind} in {header.dtype}. Restore it "
+                "from a copy, or fit again; of gradients it is enough to remove the folder."
+            )
+        return self
 
     def __len__(self) -> int:
         return -(-self.n_examples // self.shard_examples)
@@ -231,7 +262,9 @@ class Shards:
     def _stored(self, shard: int) -> dict[str, Tensor]:
         checksum = self.checksums[shard]
         assert checksum is not None
-        tensors, _ = read_tensors(_shard_file(self.folder, shard), checksum)
+        start, stop = self.bounds(shard)
+        layout = ShardLayout(self.kind, self.dtype, stop - start)
+        tensors, _ = read_tensors(_shard_file(self.folder, shard), checksum, layout, within=self.within)
         return tensors
 
 
@@ -243,7 +276,7 @@ def fitting_shard_examples(bytes_per_example: float, n_examples: int, processes:
         n_examples: number of examples in the training set.
         processes: the processes that share the shards.
     """
-    fitting = min(_SHARD_EXAMPLES, int(_SHARD_BYTES / max(bytes_per_example, 1)))
+    fitting = min(MOST_SHARD_EXAMPLES, int(_SHARD_BYTES / max(bytes_per_example, 1)))
     return max(1, min(fitting, -(-n_examples // processes.size) if processes.size > 1 else fitting))
 
 

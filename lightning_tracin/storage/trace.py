@@ -6,51 +6,32 @@ under a name that ends in ``.partial``, and renamed when it is complete.
 
 from __future__ import annotations
 
-import hashlib
+import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from lightning_tracin.gradients.rows import DTYPES, Dtype
-from lightning_tracin.gradients.sites import Site, sites_from_json
+from lightning_tracin.gradients.printable import storable
+from lightning_tracin.gradients.rows import Dtype
+from lightning_tracin.gradients.sites import Site
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.parallel.processes import ALONE, Processes
+from lightning_tracin.storage import schemas
 from lightning_tracin.storage.checkpoint import Checkpoint, ever_drawn, undrawn
-from lightning_tracin.storage.files import PARTIAL, read_json, write_json
 from lightning_tracin.storage.frozen import remove_unshared
-from lightning_tracin.storage.own_files import FORMAT, HEADER, copy_before, remove_folder, remove_trace, require_free
+from lightning_tracin.storage.layouts import model_fingerprint, shapes_of
+from lightning_tracin.storage.own_files import HEADER, copy_before, remove_folder, remove_trace, require_free
+from lightning_tracin.storage.schemas import FORMAT_VERSION, CheckpointFile, TraceFile, TraceHeader, VocabularyFile
 from lightning_tracin.storage.shards import Shards
 
-FORMAT_VERSION = 2
-
-
-@dataclass(frozen=True)
-class TraceHeader:
-    """The content of ``trace.json``, which is written before the first checkpoint.
-
-    Attributes:
-        n_train: number of training examples.
-        data_fingerprint: a hash of the training set.
-        model_fingerprint: a hash of the names and shapes of the model's weights.
-        model_class: name of the model's class.
-        sites: the sites at which gradients are taken, and the form in which they are stored.
-        dtype: the type that directions are stored in.
-        shard_examples: number of training examples in each shard.
-    """
-
-    n_train: int
-    data_fingerprint: str
-    model_fingerprint: str
-    model_class: str
-    sites: tuple[Site, ...]
-    dtype: Dtype
-    shard_examples: int
+_STEP = re.compile(r"step-(\d{9})")
 
 
 class Trace:
@@ -76,39 +57,67 @@ class Trace:
                 f"There is no trace in {self.path.absolute()}: it holds no {HEADER}. Fit with TracInCallback first, or "
                 "pass the folder that it wrote to."
             )
-        content = read_json(self.path / HEADER, older=True)  # or version 1 would be called damaged
-        if content.get("removed"):
+        found = schemas.header_of_any_version(self.path / HEADER)
+        if found.removed:
             raise FileNotFoundError(
                 f"The trace in {self.path.absolute()} was being replaced by that of another fit, which was broken off "
                 "before it began. Fit again into this folder, or into another."
             )
-        version = content.get("version")
-        if isinstance(version, int) and version != FORMAT_VERSION:
-            remedy = "Update lightning_tracin, or fit again" if version > FORMAT_VERSION else "Fit again"
+        if found.version not in (0, FORMAT_VERSION):
+            remedy = "Update lightning_tracin, or fit again" if found.version > FORMAT_VERSION else "Fit again"
             raise ValueError(
-                f"The trace in {self.path} is of format version {version}, but this lightning_tracin reads version "
-                f"{FORMAT_VERSION}. {remedy}."
+                f"The trace in {self.path} is of format version {found.version}, but this lightning_tracin reads "
+                f"version {FORMAT_VERSION}. {remedy}."
             )
-        content = read_json(self.path / HEADER, ["version", "id", *(each.name for each in fields(TraceHeader))])
-        self.id: str = content["id"]
-        self.n_train: int = content["n_train"]
-        self.data_fingerprint: str = content["data_fingerprint"]
-        self.model_fingerprint: str = content["model_fingerprint"]
-        self.model_class: str = content["model_class"]
-        self.shard_examples: int = content["shard_examples"]
-        self.dtype: Dtype = content["dtype"]
-        self.incomplete: str | None = content.get("incomplete")
-        try:
-            self.sites = sites_from_json(content["sites"])
-            if not self.sites or self.dtype not in DTYPES:
-                raise ValueError(f"it has {len(self.sites)} sites, in {self.dtype!r}")
-        except ValueError as error:
-            raise ValueError(
-                f"{self.path / HEADER} is damaged: {error}. Restore the file from a copy, or fit again."
-            ) from error
+        self.header = schemas.read(self.path / HEADER, TraceFile, within=self.path)
 
     def __repr__(self) -> str:
         return f"Trace({str(self.path)!r}, n_train={self.n_train}, checkpoints={len(self.checkpoints)})"
+
+    @property
+    def id(self) -> str:
+        """Unique, also if another fit writes to the same folder."""
+        return self.header.id
+
+    @property
+    def n_train(self) -> int:
+        """Number of training examples."""
+        return self.header.n_train
+
+    @property
+    def data_fingerprint(self) -> str:
+        """A hash of the training set."""
+        return self.header.data_fingerprint
+
+    @property
+    def model_fingerprint(self) -> str:
+        """A hash of the names and shapes of the model's weights."""
+        return self.header.model_fingerprint
+
+    @property
+    def model_class(self) -> str:
+        """Name of the model's class."""
+        return self.header.model_class
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites at which gradients are taken, and the form in which they are stored."""
+        return self.header.sites
+
+    @property
+    def dtype(self) -> Dtype:
+        """The type that directions are stored in."""
+        return self.header.dtype
+
+    @property
+    def shard_examples(self) -> int:
+        """Number of training examples in each shard."""
+        return self.header.shard_examples
+
+    @property
+    def incomplete(self) -> str | None:
+        """Why the recording ended before the fit, if it did."""
+        return self.header.incomplete
 
     @classmethod
     def create(cls, path: Path, header: TraceHeader) -> Trace:
@@ -124,8 +133,7 @@ class Trace:
         require_free(path)
         remove_trace(path)
         path.mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT, "version": FORMAT_VERSION, "id": uuid.uuid4().hex}
-        write_json(path / HEADER, {**content, **asdict(header)})
+        schemas.write(path / HEADER, TraceFile(id=uuid.uuid4().hex, **msgspec.structs.asdict(header)))
         return cls(path)
 
     def branch(self, path: Path, step: int) -> Trace:
@@ -137,16 +145,16 @@ class Trace:
         require_free(path)
         remove_trace(path)
         path.mkdir(parents=True, exist_ok=True)
-        header = read_json(self.path / HEADER)
-        write_json(path / HEADER, {**header, "id": uuid.uuid4().hex, "branched_from": self.id, "incomplete": None})
+        header = schemas.read(self.path / HEADER, TraceFile, within=self.path)
+        changed = {"id": uuid.uuid4().hex, "branched_from": self.id, "incomplete": None}
+        schemas.write(path / HEADER, msgspec.structs.replace(header, **changed))
         copy_before(self.path, path, step)
         return Trace(path)
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, in the order of the fit; they are read from disk at each access."""
-        files = sorted(self.path.glob("checkpoints/*/checkpoint.json"))
-        found = [self.read_checkpoint(file) for file in files if file.parent.suffix != PARTIAL]
+        found = [self.read_checkpoint(folder / "checkpoint.json") for folder in self.checkpoint_folders]
         frozen = {site.key for site in self.sites if not any(checkpoint.moves(site) for checkpoint in found)}
         return [replace(checkpoint, frozen_sites=frozenset(frozen)) for checkpoint in found]
 
@@ -154,6 +162,12 @@ class Trace:
     def undrawn(self) -> Tensor:
         """The indices, int64, of the examples of the training data set that training drew before no checkpoint."""
         return undrawn(self.checkpoints)
+
+    @property
+    def checkpoint_folders(self) -> list[Path]:
+        """The folders of the complete checkpoints, in the order of the fit; others may lie beside them."""
+        files = self.path.glob("checkpoints/*/checkpoint.json")
+        return sorted(file.parent for file in files if _STEP.fullmatch(file.parent.name))
 
     @property
     def has_texts(self) -> bool:
@@ -197,7 +211,7 @@ class Trace:
     def vocabulary(self) -> dict[int, str]:
         """The words of the token ids that occur in the training set."""
         path = self.path / "vocabulary.json"
-        stored = read_json(path, ["words"])["words"] if path.exists() else {}
+        stored = schemas.read(path, VocabularyFile, within=self.path).words if path.exists() else {}
         return {int(token): word for token, word in stored.items()}
 
     def add_words(self, words: Mapping[int, str], processes: Processes = ALONE) -> None:
@@ -206,22 +220,9 @@ class Trace:
         for process_words in processes.gather(dict(words)):
             vocabulary |= process_words
         if processes.first:
-            write_json(self.path / "vocabulary.json", {"words": vocabulary})
+            named = {str(token): storable(word) for token, word in vocabulary.items()}
+            schemas.write(self.path / "vocabulary.json", VocabularyFile(words=named))
         self.__dict__.pop("vocabulary", None)
-
-    def check_counts(self, shards: Shards) -> None:
-        """Check that a folder of shards has the trace's number of examples, in the right number of files.
-
-        Raises:
-            ValueError: if a number differs.
-        """
-        actual, expected = (shards.n_examples, shards.shard_examples), (self.n_train, self.shard_examples)
-        if actual != expected or len(shards.checksums) != len(shards):
-            raise ValueError(
-                f"{shards.folder / 'index.json'} is damaged: it counts {actual[0]} examples in {len(shards.checksums)} "
-                f"shards of {actual[1]}, but the trace has {expected[0]} in shards of {expected[1]}. Restore the file "
-                "from a copy, or fit again; of gradients it is enough to remove the folder."
-            )
 
     def read_checkpoint(self, file: Path) -> Checkpoint:
         """The checkpoint that a ``checkpoint.json`` describes.
@@ -229,8 +230,11 @@ class Trace:
         Raises:
             ValueError: if the file is damaged.
         """
-        keys = [each.name for each in fields(Checkpoint) if each.name not in ("path", "sites", "frozen_sites")]
-        return Checkpoint(path=file.parent, sites=self.sites, **read_json(file, keys))
+        content = schemas.read(file, CheckpointFile, within=self.path)
+        named = _STEP.match(file.parent.name)
+        if named is None or int(named[1]) != content.step:
+            raise ValueError(f"{file} is damaged: it is of step {content.step}. Restore the file from a copy.")
+        return Checkpoint.of(file.parent, self.header, content)
 
     def check_model(self, state: Mapping[str, Any], model_class: str) -> None:
         """Check that a module has the names and shapes of parameters that the trained module had.
@@ -244,8 +248,8 @@ class Trace:
         """
         if model_fingerprint(state) == self.model_fingerprint:
             return
-        shapes = _shapes(state)
-        recorded = _shapes(self.checkpoints[0].weights()) if self.checkpoints else {}
+        shapes = shapes_of(state)
+        recorded = shapes_of(self.checkpoints[0].weights()) if self.checkpoints else {}
         differing = sorted(name for name in shapes.keys() | recorded.keys() if shapes.get(name) != recorded.get(name))
         raise ValueError(
             f"The trace in {self.path} is of another model ({self.model_class}) than {model_class}: "
@@ -309,8 +313,9 @@ class Trace:
             ValueError: if another trace is in the folder.
         """
         self.check_in_place()
-        self.incomplete = f"The recording ended at step {step}: {why}"
-        write_json(self.path / HEADER, {**read_json(self.path / HEADER), "incomplete": self.incomplete})
+        incomplete = storable(f"The recording ended at step {step}: {why}")
+        self.header = msgspec.structs.replace(self.header, incomplete=incomplete)
+        schemas.write(self.path / HEADER, self.header)
 
     def drop_checkpoints_after(self, step: int) -> None:
         """Remove the checkpoints after a step, from which a fit is resumed."""
@@ -321,14 +326,9 @@ class Trace:
 
     def _texts(self) -> list[Shards]:
         """The stored texts: of the whole training set, and of the examples that were trained on before a checkpoint."""
-        folders = [self.path / "texts", *sorted(self.path.glob("checkpoints/*/texts"))]
-        return [Shards.open(folder) for folder in folders if (folder / "index.json").exists()]
-
-
-def model_fingerprint(state: Mapping[str, Any]) -> str:
-    """A hash of the names and shapes of a state dict's tensors."""
-    return hashlib.sha256(repr(sorted(_shapes(state).items())).encode()).hexdigest()
-
-
-def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+        folders = [self.path / "texts", *(folder / "texts" for folder in self.checkpoint_folders)]
+        return [
+            Shards.open(folder, within=self.path).checked("texts", self.header)
+            for folder in folders
+            if (folder / "index.json").exists()
+        ]

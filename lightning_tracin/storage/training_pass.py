@@ -303,8 +303,7 @@ def _stored_lengths(trace: Trace, indices: range) -> Tensor | None:
     path = trace.path / "texts"
     if not indices or not (path / "index.json").exists():
         return None
-    texts = Shards.open(path)
-    trace.check_counts(texts)
+    texts = Shards.open(path, within=trace.path).checked("texts", trace.header)
     shards = range(indices.start // trace.shard_examples, -(-indices.stop // trace.shard_examples))
     blocks: Iterator[Texts] = (texts.read(shard) for shard in shards)
     return torch.cat([block.rows_by_example() for block in blocks])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from lightning_tracin.storage.files import PARTIAL, check_file, read_json
+from lightning_tracin.storage.files import PARTIAL
 from lightning_tracin.storage.own_files import HEADER
+from lightning_tracin.storage.schemas import VocabularyFile, read
 from lightning_tracin.storage.shards import Shards
 from lightning_tracin.storage.trace import Trace
 
@@ -23,12 +24,30 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
         The path of each file, and its problem in words, or None. A temporary file or folder of an interrupted write is
         reported as a problem, though nothing reads it.
     """
-    yield trace.path / HEADER, _problem(trace.path / HEADER, partial(read_json, trace.path / HEADER))
+    yield trace.path / HEADER, _problem(trace.path / HEADER, lambda: Trace(trace.path))
     for path in sorted(trace.path.rglob(f"*{PARTIAL}")):
         yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
-    folders = [path for path in sorted(trace.path.glob("checkpoints/*")) if path.suffix != PARTIAL]
+    folders = [path for path in sorted(trace.path.glob("checkpoints/step-*")) if path.suffix != PARTIAL]
+    yield from _verify_checkpoints(trace, folders)
+    stored = {
+        folder / name: kind
+        for folder in folders
+        for name, kind in (*((site.key, site.shape) for site in trace.sites), ("texts", "texts"))
+        if (folder / name).exists()
+    }
+    if stored:  # texts and vocabulary are stored with the first gradients
+        path = trace.path / "vocabulary.json"
+        yield path, _problem(path, partial(read, path, VocabularyFile, within=trace.path))
+        if (trace.path / "texts").exists() or not any(folder.name == "texts" for folder in stored):
+            stored[trace.path / "texts"] = "texts"
+    for folder, kind in stored.items():
+        yield from _verify_shards(trace, folder, kind)
+
+
+def _verify_checkpoints(trace: Trace, folders: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
+    """Verify all of the checkpoints but the gradients; see :func:`verify`."""
     all_read = True
-    named: dict[Path, str] = {}  # checkpoints share files of frozen weights
+    files: dict[Path, Callable[[], object]] = {}  # checkpoints share those of frozen weights
     for folder in folders:
         file = folder / "checkpoint.json"
         problem = _problem(file, partial(trace.read_checkpoint, file))
@@ -36,37 +55,27 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
         yield file, problem
         if problem is None:
             checkpoint = trace.read_checkpoint(file)
-            named |= {checkpoint.file(name): checksum for name, checksum in checkpoint.checksums.items()}
-    for path, checksum in named.items():
-        yield path, _problem(path, partial(check_file, path, checksum))
+            for name in checkpoint.checksums:
+                files[checkpoint.file(name)] = partial(checkpoint.check_file, name)
+    for path, check in files.items():
+        yield path, _problem(path, check)
     if all_read:  # or the file is named above
         try:
             trace.check_whole(trace.checkpoints)
         except FileNotFoundError as error:
             yield trace.path / "checkpoints", str(error)
-    stored = [
-        folder / name
-        for folder in folders
-        for name in (*(site.key for site in trace.sites), "texts")
-        if (folder / name).exists()
-    ]
-    if stored:  # texts and vocabulary are stored with the first gradients
-        path = trace.path / "vocabulary.json"
-        yield path, _problem(path, partial(read_json, path, ["words"]))
-        if not any(folder.name == "texts" for folder in stored):
-            stored.append(trace.path / "texts")
-    for folder in stored:
-        yield from _verify_shards(trace, folder)
 
 
-def _verify_shards(trace: Trace, folder: Path) -> Iterator[tuple[Path, str | None]]:
+def _verify_shards(trace: Trace, folder: Path, kind: str) -> Iterator[tuple[Path, str | None]]:
     """Verify a folder of shards; see :func:`verify`."""
     path = folder / "index.json"
-    problem = _problem(path, lambda: trace.check_counts(Shards.open(folder)))
+    problem = _problem(path, lambda: Shards.open(folder, within=trace.path).checked(kind, trace.header))
     yield path, problem
     if problem is None:
-        for file, checksum in Shards.open(folder).files:
-            yield file, _problem(file, partial(check_file, file, checksum))
+        shards = Shards.open(folder, within=trace.path)
+        held = [shard for shard in range(len(shards)) if shards.holds(shard)]
+        for shard, (file, _) in zip(held, shards.files, strict=True):
+            yield file, _problem(file, partial(shards.read, shard))
 
 
 def _problem(path: Path, read: Callable[[], object]) -> str | None:

@@ -94,7 +94,7 @@ def ragged(lengths, inputs=5, outputs=4, seed=0):
 @pytest.mark.parametrize("entries", [1, 200, 2**24])  # one example at a time, a few, all
 @pytest.mark.parametrize("weighted", [False, True])
 def test_examples_of_any_number_of_positions(monkeypatch, entries, weighted):
-    monkeypatch.setattr("lightning_tracin.gradients.factor_gradients._ENTRIES", entries)
+    monkeypatch.setattr("lightning_tracin.gradients.memory.NUMBERS_AT_ONCE", entries)
     test, test_dense = ragged([3, 0, 1, 9])
     train, train_dense = ragged([0, 1, 12, 2, 2, 7, 1], seed=1)
     moments = SecondMoments(torch.rand(4, 5), None, 1e-8) if weighted else None

@@ -200,7 +200,7 @@ def test_texts_of_about_one_length_come_together_once_lengths_are_known(
     tmp_path, monkeypatch, cache, shard_examples, build, methods
 ):
     """From the first checkpoint on where the data set tells them, else from the second; the scores stay the same."""
-    monkeypatch.setattr(shards, "_SHARD_EXAMPLES", shard_examples)
+    monkeypatch.setattr(shards, "MOST_SHARD_EXAMPLES", shard_examples)
     module = OfLengths()
     options = {"cache": cache, "methods": methods}
     fit = fitted(tmp_path / "trace", module, loader(build(), collate_fn=to_the_longest), **options)
@@ -309,7 +309,7 @@ def test_scores_are_symmetric_under_swapping_the_sides(tmp_path, method):
 @pytest.mark.parametrize("shard_examples", [1, 3, 7, 4096])
 @pytest.mark.parametrize("k", [1, 4, N_TRAIN])
 def test_the_strongest_are_those_of_the_whole_matrix(tmp_path, monkeypatch, shard_examples, k):
-    monkeypatch.setattr(shards, "_SHARD_EXAMPLES", shard_examples)
+    monkeypatch.setattr(shards, "MOST_SHARD_EXAMPLES", shard_examples)
     fit = fitted(tmp_path / "trace")
     whole, strongest = fit.influence(loader(test_texts())), fit.influence(loader(test_texts()), k=k)
     assert strongest.scores is None
@@ -331,7 +331,7 @@ VARIANTS = [
 def in_shards(tmp_path_factory):
     """The session's fit once more, its gradients in many small shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_SHARD_EXAMPLES", 4)
+        patch.setattr(shards, "MOST_SHARD_EXAMPLES", 4)
         return fitted(tmp_path_factory.mktemp("shards") / "trace")
 
 
@@ -391,7 +391,7 @@ def test_asking_twice_gives_the_same(toy):
 
 
 def test_shards_are_as_many_as_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_SHARD_EXAMPLES", 7)
+    monkeypatch.setattr(shards, "MOST_SHARD_EXAMPLES", 7)
     trace = fitted(tmp_path / "trace").callbacks[0].trace
     assert {len(list(each.path.glob("words/*.safetensors"))) for each in trace.checkpoints} == {3}
 

@@ -273,7 +273,7 @@ class Late:
 def test_a_collate_function_that_adds_or_drops_examples_later(
     tmp_path, monkeypatch, taken, added, found, shard_examples
 ):
-    monkeypatch.setattr(shards, "_SHARD_EXAMPLES", shard_examples)
+    monkeypatch.setattr(shards, "MOST_SHARD_EXAMPLES", shard_examples)
     collate = Late(taken, added)
     with pytest.raises(ValueError, match=f"has 20 examples, but a pass over it gave {found}: the collate function"):
         fitted(tmp_path, collate.module, loader(collate_fn=collate))

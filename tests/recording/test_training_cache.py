@@ -170,7 +170,7 @@ def test_a_loss_scale_is_undone_and_overflowing_steps_are_left_out(tmp_path, exp
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_many_runs_and_shards(tmp_path, monkeypatch, expected, run_bytes, dtype):
     monkeypatch.setattr(runs, "_RUN_BYTES", run_bytes)
-    monkeypatch.setattr("lightning_tracin.storage.shards._SHARD_EXAMPLES", 6)
+    monkeypatch.setattr("lightning_tracin.storage.shards.MOST_SHARD_EXAMPLES", 6)
     fit = fitted(tmp_path / "trace", build(), cache="training", dtype=dtype)
     for method in METHODS:
         error = (scores_of(fit, method) - 2 * expected[method]).norm() / expected[method].norm()

@@ -146,8 +146,8 @@ def test_special_tokens_are_marked_and_those_that_are_excluded_are_not_listed(sp
 
 def test_pieces_and_shards_do_not_matter(tmp_path, result, monkeypatch):
     expected = result.word_table(n=None)
-    monkeypatch.setattr("lightning_tracin.results.word_sums._PIECE", 21)
-    monkeypatch.setattr("lightning_tracin.storage.shards._SHARD_EXAMPLES", 6)
+    monkeypatch.setattr("lightning_tracin.gradients.memory.NUMBERS_AT_ONCE", 21)
+    monkeypatch.setattr("lightning_tracin.storage.shards.MOST_SHARD_EXAMPLES", 6)
     again = spelled(tmp_path / "trace").influence(loader(test_texts()))
     assert again.trace.shard_examples == 6
     found = again.word_table(n=None)

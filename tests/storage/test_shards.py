@@ -53,7 +53,7 @@ def test_linear_factors_come_back(tmp_path):
 
 
 def test_texts_come_back(tmp_path):
-    texts = Texts(3, torch.tensor([0, 0, 2]), torch.tensor([5, 6, 7]), torch.tensor([1.0, torch.nan, 0.0]))
+    texts = Texts(3, torch.tensor([0, 0, 2]), torch.tensor([5, 6, 7]), torch.tensor([1.0, torch.nan, 0.0]).double())
     shards = written(tmp_path, texts.__class__.cat([texts]), shard_examples=2)
     assert [shards.read_examples([i]).ids_of(0) for i in range(3)] == [[5, 6], [], [7]]
     assert [shards.read_examples([i]).label_of(0) for i in range(3)] == [1.0, None, 0.0]

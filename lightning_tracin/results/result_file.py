@@ -1,0 +1,208 @@
+"""What the file of a result holds: its header, typed, and its tensors; both are checked before they are used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from lightning_tracin.scoring.methods import Method, word_part
+from lightning_tracin.scoring.naming import method_from_json
+from lightning_tracin.storage.files import (
+    damage_named,
+    hash_of_tensors,
+    object_from_json,
+    open_tensors,
+    require_small,
+    status_of,
+)
+from lightning_tracin.storage.layouts import (
+    Form,
+    require_ascending,
+    require_forms,
+    require_number_or_nan,
+    require_unit,
+    require_within,
+)
+from lightning_tracin.storage.schemas import FORMAT_VERSION, Count, Identity, Number, Size
+
+#: The file's metadata: what is not a tensor, as JSON, and the checksum of that and of all tensors.
+HEADER, FILE_CHECKSUM = "lightning_tracin.result", "lightning_tracin.checksum"
+
+#: The tensors of each block of word gradients.
+WORD_TENSORS = ("examples", "tokens", "norms", "directions")
+
+_REPAIR = "Restore the file from a copy, or ask trainer.influence again."
+
+
+class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of a result is not a tensor.
+
+    Attributes:
+        version: of the format.
+        method: what the scores are, as :func:`~lightning_tracin.scoring.naming.method_to_json` has it.
+        n_train: number of training examples.
+        gradients: for each block of test examples, their number at each checkpoint.
+        words_of_ids: what to print for token ids.
+        label_names: what to print for labels.
+        checkpoint_ids: of the checkpoints that the scores are sums over.
+        trace: absolute path of the trace; None without one.
+        trace_relative: the same, from the folder of the result.
+    """
+
+    version: int
+    method: dict[str, Any]
+    n_train: Size
+    gradients: list[list[Count]]
+    words_of_ids: dict[Number, str]
+    label_names: dict[Number, str]
+    checkpoint_ids: Annotated[list[Identity], Meta(min_length=1)]
+    trace: str | None
+    trace_relative: str | None
+
+
+class _HeaderOfAnyVersion(msgspec.Struct, frozen=True):
+    version: int
+
+
+def read_result(path: Path) -> tuple[ResultHeader, Method, dict[str, Tensor]]:
+    """The header, the method and the tensors of a result's file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file holds no result, or one of another version, or is damaged.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: there is no result to load.")
+    status_of(path)
+    try:
+        tensors, metadata = open_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error.__cause__}. {_REPAIR}") from error
+    if HEADER not in metadata:
+        raise ValueError(f"{path} holds no InfluenceResult, or is damaged: its metadata has no {HEADER}. {_REPAIR}")
+    text, written = metadata[HEADER], metadata.get(FILE_CHECKSUM)
+    with damage_named(path, _REPAIR):
+        actual = hash_of_tensors(tensors, text)
+        if written not in (actual, None):
+            raise ValueError(f"it has the checksum {actual}, but {written} was written")
+        content = text.encode()
+        require_small(content)
+        version = msgspec.json.decode(content, type=_HeaderOfAnyVersion).version
+    if version != FORMAT_VERSION:
+        remedy = "Update lightning_tracin" if version > FORMAT_VERSION else "Ask trainer.influence again"
+        raise ValueError(
+            f"{path} is of format version {version}, but this lightning_tracin reads version {FORMAT_VERSION}. "
+            f"{remedy}."
+        )
+    with damage_named(path, _REPAIR):
+        if written is None:  # only now: results of version 1 have none
+            raise ValueError(f"its metadata has no {FILE_CHECKSUM}")
+        header = msgspec.json.decode(content, type=ResultHeader)
+        object_from_json(content)
+        method = method_from_json(header.method)
+        _check(header, method, tensors)
+    return header, method, tensors
+
+
+def _check(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor]) -> None:
+    """Check that a result's tensors have the shapes and ranges that its header tells.
+
+    Raises:
+        ValueError: if they have not.
+    """
+    n_test = len(tensors["test_indices"]) if tensors.get("test_indices", torch.empty(())).dim() else 0
+    require_forms(tensors, _forms(header, tensors, n_test))
+    if not n_test:
+        raise ValueError("it has no test examples")
+    if len(set(header.checkpoint_ids)) < len(header.checkpoint_ids):
+        raise ValueError("it names a checkpoint twice")
+    require_within("test_indices", tensors["test_indices"], 0, 2**53)
+    require_ascending("test_indices", tensors["test_indices"], strictly=True)
+    require_within("texts.examples", tensors["texts.examples"], 0, n_test - 1)
+    require_ascending("texts.examples", tensors["texts.examples"], strictly=False)
+    require_within("texts.ids", tensors["texts.ids"], 0, 2**31 - 1)
+    require_number_or_nan("texts.labels", tensors["texts.labels"])
+    require_number_or_nan("predictions", tensors["predictions"])
+    if "undrawn" in tensors:
+        require_within("undrawn", tensors["undrawn"], 0, header.n_train - 1)
+        require_ascending("undrawn", tensors["undrawn"], strictly=True)
+    for name in ("totals", "scores"):
+        if name in tensors:
+            require_within(name, tensors[name], -math.inf, math.inf)
+    for name, falling in (("proponents", -1), ("opponents", 1)):
+        if f"{name}.values" in tensors:
+            values = tensors[f"{name}.values"]
+            require_within(f"{name}.values", values, -math.inf, math.inf)
+            require_within(f"{name}.indices", tensors[f"{name}.indices"], 0, header.n_train - 1)
+            if bool((values.diff(dim=1) * falling < 0).any()):
+                raise ValueError(f"{name}.values are not sorted")
+    _check_gradients(header, method, tensors, n_test)
+
+
+def _forms(header: ResultHeader, tensors: Mapping[str, Tensor], n_test: int) -> dict[str, Form]:
+    """The tensors that a result must have, given its header, and those that it has of several kinds."""
+    forms: dict[str, Form] = {
+        "test_indices": (torch.int64, (n_test,)),
+        "texts.examples": (torch.int64, ("tokens",)),
+        "texts.ids": (torch.int64, ("tokens",)),
+        "texts.labels": (torch.float64, (n_test,)),
+        "predictions": (torch.float64, (n_test, 2)),
+    }
+    if "undrawn" in tensors:
+        forms["undrawn"] = (torch.int64, ("undrawn",))
+    if "totals" in tensors:
+        forms["totals"] = (torch.float64, (n_test, 2))
+    if "scores" in tensors:
+        forms["scores"] = (torch.float32, (n_test, header.n_train))
+    else:
+        kept = tensors.get("proponents.values", torch.empty(0))
+        k = kept.shape[1] if kept.dim() == 2 else 0
+        if not 1 <= k <= header.n_train:
+            raise ValueError(f"it has neither scores nor the strongest of {header.n_train} training examples")
+        for name in ("proponents", "opponents"):
+            forms[f"{name}.values"] = (torch.float32, (n_test, k))
+            forms[f"{name}.indices"] = (torch.int64, (n_test, k))
+    for block, of_block in enumerate(header.gradients):
+        for number in range(len(of_block)):
+            rows = f"rows {block}.{number}"
+            columns: dict[str, Form] = {
+                "examples": (torch.int64, (rows,)),
+                "tokens": (torch.int64, (rows,)),
+                "norms": (torch.float32, (rows,)),
+                "directions": (torch.float32, (rows, f"width {number}")),
+            }
+            forms |= {f"gradients.{block}.{number}.{name}": form for name, form in columns.items()}
+    return forms
+
+
+def _check_gradients(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor], n_test: int) -> None:
+    """Check the word gradients of the test examples, of which each block has those of every checkpoint.
+
+    Raises:
+        ValueError: if they are not so.
+    """
+    if word_part(method) is None:
+        if header.gradients:
+            raise ValueError("it has word gradients, but its method has no words")
+        return
+    sizes = [of_block[0] if of_block else 0 for of_block in header.gradients]
+    n_checkpoints = len(header.checkpoint_ids)
+    if sum(sizes) != n_test or any(set(each) != {each[0]} or len(each) != n_checkpoints for each in header.gradients):
+        raise ValueError(f"it has word gradients of {header.gradients} test examples, but {n_test} test examples")
+    for block, size in enumerate(sizes):
+        for number in range(n_checkpoints):
+            examples, tokens, norms, directions = (
+                tensors[f"gradients.{block}.{number}.{name}"] for name in WORD_TENSORS
+            )
+            require_within("examples of gradients", examples, 0, size - 1)
+            require_within("tokens of gradients", tokens, 0, 2**31 - 1)
+            require_within("norms of gradients", norms, 0, math.inf)
+            require_unit("directions of gradients", directions)
+            require_ascending("rows of gradients", tokens * size + examples, strictly=True)
