@@ -106,6 +106,8 @@ class Recorder:
             return
         with inside_fit(trainer, module):
             captured = self.gradients.capture(batch)
+            if captured.first_not_finite() is not None:
+                return  # which the pass names, or training's own gradients do
             self._labels.check(batch, captured.losses, new)
             if self.training is not None:
                 check_training(module, self.fit.trace.sites, batch, captured, self.gradients.layouts)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from lightning_tracin.storage.files import PARTIAL
+from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint
+from lightning_tracin.storage.files import PARTIAL, read_tensors
 from lightning_tracin.storage.own_files import HEADER
 from lightning_tracin.storage.schemas import VocabularyFile, read
 from lightning_tracin.storage.shards import Shards
@@ -47,7 +48,7 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
 def _verify_checkpoints(trace: Trace, folders: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
     """Verify all of the checkpoints but the gradients; see :func:`verify`."""
     all_read = True
-    files: dict[Path, Callable[[], object]] = {}  # checkpoints share those of frozen weights
+    files: dict[Path, tuple[Checkpoint, str]] = {}  # checkpoints share those of frozen weights, which come first
     for folder in folders:
         file = folder / "checkpoint.json"
         problem = _problem(file, partial(trace.read_checkpoint, file))
@@ -56,9 +57,15 @@ def _verify_checkpoints(trace: Trace, folders: Sequence[Path]) -> Iterator[tuple
         if problem is None:
             checkpoint = trace.read_checkpoint(file)
             for name in checkpoint.checksums:
-                files[checkpoint.file(name)] = partial(checkpoint.check_file, name)
-    for path, check in files.items():
-        yield path, _problem(path, check)
+                files[checkpoint.file(name)] = (checkpoint, name)
+    broken: set[Path] = set()
+    for path, (checkpoint, name) in sorted(files.items(), key=lambda each: each[0].parent != trace.path):
+        check: Callable[[], object] = partial(checkpoint.check_file, name)
+        if name == WEIGHTS and broken & {checkpoint.file(each) for each in checkpoint.shared}:  # which it is read with
+            check = partial(read_tensors, path, checkpoint.checksums[name], within=trace.path)
+        problem = _problem(path, check)
+        yield path, problem
+        broken |= {path} if problem else set()
     if all_read:  # or the file is named above
         try:
             trace.check_whole(trace.checkpoints)
