@@ -59,6 +59,8 @@ def looks_at(loader: DataLoader[Any], indices: Sequence[int]) -> dict[int, Look]
     """
     size = min(_SAMPLED, len(indices))
     sampled = [int(indices[place * (len(indices) - 1) // max(1, size - 1)]) for place in range(size)]
+    if loader.batch_size is None and loader.batch_sampler is None:  # the data set hands out batches
+        return dict.fromkeys(sampled, UNSEEN)
     with isolate_rng():  # a data set may draw at random, and an iterator draws a base seed
         found = [look for batch in loader_over(loader, sampled, collate_fn=looks_of) for look in batch]
     if len(found) != size:  # the __getitems__ of a data set may hand out a batch

@@ -82,6 +82,26 @@ def test_training_draws_the_same_batches_as_without_the_callback(tmp_path, cache
     assert outcomes[0][1:] == outcomes[1][1:]
 
 
+class HandsOut(Texts):
+    """Gives whole batches for lists of indices, as data sets of Hugging Face do."""
+
+    def __getitem__(self, index):
+        return (
+            default_collate([Texts.__getitem__(self, i) for i in index]) if isinstance(index, list) else self[[index]]
+        )
+
+
+def test_a_data_set_that_hands_out_batches_is_asked_for_those_of_the_sampler(tmp_path):
+    train, test = HandsOut(), Texts(10, seed=1)
+    trainer = quiet(callbacks=[TracInCallback(tmp_path / "trace", dtype="float32", on_error="raise")], max_epochs=1)
+    trainer.fit(
+        Still(), DataLoader(train, batch_size=None, sampler=EqualLengths(train), collate_fn=lambda batch: batch)
+    )
+    result = trainer.influence(LOADERS["equal lengths"](test))
+    expected = brute_scores([each.weights() for each in result.trace.checkpoints], Texts(), test)
+    assert relative_error(result.scores, expected) < 1e-5
+
+
 def test_a_sampler_without_an_end_is_not_waited_for():
     data = Texts()
     loader = DataLoader(data, batch_sampler=EqualLengths(data, drop=1, ends=False))
