@@ -80,7 +80,7 @@ def differing_in_batch(loader: DataLoader[Any], batches: Sequence[Sequence[int]]
     some = [batch[:: -(-len(batch) // _OF_A_BATCH)] for batch in several[:: -(-len(several) // _BATCHES)]]
     looked = looks_at(loader, list(dict.fromkeys(index for batch in some for index in batch)))
     seen = [{index: looked[index] for index in batch if index in looked} for batch in some]
-    news = [len({look[0] for look in each.values()}) + len({look[1] for look in each.values()}) for each in seen]
+    news = [(sum(len({look[part] for look in each.values()}) for part in (0, 1)), len(each)) for each in seen]
     return differing(seen[news.index(max(news))], n_examples) if seen else []
 
 

@@ -140,7 +140,9 @@ class Trace:
         header = read_json(self.path / HEADER)
         write_json(path / HEADER, {**header, "id": uuid.uuid4().hex, "branched_from": self.id, "incomplete": None})
         copy_before(self.path, path, step)
-        return Trace(path)
+        branched = Trace(path)
+        branched._remove_unshared()
+        return branched
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
@@ -302,6 +304,10 @@ class Trace:
         for checkpoint in self.checkpoints:
             if checkpoint.step > step:
                 remove_folder(self.path, checkpoint.path)
+        self._remove_unshared()
+
+    def _remove_unshared(self) -> None:
+        """Remove files of frozen weights that none of the checkpoints shares."""
         remove_unshared(self.path, {name for checkpoint in self.checkpoints for name in checkpoint.shared})
 
     def _texts(self) -> list[Shards]:

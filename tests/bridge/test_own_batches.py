@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -109,6 +111,16 @@ def test_a_sampler_without_an_end_is_not_waited_for():
     assert sorted(index for batch in batches for index in batch) == list(range(30))
     assert all(len({len(data.ids[index]) for index in batch}) == 1 for batch in batches)
     assert len(batches_once(loader, 3)) == 3
+
+
+def test_a_sampler_that_cannot_be_copied_is_read_all_the_same():
+    class Locked(TokenBudget):
+        def __init__(self, data) -> None:
+            super().__init__(data)
+            self.lock = threading.Lock()
+
+    data = Texts()
+    assert batches_once(DataLoader(data, batch_sampler=Locked(data))) == list(TokenBudget(data))
 
 
 def test_what_a_sampler_cannot_draw_is_read_by_itself():
