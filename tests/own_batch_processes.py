@@ -36,7 +36,7 @@ def main(folder: Path) -> dict[str, object]:
             asked = DataLoader(test, batch_sampler=TokenBudget(test), collate_fn=padded)
         else:
             data = DataLoader(train, batch_sampler=EqualLengths(train, share=share))
-            asked = DataLoader(test, batch_sampler=EqualLengths(test))
+            asked = DataLoader(test, batch_sampler=EqualLengths(test, share=share))
         module = Still()
         trainer.fit(module, data)
         found[name] = trainer.influence(asked).scores

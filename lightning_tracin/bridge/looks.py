@@ -59,6 +59,8 @@ def looks_at(loader: DataLoader[Any], indices: Sequence[int]) -> dict[int, Look]
     """
     size = min(_SAMPLED, len(indices))
     sampled = [int(indices[place * (len(indices) - 1) // max(1, size - 1)]) for place in range(size)]
+    if loader.batch_size is None and loader.batch_sampler is None:  # the data set hands out batches
+        return dict.fromkeys(sampled, UNSEEN)
     with isolate_rng():  # a data set may draw at random, and an iterator draws a base seed
         found = [look for batch in loader_over(loader, sampled, collate_fn=looks_of) for look in batch]
     if len(found) != size:  # the __getitems__ of a data set may hand out a batch
@@ -78,7 +80,7 @@ def differing_in_batch(loader: DataLoader[Any], batches: Sequence[Sequence[int]]
     some = [batch[:: -(-len(batch) // _OF_A_BATCH)] for batch in several[:: -(-len(several) // _BATCHES)]]
     looked = looks_at(loader, list(dict.fromkeys(index for batch in some for index in batch)))
     seen = [{index: looked[index] for index in batch if index in looked} for batch in some]
-    news = [len({look[0] for look in each.values()}) + len({look[1] for look in each.values()}) for each in seen]
+    news = [(sum(len({look[part] for look in each.values()}) for part in (0, 1)), len(each)) for each in seen]
     return differing(seen[news.index(max(news))], n_examples) if seen else []
 
 

@@ -80,13 +80,17 @@ def batches_of_all(loader: DataLoader[Any]) -> list[list[int]] | None:
             batches += _news(iter(copied), n_examples, seen)
             if len(seen) in (known, n_examples):
                 break
-    return joined([batches], n_examples)
+    return completed(batches, n_examples)
 
 
 def joined(parts: Sequence[Sequence[Sequence[int]]], n_examples: int) -> list[list[int]]:
-    """Batches of every example once, from those of several processes; what they all lack makes batches of one."""
-    seen: set[int] = set()
-    batches = list(_news(chain.from_iterable(parts), n_examples, seen))
+    """The batches of several processes, each example once: their samplers may have a share each, or all the same."""
+    return list(_news(chain.from_iterable(parts), n_examples, set()))
+
+
+def completed(batches: list[list[int]], n_examples: int) -> list[list[int]]:
+    """Batches, and of each example that is in none one of its own."""
+    seen = {index for batch in batches for index in batch}
     return batches + [[index] for index in range(n_examples) if index not in seen]
 
 
@@ -126,5 +130,5 @@ def _copied(sampler: Any, dataset: Any) -> Any:
     memo = {id(each): each for each in kept if not isinstance(each, _GENERATORS)}
     try:
         return copy.deepcopy(sampler, memo)
-    except TypeError:  # it holds what cannot be copied, such as a generator of Python's that it goes on with
+    except Exception:  # whatever cannot be copied raises: a lock, a file, a generator of Python's that it goes on with
         return copy.copy(sampler)

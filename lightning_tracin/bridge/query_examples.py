@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of
 from lightning_tracin.bridge.loaders import loader_of_batches, loader_options, loader_over, only_loader
-from lightning_tracin.bridge.own_batches import batches_once
+from lightning_tracin.bridge.own_batches import batches_once, joined
 from lightning_tracin.bridge.training_set import N_CHECKED
 from lightning_tracin.parallel.processes import Processes
 
@@ -68,7 +68,7 @@ def example_blocks(loader: Any, n_examples: int | None, processes: Processes) ->
         fingerprint = fingerprint_of(loader.dataset, len(loader.dataset), read=True)
         processes.require_same("test examples", fingerprint)
     if batches is not None:
-        batches = processes.gather(batches)[0]
+        batches = joined(processes.gather(batches), len(loader.dataset))
         return [
             loader_of_batches(loader, block[processes.rank :: processes.size])
             for block in _blocks_of(batches, n_examples or len(loader.dataset))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_tracin.bridge.fingerprint import _SAMPLED, fingerprint_of, length_of, lengths_of
 from lightning_tracin.bridge.loaders import _batch_size, loader_of_batches, loader_options, loader_over, only_loader
 from lightning_tracin.bridge.looks import UNSEEN, Look, differing, differing_in_batch, look_of
-from lightning_tracin.bridge.own_batches import batches_of_all, joined, parts_of
+from lightning_tracin.bridge.own_batches import batches_of_all, completed, joined, parts_of
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.storage.trace import Trace
 
@@ -84,7 +84,7 @@ class TrainingSet:
         composed = [batch for batch in self.batches or () if len(batch) > 1]  # else it may be what this sampler lacks
         found = processes.gather(composed)
         if processes.size > 1 and self.batches is not None:
-            self.batches = joined(found, len(self))
+            self.batches = completed(joined(found, len(self)), len(self))
 
     def loader_over(self, indices: Sequence[int]) -> DataLoader[Any]:
         """A loader over some examples, in their order; of a stream, over all in its own.

@@ -149,7 +149,9 @@ class Trace:
         changed = {"id": uuid.uuid4().hex, "branched_from": self.id, "incomplete": None}
         schemas.write(path / HEADER, msgspec.structs.replace(header, **changed))
         copy_before(self.path, path, step)
-        return Trace(path)
+        branched = Trace(path)
+        branched._remove_unshared()
+        return branched
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
@@ -322,6 +324,10 @@ class Trace:
         for checkpoint in self.checkpoints:
             if checkpoint.step > step:
                 remove_folder(self.path, checkpoint.path)
+        self._remove_unshared()
+
+    def _remove_unshared(self) -> None:
+        """Remove files of frozen weights that none of the checkpoints shares."""
         remove_unshared(self.path, {name for checkpoint in self.checkpoints for name in checkpoint.shared})
 
     def _texts(self) -> list[Shards]:

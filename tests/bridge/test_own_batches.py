@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -82,6 +84,26 @@ def test_training_draws_the_same_batches_as_without_the_callback(tmp_path, cache
     assert outcomes[0][1:] == outcomes[1][1:]
 
 
+class HandsOut(Texts):
+    """Gives whole batches for lists of indices, as data sets of Hugging Face do."""
+
+    def __getitem__(self, index):
+        return (
+            default_collate([Texts.__getitem__(self, i) for i in index]) if isinstance(index, list) else self[[index]]
+        )
+
+
+def test_a_data_set_that_hands_out_batches_is_asked_for_those_of_the_sampler(tmp_path):
+    train, test = HandsOut(), Texts(10, seed=1)
+    trainer = quiet(callbacks=[TracInCallback(tmp_path / "trace", dtype="float32", on_error="raise")], max_epochs=1)
+    trainer.fit(
+        Still(), DataLoader(train, batch_size=None, sampler=EqualLengths(train), collate_fn=lambda batch: batch)
+    )
+    result = trainer.influence(LOADERS["equal lengths"](test))
+    expected = brute_scores([each.weights() for each in result.trace.checkpoints], Texts(), test)
+    assert relative_error(result.scores, expected) < 1e-5
+
+
 def test_a_sampler_without_an_end_is_not_waited_for():
     data = Texts()
     loader = DataLoader(data, batch_sampler=EqualLengths(data, drop=1, ends=False))
@@ -89,6 +111,16 @@ def test_a_sampler_without_an_end_is_not_waited_for():
     assert sorted(index for batch in batches for index in batch) == list(range(30))
     assert all(len({len(data.ids[index]) for index in batch}) == 1 for batch in batches)
     assert len(batches_once(loader, 3)) == 3
+
+
+def test_a_sampler_that_cannot_be_copied_is_read_all_the_same():
+    class Locked(TokenBudget):
+        def __init__(self, data) -> None:
+            super().__init__(data)
+            self.lock = threading.Lock()
+
+    data = Texts()
+    assert batches_once(DataLoader(data, batch_sampler=Locked(data))) == list(TokenBudget(data))
 
 
 def test_what_a_sampler_cannot_draw_is_read_by_itself():

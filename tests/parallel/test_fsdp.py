@@ -24,6 +24,7 @@ from fsdp_processes import (
     Tied,
 )
 from launched import run
+from safetensors import safe_open
 from torch.utils.data import DistributedSampler
 from toy import RATE, Toy, loader, mean_rate, quiet, site_of, texts
 
@@ -87,6 +88,17 @@ def scores_in(trace, kind=Toy, **options):
 def test_training_is_what_it_is_without_the_callback(fits, name):
     _, *found = fits
     assert all(each[f"{name} untouched"] for each in found)
+
+
+@pytest.mark.parametrize("name", ["recomputing", "recomputing training"])
+def test_frozen_weights_are_stored_once(fits, name):
+    folder, *_ = fits
+    trace = Trace(folder / name)
+    (shared,) = trace.path.glob("frozen-*.safetensors")
+    assert [list(each.shared) for each in trace.checkpoints] == [[shared.name]] * 2
+    assert trace.checkpoints[0].weights().keys() == Toy().state_dict().keys()
+    with safe_open(trace.checkpoints[0].path / "weights.safetensors", framework="pt") as file:
+        assert set(file.keys()) == Toy().state_dict().keys() - {"embedding.weight"}
 
 
 def test_gradients_are_there_after_a_checkpoint_as_without_it(fits):

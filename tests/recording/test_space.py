@@ -8,8 +8,9 @@ from collections import namedtuple
 
 import pytest
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
-from torch.utils.data import SubsetRandomSampler
-from toy import Toy, fitted, loader, quiet, test_texts
+from torch import nn
+from torch.utils.data import DataLoader, SubsetRandomSampler
+from toy import Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import Trace, TracInCallback
 from lightning_tracin.storage import files
@@ -17,7 +18,7 @@ from lightning_tracin.storage import files
 
 def only(monkeypatch, free: int) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - free, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - free, free))
 
 
 def enough_for_one(monkeypatch, fit) -> float:
@@ -106,6 +107,33 @@ def test_the_space_needed_is_that_of_the_examples_that_are_drawn(tmp_path, monke
         for n_drawn in (20, 4)
     }
     assert (sizes[4] - weights) / (sizes[20] - weights) == pytest.approx(1 / 5, rel=0.1)
+
+
+class Wide(Toy):
+    """With 4 MB that nothing reads."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.base = nn.Linear(1000, 1000).requires_grad_(not frozen)
+
+
+def test_frozen_weights_need_space_once(tmp_path, monkeypatch):
+    only(monkeypatch, 6 * 10**6)
+    with pytest.warns(UserWarning, match=r"needs about 8\.\d MB for 2 checkpoints"):
+        fitted(tmp_path / "moving", Wide(frozen=False))
+    fitted(tmp_path / "trace", Wide(frozen=True))
+    sizes = [path.stat().st_size for path in (tmp_path / "trace").rglob("*.safetensors")]
+    assert 4 * 10**6 < sum(sizes) < 5 * 10**6
+
+
+def test_batches_that_are_sorted_on_disk_need_space_twice(tmp_path, monkeypatch):
+    only(monkeypatch, 5000)
+    data, needed = texts(4000), []
+    for options in ({"batch_size": 4}, {"batch_sampler": [[0, 1, 2, 3]]}):
+        with pytest.raises(OSError, match="MB for 1 checkpoint ") as error:
+            fitted(tmp_path / "trace", data=DataLoader(data, **options), trainer={"max_epochs": 1})
+        needed.append(float(re.search(r"needs about ([\d.]+) MB", str(error.value))[1]))
+    assert needed[1] == pytest.approx(2 * needed[0], rel=0.1)
 
 
 def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):

@@ -178,6 +178,9 @@ def test_a_resumed_fit_goes_on_with_the_files_or_branches_off(tmp_path, name):
 def test_a_file_that_no_checkpoint_shares_is_removed(tmp_path):
     fit(tmp_path / "trace", Held(since=2))
     assert len(shared_files(tmp_path / "trace")) == 1
+    Trace(tmp_path / "trace").branch(tmp_path / "branch", 10)
+    assert shared_files(tmp_path / "branch") == []
+    assert problems(tmp_path / "branch") == []
     Trace(tmp_path / "trace").drop_checkpoints_after(10)
     assert shared_files(tmp_path / "trace") == []
     fit(tmp_path / "trace", Held(), overwrite=True)
