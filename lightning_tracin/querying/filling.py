@@ -14,6 +14,7 @@ from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.bridge.strategy import require_results
 from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.gradients.capture import Captured
+from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp
 from lightning_tracin.parallel.processes import Processes, wait_until_visible
@@ -50,6 +51,7 @@ def ready_checkpoints(
             state = full_state_dict(module)
             if processes.first or not is_fsdp(module):
                 trace.check_model(state, type(module).__name__)
+            _check_layers(trace, module)
         missing = [each for each in checkpoints if not all(map(each.has_gradients, sites))]
         training_set = _training_set(query, datamodule, train_dataloaders, needed=bool(missing))
         if training_set is not None:
@@ -69,6 +71,14 @@ def ready_checkpoints(
         require_results(query.trainer)
         _fill(query, missing, sites, training_set)
     return checkpoints
+
+
+def _check_layers(trace: Trace, module: pl.LightningModule) -> None:
+    """Check that a module has the layers at which the trace says that gradients were taken."""
+    try:
+        sites_on_module(module, trace.sites)
+    except ValueError as error:
+        raise ValueError(f"The trace in {trace.path} is not of this model, or damaged: {error}") from error
 
 
 def _training_set(

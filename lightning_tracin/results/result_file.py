@@ -66,6 +66,19 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     trace: str | None
     trace_relative: str | None
 
+    def to_json(self) -> str:
+        """The header as JSON.
+
+        Raises:
+            ValueError: if it could not be read again.
+        """
+        encoded = msgspec.json.encode(self)
+        try:
+            msgspec.json.decode(encoded, type=ResultHeader)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"The result cannot be saved: {error}.") from error
+        return encoded.decode()
+
 
 class _HeaderOfAnyVersion(msgspec.Struct, frozen=True):
     version: int

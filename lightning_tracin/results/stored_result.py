@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -99,13 +98,15 @@ class StoredResult:
             method=method_to_json(self.method),
             n_train=self.n_train,
             gradients=[[each.n_examples for each in of_block] for of_block in self.test_gradients],
-            words_of_ids={str(token): storable(word) for token, word in self.words_of_ids.items() if token in used},
-            label_names={str(number): storable(name) for number, name in self.label_names.items()},
+            words_of_ids={
+                str(token): storable(str(word)) for token, word in self.words_of_ids.items() if token in used
+            },
+            label_names={str(number): storable(str(name)) for number, name in self.label_names.items()},
             checkpoint_ids=self.checkpoint_ids,
             trace=None if self.trace is None else storable(str(self.trace.path.absolute())),
             trace_relative=None if self.trace is None else storable(os.path.relpath(self.trace.path, path.parent)),
         )
-        text = msgspec.json.encode(header).decode()
+        text = header.to_json()
         write_tensors(path, tensors, {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)})
         return path
 

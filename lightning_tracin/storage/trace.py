@@ -222,7 +222,7 @@ class Trace:
         for process_words in processes.gather(dict(words)):
             vocabulary |= process_words
         if processes.first:
-            named = {str(token): storable(word) for token, word in vocabulary.items()}
+            named = {str(token): storable(str(word)) for token, word in vocabulary.items()}
             schemas.write(self.path / "vocabulary.json", VocabularyFile(words=named))
         self.__dict__.pop("vocabulary", None)
 

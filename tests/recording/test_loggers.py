@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toy import EPOCHS, loader, quiet, test_texts
 from twin_toy import TwinToy
 
+from lightning_tracin.gradients.printable import STEERING
 from lightning_tracin.recording import loggers
 from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
 
@@ -210,6 +211,21 @@ def test_markdown_is_not_broken_by_what_texts_hold():
     assert r"of loader 1, label **g\|d**, prediction **b\`d** (90%), loss 2.5" in text
     assert r"so\_so &lt;b>" in text
     assert r"| proponent 1 | +3 | 30.0% | 3 | x\*y | a\|b +3 | a\|b |" in text
+
+
+def test_no_sign_of_a_text_steers_what_shows_the_log():
+    evil = "=1\x1b[2J\x9b\u202etxt\u2069\ud800"
+    example = Example(3, (Word(evil, "", (0,)),), evil, evil)
+    found = Explanation(0, example, (), (Influential(example, 1.0, None, (1.0,)),), ())
+    rows = loggers.rows_of([found], [(0, 1.0)], step=0, epoch=0)
+    assert rows[0]["train_label"] == rows[0]["text"] == "=1�[2J�txt�"
+    assert not STEERING.search("".join(value for value in rows[0].values() if isinstance(value, str)))
+    comet = CometLogger()
+    loggers.log_table(comet, rows, step=0, root="")
+    ((_, table, _),) = comet.tables
+    assert {cell for cell in table[0] if isinstance(cell, str) and "txt" in cell and "+" not in cell} == {
+        "'=1�[2J�txt�"
+    }
 
 
 def test_long_texts_are_cut():

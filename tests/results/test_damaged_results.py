@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 
 import pytest
@@ -118,3 +119,120 @@ def test_the_checksum_does_not_depend_on_the_order_or_the_place_of_tensors():
     assert hash_of_tensors(written) != hash_of_tensors(written, "x")
     assert hash_of_tensors({**written, "a": values.T}) != hash_of_tensors(written)
     assert hash_of_tensors({**written, "b": torch.zeros(1)}) != hash_of_tensors(written)
+
+
+def forged(file, change_header=None, change_tensors=None):
+    """The file with other content, and a checksum that fits."""
+    tensors, metadata = content_of(file)
+    header = json.loads(metadata[HEADER])
+    if change_header is not None:
+        change_header(header)
+    if change_tensors is not None:
+        change_tensors(tensors)
+    return rewritten(file, tensors, json.dumps(header))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("n_train", 10**9),
+        ("n_train", 21.0),
+        ("n_train", True),
+        ("n_train", 1),
+        ("gradients", []),
+        ("gradients", [[10**8, 10**8]]),
+        ("gradients", [[6]]),
+        ("gradients", [["6", 6]]),
+        ("words_of_ids", {"../x": "word"}),
+        ("words_of_ids", {"1": None}),
+        ("label_names", []),
+        ("checkpoint_ids", []),
+        ("checkpoint_ids", ["a", "a"]),
+        ("trace", 3),
+        ("method", {"method": "TracInWE", "top_words": 2**70}),
+        ("method", {"method": "TracInWE", "exclude_tokens": [2**64]}),
+        ("method", {"method": "TracInWE", "exclude_tokens": "abc"}),
+        ("method", {"method": "TracInWE", "normalize": "other"}),
+        ("method", {"method": "TracInWE", "more": 1}),
+        ("method", {"method": "TracInLast"}),
+        ("method", {"method": "TracInLayer"}),
+        ("method", {"method": ["TracInWE"]}),
+        ("method", {"method": "TracInSum", "parts": "ab"}),
+        (
+            "method",
+            {"method": "TracInSum", "parts": [{"method": "TracInWE"}, {"method": "TracInLast"}], "mix": ["1", 2]},
+        ),
+        ("method", []),
+        ("more", 1),
+    ],
+)
+def test_a_header_that_was_forged(file, key, value):
+    forged(file, lambda header: header.update({key: value}))
+    with pytest.raises(ValueError, match=f"{file} is damaged: "):
+        InfluenceResult.load(file)
+
+
+def test_parts_of_parts_are_no_method(file):
+    method = {"method": "TracInWE"}
+    for _ in range(400):
+        method = {"method": "TracInSum", "parts": [method, {"method": "TracInLast"}]}
+    forged(file, lambda header: header.update(method=method))
+    with pytest.raises(ValueError, match=f"{file} is damaged: "):
+        InfluenceResult.load(file)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 100, -1, 2**40])
+def test_tensors_that_were_forged(file, value):
+    """Numbers that no result has: most are refused, and none comes out again."""
+    intact = file.read_bytes()
+    names = sorted(content_of(file)[0])
+    n_refused = 0
+    for name in names:
+
+        def change(tensors, name=name):
+            flat = tensors[name].view(-1)
+            flat[len(flat) // 2] = value if flat.is_floating_point() or abs(value) < 2**50 else 0
+
+        try:
+            forged(file, change_tensors=change)
+        except (ValueError, OverflowError, RuntimeError):  # NaN as an integer
+            continue
+        try:
+            result = InfluenceResult.load(file)
+            assert result.proponents(3).values.isfinite().all()
+            assert str(result)
+        except ValueError as error:
+            assert str(file) in str(error)  # noqa: PT017 (or nothing is raised)
+            n_refused += 1
+        file.write_bytes(intact)
+    assert n_refused >= 3
+
+
+@pytest.mark.parametrize("place", ["a\x00b", "x" * 5000, "/dev/zero", "\U0001f600/../..", "/proc/self/fd"])
+def test_a_trace_that_cannot_be_there_is_not(file, place):
+    forged(file, lambda header: header.update(trace=place, trace_relative=place))
+    assert InfluenceResult.load(file).trace is None
+
+
+def test_a_result_of_another_number_of_examples_than_its_trace(toy, tmp_path):
+    path = toy.influence(loader(test_texts()), k=3).save(tmp_path / "result.safetensors")
+    forged(path, lambda header: header.update(n_train=21))
+    with pytest.raises(ValueError, match=f"{path} is damaged: it has 21 training examples, but the trace in .* has 20"):
+        InfluenceResult.load(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    path = tmp_path / "result.safetensors"
+    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
+    with pytest.raises(ValueError, match=f"{path} is damaged: it is no file"):
+        InfluenceResult.load(path)
+
+
+@pytest.mark.parametrize("mark", ["▁", "Ġ", "##", "</w>", "@@"])
+def test_words_without_signs_are_read_with_any_marks(toy, mark):
+    result = toy.influence(loader(test_texts()))
+    result.words_of_ids = {token: ["", f"{mark}a", f"a{mark}"][token % 3] for token in range(40)}
+    assert str(result)
+    total = sum(term for _, term in result.words(0, 3))
+    assert total == pytest.approx(float(result.scores[0, 3]), rel=1e-4, abs=1e-9)

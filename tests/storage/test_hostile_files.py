@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import mutated_readings, rehash
+from mutated_files import rehash
+from mutations import mutated_readings
 from safetensors.torch import load_file, save_file
 from toy import N_TRAIN, Toy, fitted, loader, quiet, test_texts
 
