@@ -75,6 +75,7 @@ def begin(
         state = full_state_dict(module)
         if processes.first:
             require_space(trainer, plan, path, state, first, training_set)
+    n_raw = 0 if source is None else resumed.get("raw_steps", 0)  # which Lightning does not count
     with processes.synchronized():
         if source is not None:
             trace = Trace(source)
@@ -83,9 +84,9 @@ def begin(
                 trace.check_model(state, type(module).__name__)
             _require_same_sites(trace, sites, plan)
             if processes.first and source == path:
-                trace.drop_checkpoints_after(trainer.global_step)
+                trace.drop_checkpoints_after(trainer.global_step + n_raw)
             elif processes.first:
-                trace.branch(path, trainer.global_step)
+                trace.branch(path, trainer.global_step + n_raw)
         elif processes.first:
             per_example = bytes_per_example(first, plan.options)
             header = TraceHeader(
@@ -99,10 +100,11 @@ def begin(
             )
             Trace.create(path, header)
     fit = RecordedFit(_opened(path, processes), training_set)
-    steps = [] if source is None else _steps_to_go_on_with(fit.trace, resumed, trainer.global_step, processes)
+    steps = [] if source is None else _steps_to_go_on_with(fit.trace, resumed, trainer.global_step + n_raw, processes)
     recorder = Recorder(fit, plan, first.gradients, trainer.train_dataloader, steps)
     if form is not None:
         recorder.training = TrainingCache(module, fit.trace, form, processes, tolerant=plan.on_error == "warn")
+    recorder.watch_steps(trainer, n_raw)
     recorder.validations = _validations(trainer, recorder, plan)
     return recorder
 

@@ -178,10 +178,10 @@ class TracInCallback(DualCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to go on with the same trace."""
-        if self.trace is None:
-            return {}
-        steps = [] if self._recorder is None else self._recorder.steps
-        return {"trace": self.trace.id, "path": str(self.trace.path.absolute()), "steps": steps}
+        if self._recorder is None or self.trace is None:
+            return {} if self._left is None else self._left[1]  # of a fit that is over
+        path, n_raw = str(self.trace.path.absolute()), 0 if self._recorder.raw is None else self._recorder.raw.n_steps
+        return {"trace": self.trace.id, "path": path, "steps": self._recorder.steps, "raw_steps": n_raw}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the trace to go on with; only a fit does (predict with a checkpoint restores callbacks too)."""
@@ -194,8 +194,9 @@ class TracInCallback(DualCallback):
             rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
             return
         # A trainer that fits again goes on where it was, as Lightning counts its steps.
-        again = self._left is not None and self._left[0]() is trainer and trainer.global_step > 0
-        resumed = self._left[1] if again and self._left is not None and not self._resumed else self._resumed
+        left = self._left[1] if self._left is not None and self._left[0]() is trainer else {}
+        again = trainer.global_step + left.get("raw_steps", 0) > 0
+        resumed = left if again and not self._resumed else self._resumed
         self._recorder = begin(trainer, pl_module, self.plan, resumed, self._writing)
         self.recorded_fit = self._recorder.fit
 

@@ -22,6 +22,7 @@ from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches, unwrapped_name
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.plan import RecordingPlan
+from lightning_tracin.recording.raw_steps import RawSteps
 from lightning_tracin.recording.sampled_indices import SampledLoader
 from lightning_tracin.recording.training_cache import TrainingCache
 from lightning_tracin.recording.training_form import divisor_of
@@ -49,6 +50,7 @@ class Recorder:
         self.steps = steps
         self.training: TrainingCache | None = None
         self.validations: ValidationLog | None = None
+        self.raw: RawSteps | None = None
         self._plan = plan
         self.gradients = gradients
         self._site_layers = sites_on_module(gradients.module, fit.trace.sites)
@@ -82,13 +84,26 @@ class Recorder:
             divisor, scaled = divisor_of(trainer.accumulate_grad_batches, scaler)
             self.training.backward_ended(divisor=divisor, scaled=scaled)
 
+    def watch_steps(self, trainer: pl.Trainer, n_before: int) -> None:
+        """Notice steps that Lightning does not, of which there were so many before."""
+        self.raw = RawSteps(trainer, lambda optimizer: self._note_step(trainer, optimizer), n_before)
+
+    def steps_done(self, trainer: pl.Trainer) -> int:
+        """The optimizer steps of the fit, those included that Lightning does not count."""
+        return trainer.global_step + (0 if self.raw is None else self.raw.n_steps)
+
     def note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
-        """Note the learning rates of an optimizer step."""
+        """Note the learning rates of an optimizer step that Lightning is about to make."""
         if learns_nothing(trainer):
             return
+        if self.raw is not None:
+            self.raw.told_of(optimizer)
+        self._note_step(trainer, optimizer)
+
+    def _note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
         number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is _unwrapped(optimizer)), 0)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self.steps.append((trainer.global_step, number, rates, self._unmoved_by(optimizer)))
+        self.steps.append((self.steps_done(trainer), number, rates, self._unmoved_by(optimizer)))
 
     def _unmoved_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
         """The keys of the sites whose weights an optimizer has, but is about to leave where they are.
@@ -115,7 +130,7 @@ class Recorder:
                     sampled.next_batch()
                 self.training.end()
         every = self._plan.every_n_train_steps
-        if every is not None and self.steps and trainer.global_step // every > self.steps[0][0] // every:
+        if every is not None and self.steps and self.steps_done(trainer) // every > self.steps[0][0] // every:
             self._take_checkpoint(trainer)
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
@@ -152,7 +167,12 @@ class Recorder:
     def end(self, trainer: pl.Trainer) -> None:
         """Log the last validation, and say so if the fit was too short for a checkpoint."""
         self.log_validations(trainer)
-        if not self.fit.trace.checkpoints:
+        if not self.fit.trace.checkpoints and not self.steps:
+            rank_zero_warn(
+                "TracInCallback saw no optimizer step in this fit, so there is no checkpoint and nothing to compute "
+                "influence from. Step the optimizers that configure_optimizers returned, by self.optimizers()."
+            )
+        elif not self.fit.trace.checkpoints:
             rank_zero_warn(
                 f"The fit ended before the first checkpoint of the trace in {self.fit.trace.path} was due: there is "
                 "nothing to compute influence from. Lower every_n_epochs or every_n_train_steps."
@@ -162,6 +182,8 @@ class Recorder:
         """Leave the module as it was."""
         if self.training is not None:
             self.training.close()
+        if self.raw is not None:
+            self.raw.close()
 
     @contextmanager
     def _held_back(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -183,7 +205,7 @@ class Recorder:
     def _take_checkpoint(self, trainer: pl.Trainer) -> None:
         if not self.steps:
             return  # nothing was trained since the last checkpoint
-        step = trainer.global_step
+        step = self.steps_done(trainer)
         optimizers = [_unwrapped(each) for each in trainer.optimizers]
         processes = processes_of(trainer)
         with processes.synchronized():  # before any of them waits for the others
