@@ -71,7 +71,7 @@ def begin(
         first = look_at_first_batch(trainer, module, training_set, plan.methods, compared=plan.cache != "training")
         sites = stored_sites(first, plan.options)
         if plan.cache == "training":
-            form = _training_form(trainer, module, sites, first)
+            form = _training_form(trainer, module, first)
         state = full_state_dict(module)
         if processes.first:
             require_space(trainer, plan, path, state, first, training_set)
@@ -109,13 +109,11 @@ def begin(
     return recorder
 
 
-def _training_form(
-    trainer: pl.Trainer, module: pl.LightningModule, sites: tuple[Site, ...], first: FirstBatch
-) -> TrainingForm:
+def _training_form(trainer: pl.Trainer, module: pl.LightningModule, first: FirstBatch) -> TrainingForm:
     """How training's own gradients are made of those of the examples' losses, if they can be used."""
     _require_whole_epoch(trainer)
     with inside_fit(trainer, module), zero_weights_filled(module):
-        return check_training(module, sites, first.batch, first.captured, first.gradients.layouts)
+        return check_training(first.gradients, first.batch, first.captured)
 
 
 def _validations(trainer: pl.Trainer, recorder: Recorder, plan: RecordingPlan) -> ValidationLog | None:
