@@ -373,8 +373,7 @@ def bert(kind: str, last: str, module: type[HuggingFace] = HuggingFace, dropout:
         max_position_embeddings=16,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-        initializer_range=0.3,
-        **options,
+        **{"initializer_range": 0.3, **options},
     )
     return module(getattr(transformers, kind)(config), embedding="bert.embeddings.word_embeddings", last=last)
 

@@ -112,7 +112,7 @@ class MeanLoss:
         errors = {Layout(together=together): torch.inf for together in (True, False)}
         if len(alone) == n_examples and len(call.inputs) % n_examples == 0:
             for layout in errors:
-                owners = layout.owners(n_examples, call.inputs.shape[:1])
+                owners = layout.owners(n_examples, call.inputs.shape[:1]).to(call.inputs.device)
                 errors[layout] = max(_error(call.inputs[owners == i], own.inputs) for i, own in enumerate(alone))
         best = min(errors, key=lambda layout: errors[layout])
         if errors[best] <= tolerance:

@@ -75,10 +75,11 @@ def begin(
         first = look_at_first_batch(trainer, module, training_set, plan.methods, compared=plan.cache != "training")
         sites = stored_sites(first, plan.options)
         if plan.cache == "training":
-            form = _training_form(trainer, module, sites, first)
+            form = _training_form(trainer, module, first)
         state = full_state_dict(module)
         if processes.first:
             require_space(trainer, plan, path, state, first, training_set)
+    n_raw = 0 if source is None else resumed.get("raw_steps", 0)  # which Lightning does not count
     with processes.synchronized():
         if source is not None:
             trace = Trace(source)
@@ -87,9 +88,9 @@ def begin(
                 trace.check_model(state, type(module).__name__)
             _require_same_sites(trace, sites, plan)
             if processes.first and source == path:
-                trace.drop_checkpoints_after(trainer.global_step)
+                trace.drop_checkpoints_after(trainer.global_step + n_raw)
             elif processes.first:
-                trace.branch(path, trainer.global_step)
+                trace.branch(path, trainer.global_step + n_raw)
         elif processes.first:
             per_example = bytes_per_example(first, plan.options)
             header = TraceHeader(
@@ -103,7 +104,8 @@ def begin(
             )
             Trace.create(path, header)
     fit = RecordedFit(_opened(path, processes), training_set)
-    steps = [] if source is None else _steps_to_go_on_with(fit.trace, resumed, trainer.global_step, processes)
+    done = trainer.global_step + n_raw
+    steps = [] if source is None else _steps_to_go_on_with(fit.trace, resumed, done, processes)
     drawn = DrawnExamples(fit.trace.n_train, processes, resumed if steps else None)
     # The gradients of training itself are gone with the process that had them.
     due = resumed.get("due") if steps and plan.cache != "training" else None
@@ -112,17 +114,16 @@ def begin(
     recorder = Recorder(fit, plan, first.gradients, loader, steps=steps, drawn=drawn, labels=labels, due=due)
     if form is not None:
         recorder.training = TrainingCache(module, fit.trace, form, processes, tolerant=plan.on_error == "warn")
+    recorder.watch_steps(trainer, n_raw)
     recorder.validations = _validations(trainer, recorder, plan)
     return recorder
 
 
-def _training_form(
-    trainer: pl.Trainer, module: pl.LightningModule, sites: tuple[Site, ...], first: FirstBatch
-) -> TrainingForm:
+def _training_form(trainer: pl.Trainer, module: pl.LightningModule, first: FirstBatch) -> TrainingForm:
     """How training's own gradients are made of those of the examples' losses, if they can be used."""
     _require_whole_epoch(trainer)
     with inside_fit(trainer, module), zero_weights_filled(module):
-        return check_training(module, sites, first.batch, first.captured, first.gradients.layouts)
+        return check_training(first.gradients, first.batch, first.captured)
 
 
 def _validations(trainer: pl.Trainer, recorder: Recorder, plan: RecordingPlan) -> ValidationLog | None:

@@ -196,8 +196,9 @@ class TracInCallback(DualCallback):
             rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
             return
         # A trainer that fits again goes on where it was, as Lightning counts its steps.
-        again = self._left is not None and self._left[0]() is trainer and trainer.global_step > 0
-        resumed = self._left[1] if again and self._left is not None and not self._resumed else self._resumed
+        left = self._left[1] if self._left is not None and self._left[0]() is trainer else {}
+        again = trainer.global_step + left.get("raw_steps", 0) > 0
+        resumed = left if again and not self._resumed else self._resumed
         self._recorder = begin(trainer, pl_module, self.plan, resumed, self._writing)
         self.recorded_fit = self._recorder.fit
         self._take_due(trainer)  # what a fit that was killed has still to take

@@ -88,7 +88,7 @@ def look_at_first_batch(
 
             check_batching(module, losses, batch_of, training_set.first_indices, batch, captured.losses)
         if compared and not is_fsdp(module):
-            warn_of_another_loss(module, batch, captured)
+            warn_of_another_loss(gradients, batch, captured)
     return FirstBatch(batch, captured, gradients)
 
 

@@ -24,6 +24,7 @@ from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.new_labels import NewLabels
 from lightning_tracin.recording.plan import RecordingPlan
+from lightning_tracin.recording.raw_steps import RawSteps
 from lightning_tracin.recording.sampled_indices import SampledLoader
 from lightning_tracin.recording.training_cache import TrainingCache
 from lightning_tracin.recording.training_form import check_training, divisor_of, warn_of_another_loss
@@ -64,6 +65,7 @@ class Recorder:
         self.steps = steps
         self.training: TrainingCache | None = None
         self.validations: ValidationLog | None = None
+        self.raw: RawSteps | None = None
         self._plan = plan
         self.gradients = gradients
         self._site_layers = sites_on_module(gradients.module, fit.trace.sites)
@@ -110,9 +112,9 @@ class Recorder:
                 return  # which the pass names, or training's own gradients do
             self._labels.check(batch, captured.losses, new)
             if self.training is not None:
-                check_training(module, self.fit.trace.sites, batch, captured, self.gradients.layouts)
+                check_training(self.gradients, batch, captured)
             else:
-                warn_of_another_loss(module, batch, captured)
+                warn_of_another_loss(self.gradients, batch, captured)
         self._labels.add(new)
 
     def end_backward(self, trainer: pl.Trainer) -> None:
@@ -123,13 +125,26 @@ class Recorder:
             divisor, scaled = divisor_of(trainer.accumulate_grad_batches, scaler)
             self.training.backward_ended(divisor=divisor, scaled=scaled)
 
+    def watch_steps(self, trainer: pl.Trainer, n_before: int) -> None:
+        """Notice steps that Lightning does not, of which there were so many before."""
+        self.raw = RawSteps(trainer, lambda optimizer: self._note_step(trainer, optimizer), n_before)
+
+    def steps_done(self, trainer: pl.Trainer) -> int:
+        """The optimizer steps of the fit, those included that Lightning does not count."""
+        return trainer.global_step + (0 if self.raw is None else self.raw.n_steps)
+
     def note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
-        """Note the learning rates of an optimizer step."""
+        """Note the learning rates of an optimizer step that Lightning is about to make."""
         if learns_nothing(trainer):
             return
+        if self.raw is not None:
+            self.raw.told_of(optimizer)
+        self._note_step(trainer, optimizer)
+
+    def _note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
         number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is _unwrapped(optimizer)), 0)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self.steps.append((trainer.global_step, number, rates, self._unmoved_by(optimizer)))
+        self.steps.append((self.steps_done(trainer), number, rates, self._unmoved_by(optimizer)))
 
     def _unmoved_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
         """The keys of the sites whose weights an optimizer has, but is about to leave where they are.
@@ -158,7 +173,7 @@ class Recorder:
             if self.training is not None:
                 self.training.end()
         every = self._plan.every_n_train_steps
-        if every is not None and self.steps and trainer.global_step // every > self.steps[0][0] // every:
+        if every is not None and self.steps and self.steps_done(trainer) // every > self.steps[0][0] // every:
             self._due = trainer.current_epoch
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
@@ -201,7 +216,12 @@ class Recorder:
     def end(self, trainer: pl.Trainer) -> None:
         """Log the last validation, and say so if the fit was too short for a checkpoint."""
         self.log_validations(trainer)
-        if not self.fit.trace.checkpoints:
+        if not self.fit.trace.checkpoints and not self.steps:
+            rank_zero_warn(
+                "TracInCallback saw no optimizer step in this fit, so there is no checkpoint and nothing to compute "
+                "influence from. Step the optimizers that configure_optimizers returned, by self.optimizers()."
+            )
+        elif not self.fit.trace.checkpoints:
             rank_zero_warn(
                 f"The fit ended before the first checkpoint of the trace in {self.fit.trace.path} was due: there is "
                 "nothing to compute influence from. Lower every_n_epochs or every_n_train_steps."
@@ -209,12 +229,15 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """What a fit that is resumed here needs to know."""
-        return {"steps": self.steps, "due": self._due, **self._drawn.state()}
+        n_raw = 0 if self.raw is None else self.raw.n_steps
+        return {"steps": self.steps, "raw_steps": n_raw, "due": self._due, **self._drawn.state()}
 
     def close(self) -> None:
         """Leave the module as it was."""
         if self.training is not None:
             self.training.close()
+        if self.raw is not None:
+            self.raw.close()
 
     @contextmanager
     def _held_back(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -234,7 +257,7 @@ class Recorder:
             raise self._failure
 
     def _take_checkpoint(self, trainer: pl.Trainer, epoch: int) -> None:
-        step = trainer.global_step
+        step = self.steps_done(trainer)
         optimizers = [_unwrapped(each) for each in trainer.optimizers]
         processes = processes_of(trainer)
         with processes.synchronized():  # before any of them waits for the others

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isclose
 from typing import Any
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_tracin.bridge.mixin import losses_of
+from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.gradients.capture import Captured, capture
 from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.gradients.layouts import Layout
 from lightning_tracin.gradients.losses import label_counts
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
-from lightning_tracin.gradients.sites import Site
 
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
@@ -53,27 +53,20 @@ class TrainingForm:
 
 
 @full_precision()
-def check_training(
-    module: nn.Module,
-    sites: Sequence[Site],
-    batch: Any,
-    of_losses: Captured,
-    layouts: Mapping[nn.Module, Layout],
-) -> TrainingForm:
+def check_training(gradients: ModuleGradients, batch: Any, of_losses: Captured) -> TrainingForm:
     """Check that the gradients of training are those of the examples' losses.
 
     Call it inside :func:`~lightning_tracin.gradients.eval_mode.gradients_enabled`.
 
     Args:
-        module: the module that is about to be trained.
-        sites: where gradients are needed.
-        batch: a first batch of the training set, on the module's device.
+        gradients: takes those of the module that is about to be trained.
+        batch: a batch of the training set, on the module's device.
         of_losses: what the losses of its examples gave.
-        layouts: where the examples are in the calls of the sites' layers.
 
     Raises:
         ValueError: if the loss of ``training_step`` is not a mean of the examples' losses, or if hooks do not run.
     """
+    module = gradients.module
     name = type(module).__name__
     if not getattr(module, "automatic_optimization", True):
         raise ValueError(
@@ -87,40 +80,50 @@ def check_training(
             f'{name} has batch norm, which in training mixes the examples of a batch: what cache="training" stores for '
             'an example is then partly of its neighbours. cache="checkpoint" is free of that.'
         )
-    places = sites_on_module(module, sites)
-    losses = losses_of(module)
-    if isinstance(losses, MeanLoss):
-        return TrainingForm(layouts, by_labels=False)  # the mean is what it checks on its own
-    of_training = capture(MeanLoss(module, len(of_losses)), batch, places, layouts=dict(layouts))
+    if isinstance(losses_of(module), MeanLoss):
+        return TrainingForm(gradients.layouts, by_labels=False)  # the mean is what it checks on its own
+    found = _of_training(gradients, batch, of_losses)
+    if isinstance(found, TrainingForm):
+        return found
+    raise ValueError(
+        f"training_step of {name} does not return the mean of influence_loss over the batch, but gives {found} Is its "
+        f'loss weighted, a sum, or random? cache="training" cannot tell the examples\' gradients from it. {USE_CHECKPOINT}'
+    )
+
+
+def _of_training(gradients: ModuleGradients, batch: Any, of_losses: Captured) -> TrainingForm | str:
+    """How the gradients of training are made of those of the examples' losses; where they are not, how they differ."""
+    module = gradients.module
+    places = sites_on_module(module, gradients.sites)
+    of_training = capture(MeanLoss(module, len(of_losses)), batch, places, layouts=dict(gradients.layouts))
     expected, found = (torch.stack(_norms(captured)) for captured in (of_losses, of_training))
     tolerance = 5e-2 if uses_half_precision(module) else 1e-3
     for by_labels in (True, False):
-        form = TrainingForm(layouts, by_labels)
+        form = TrainingForm(gradients.layouts, by_labels)
         weighted = expected * form.shares(module, batch, len(of_losses)) * len(of_losses)
         if torch.allclose(found, weighted, rtol=tolerance, atol=float(weighted.max()) * tolerance):
             return form
     worst = int((found - expected).abs().amax(0).argmax())
-    raise ValueError(
-        f"training_step of {name} does not return the mean of influence_loss over the batch: the gradient of a "
-        f"batch's example {worst} has the norm {float(found[0, worst]):.4g} by the one and "
-        f"{float(expected[0, worst]):.4g} by the other. Is its loss weighted, a sum, or random? "
-        f'cache="training" cannot tell the examples\' gradients from it. {USE_CHECKPOINT}'
+    return (
+        f"the gradient of the batch's example {worst} the norm {float(found[0, worst]):.4g} by the one and "
+        f"{float(expected[0, worst]):.4g} by the other."
     )
 
 
-@torch.no_grad()
-def warn_of_another_loss(module: nn.Module, batch: Any, of_losses: Captured) -> None:
+def warn_of_another_loss(gradients: ModuleGradients, batch: Any, of_losses: Captured) -> None:
     """Warn if ``training_step`` trains another loss than the mean of ``influence_loss``, of which scores are.
 
-    Nothing is said where that cannot be told: where ``training_step`` cannot be called by itself or is the only loss
-    that is known, where a loss is drawn at random, and where the module holds a random generator of its own, which a
-    call would move.
+    Losses and gradients are compared: where a model says the same of all classes, as before training, label smoothing
+    hardly changes a loss. Nothing is said where that cannot be told: where ``training_step`` cannot be called by itself
+    or is the only loss that is known, where a loss is drawn at random, and where the module holds a random generator of
+    its own, which a call would move.
 
     Args:
-        module: the module that is about to be trained, in eval mode.
-        batch: a first batch of the training set, on the module's device.
+        gradients: takes those of the module that is about to be trained, in eval mode.
+        batch: a batch of the training set, on the module's device.
         of_losses: what the losses of its examples gave.
     """
+    module = gradients.module
     losses = losses_of(module)
     held = (value for part in module.modules() for value in vars(part).values())
     if isinstance(losses, MeanLoss) or any(isinstance(value, _GENERATORS) for value in held):
@@ -128,22 +131,28 @@ def warn_of_another_loss(module: nn.Module, batch: Any, of_losses: Captured) -> 
     tolerance = 5e-2 if uses_half_precision(module) else 1e-3
     of_training = MeanLoss(module, len(of_losses))
     try:
-        trained, trained_again = (float(of_training(batch)[0]) for _ in range(2))
+        with torch.no_grad():
+            trained, trained_again = (float(of_training(batch)[0]) for _ in range(2))
+        form = _of_training(gradients, batch, of_losses)
     except Exception:  # of any kind: it may need what only training sets up
         return
-    repeated = losses(batch).detach().float().cpu()
+    with torch.no_grad():
+        repeated = losses(batch).detach().float().cpu()
     is_random = not torch.allclose(repeated, of_losses.losses, rtol=tolerance, atol=1e-6)
     if is_random or not isclose(trained, trained_again, rel_tol=tolerance):  # NaN is close to nothing
         return
     shares = [TrainingForm({}, by_labels).shares(module, batch, len(of_losses)) for by_labels in (False, True)]
     means = [float((of_losses.losses * share).sum()) for share in shares]
+    found = f"returned a loss of {trained:.6g}, but the mean of influence_loss is {means[0]:.6g}"
     if any(isclose(trained, mean, rel_tol=tolerance, abs_tol=1e-7) for mean in means):
-        return
+        if isinstance(form, TrainingForm):
+            return
+        found = f"and influence_loss give {form[:-1]}"
     rank_zero_warn(
-        f"On {len(of_losses)} training examples, training_step of {type(module).__name__} returned a loss of "
-        f"{trained:.6g}, but the mean of influence_loss is {means[0]:.6g}: what is trained is another loss (class "
-        "weights? label smoothing? a further term?). Scores are of influence_loss. Let influence_loss(batch) return, "
-        "for each example, the loss that is trained; or ignore this where the difference is meant."
+        f"On {len(of_losses)} training examples, training_step of {type(module).__name__} {found}: what is trained is "
+        "another loss (class weights? label smoothing? a further term?). Scores are of influence_loss. Let "
+        "influence_loss(batch) return, for each example, the loss that is trained; or ignore this where the difference "
+        "is meant."
     )
 
 

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from families import CLASSES, HuggingFace, bert_classifier, classes, labelled_texts
 from still_fits import Still, build
 from torch.nn import functional
 from toy import fitted, loader, texts
@@ -64,6 +65,42 @@ def test_both_numbers_are_told(tmp_path, loss, cache):
     (message,) = (str(each.message) for each in found if "influence_loss" in str(each.message))
     told = re.search(r"On 4 .* a loss of (\S+), but the mean of influence_loss is (\S+): .*Scores are of", message)
     assert [float(each) for each in told.groups()] == pytest.approx(losses_on_first(trained(loss)), rel=1e-4)
+
+
+class Bert(HuggingFace):
+    """The mixin's default, of a model as it is before training: all classes are as likely."""
+
+    loss = None
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(lambda ids: self.model(**batch).logits, None, batch["labels"])
+
+
+def bert(loss, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = bert_classifier(num_labels=CLASSES, module=Bert, initializer_range=0.02, **options)
+    module.loss = loss
+    return module
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "on_demand"])
+@pytest.mark.parametrize("name", ["class weights", "label smoothing", "focal"])
+def test_the_default_of_a_new_model_is_compared_by_gradients_too(tmp_path, name, cache):
+    data = loader(labelled_texts(classes), batch_size=8)
+    with pytest.warns(UserWarning, match="what is trained is another loss") as found:
+        fitted(tmp_path, bert(OTHERS[name]), data, cache=cache, trainer={"max_epochs": 1})
+    (message,) = (str(each.message) for each in found if "influence_loss" in str(each.message))
+    if name == "label smoothing":  # which makes the gradient of a uniform prediction shorter by that much
+        norms = re.search(r"the norm (\S+) by the one and (\S+) by the other", message)
+        assert float(norms[1]) == pytest.approx(0.9 * float(norms[2]), rel=0.02)
+
+
+def test_the_default_of_a_new_model_that_trains_it_is_not_warned_of(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        fitted(tmp_path, bert(mean), loader(labelled_texts(classes)), trainer={"max_epochs": 1})
 
 
 def test_with_the_training_cache_it_is_an_error(tmp_path):
