@@ -35,7 +35,7 @@ class StandIn(BatchSampler):
 def own_batch_sampler(loader: DataLoader[Any]) -> Any:
     """What composes a loader's batches if that is not torch's own, which takes examples as they come; else None."""
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    while isinstance(sampler, StandIn):
+    while isinstance(sampler, StandIn):  # several callbacks may each have put one
         sampler = sampler.own
     if loader.batch_sampler is None and not isinstance(sampler, BatchSampler):
         return None
