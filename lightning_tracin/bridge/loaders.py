@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
@@ -31,13 +32,8 @@ class _InOrder(DistributedSampler[Any]):
 
 def loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any) -> DataLoader[Any]:
     """A loader like another, but for some options, over some examples in their order."""
-    options = {**loader_options(loader), **others}
-    if loader.num_workers:
-        options |= {
-            "num_workers": loader.num_workers,
-            "prefetch_factor": loader.prefetch_factor,
-            "multiprocessing_context": loader.multiprocessing_context,
-        }
+    n_batches = -(-len(indices) // _batch_size(loader))
+    options = {**loader_options(loader), **worker_options(loader, n_batches), **others}
     if loader.batch_size is None and loader.batch_sampler is None:
         if not isinstance(loader.sampler, BatchSampler):
             raise ValueError(
@@ -48,6 +44,44 @@ def loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any) 
         return DataLoader(loader.dataset, batch_size=None, sampler=_InOrder(loader.dataset, batches), **options)
     sampler = _InOrder(loader.dataset, indices)
     return DataLoader(loader.dataset, batch_size=_batch_size(loader), sampler=sampler, **options)
+
+
+def worker_options(loader: DataLoader[Any], at_most: int = 1) -> dict[str, Any]:
+    """The workers that read like a loader's own: none if it has none, and no more than are needed.
+
+    A process whose loaders have workers does not read itself: files that are opened at the first reading, and the
+    threads of tokenizers, would not survive that the workers of training are forked after.
+    """
+    if not loader.num_workers:
+        return {"timeout": 0}
+    return {
+        "num_workers": max(1, min(loader.num_workers, at_most)),
+        "prefetch_factor": loader.prefetch_factor,
+        "multiprocessing_context": loader.multiprocessing_context,
+    }
+
+
+def items_of(
+    loader: DataLoader[Any], indices: Sequence[int], each: Callable[[Any], Any], begin: Callable[[], None]
+) -> Iterator[Any]:
+    """What a function makes of single examples, read one after the other by one worker, if the loader has any.
+
+    Args:
+        loader: of the examples.
+        indices: theirs.
+        each: the function.
+        begin: is called before the first is read, by a worker after it has set itself up.
+    """
+    options = {**loader_options(loader), **worker_options(loader), "pin_memory": False, "collate_fn": each}
+    if loader.num_workers:
+        options["worker_init_fn"] = partial(_begin_worker, loader.worker_init_fn, begin)
+    return iter(DataLoader(loader.dataset, batch_size=None, sampler=list(indices), **options))
+
+
+def _begin_worker(own: Callable[[int], None] | None, begin: Callable[[], None], worker: int) -> None:
+    if own is not None:
+        own(worker)
+    begin()
 
 
 def _batch_size(loader: DataLoader[Any]) -> int:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of
-from lightning_tracin.bridge.loaders import loader_options, loader_over, only_loader
+from lightning_tracin.bridge.loaders import loader_options, loader_over, only_loader, worker_options
+from lightning_tracin.bridge.looks import look_of
 from lightning_tracin.bridge.training_set import N_CHECKED
 from lightning_tracin.parallel.processes import Processes
 
@@ -60,7 +61,7 @@ def example_blocks(loader: Any, n_examples: int | None, processes: Processes) ->
             "devices=1, or a map-style dataset."
         )
     if processes.size > 1:
-        fingerprint = fingerprint_of(loader.dataset, len(loader.dataset), read=True)
+        fingerprint, _ = fingerprint_of(loader, look_of)
         processes.require_same("test examples", fingerprint)
     yielded = processes.gather(sorted({int(index) for batch in loader.batch_sampler or () for index in batch}))[0]
     size = max(processes.size, n_examples or len(yielded))
@@ -81,7 +82,7 @@ def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
         processes: every one of them must call it.
     """
     first = processes.gather(list(loader.sampler)[:N_CHECKED])[0]
-    options = {**loader_options(loader), "timeout": 0}  # which only workers may have, and one batch needs none
+    options = {**loader_options(loader), **worker_options(loader)}
     if loader.batch_size is None:  # the sampler yields batches
         return next(iter(DataLoader(loader.dataset, batch_size=None, sampler=first[:1], **options)))
     return next(iter(DataLoader(loader.dataset, batch_sampler=[first], **options)))

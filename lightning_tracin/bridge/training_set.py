@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_tracin.bridge.fingerprint import _SAMPLED, fingerprint_of, length_of, lengths_of
-from lightning_tracin.bridge.loaders import _batch_size, loader_options, loader_over, only_loader
+from lightning_tracin.bridge.fingerprint import fingerprint_of, hash_of, lengths_of, number_hash, seeded
+from lightning_tracin.bridge.loaders import _batch_size, loader_options, loader_over, only_loader, worker_options
 from lightning_tracin.bridge.looks import UNSEEN, Look, differing, look_of
+from lightning_tracin.bridge.unmoved import random_state_kept, unmoved
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.storage.trace import Trace
 
@@ -73,7 +74,8 @@ class TrainingSet:
         """A loader over some examples, in their order; of a stream, over all in its own."""
         loader = self.loader
         if self.iterable:  # several workers would each yield all of it, or in an order of their own
-            return DataLoader(loader.dataset, batch_size=loader.batch_size, **{**loader_options(loader), "timeout": 0})
+            options = {**loader_options(loader), **worker_options(loader)}
+            return DataLoader(loader.dataset, batch_size=loader.batch_size, **options)
         return loader_over(loader, indices)
 
     def lengths(self, indices: Sequence[int]) -> Tensor | None:
@@ -91,8 +93,8 @@ class TrainingSet:
         if self.iterable or (self.loader.batch_size is None and self.loader.batch_sampler is None):
             return None
         if self._lengths is None or self._lengths[0] != indices:
-            with isolate_rng():  # a data set may draw at random
-                few = {length_of(self.loader.dataset[index]) for index in indices[:: max(1, len(indices) // _SAMPLED)]}
+            few = {length for length, _ in self.looked.values() if length != UNSEEN[0]}
+            with random_state_kept():  # a data set may draw at random
                 read = loader_over(self.loader, indices, collate_fn=lengths_of) if len(few) > 1 else ()
                 found = [each for batch in read for each in batch]
             told = len(found) == len(indices)  # a data set's __getitems__ may hand out a batch
@@ -114,13 +116,41 @@ class TrainingSet:
         """
         return next(iter(self.loader_over(self.first_indices)))
 
+    def warn_of_unseen(self) -> None:
+        """Warn if reading examples moves what cannot be put back, so that they are others the second time.
+
+        Where workers read, nothing is moved in this process.
+        """
+        if self.loader.num_workers or self._alike_twice(self.first_batch):
+            return
+        dataset, function = self.loader.dataset, self.loader.collate_fn
+        name = type(dataset).__name__
+        if not self.iterable and self._alike_twice(lambda: [dataset[index] for index in self.first_indices]):
+            name = getattr(function, "__qualname__", type(function).__name__)
+        rank_zero_warn(
+            f"{name} gives other examples each time that the same ones are asked for, by a random generator or a "
+            "counter that TracInCallback cannot find and put back: what it reads, before training and for its passes, "
+            "moves that, and training is not bit for bit what it is without the callback. Keep the generator in an "
+            "attribute of the data set or the collate function, or let workers read (num_workers=1)."
+        )
+
+    def _alike_twice(self, read: Callable[[], Any]) -> bool:
+        """Whether a reading gives the same again, when everything that is known to have moved was put back."""
+        found = []
+        for _ in range(2):
+            with unmoved(self.loader), random_state_kept():
+                seeded()
+                found.append(hash_of(read()))
+        return found[0] == found[1]
+
     def fingerprint(self) -> str:
         """A hash of the number of examples and of 64 of them, spread evenly.
 
         Of the number only, where the data set is a stream or gives other examples each time that they are read.
         """
-        self._looked = {}
-        found = fingerprint_of(self.loader.dataset, len(self), read=not self.iterable, see=self._see)
+        found, self._looked = number_hash(len(self)), {}
+        if not self.iterable:
+            found, self._looked = fingerprint_of(self.loader, look_of)
         self._looked.setdefault(len(self) - 1, UNSEEN)
         return found
 
@@ -133,10 +163,6 @@ class TrainingSet:
         if not self._looked:
             self.fingerprint()
         return self._looked
-
-    def _see(self, index: int, item: Any) -> None:
-        if index not in self._looked:
-            self._looked[index] = look_of(item)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isclose
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -21,8 +19,6 @@ from lightning_tracin.gradients.losses import label_counts
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
 from lightning_tracin.gradients.sites import Site
-
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 USE_CHECKPOINT = 'Use cache="checkpoint".'
 
@@ -102,8 +98,7 @@ def warn_of_another_loss(module: nn.Module, batch: Any, of_losses: Captured) -> 
     """Warn if ``training_step`` trains another loss than the mean of ``influence_loss``, of which scores are.
 
     Nothing is said where that cannot be told: where ``training_step`` cannot be called by itself or is the only loss
-    that is known, where a loss is drawn at random, and where the module holds a random generator of its own, which a
-    call would move.
+    that is known, and where a loss is drawn at random.
 
     Args:
         module: the module that is about to be trained, in eval mode.
@@ -111,8 +106,7 @@ def warn_of_another_loss(module: nn.Module, batch: Any, of_losses: Captured) -> 
         of_losses: what the losses of its examples gave.
     """
     losses = losses_of(module)
-    held = (value for part in module.modules() for value in vars(part).values())
-    if isinstance(losses, MeanLoss) or any(isinstance(value, _GENERATORS) for value in held):
+    if isinstance(losses, MeanLoss):
         return
     tolerance = 5e-2 if uses_half_precision(module) else 1e-3
     of_training = MeanLoss(module)
