@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import random
 import sysconfig
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from functools import cache, partial
@@ -22,6 +22,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
+
+from lightning_tracin.parallel.fsdp import is_fsdp
 
 _AT_MOST = 20_000  # things that are looked at
 
@@ -66,8 +68,8 @@ class Held:
 
     def __init__(self, *things: Any, computed: bool = False) -> None:
         self._computed = computed
-        # FSDP turns parameters into attributes and back
-        parameters = [name for each in things if isinstance(each, nn.Module) for name, _ in each.named_parameters()]
+        spread = [each for each in things if isinstance(each, nn.Module) and is_fsdp(each)]
+        parameters = [name for each in spread for name, _ in each.named_parameters()]  # now and then attributes
         self._not_ours = frozenset({*_base_attributes(), *(name.rpartition(".")[2] for name in parameters)})
         self._undo: list[Callable[[], object]] = []
         self._seen: dict[int, Any] = {}  # alive, so that each id stays that of one thing
@@ -166,11 +168,10 @@ class Held:
         self._expect(noted.values(), whole)
 
     def _note_container(self, container: Any, whole: bool) -> None:
-        kind = type(container)
-        if kind in (dict, OrderedDict, defaultdict) and len(container) <= _COPIED:
+        if isinstance(container, dict) and len(container) <= _COPIED:
             noted = dict(container)
             self._undo.append(partial(_restore_entries, container, noted, whole, frozenset()))
-        elif whole and kind in (list, set, deque) and len(container) <= _COPIED:
+        elif whole and isinstance(container, (list, set, deque)) and len(container) <= _COPIED:
             self._undo.append(partial(_restore_elements, container, list(container)))
         values = container.values() if isinstance(container, Mapping) else container
         self._expect(islice(values, _ELEMENTS), whole)
