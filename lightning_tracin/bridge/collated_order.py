@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from lightning_tracin.bridge.fingerprint import hash_of, length_of
-from lightning_tracin.bridge.loaders import loader_options, worker_options
+from lightning_tracin.bridge.loaders import batches_over
 from lightning_tracin.bridge.looks import Look, differing, looks_at
 from lightning_tracin.bridge.unmoved import random_state_kept
 
@@ -55,9 +55,8 @@ def check_order(loader: Any, kind: str, looked: Mapping[int, Look] | None = None
     # what by chance is as long as there are few is not as long as these; the one that is left out tells least
     fewer = differing(looked, len(few) - 1) if len(few) > 3 else few
     asked = [order for pick in [few, fewer] * (_TIMES // 2) for order in (pick, pick[1:] + pick[:1])]
-    options = {**loader_options(loader), **worker_options(loader)}
     with random_state_kept():  # the data set and the collate function may draw at random
-        batches = iter(DataLoader(dataset, batch_sampler=asked, **options))
+        batches = batches_over(loader, asked)
         reordered = all(_reordered(next(batches), next(batches), len(pick)) for pick in asked[::2])
         del batches  # with its worker
     if not reordered:

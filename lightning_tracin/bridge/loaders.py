@@ -46,6 +46,16 @@ def loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any) 
     return DataLoader(loader.dataset, batch_size=_batch_size(loader), sampler=sampler, **options)
 
 
+def batches_over(loader: DataLoader[Any], batches: Sequence[Sequence[int]]) -> Iterator[Any]:
+    """Batches of chosen examples, read one after the other by one worker, if the loader has any."""
+    options = {**loader_options(loader), **worker_options(loader)}
+    if loader.batch_size is None and loader.batch_sampler is None:  # its sampler yields batches
+        options |= {"batch_size": None, "sampler": _InOrder(loader.dataset, batches)}
+    else:
+        options |= {"batch_sampler": batches}
+    return iter(DataLoader(loader.dataset, **options))
+
+
 def worker_options(loader: DataLoader[Any], at_most: int = 1) -> dict[str, Any]:
     """The workers that read like a loader's own: none if it has none, and no more than are needed.
 

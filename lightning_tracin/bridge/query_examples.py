@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of
-from lightning_tracin.bridge.loaders import loader_options, loader_over, only_loader, worker_options
+from lightning_tracin.bridge.loaders import batches_over, loader_over, only_loader
 from lightning_tracin.bridge.looks import look_of
 from lightning_tracin.bridge.training_set import N_CHECKED
 from lightning_tracin.parallel.processes import Processes
@@ -82,7 +82,5 @@ def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
         processes: every one of them must call it.
     """
     first = processes.gather(list(loader.sampler)[:N_CHECKED])[0]
-    options = {**loader_options(loader), **worker_options(loader)}
-    if loader.batch_size is None:  # the sampler yields batches
-        return next(iter(DataLoader(loader.dataset, batch_size=None, sampler=first[:1], **options)))
-    return next(iter(DataLoader(loader.dataset, batch_sampler=[first], **options)))
+    is_batches = loader.batch_size is None and loader.batch_sampler is None  # that its sampler yields
+    return next(batches_over(loader, first[:1] if is_batches else [first]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of, hash_of, lengths_of, number_hash, seeded
-from lightning_tracin.bridge.loaders import _batch_size, loader_options, loader_over, only_loader, worker_options
+from lightning_tracin.bridge.loaders import (
+    _batch_size,
+    batches_over,
+    loader_options,
+    loader_over,
+    only_loader,
+    worker_options,
+)
 from lightning_tracin.bridge.looks import UNSEEN, Look, differing, look_of
 from lightning_tracin.bridge.unmoved import random_state_kept, unmoved
 from lightning_tracin.parallel.processes import Processes
@@ -115,6 +122,16 @@ class TrainingSet:
         tokens, looks like any other.
         """
         return next(iter(self.loader_over(self.first_indices)))
+
+    def first_batches(self) -> Iterator[Any]:
+        """What :meth:`first_batch` gives, the same once more, and its two halves, every second example in each.
+
+        One worker reads them all: several would each begin with the same random numbers.
+        """
+        few = self.first_indices
+        return (
+            iter(self.loader_over(few)) if self.iterable else batches_over(self.loader, [few, few, few[::2], few[1::2]])
+        )
 
     def warn_of_unseen(self) -> None:
         """Warn if reading examples moves what cannot be put back, so that they are others the second time.
