@@ -206,6 +206,10 @@ class Opened(Dataset):
         database.close()
         self.path, self.database, self.process = path, None, None
 
+    def close(self):
+        if self.database is not None:
+            self.database.close()
+
     def __len__(self):
         return N_TRAIN
 
@@ -226,6 +230,7 @@ class Data:
     state: Callable[[], Any]
     collate_fn: Any = None
     shuffled: bool = True
+    close: Callable[[], None] = lambda: None
 
 
 def _collating(draw, rows):
@@ -262,12 +267,12 @@ def _stream(kind):
 
 def _rolling(hold, make, folder):
     stream = Rolling(folder / f"{len(list(folder.iterdir()))}.txt")
-    return Data(stream, lambda: stream.file.tell(), shuffled=False)
+    return Data(stream, stream.file.tell, shuffled=False, close=stream.file.close)
 
 
 def _opened(hold, make, folder):
     data = Opened(folder / f"{len(list(folder.iterdir()))}.sqlite")
-    return Data(data, lambda: data.process is None)
+    return Data(data, lambda: data.process is None, close=data.close)
 
 
 DATA = {
@@ -409,11 +414,13 @@ def left_behind(of: Combination, folder: Path, callbacks: list) -> dict[str, Any
     logger = CSVLogger(folder / "logs") if of.logged else False
     trainer = quiet(callbacks=callbacks, logger=logger, log_every_n_steps=1)
     trainer.fit(module, train, loader(test_texts()) if of.logged else None)
+    held = copy.deepcopy(data.state())
+    data.close()
     return {
         "weights": {name: value.tolist() for name, value in module.state_dict().items()},
         "optimizers": str([each.state_dict() for each in trainer.optimizers]),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "data": copy.deepcopy(data.state()),
+        "data": held,
         "module": module.remembered(),
         "flags": [part.training for part in module.modules()],
         "own generator": own.get_state().tolist(),
