@@ -41,8 +41,8 @@ class KnownTexts:
             ValueError: if it was not the same examples, but for what is drawn at random in each.
         """
         n_others = len(self._others)
-        repeats = 2 * self._n_equal >= self._n_compared  # then nothing is drawn at random
-        if n_others and (repeats or 4 * n_others > self._n_compared):
+        repeats = 5 * self._n_equal >= 4 * self._n_compared  # then nothing is drawn at random
+        if n_others and (repeats or 2 * n_others > self._n_compared):
             raise ValueError(
                 f"The stream of training examples gave others than before at {n_others} of {self._n_compared} places, "
                 f"the first of them {self._others[0]}: its examples are numbered by their places, so that gradients "
