@@ -11,7 +11,7 @@ import random
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache, partial
 from itertools import islice
 from types import BuiltinMethodType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
@@ -30,6 +30,8 @@ _AT_MOST = 20_000  # things that are looked at
 _ELEMENTS = 64  # of a container that are looked into
 
 _COPIED = 1_000_000  # entries of a container that are noted
+
+_BYTES = 2**30  # of tensors that are noted
 
 _PLAIN = (type(None), int, float, complex, str, bytes, type, ModuleType, CodeType, np.ndarray, np.generic, range)
 
@@ -74,14 +76,21 @@ class Held:
         self._undo: list[Callable[[], object]] = []
         self._seen: dict[int, Any] = {}  # alive, so that each id stays that of one thing
         self._waiting: deque[tuple[Any, bool]] = deque((each, True) for each in things)
+        self._bytes_left = _BYTES
         while self._waiting and len(self._seen) < _AT_MOST:
-            self._see(*self._waiting.popleft())
+            with suppress(Exception):  # a thing may forbid to be looked at: then nothing is found in it
+                self._see(*self._waiting.popleft())
         self._waiting.clear()
 
     def put_back(self) -> None:
-        """Give everything the state that it had."""
-        for undo in reversed(self._undo):
-            undo()
+        """Give everything the state that it had.
+
+        Raises:
+            Exception: what a thing raises that does not let itself be put back; all others are.
+        """
+        with ExitStack() as stack:  # goes through all, the last one first
+            for undo in self._undo:
+                stack.callback(undo)
 
     def _see(self, thing: Any, whole: bool) -> None:
         """Note the state of a thing, and have what it holds looked at.
@@ -108,7 +117,7 @@ class Held:
             self._note_attributes(thing, whole and not _is_map_style(thing))
 
     def _expect(self, things: Iterable[Any], whole: bool) -> None:
-        self._waiting.extend((each, whole) for each in things if not isinstance(each, _PLAIN))
+        self._waiting.extend((each, whole) for each in things if type(each) not in _PLAIN)
 
     def _note_callable(self, called: Any, whole: bool) -> None:
         if isinstance(called, FunctionType):
@@ -201,6 +210,9 @@ class Held:
     def _note_tensor(self, tensor: Tensor) -> None:
         if isinstance(tensor, nn.Parameter) or tensor.is_inference():  # the latter cannot be changed where we compute
             return
+        self._bytes_left -= tensor.nbytes
+        if self._bytes_left < 0:
+            return
         version = tensor._version
         with torch.no_grad():
             value = tensor.detach().clone()
@@ -214,8 +226,10 @@ class Held:
 
     def _note_position(self, file: io.IOBase) -> None:
         try:
-            position = file.tell()
+            position = None if file.writable() else file.tell()
         except (OSError, ValueError):  # a pipe, a closed file, a text file in the middle of its lines
+            return
+        if position is None:  # what was written stays written
             return
         self._undo.append(lambda: file.closed or file.seek(position))
 
@@ -232,7 +246,7 @@ def _state_of(generator: Any) -> Callable[[], object]:
     if isinstance(generator, torch.Generator):
         return partial(generator.set_state, generator.get_state())
     if isinstance(generator, np.random.RandomState):
-        return partial(generator.set_state, generator.get_state())
+        return partial(generator.set_state, generator.get_state(legacy=False))
     bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
     return partial(setattr, bits, "state", bits.state)
 

@@ -339,3 +339,61 @@ def test_a_batch_hook_of_a_data_module_counts():
         data.calls, data.trainer = 3, "b"
         data.rows[1]
     assert (data.calls, data.trainer, data.rows.number) == (0, "b", 1)
+
+
+class Forbidding:
+    """Does not let itself be looked at."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("private")
+
+
+def test_what_forbids_to_be_looked_at_is_left_out():
+    generator = random.Random(1)
+    before = generator.getstate()
+    held = Held([Forbidding(), generator])
+    generator.random()
+    held.put_back()
+    assert generator.getstate() == before
+
+
+def test_what_does_not_let_itself_be_put_back_is_told_when_the_others_are():
+    class Fixed(dict):
+        def __delitem__(self, name):
+            raise TypeError("nothing is taken out")
+
+    first, fixed, last = random.Random(1), Fixed(), random.Random(2)
+    before = first.getstate(), last.getstate()
+    held = Held([first, fixed, last])
+    fixed["a"] = [first.random(), last.random()]
+    with pytest.raises(TypeError, match="nothing is taken out"):
+        held.put_back()
+    assert (first.getstate(), last.getstate()) == before
+
+
+def test_what_is_written_into_a_file_stays(tmp_path):
+    with (tmp_path / "log").open("w+") as file:
+        held = Held(file)
+        file.write("read 1\n")
+        held.put_back()
+        file.write("read 2\n")
+    assert (tmp_path / "log").read_text() == "read 1\nread 2\n"
+
+
+def test_tensors_are_noted_up_to_a_size(monkeypatch):
+    monkeypatch.setattr("lightning_tracin.bridge.held_states._BYTES", 4 * 3)
+    module = Toy()
+    module.of = [torch.zeros(1), torch.zeros(100), torch.zeros(1)]
+    with module_unmoved(module):
+        for each in module.of:
+            each += 1
+    assert [float(each[0]) for each in module.of] == [0, 1, 1]
+
+
+def test_old_generators_of_any_bits():
+    old = np.random.RandomState(np.random.PCG64(1))
+    held = Held(old)
+    drawn = old.randint(1000)
+    held.put_back()
+    assert old.randint(1000) == drawn
