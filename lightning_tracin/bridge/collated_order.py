@@ -6,20 +6,20 @@ Rows of a batch are numbered by the indices that the sampler yields: one that so
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
-from lightning_tracin.bridge.fingerprint import add_to_hash, length_of
+from lightning_tracin.bridge.fingerprint import hash_of, length_of
+from lightning_tracin.bridge.loaders import batches_over
 from lightning_tracin.bridge.looks import Look, differing, differing_in_batch, looks_at
 from lightning_tracin.bridge.own_batches import batches_once
+from lightning_tracin.bridge.unmoved import random_state_kept
 
 _EXAMPLES = 8  # that are collated
 
@@ -65,10 +65,12 @@ def check_order(loader: Any, kind: str, looked: Mapping[int, Look] | None = None
     # what by chance is as long as there are few is not as long as these
     fewer = fewer if len(few) > 3 else few
     asked = [order for pick in [few, fewer] * (_TIMES // 2) for order in (pick, pick[1:] + pick[:1])]
-    with isolate_rng():  # the data set and the collate function may draw at random
-        batches = iter(DataLoader(dataset, batch_sampler=asked, collate_fn=loader.collate_fn))
-        if not all(_reordered(next(batches), next(batches), len(pick)) for pick in asked[::2]):
-            return
+    with random_state_kept():  # the data set and the collate function may draw at random
+        batches = batches_over(loader, asked)
+        reordered = all(_reordered(next(batches), next(batches), len(pick)) for pick in asked[::2])
+        del batches  # with its worker
+    if not reordered:
+        return
     name = getattr(loader.collate_fn, "__qualname__", type(loader.collate_fn).__name__)
     raise ValueError(
         f"The collate function of the {kind} loader, {name}, puts the examples of a batch in another order than they "
@@ -101,7 +103,7 @@ def _rows(item: Any, n_examples: int) -> Iterator[tuple[int, list[list[bytes]]]]
         for each in item.values():
             yield from _rows(each, n_examples)
     elif isinstance(item, (list, tuple)):
-        whole = [[_hash(each) for each in item]] if len(item) == n_examples else []
+        whole = [[hash_of(each) for each in item]] if len(item) == n_examples else []
         parts = [part for each in item for part in _rows(each, n_examples)]
         if whole and not parts:
             yield length_of(item), whole
@@ -118,10 +120,4 @@ def _slices(item: Tensor | np.ndarray, n_examples: int) -> list[list[bytes]]:
     if not plain or (item.shape == (n_examples,) and set(item.tolist()) == set(range(n_examples))):
         return []  # the latter are places in the batch
     dims = [dim for dim, size in enumerate(item.shape[:2]) if size == n_examples]
-    return [[_hash(item[i] if dim == 0 else item[:, i]) for i in range(n_examples)] for dim in dims]
-
-
-def _hash(item: Any) -> bytes:
-    digest = hashlib.sha256()
-    add_to_hash(digest, item)
-    return digest.digest()
+    return [[hash_of(item[i] if dim == 0 else item[:, i]) for i in range(n_examples)] for dim in dims]

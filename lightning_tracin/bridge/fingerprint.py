@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_tracin.bridge.loaders import items_of
+from lightning_tracin.bridge.unmoved import random_state_kept
+
+_Note = TypeVar("_Note")
 
 _SAMPLED = 64  # examples that the fingerprint looks at
 
@@ -36,35 +41,60 @@ def length_of(item: Any) -> int:
     return 1
 
 
-def fingerprint_of(
-    dataset: Any, n_examples: int, *, read: bool, see: Callable[[int, Any], None] = lambda _, __: None
-) -> str:
-    """A hash of a data set's number of examples and, where they may be read and are the same twice, of some of them.
+def fingerprint_of(loader: DataLoader[Any], note: Callable[[Any], _Note]) -> tuple[str, dict[int, _Note]]:
+    """A hash of a data set's number of examples and, where they are the same twice, of 64 to 127 of them.
+
+    They are spread evenly, and read in a worker, if the loader has any.
 
     Args:
-        dataset: the examples, by index.
-        n_examples: their number.
-        read: whether they may be read.
-        see: is shown each of them, with its index, each time that it is read.
+        loader: of the examples, which have indices.
+        note: what is to be noticed of an example.
+
+    Returns:
+        The hash, and what was noticed of the examples, by index.
     """
-    found = [_sample_hash(dataset, n_examples, see) for _ in range(2)] if read else []
-    if len(set(found)) == 1:
-        return found[0]
-    return hashlib.sha256(f"{n_examples}".encode()).hexdigest()  # the data set has a random generator of its own
+    dataset: Any = loader.dataset
+    n_examples = len(dataset)
+    indices = range(0, n_examples, max(1, n_examples // _SAMPLED))
+    with random_state_kept():
+        read = items_of(loader, [*indices, *indices], _Noticing(note), seeded)
+        seeded()
+        found = list(read)
+    first, again = found[: len(indices)], found[len(indices) :]
+    hashes = b"".join(each for each, _ in first)
+    if hashes != b"".join(each for each, _ in again):
+        hashes = b""  # a data set that has a random generator of its own is told by its number alone
+    return number_hash(n_examples, hashes), dict(zip(indices, (noticed for _, noticed in first), strict=True))
 
 
-def _sample_hash(dataset: Any, n_examples: int, see: Callable[[int, Any], None]) -> str:
-    """A hash of the number of examples and of 64 to 127 of them, spread evenly."""
-    digest = hashlib.sha256(f"{n_examples}".encode())
-    with isolate_rng():
-        random.seed(0)  # so that an example which is augmented at random looks the same each time
-        np.random.seed(0)  # noqa: NPY002 (the global state is what data sets use)
-        torch.manual_seed(0)
-        for index in range(0, n_examples, max(1, n_examples // _SAMPLED)):
-            item = dataset[index]
-            add_to_hash(digest, item)
-            see(index, item)
-    return digest.hexdigest()
+def number_hash(n_examples: int, hashes: bytes = b"") -> str:
+    """A hash of a number of examples and, if they are there, of some examples' hashes."""
+    return hashlib.sha256(f"{n_examples}".encode() + hashes).hexdigest()
+
+
+def seeded() -> None:
+    """Seed the generators of Python, numpy and torch, so that an example augmented by them looks the same each time."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (the global state is what data sets use)
+    torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class _Noticing(Generic[_Note]):
+    """In the place of a collate function: an example's hash, and what is noticed of it."""
+
+    note: Callable[[Any], _Note]
+
+    def __call__(self, item: Any) -> tuple[bytes, _Note]:
+        seeded()  # for the next one
+        return hash_of(item), self.note(item)
+
+
+def hash_of(item: Any) -> bytes:
+    """A hash of an example, or a batch, whatever it is made of."""
+    digest = hashlib.sha256()
+    add_to_hash(digest, item)
+    return digest.digest()
 
 
 def add_to_hash(digest: Any, item: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
@@ -45,13 +46,16 @@ def loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any) 
     """A loader like another, but for some options, over some examples in their order."""
     if _hands_out_batches(loader):
         return loader_of_batches(loader, list(BatchSampler(indices, _batch_size(loader), drop_last=False)), **others)
-    sampler = _InOrder(loader.dataset, indices)
-    return DataLoader(loader.dataset, batch_size=_batch_size(loader), sampler=sampler, **_all_options(loader, others))
+    n_batches = -(-len(indices) // _batch_size(loader))
+    options = _all_options(loader, others, n_batches)
+    return DataLoader(
+        loader.dataset, batch_size=_batch_size(loader), sampler=_InOrder(loader.dataset, indices), **options
+    )
 
 
 def loader_of_batches(loader: DataLoader[Any], batches: Sequence[Sequence[int]], **others: Any) -> DataLoader[Any]:
     """A loader like another, but for some options, that gives some batches in their order."""
-    options = _all_options(loader, others)
+    options = _all_options(loader, others, len(batches))
     sampler = _InOrder(loader.dataset, batches)
     if _hands_out_batches(loader):
         return DataLoader(loader.dataset, batch_size=None, sampler=sampler, **options)
@@ -76,18 +80,60 @@ def _hands_out_batches(loader: DataLoader[Any]) -> bool:
     return True
 
 
-def _all_options(loader: DataLoader[Any], others: dict[str, Any]) -> dict[str, Any]:
-    options = {**loader_options(loader), **others}
+def _all_options(loader: DataLoader[Any], others: dict[str, Any], n_batches: int) -> dict[str, Any]:
+    options = {**loader_options(loader), **worker_options(loader, n_batches), **others}
     is_own = options["collate_fn"] is loader.collate_fn and not isinstance(loader.collate_fn, InOrder)
     if is_own and not _hands_out_batches(loader):
         options["collate_fn"] = InOrder(loader.collate_fn)
-    if loader.num_workers:
-        options |= {
-            "num_workers": loader.num_workers,
-            "prefetch_factor": loader.prefetch_factor,
-            "multiprocessing_context": loader.multiprocessing_context,
-        }
     return options
+
+
+def batches_over(loader: DataLoader[Any], batches: Sequence[Sequence[int]]) -> Iterator[Any]:
+    """Batches of chosen examples, read one after the other by one worker, if the loader has any."""
+    options = {**loader_options(loader), **worker_options(loader)}
+    if loader.batch_size is None and loader.batch_sampler is None:  # its sampler yields batches
+        options |= {"batch_size": None, "sampler": _InOrder(loader.dataset, batches)}
+    else:
+        options |= {"batch_sampler": batches}
+    return iter(DataLoader(loader.dataset, **options))
+
+
+def worker_options(loader: DataLoader[Any], at_most: int = 1) -> dict[str, Any]:
+    """The workers that read like a loader's own: none if it has none, and no more than are needed.
+
+    A process whose loaders have workers does not read itself: files that are opened at the first reading, and the
+    threads of tokenizers, would not survive that the workers of training are forked after.
+    """
+    if not loader.num_workers:
+        return {"timeout": 0}
+    return {
+        "num_workers": max(1, min(loader.num_workers, at_most)),
+        "prefetch_factor": loader.prefetch_factor,
+        "multiprocessing_context": loader.multiprocessing_context,
+    }
+
+
+def items_of(
+    loader: DataLoader[Any], indices: Sequence[int], each: Callable[[Any], Any], begin: Callable[[], None]
+) -> Iterator[Any]:
+    """What a function makes of single examples, read one after the other by one worker, if the loader has any.
+
+    Args:
+        loader: of the examples.
+        indices: theirs.
+        each: the function.
+        begin: is called before the first is read, by a worker after it has set itself up.
+    """
+    options = {**loader_options(loader), **worker_options(loader), "pin_memory": False, "collate_fn": each}
+    if loader.num_workers:
+        options["worker_init_fn"] = partial(_begin_worker, loader.worker_init_fn, begin)
+    return iter(DataLoader(loader.dataset, batch_size=None, sampler=list(indices), **options))
+
+
+def _begin_worker(own: Callable[[int], None] | None, begin: Callable[[], None], worker: int) -> None:
+    if own is not None:
+        own(worker)
+    begin()
 
 
 def _batch_size(loader: DataLoader[Any]) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from lightning_tracin.bridge.fingerprint import _SAMPLED, length_of
 from lightning_tracin.bridge.loaders import loader_over
+from lightning_tracin.bridge.unmoved import random_state_kept
 
 #: What is noticed of an example: how much it holds, and its label, where that is one number.
 Look: TypeAlias = tuple[int, float | None]
@@ -61,7 +61,7 @@ def looks_at(loader: DataLoader[Any], indices: Sequence[int]) -> dict[int, Look]
     sampled = [int(indices[place * (len(indices) - 1) // max(1, size - 1)]) for place in range(size)]
     if loader.batch_size is None and loader.batch_sampler is None:  # the data set hands out batches
         return dict.fromkeys(sampled, UNSEEN)
-    with isolate_rng():  # a data set may draw at random, and an iterator draws a base seed
+    with random_state_kept():  # a data set may draw at random, and an iterator draws a base seed
         found = [look for batch in loader_over(loader, sampled, collate_fn=looks_of) for look in batch]
     if len(found) != size:  # the __getitems__ of a data set may hand out a batch
         found = [UNSEEN] * size

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_tracin.bridge.mixin import losses_of
+from lightning_tracin.bridge.unmoved import module_unmoved, random_state_kept
 from lightning_tracin.gradients.capture import Captured, capture, learn_layouts
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.gradients.layers import sites_on_module
@@ -111,6 +111,15 @@ class ModuleGradients:
 
 @contextmanager
 def inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """Compute gradients between two training batches without a trace in training: no random number is drawn from it."""
-    with isolate_rng(), gradients_enabled(module), trainer.precision_plugin.predict_step_context():
+    """Compute gradients between two training batches without a trace in training.
+
+    No random number is drawn from it, and what forward passes and batch hooks change beside the weights is put back.
+    """
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    with (
+        random_state_kept(),
+        gradients_enabled(module),
+        module_unmoved(module, datamodule),
+        trainer.precision_plugin.predict_step_context(),
+    ):
         yield

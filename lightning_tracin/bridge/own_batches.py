@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import BatchSampler, DataLoader
+
+from lightning_tracin.bridge.unmoved import random_state_kept
 
 _DRAWS = 4  # times the data set's size that a sampler is asked for at most: some leave examples out, some never end
 
@@ -55,7 +56,7 @@ def batches_once(loader: DataLoader[Any], at_most: int | None = None) -> list[li
     if sampler is None:
         return None
     n_examples = len(loader.dataset)  # type: ignore[arg-type]
-    with isolate_rng():
+    with random_state_kept():
         return list(islice(_news(iter(_copied(sampler, loader.dataset)), n_examples, set()), at_most))
 
 
@@ -73,7 +74,7 @@ def batches_of_all(loader: DataLoader[Any]) -> list[list[int]] | None:
     n_examples = len(loader.dataset)  # type: ignore[arg-type]
     seen: set[int] = set()
     batches: list[list[int]] = []
-    with isolate_rng():
+    with random_state_kept():
         copied = _copied(sampler, loader.dataset)
         for _ in range(_DRAWS):
             known = len(seen)

@@ -8,7 +8,8 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of
-from lightning_tracin.bridge.loaders import loader_of_batches, loader_options, loader_over, only_loader
+from lightning_tracin.bridge.loaders import batches_over, loader_of_batches, loader_over, only_loader
+from lightning_tracin.bridge.looks import look_of
 from lightning_tracin.bridge.own_batches import batches_once, joined
 from lightning_tracin.bridge.training_set import N_CHECKED
 from lightning_tracin.parallel.processes import Processes
@@ -65,7 +66,7 @@ def example_blocks(loader: Any, n_examples: int | None, processes: Processes) ->
             "devices=1, or a map-style dataset."
         )
     if processes.size > 1:
-        fingerprint = fingerprint_of(loader.dataset, len(loader.dataset), read=True)
+        fingerprint, _ = fingerprint_of(loader, look_of)
         processes.require_same("test examples", fingerprint)
     if batches is not None:
         batches = joined(processes.gather(batches), len(loader.dataset))
@@ -105,9 +106,8 @@ def spare_batch(loader: DataLoader[Any], processes: Processes) -> Any:
         processes: every one of them must call it.
     """
     first = processes.gather(list(loader.sampler)[:N_CHECKED])[0]
-    options = {**loader_options(loader), "timeout": 0}  # which only workers may have, and one batch needs none
     if loader.batch_sampler is None:  # the sampler yields batches, and the data set gives them whole
-        return next(iter(DataLoader(loader.dataset, batch_size=None, sampler=first[:1], **options)))
+        return next(batches_over(loader, first[:1]))
     if isinstance(first[0], list):  # the sampler of loader_of_batches
         first = first[0][:N_CHECKED]
-    return next(iter(DataLoader(loader.dataset, batch_sampler=[first], **options)))
+    return next(batches_over(loader, [first]))

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_tracin.bridge.fingerprint import _SAMPLED, fingerprint_of, length_of, lengths_of
-from lightning_tracin.bridge.loaders import _batch_size, loader_of_batches, loader_options, loader_over, only_loader
+from lightning_tracin.bridge.fingerprint import fingerprint_of, hash_of, lengths_of, number_hash, seeded
+from lightning_tracin.bridge.loaders import (
+    _batch_size,
+    batches_over,
+    loader_of_batches,
+    loader_options,
+    loader_over,
+    only_loader,
+    worker_options,
+)
 from lightning_tracin.bridge.looks import UNSEEN, Look, differing, differing_in_batch, look_of
 from lightning_tracin.bridge.own_batches import batches_of_all, completed, joined, parts_of
+from lightning_tracin.bridge.unmoved import random_state_kept, unmoved
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.storage.trace import Trace
 
@@ -93,7 +102,8 @@ class TrainingSet:
         """
         loader = self.loader
         if self.iterable:  # several workers would each yield all of it, or in an order of their own
-            return DataLoader(loader.dataset, batch_size=loader.batch_size, **{**loader_options(loader), "timeout": 0})
+            options = {**loader_options(loader), **worker_options(loader)}
+            return DataLoader(loader.dataset, batch_size=loader.batch_size, **options)
         if self.batches is not None:
             return loader_of_batches(loader, parts_of(self.batches, indices))
         return loader_over(loader, indices)
@@ -113,8 +123,8 @@ class TrainingSet:
         if self.iterable or (self.loader.batch_size is None and self.loader.batch_sampler is None):
             return None
         if self._lengths is None or self._lengths[0] != indices:
-            with isolate_rng():  # a data set may draw at random
-                few = {length_of(self.loader.dataset[index]) for index in indices[:: max(1, len(indices) // _SAMPLED)]}
+            few = {length for length, _ in self.looked.values() if length != UNSEEN[0]}
+            with random_state_kept():  # a data set may draw at random
                 read = loader_over(self.loader, indices, collate_fn=lengths_of) if len(few) > 1 else ()
                 found = [each for batch in read for each in batch]
             told = len(found) == len(indices)  # a data set's __getitems__ may hand out a batch
@@ -132,7 +142,7 @@ class TrainingSet:
 
     @property
     def first_size(self) -> int | None:
-        """How many examples :meth:`first_batch` was collated of; None of a stream that hands out batches."""
+        """How many examples :meth:`first_batch` was collated of; None of a stream that does not tell."""
         return self._given if self.iterable else len(self.first_indices)
 
     def first_batch(self) -> Any:
@@ -141,8 +151,18 @@ class TrainingSet:
         They differ in length and label, as far as that can be told: where all are alike, a loss that weighs classes, or
         tokens, looks like any other.
         """
-        loader = self.loader_over(self.first_indices)
-        if self.iterable and loader.batch_size is not None:
+        return next(self.first_batches())
+
+    def first_batches(self) -> Iterator[Any]:
+        """What :meth:`first_batch` gives, the same once more, and its two halves, every second example in each.
+
+        One worker reads them all: several would each begin with the same random numbers.
+        """
+        few = self.first_indices
+        if not self.iterable:
+            return batches_over(self.loader, [few, few, few[::2], few[1::2]])
+        loader = self.loader_over(few)
+        if loader.batch_size is not None and not loader.num_workers:
             collate = loader.collate_fn
 
             def counted(items: list[Any]) -> Any:
@@ -150,15 +170,43 @@ class TrainingSet:
                 return collate(items)
 
             loader.collate_fn = counted
-        return next(iter(loader))
+        return iter(loader)
+
+    def warn_of_unseen(self) -> None:
+        """Warn if reading examples moves what cannot be put back, so that they are others the second time.
+
+        Where workers read, nothing is moved in this process.
+        """
+        if self.loader.num_workers or self._alike_twice(self.first_batch):
+            return
+        dataset, function = self.loader.dataset, self.loader.collate_fn
+        name = type(dataset).__name__
+        if not self.iterable and self._alike_twice(lambda: [dataset[index] for index in self.first_indices]):
+            name = getattr(function, "__qualname__", type(function).__name__)
+        rank_zero_warn(
+            f"{name} gives other examples each time that the same ones are asked for, by a random generator or a "
+            "counter that TracInCallback cannot find and put back: what it reads, before training and for its passes, "
+            "moves that, and training is not bit for bit what it is without the callback. Keep the generator in an "
+            "attribute of the data set or the collate function, or let workers read (num_workers=1)."
+        )
+
+    def _alike_twice(self, read: Callable[[], Any]) -> bool:
+        """Whether a reading gives the same again, when everything that is known to have moved was put back."""
+        found = []
+        for _ in range(2):
+            with unmoved(self.loader), random_state_kept():
+                seeded()
+                found.append(hash_of(read()))
+        return found[0] == found[1]
 
     def fingerprint(self) -> str:
         """A hash of the number of examples and of 64 of them, spread evenly.
 
         Of the number only, where the data set is a stream or gives other examples each time that they are read.
         """
-        self._looked = {}
-        found = fingerprint_of(self.loader.dataset, len(self), read=not self.iterable, see=self._see)
+        found, self._looked = number_hash(len(self)), {}
+        if not self.iterable:
+            found, self._looked = fingerprint_of(self.loader, look_of)
         self._looked.setdefault(len(self) - 1, UNSEEN)
         return found
 
@@ -171,10 +219,6 @@ class TrainingSet:
         if not self._looked:
             self.fingerprint()
         return self._looked
-
-    def _see(self, index: int, item: Any) -> None:
-        if index not in self._looked:
-            self._looked[index] = look_of(item)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
 from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.bridge.strategy import require_results
 from lightning_tracin.bridge.training_set import TrainingSet
+from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.gradients.sites import Site
@@ -26,7 +27,7 @@ from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import require_own
 from lightning_tracin.storage.trace import Trace
-from lightning_tracin.storage.training_pass import TrainingPass, reading_order, training_pass
+from lightning_tracin.storage.training_pass import TrainingPass, reading_order, stored_stream, training_pass
 
 
 def ready_checkpoints(
@@ -44,7 +45,7 @@ def ready_checkpoints(
         ValueError: if there are no checkpoints, or if model or training set are missing or not those of the trace.
     """
     trace, processes = query.trace, query.processes
-    with processes.synchronized():
+    with processes.synchronized(), ExitStack() as stack:
         checkpoints = _checkpoints_of_first(trace, query.method, processes)
         sites = _check_recorded(trace, query.method, checkpoints)
         if module is not None:
@@ -55,6 +56,7 @@ def ready_checkpoints(
         missing = [each for each in checkpoints if not all(map(each.has_gradients, sites))]
         training_set = _training_set(query, datamodule, train_dataloaders, needed=bool(missing))
         if training_set is not None:
+            stack.enter_context(unmoved(training_set.loader))
             trace.check_data(len(training_set), training_set.fingerprint())
         if missing and (module is None or training_set is None):
             what = "model (model=...)" if module is None else "training set (train_dataloaders=... or datamodule=...)"
@@ -149,7 +151,8 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
             wanted = tuple(site for site in sites if not checkpoint.has_gradients(site))
             if wanted not in taken:
                 taken[wanted] = ModuleGradients(query.module, wanted, recorded=trace.sites)
-            with training_pass(trace, checkpoint, wanted, order, processes) as filled:
+            known = stored_stream(trace) if training_set.iterable else None
+            with training_pass(trace, checkpoint, wanted, order, processes, known=known) as filled:
 
                 def take(captured: Captured, _: list[int], batch: Any, filled: TrainingPass = filled) -> None:
                     words = words_of_batch(query.module, batch, filled.unknown_tokens(captured))

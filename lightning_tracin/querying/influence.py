@@ -15,6 +15,7 @@ from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.bridge.queries import Queries, result_of, weights_kept
 from lightning_tracin.bridge.query_examples import example_blocks, only_test_loader
 from lightning_tracin.bridge.strategy import launched, require_results
+from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.rows import DTYPES
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.querying.asked import (
@@ -93,7 +94,8 @@ def influence(
             if dataloaders is None and datamodule is not None:
                 dataloaders = loader_of_datamodule(trainer, datamodule, "test", processes)
             loader = only_test_loader(dataloaders)
-            check_order(loader, "test")
+            with unmoved(loader):
+                check_order(loader, "test")
             n_kept = None if k is None else clipped_k(k, opened.n_train - len(opened.undrawn))
         spread_weights(trainer, module, loader, datamodule)
         query = Query(trainer, module, opened, chosen, datamodule or attached_datamodule(trainer, module), processes)

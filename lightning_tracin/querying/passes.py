@@ -20,6 +20,7 @@ from lightning_tracin.bridge.compat import PROGRESS_BARS, DualPredictionWriter, 
 from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.progress import labelled
 from lightning_tracin.bridge.query_examples import spare_batch
+from lightning_tracin.bridge.unmoved import module_unmoved, unmoved
 from lightning_tracin.gradients.capture import Captured, without_inference_tensors
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.parallel.fsdp import is_fsdp, load_full_state_dict, synchronized_batches
@@ -73,11 +74,18 @@ class Pass:
 
 
 def run_pass(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
-    """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand the gradients of its losses on."""
+    """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand the gradients of its losses on.
+
+    What the loader and the module hold is then as it was: a data set's generators, buffers, metrics, counters.
+    """
+    run = _run_in_step if is_fsdp(query.module) else _run_by_predict
+    with unmoved(of.loader):
+        run(query, checkpoint, of)
+
+
+def _run_by_predict(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
+    """What :func:`run_pass` does, where each process has the whole module."""
     trainer, module, processes = query.trainer, query.module, query.processes
-    if is_fsdp(module):
-        _run_in_step(query, checkpoint, of)
-        return
     with processes.synchronized():  # past this point they wait for each other inside of Lightning
         weights = checkpoint.weights()
     bars = [labelled(bar, of.description) for bar in trainer.callbacks if isinstance(bar, PROGRESS_BARS)]  # type: ignore[attr-defined]
@@ -85,6 +93,7 @@ def run_pass(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
     writer = _Writer(of.take, weights)
     failure = None
     with ExitStack() as stack:
+        stack.enter_context(module_unmoved(module, query.datamodule))
         stack.enter_context(attribute_set(trainer, "callbacks", [*bars, writer]))
         stack.enter_context(attribute_set(module, "predict_step", partial(_gradient_step, of.gradients)))
         for hook in _HOOKS:  # no prediction of the user's, as for callbacks
@@ -108,7 +117,7 @@ def run_pass(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
 
 
 def _run_in_step(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
-    """What :func:`run_pass` does, under FSDP: not by ``predict``, which makes no more passes than it has batches."""
+    """What :func:`run_pass` does under FSDP: not by ``predict``, which makes no more passes than it has batches."""
     trainer, module, processes = query.trainer, query.module, query.processes
     with processes.synchronized():
         weights = checkpoint.weights()

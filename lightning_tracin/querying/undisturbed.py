@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 
 from lightning_tracin.bridge.compat import metrics_kept
+from lightning_tracin.bridge.unmoved import random_state_kept
 
 
 def require_idle(trainer: pl.Trainer) -> None:
@@ -32,9 +31,6 @@ def require_idle(trainer: pl.Trainer) -> None:
 def left_as_found(trainer: pl.Trainer) -> Iterator[None]:
     """Give back what a query takes: random numbers of Python, numpy and torch, and the metrics that a trainer holds."""
     with ExitStack() as stack:
-        # A CUDA that nobody has begun to use is not begun here: processes could not be forked any more.
-        generators = isolate_rng(include_cuda=torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-        generators.__enter__()
-        stack.callback(generators.__exit__, None, None, None)  # told of an error, it would not give them back
+        stack.enter_context(random_state_kept())
         stack.enter_context(metrics_kept(trainer))
         yield

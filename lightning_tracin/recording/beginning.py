@@ -12,9 +12,11 @@ import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_tracin.bridge.collated_order import check_order
+from lightning_tracin.bridge.mixin import labels_of_module
 from lightning_tracin.bridge.module_gradients import inside_fit
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
+from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, require_automatic_optimization, require_spread
@@ -29,6 +31,7 @@ from lightning_tracin.recording.space import require_space
 from lightning_tracin.recording.training_cache import TrainingCache
 from lightning_tracin.recording.training_form import TrainingForm, check_training
 from lightning_tracin.recording.validation_log import ValidationLog
+from lightning_tracin.storage.known_texts import KnownTexts
 from lightning_tracin.storage.layouts import model_fingerprint
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import has_trace, require_free, require_own
@@ -58,6 +61,18 @@ def begin(
         FileExistsError: if the trace of another fit is in the place, and must not be replaced.
         OSError: if the disk has not enough space.
     """
+    with unmoved(trainer.train_dataloader):
+        return _begun(trainer, module, plan, resumed, writing)
+
+
+def _begun(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    plan: RecordingPlan,
+    resumed: Mapping[str, Any],
+    writing: ExitStack,
+) -> Recorder:
+    """What :func:`begin` does, which reads the training set."""
     processes = processes_of(trainer)
     form = None
     with processes.synchronized():
@@ -70,6 +85,7 @@ def begin(
         if plan.cache != "on_demand":
             training_set.check_divisible(processes)
         fingerprint = training_set.fingerprint()
+        training_set.warn_of_unseen()
         processes.require_same("training sets", fingerprint)
         check_order(training_set.loader, "training", training_set.looked)
         first = look_at_first_batch(trainer, module, training_set, plan.methods, compared=plan.cache != "training")
@@ -116,6 +132,7 @@ def begin(
         recorder.training = TrainingCache(module, fit.trace, form, processes, tolerant=plan.on_error == "warn")
     recorder.watch_steps(trainer, n_raw)
     recorder.validations = _validations(trainer, recorder, plan)
+    recorder.first_of_stream = _first_of_stream(module, training_set, first)
     return recorder
 
 
@@ -124,6 +141,14 @@ def _training_form(trainer: pl.Trainer, module: pl.LightningModule, first: First
     _require_whole_epoch(trainer)
     with inside_fit(trainer, module), zero_weights_filled(module):
         return check_training(first.gradients, first.batch, first.captured)
+
+
+def _first_of_stream(module: pl.LightningModule, training_set: TrainingSet, first: FirstBatch) -> KnownTexts | None:
+    """A stream's first examples, as they were before training."""
+    if not training_set.iterable:
+        return None
+    labels = labels_of_module(module, first.batch, len(first.captured))
+    return KnownTexts([first.captured.texts(labels)])
 
 
 def _validations(trainer: pl.Trainer, recorder: Recorder, plan: RecordingPlan) -> ValidationLog | None:

@@ -67,7 +67,8 @@ def look_at_first_batch(
     """
     losses = losses_of(module)
     with inside_fit(trainer, module), zero_weights_filled(module):
-        batch = batch_to_device(trainer, module, training_set.first_batch())
+        first_batches = training_set.first_batches()
+        batch = batch_to_device(trainer, module, next(first_batches))
         gradients = ModuleGradients(module, _sites(module, losses, batch, methods))
         gradients.check_mean(batch)
         if is_fsdp(module):
@@ -83,8 +84,8 @@ def look_at_first_batch(
             )
         if not training_set.iterable and not is_fsdp(module):  # a pass without gradients is too many for FSDP
 
-            def batch_of(indices: Sequence[int]) -> Any:
-                return batch_to_device(trainer, module, next(iter(training_set.loader_over(indices))))
+            def batch_of(_: Sequence[int]) -> Any:
+                return batch_to_device(trainer, module, next(first_batches))
 
             check_batching(module, losses, batch_of, training_set.first_indices, batch, captured.losses)
         if compared and not is_fsdp(module):

@@ -18,6 +18,7 @@ from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.progress import progress_task
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
+from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches, unwrapped_name
 from lightning_tracin.parallel.processes import Processes
@@ -30,9 +31,10 @@ from lightning_tracin.recording.training_cache import TrainingCache
 from lightning_tracin.recording.training_form import check_training, divisor_of, warn_of_another_loss
 from lightning_tracin.recording.validation_log import ValidationLog
 from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.known_texts import KnownTexts
 from lightning_tracin.storage.recorded_checkpoint import new_checkpoint
 from lightning_tracin.storage.schemas import Step
-from lightning_tracin.storage.training_pass import reading_order, training_pass
+from lightning_tracin.storage.training_pass import reading_order, stored_stream, training_pass
 
 
 class Recorder:
@@ -66,6 +68,7 @@ class Recorder:
         self.training: TrainingCache | None = None
         self.validations: ValidationLog | None = None
         self.raw: RawSteps | None = None
+        self.first_of_stream: KnownTexts | None = None
         self._plan = plan
         self.gradients = gradients
         self._site_layers = sites_on_module(gradients.module, fit.trace.sites)
@@ -87,7 +90,7 @@ class Recorder:
         """
         if trainer.train_dataloader is self._loader:
             return
-        with processes_of(trainer).synchronized():
+        with processes_of(trainer).synchronized(), unmoved(trainer.train_dataloader):
             self._loader = trainer.train_dataloader
             _require_same(TrainingSet(self._loader), self.fit, trainer.current_epoch)
 
@@ -295,10 +298,12 @@ class Recorder:
         order = reading_order(trace, training_set, checkpoint.drawn(), processes)
         loader = training_set.loader_over(order)
         fsdp, tolerant = is_fsdp(module), self._plan.on_error == "warn"
+        known = (stored_stream(trace) or self.first_of_stream) if training_set.iterable else None
         with (
-            training_pass(trace, checkpoint, trace.sites, order, processes, tolerant=tolerant) as filled,
+            training_pass(trace, checkpoint, trace.sites, order, processes, tolerant=tolerant, known=known) as filled,
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
             _buffers_of(checkpoint, module, processes),
+            unmoved(training_set.loader),
             inside_fit(trainer, module),
         ):
             # Iterating a loader draws a base seed, so it starts inside the random-state guard.

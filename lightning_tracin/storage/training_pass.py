@@ -22,6 +22,7 @@ from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.files import atomic_folder
+from lightning_tracin.storage.known_texts import KnownTexts
 from lightning_tracin.storage.shards import Shards, ShardWriter
 from lightning_tracin.storage.sorting import SortingWriter, sorting
 from lightning_tracin.storage.trace import Trace
@@ -143,6 +144,7 @@ def training_pass(
     processes: Processes = ALONE,
     *,
     tolerant: bool = True,
+    known: KnownTexts | None = None,
 ) -> Iterator[TrainingPass]:
     """Store the training examples' gradients at a checkpoint; they become readable when every example was added.
 
@@ -154,10 +156,12 @@ def training_pass(
             not added together, they are sorted on disk when all have come.
         processes: the processes that each add their own examples; every one of them must enter the context.
         tolerant: whether an example without a finite loss or gradient counts zero, rather than ends the pass.
+        known: of a stream, its examples as they were read before.
 
     Raises:
-        ValueError: if the number of examples that were added differs from that of the training set, or if
-            gradients are not finite: that of one example, or, with ``tolerant``, those of more than half.
+        ValueError: if the number of examples that were added differs from that of the training set, if a stream gave
+            others than before, or if gradients are not finite: that of one example, or, with ``tolerant``, those of
+            more than half.
     """
     ordered = all(processes.gather(_by_shards(trace, order, processes)))
 
@@ -171,7 +175,7 @@ def training_pass(
         if not processes.gather(trace.has_texts_of(drawn))[0]:
             folder = trace.path if drawn is None else checkpoint.path
             texts = folders.enter_context(writer_to(folder / "texts"))
-        writer = TrainingPass(trace, writers, texts, processes, order, tolerant=tolerant)
+        writer = TrainingPass(trace, writers, texts, processes, order, tolerant=tolerant, known=known)
         yield writer
         writer.close(checkpoint.step)
 
@@ -192,8 +196,10 @@ class TrainingPass:
         order: Sequence[int],
         *,
         tolerant: bool = True,
+        known: KnownTexts | None = None,
     ) -> None:
         self.n_examples = 0
+        self._known = known
         self._tolerant = tolerant
         self._not_finite: list[int] = []
         self._order = order
@@ -237,6 +243,8 @@ class TrainingPass:
             captured = captured.without_gradients_of(bad)
         for site, writer in self._writers.items():
             writer.add(site.stored(captured.gradients[site.key]))
+        if self._known is not None:
+            self._known.compare(captured.texts(labels))
         if self._texts is not None:
             self._vocabulary.update(words)
             self._texts.add(captured.texts(labels))
@@ -250,10 +258,13 @@ class TrainingPass:
 
         Raises:
             OSError: if a file cannot be written.
-            ValueError: if not all of this process's examples were added, or if more than half have no finite gradient.
+            ValueError: if not all of this process's examples were added, if a stream gave others than before, or if
+                more than half have no finite gradient.
         """
         if self.n_examples != len(self._order):
             raise ValueError(self._wrong_number(str(self.n_examples)))
+        if self._known is not None:
+            self._known.check()
         n_read = sum(self._processes.gather(len(self._order)))
         not_finite = all_not_finite(self._not_finite, n_read, step, self._processes)
         for writer in self._writers.values():
@@ -269,6 +280,19 @@ class TrainingPass:
             f"The training set has {self._trace.n_train} examples, but a pass over {them} gave {found}: the collate "
             "function drops or adds examples, so that they cannot be numbered."
         )
+
+
+def stored_stream(trace: Trace) -> KnownTexts | None:
+    """The examples of a stream as the first pass has stored them; None before that.
+
+    Raises:
+        ValueError: if the texts are damaged.
+    """
+    path = trace.path / "texts"
+    if not (path / "index.json").exists():
+        return None
+    texts = Shards.open(path, within=trace.path).checked("texts", trace.header)
+    return KnownTexts(texts.read(shard) for shard in range(len(texts)))
 
 
 def all_not_finite(own: Iterable[int], n_recorded: int, step: int, processes: Processes) -> list[int]:

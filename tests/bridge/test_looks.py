@@ -178,10 +178,9 @@ def test_what_is_noticed_of_an_example(item, label):
     assert look_of(item) == (4, label)
 
 
-@pytest.mark.parametrize("n_workers", [0, 1])
-def test_a_training_set_is_read_no_more_often_than_for_its_fingerprint(n_workers):
+def test_a_training_set_is_read_no_more_often_than_for_its_fingerprint():
     data = Rare()
-    training_set = TrainingSet(loader(data, collate_fn=padded, num_workers=n_workers))
+    training_set = TrainingSet(loader(data, collate_fn=padded))
     training_set.fingerprint()
     assert len(data.read) == 2 * 67
     assert any(data.is_rare(index) for index in training_set.first_indices)
@@ -191,10 +190,19 @@ def test_a_training_set_is_read_no_more_often_than_for_its_fingerprint(n_workers
     assert len(data.read) == 2 * 67 + 8 + 8 - 1 + (data.read[-1] == 0)
 
 
-def test_workers_read_what_only_the_check_looks_at():
+def test_workers_read_if_there_are_any():
     data = Rare()
-    check_order(loader(data, collate_fn=padded, num_workers=1), "test")
-    assert len(data.read) == 16
+    training_set = TrainingSet(loader(data, collate_fn=padded, num_workers=1))
+    check_order(training_set.loader, "training", training_set.looked)
+    assert training_set.lengths(range(200)) is None
+    assert training_set.looked == TrainingSet(loader(Rare(), collate_fn=padded)).looked
+    assert training_set.fingerprint() == TrainingSet(loader(Rare(), collate_fn=padded)).fingerprint()
+    assert len(training_set.first_batch()[0]) == 4
+    check_order(training_set.loader, "test")
+    assert data.read == []
+
+
+def test_a_part_is_read_where_that_is_drawn_from():
     data = Rare()
     part = SubsetRandomSampler(range(100, 200))
     check_order(loader(data, collate_fn=padded, sampler=part), "test")

@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from torch.utils.data import Dataset, RandomSampler
 from toy import N_TEST, Toy, fitted, loader, quiet, same_weights, test_texts, texts
 from twin_toy import TwinToy
+from untouched import DATA, GENERATORS, HOLDERS, Remembering
 
 from lightning_tracin import TracInCallback, influence, self_influence
 
@@ -176,3 +177,23 @@ def test_a_fit_that_was_stopped_is_not_running(tmp_path, error):
     with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
         trainer.fit(Stopped(), loader())
     assert trainer.influence(loader(test_texts())).scores.shape[0] == N_TEST
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "on_demand"])
+@pytest.mark.parametrize("kind", ["a data set", "a collate function", "a stream"])
+def test_what_data_sets_and_modules_hold_is_as_it_was(tmp_path, cache, kind):
+    """A fit that goes on after a query must not notice it."""
+    train, test = (DATA[kind](HOLDERS["a closure"], GENERATORS["numpy's"], tmp_path) for _ in range(2))
+    shuffling = torch.Generator().manual_seed(2)
+    loaders = [loader(each.dataset, collate_fn=each.collate_fn, generator=shuffling) for each in (train, test)]
+    module = Remembering()
+    fit = fitted(tmp_path / "trace", module, loaders[0], cache=cache, on_error="warn", trainer={"max_epochs": 1})
+    before = str((train.state(), test.state(), module.remembered(), shuffling.get_state().tolist()))
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    if kind == "a stream":  # of another order of words at each reading; what it says of them does not matter here
+        loaders[1] = loader(test_texts())
+    fit.influence(loaders[1])
+    fit.influence(loaders[1], method="tracin-last", train_dataloaders=loaders[0])
+    fit.self_influence()
+    assert str((train.state(), test.state(), module.remembered(), shuffling.get_state().tolist())) == before
+    assert same_weights(weights, module.state_dict())
