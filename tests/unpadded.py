@@ -84,7 +84,7 @@ class Still(Toy):
     def __init__(self) -> None:
         super().__init__()
         self.dropout.p = 0.0
-        self.held: list[int] = []
+        type(self).held = []  # an attribute of the module would be put back after our passes
 
     def influence_loss(self, batch):
         self.held.append(batch[0].numel())

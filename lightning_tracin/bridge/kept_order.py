@@ -21,10 +21,13 @@ class InOrder:
 
     Args:
         collate: the user's own.
+
+    Attributes:
+        own: the same.
     """
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self._collate = collate
+        self.own = collate
 
     def __call__(self, items: Any) -> Any:
         """The batch of some examples.
@@ -32,10 +35,10 @@ class InOrder:
         Raises:
             ValueError: if each row of it, or of a part of it, is another example's than it should be.
         """
-        batch = self._collate(items)
+        batch = self.own(items)
         order = collated_order_of(items, batch)
         if order is not None:
-            name = getattr(self._collate, "__qualname__", type(self._collate).__name__)
+            name = getattr(self.own, "__qualname__", type(self.own).__name__)
             raise ValueError(
                 f"The collate function, {name}, puts the examples of a batch in another order than they come in, so "
                 f"that they cannot be numbered: of {len(order)} examples, number {order[0]} came first. Let it leave "

@@ -40,7 +40,7 @@ def unmoved(*loaders: Any) -> Iterator[None]:
     things = [loader for loader in loaders if not hasattr(loader, "dataset")]
     for loader in loaders:
         parts = [getattr(loader, name, None) for name in _OF_LOADERS]
-        own = [getattr(part, "own", None) for part in parts]  # what SampledIndices stands in for
+        own = [getattr(part, "own", None) for part in parts]  # what ours stand in for
         things += [*parts, *own]
     held = Held(*things)
     try:

@@ -30,7 +30,7 @@ LOADERS = {
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
 @pytest.mark.parametrize("cache", ["checkpoint", "training", "on_demand"])
 def test_scores_are_those_of_the_definition(tmp_path, monkeypatch, make, cache):
-    monkeypatch.setattr(shards, "_SHARD_EXAMPLES", 7)  # what is together in a batch is in several shards
+    monkeypatch.setattr(shards, "MOST_SHARD_EXAMPLES", 7)  # what is together in a batch is in several shards
     monkeypatch.setattr(runs, "_RUN_BYTES", 2_000)
     pl.seed_everything(0, verbose=False)
     train, test, module = Texts(), Texts(10, seed=1), Still()
