@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
 import pytest
@@ -9,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from brute_force import relative_error
 from launched import run
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, default_collate
 from toy import Toy, quiet, same_weights, texts
 from unpadded import BUDGET, EqualLengths, Still, Texts, TokenBudget, brute_scores, padded
 
@@ -111,6 +112,20 @@ def test_a_sampler_without_an_end_is_not_waited_for():
     assert sorted(index for batch in batches for index in batch) == list(range(30))
     assert all(len({len(data.ids[index]) for index in batch}) == 1 for batch in batches)
     assert len(batches_once(loader, 3)) == 3
+
+
+def test_generators_of_the_sampler_are_left_where_they_are():
+    class Pairs(BatchSampler):
+        """Two texts that follow each other."""
+
+    data, generator = Texts(), torch.Generator().manual_seed(3)
+    loader = DataLoader(data, batch_sampler=Pairs(RandomSampler(data, generator=generator), 2, drop_last=False))
+    before = generator.get_state(), torch.get_rng_state(), random.getstate()
+    assert batches_once(loader) == batches_of_all(loader) == batches_once(loader, 20)
+    assert torch.equal(before[0], generator.get_state())
+    assert torch.equal(before[1], torch.get_rng_state())
+    assert before[2] == random.getstate()
+    assert batches_once(loader, 3) == [batch for batch, _ in zip(loader.batch_sampler, range(3), strict=False)]
 
 
 def test_a_sampler_that_cannot_be_copied_is_read_all_the_same():
