@@ -29,8 +29,11 @@ class _InOrder(DistributedSampler[Any]):
         return len(self.indices)
 
 
-def loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any) -> DataLoader[Any]:
+def loader_over(
+    loader: DataLoader[Any], indices: Sequence[int], *, batch_size: int | None = None, **others: Any
+) -> DataLoader[Any]:
     """A loader like another, but for some options, over some examples in their order."""
+    size = batch_size or _batch_size(loader)
     options = {**loader_options(loader), **others}
     if loader.num_workers:
         options |= {
@@ -44,10 +47,10 @@ def loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any) 
                 "The training DataLoader does not batch (batch_size=None), so its examples cannot be numbered. "
                 "Give it a batch_size, or a BatchSampler as its sampler."
             )
-        batches = list(BatchSampler(indices, _batch_size(loader), drop_last=False))
+        batches = list(BatchSampler(indices, size, drop_last=False))
         return DataLoader(loader.dataset, batch_size=None, sampler=_InOrder(loader.dataset, batches), **options)
     sampler = _InOrder(loader.dataset, indices)
-    return DataLoader(loader.dataset, batch_size=_batch_size(loader), sampler=sampler, **options)
+    return DataLoader(loader.dataset, batch_size=size, sampler=sampler, **options)
 
 
 def _batch_size(loader: DataLoader[Any]) -> int:

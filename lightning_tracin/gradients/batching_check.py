@@ -10,45 +10,48 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.batches import tensors_of
-from lightning_tracin.gradients.losses import Losses
+from lightning_tracin.gradients.losses import DependsOnBatch, Losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
+
+_PARTS = (slice(None), slice(0, None, 2), slice(1, None, 2))  # a whole batch, and two halves of it
 
 
 @full_precision()
 def check_batching(
     module: nn.Module,
     losses: Losses,
-    batch_of: Callable[[Sequence[int]], Any],
+    part_of: Callable[[slice], Any],
     indices: Sequence[int],
     batch: Any,
     expected: Tensor,
-) -> None:
+) -> bool:
     """Check that the losses of a few examples do not depend on the other examples of their batch.
 
-    The examples are collated again, once into the same batch and once into two halves, of which one may have less
+    The examples are put together again, once into the same batch and once into two halves, of which one may have less
     padding. If the same batch has other losses than before (the collate function masks words at random, say), the
     check proves nothing and passes.
 
     Args:
         module: the module, in eval mode.
         losses: the function from a batch to its examples' losses.
-        batch_of: the function from indices of examples to their batch, on the module's device.
+        part_of: the function from places in ``indices`` to the batch of those examples, on the module's device.
         indices: the examples' indices.
         batch: the examples' batch.
         expected: (len(indices),) the losses of that batch, on the CPU.
 
+    Returns:
+        Whether it could be checked: not where the parts together do not have as many losses as the batch.
+
     Raises:
-        ValueError: if an example's loss differs between the batch and its half. If the halves are padded less, or only
-            the mean loss is known, there is a warning in its place.
+        DependsOnBatch: if an example's loss differs between the batch and its half. If the halves are padded less, or
+            only the mean loss is known, there is a warning in its place.
     """
-    if len(indices) < 2:
-        return
     with torch.no_grad():
-        batches = [batch_of(subset) for subset in (indices, indices[::2], indices[1::2])]
+        batches = [part_of(part) for part in _PARTS]
         repeated, *losses_of_halves = [losses(each).float().cpu() for each in batches]
     if not len(expected) == len(repeated) == sum(map(len, losses_of_halves)) == len(indices):
-        return  # the collate function drops or adds examples, which the training pass reports
+        return False
     halved = expected.new_empty(len(indices))
     halved[::2], halved[1::2] = losses_of_halves
     if isinstance(losses, MeanLoss):  # each loss is the mean of its batch
@@ -59,7 +62,7 @@ def check_batching(
         torch.allclose(values, expected, rtol=tolerance, atol=1e-6) for values in (repeated, halved)
     )
     if is_independent or not is_repeatable:
-        return
+        return True
     name, size = type(module).__name__, len(indices)
     which = "losses are" if isinstance(losses, MeanLoss) else f"the loss of training example {indices[worst]} is"
     found = f"{which} {float(expected[worst]):.4g} in a batch of {size}, but {float(halved[worst]):.4g} in one of half"
@@ -68,8 +71,8 @@ def check_batching(
             f"{name} seems to read padding: {found} of them, which is padded less. Scores then depend on how examples "
             "are batched. Mask the padding, or pack it (torch.nn.utils.rnn.pack_padded_sequence)."
         )
-        return
-    raise ValueError(
+        return True
+    raise DependsOnBatch(
         f"The losses of {name} depend on the batch: {found} of them. Divide an example's loss by what it holds itself "
         "(its tokens, its outputs), never by what its batch does."
     )

@@ -86,8 +86,9 @@ def check_training(gradients: ModuleGradients, batch: Any, of_losses: Captured) 
     if isinstance(found, TrainingForm):
         return found
     raise ValueError(
-        f"training_step of {name} does not return the mean of influence_loss over the batch, but gives {found} Is its loss "
-        f'weighted, a sum, or random? cache="training" cannot tell the examples\' gradients from it. {USE_CHECKPOINT}'
+        f"training_step of {name} does not return the mean of influence_loss over the batch, but gives {found} Is its "
+        'loss weighted, a sum, or random? cache="training" cannot tell the examples\' gradients from it. '
+        f"{USE_CHECKPOINT}"
     )
 
 

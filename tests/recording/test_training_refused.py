@@ -41,7 +41,7 @@ class CompiledPart(Still):
 REFUSED = {
     "stream": (Still, lambda: loader(Stream()), "a Stream has no sampler"),
     "summed": (Summed, loader, "does not return the mean of influence_loss.*a sum"),
-    "weighted": (Weighted, loader, "batch's example 1 has the norm"),
+    "weighted": (Weighted, loader, "batch's example 1 the norm"),
     "optimized by hand": (Stepping, loader, "optimizes manually"),
     "compiled": (CompiledPart, loader, "compiled module"),
 }
