@@ -64,17 +64,22 @@ def tensors_of(batch: Any) -> list[Tensor]:
 
 
 def row_of(batch: Any, row: int, size: int) -> Any:
-    """The batch of one example: entries by example are cut to that example, others stay as they are.
+    """The batch of one example, by its place; see :func:`rows_of`."""
+    return rows_of(batch, slice(row, row + 1), size)
+
+
+def rows_of(batch: Any, rows: slice, size: int) -> Any:
+    """The batch of some examples: entries by example are cut to those examples, others stay as they are.
 
     Args:
         batch: a tensor, mapping, sequence or named tuple, nested to any depth.
-        row: the example's place in the batch.
+        rows: the examples' places in the batch.
         size: number of examples in the batch.
     """
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[row : row + 1] if value.dim() > 0 and len(value) == size else value
+            return value[rows] if value.dim() > 0 and len(value) == size else value
         if isinstance(value, Mapping):
             cut_values = {name: cut(each) for name, each in value.items()}
             return cut_values if type(value) is dict else type(value)(cut_values)  # type: ignore[call-arg]
@@ -82,7 +87,7 @@ def row_of(batch: Any, row: int, size: int) -> Any:
             return type(value)(*(cut(each) for each in value))
         if isinstance(value, (list, tuple)):
             if len(value) == size and not any(isinstance(each, (Tensor, Mapping, list, tuple)) for each in value):
-                return type(value)(value[row : row + 1])
+                return type(value)(value[rows])
             return type(value)(cut(each) for each in value)
         return value
 

@@ -10,45 +10,46 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.batches import tensors_of
-from lightning_tracin.gradients.losses import Losses, require_one_each
+from lightning_tracin.gradients.losses import DependsOnBatch, Losses, require_one_each
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
+
+_PARTS = (slice(None), slice(0, None, 2), slice(1, None, 2))  # a whole batch, and two halves of it
 
 
 @full_precision()
 def check_batching(
     module: nn.Module,
     losses: Losses,
-    batch_of: Callable[[Sequence[int]], Any],
+    part_of: Callable[[slice], Any],
     indices: Sequence[int],
     batch: Any,
     expected: Tensor,
 ) -> None:
     """Check that the losses of a few examples do not depend on the other examples of their batch.
 
-    The examples are collated again, once into the same batch and once into two halves, of which one may have less
+    The examples are put together again, once into the same batch and once into two halves, of which one may have less
     padding. If the same batch has other losses than before (the collate function masks words at random, say), the
     check proves nothing and passes.
 
     Args:
         module: the module, in eval mode.
         losses: the function from a batch to its examples' losses.
-        batch_of: the function from indices of examples to their batch, on the module's device.
+        part_of: the function from places in ``indices`` to the batch of those examples, on the module's device.
         indices: the examples' indices.
         batch: the examples' batch.
         expected: (len(indices),) the losses of that batch, on the CPU.
 
     Raises:
-        ValueError: if an example's loss differs between the batch and its half, or if there is not one for each. If the
-            halves are padded less, or only the mean loss is known, a difference is a warning.
+        ValueError: if there is not one loss for each example.
+        DependsOnBatch: if an example's loss differs between the batch and its half. If the halves are padded less, or
+            only the mean loss is known, there is a warning in its place.
     """
-    if len(indices) < 2:
-        return
     with torch.no_grad():
-        batches = [batch_of(subset) for subset in (indices, indices[::2], indices[1::2])]
+        batches = [part_of(part) for part in _PARTS]
         repeated, *losses_of_halves = [losses(each).float().cpu() for each in batches]
-    for part, given in zip((repeated, *losses_of_halves), (indices, indices[::2], indices[1::2]), strict=True):
-        require_one_each(len(part), len(given), "training")
+    for part, found_losses in zip(_PARTS, (repeated, *losses_of_halves), strict=True):
+        require_one_each(len(found_losses), len(indices[part]), "training")
     halved = expected.new_empty(len(indices))
     halved[::2], halved[1::2] = losses_of_halves
     if isinstance(losses, MeanLoss):  # each loss is the mean of its batch
@@ -69,7 +70,7 @@ def check_batching(
             "are batched. Mask the padding, or pack it (torch.nn.utils.rnn.pack_padded_sequence)."
         )
         return
-    raise ValueError(
+    raise DependsOnBatch(
         f"The losses of {name} depend on the batch: {found} of them. Divide an example's loss by what it holds itself "
         "(its tokens, its outputs), never by what its batch does."
     )

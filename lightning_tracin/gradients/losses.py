@@ -24,6 +24,10 @@ _CAUSAL = re.compile(r"CausalLM|LMHeadModel|DoubleHeads|WithLMHead$")
 _IGNORED = -100  # the label by which transformers marks a position without a loss
 
 
+class DependsOnBatch(ValueError):
+    """The loss of an example depends on what else its batch holds."""
+
+
 def checked_losses(losses: object) -> Tensor:
     """The losses of a batch, after a check that there is one for each example.
 

@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_tracin.gradients.batches import batch_size, described_batch, row_of, shallow_copy
 from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.layouts import Layout
+from lightning_tracin.gradients.losses import DependsOnBatch
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
 from lightning_tracin.parallel.fsdp import call_in_forward_pass
 
@@ -62,7 +63,7 @@ class MeanLoss:
         mean = sum(losses) / len(losses)
         tolerance = 2e-2 if uses_half_precision(self.module) else 1e-4
         if not abs(batch_loss - mean) <= tolerance * max(abs(batch_loss), abs(mean)) + 1e-7:
-            raise ValueError(
+            raise DependsOnBatch(
                 f"The training_step of {type(self.module).__name__} returned {batch_loss:.6g} for a batch of "
                 f"{len(losses)} examples, but {mean:.6g} is the mean of what it returned for each of them alone: its "
                 f"loss is not a mean of independent losses. {_use_mixin()}."

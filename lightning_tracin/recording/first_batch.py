@@ -7,18 +7,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_tracin.bridge.compat import batch_to_device
+from lightning_tracin.bridge.loaders import batches_over
+from lightning_tracin.bridge.looks import differing
 from lightning_tracin.bridge.mixin import embedding_layer_of, last_layer_of, losses_of
 from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.training_set import TrainingSet
+from lightning_tracin.gradients.batches import rows_of
 from lightning_tracin.gradients.batching_check import check_batching
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.layers import NoLastLayer, called_layers, layer_name, linear_layers_named, named_layer
-from lightning_tracin.gradients.losses import Losses, checked_losses, require_one_each
+from lightning_tracin.gradients.losses import DependsOnBatch, Losses, checked_losses, require_one_each
+from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import is_fsdp
@@ -82,12 +87,9 @@ def look_at_first_batch(
                 f"The loss or gradient of training example {training_set.first_indices[bad]} is NaN or infinite before "
                 "training began."
             )
-        if not training_set.iterable and not is_fsdp(module):  # a pass without gradients is too many for FSDP
-
-            def batch_of(_: Sequence[int]) -> Any:
-                return batch_to_device(trainer, module, next(first_batches))
-
-            check_batching(module, losses, batch_of, training_set.first_indices, batch, captured.losses)
+        if not is_fsdp(module):  # a pass without gradients is too many for FSDP
+            others = (batch_to_device(trainer, module, each) for each in first_batches)
+            _check_batching(trainer, module, training_set, batch, captured, others)
         if compared and not is_fsdp(module):
             warn_of_another_loss(gradients, batch, captured)
     return FirstBatch(batch, captured, gradients)
@@ -112,6 +114,71 @@ def bytes_per_example(first: FirstBatch, options: StorageOptions) -> float:
     taken = first.captured.gradients
     sites = [options.applied(site, taken[site.key]) for site in first.gradients.sites]
     return sum(stored_bytes(site, taken[site.key], options.dtype) for site in sites) / len(first.captured)
+
+
+def _check_batching(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    training_set: TrainingSet,
+    batch: Any,
+    captured: Captured,
+    others: Iterator[Any],
+) -> None:
+    """Check that the losses of a first batch's examples do not depend on the others, or say that it cannot be told.
+
+    Raises:
+        DependsOnBatch: if they do.
+        ValueError: if a half of the batch has not one loss for each example.
+    """
+    losses, size = losses_of(module), len(captured)
+    if not training_set.iterable and size > 1:
+        few = training_set.first_indices
+        check_batching(module, losses, lambda _: next(others), few, batch, captured.losses)
+        return
+    try:
+        if training_set.iterable:
+            is_told = _is_stream_independent(module, losses, batch, captured)
+        else:
+            is_told = _are_two_independent(trainer, module, losses, training_set)
+        why = "it holds one example"
+    except DependsOnBatch:
+        raise
+    except Exception as error:  # from the collate function or the model, which may not be made for it
+        is_told, why = False, f"{type(error).__name__}: {error}"
+    if not is_told:
+        rank_zero_info(
+            "TracInCallback could not check on a first batch whether an example's loss depends on the others of its "
+            f"batch ({why}). It must not: compute each from that example alone."
+        )
+
+
+def _is_stream_independent(module: pl.LightningModule, losses: Losses, batch: Any, captured: Captured) -> bool:
+    """Whether a stream's first batch, cut into parts, could be checked."""
+    size = len(captured)
+    if size > 1 and not isinstance(losses, MeanLoss):  # whose own check does the same
+        check_batching(module, losses, lambda part: rows_of(batch, part, size), range(size), batch, captured.losses)
+    return size > 1 or isinstance(losses, MeanLoss)
+
+
+def _are_two_independent(
+    trainer: pl.Trainer, module: pl.LightningModule, losses: Losses, training_set: TrainingSet
+) -> bool:
+    """Whether two examples that training takes one by one could be checked together."""
+    indices = differing(training_set.looked, 2)
+    if len(indices) < 2:
+        return False
+
+    def collated(part: slice) -> Any:
+        return batch_to_device(trainer, module, next(batches_over(training_set.loader, [indices[part]])))
+
+    together = collated(slice(None))
+    if isinstance(losses, MeanLoss):
+        losses.check(together)
+        return len(losses.rows(together)) == 2
+    with torch.no_grad():
+        expected = losses(together).float().cpu()
+    check_batching(module, losses, collated, indices, together, expected)
+    return True
 
 
 def _sites(module: pl.LightningModule, losses: Losses, batch: Any, methods: Sequence[str]) -> list[Site]:

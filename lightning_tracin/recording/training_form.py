@@ -83,7 +83,8 @@ def check_training(gradients: ModuleGradients, batch: Any, of_losses: Captured) 
         return found
     raise ValueError(
         f"training_step of {name} does not return the mean of influence_loss over the batch, but gives {found} Is its "
-        f'loss weighted, a sum, or random? cache="training" cannot tell the gradients from it. {USE_CHECKPOINT}'
+        'loss weighted, a sum, or random? cache="training" cannot tell the examples\' gradients from it. '
+        f"{USE_CHECKPOINT}"
     )
 
 

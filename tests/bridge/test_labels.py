@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from toy import N_TEST, N_TRAIN, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInCallback, TracInMixin
-from lightning_tracin.bridge.mixin import labels_of_module
+from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
 
 Pair = namedtuple("Pair", ["ids", "labels"])
 Triple = namedtuple("Triple", ["ids", "labels", "lengths"])
@@ -150,3 +150,15 @@ def test_an_override_that_takes_the_batch_apart_leaves_it_whole():
 
     batch = {"labels": torch.ones(2, 5)}
     assert torch.equal(labels_of_module(Taking(), batch, 2), batch["labels"])
+
+
+def test_the_words_of_several_texts_are_told_in_a_row():
+    class Choosing(Still):
+        def influence_words(self, batch):
+            return [[f"<{token}>" for token in ids.flatten().tolist()] for ids in batch["input_ids"]]
+
+    ids = torch.tensor([[[3, 4], [5, 6]], [[3, 7], [8, 6]]])
+    for module in (build(Choosing), build(Still)):
+        words = words_of_batch(module, {"input_ids": ids}, [3, 6, 8])
+        assert words == {token: f"<{token}>" if isinstance(module, Choosing) else str(token) for token in (3, 6, 8)}
+    assert build(Still).influence_words({"input_ids": ids}) == [["3", "4", "5", "6"], ["3", "7", "8", "6"]]
