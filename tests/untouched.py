@@ -389,8 +389,7 @@ class Combination:
 
     @property
     def is_possible(self) -> bool:
-        stream = "stream" in self.data
-        if self.callback == "training" and (stream or "counts" in self.module):  # the loss changes from call to call
+        if self.callback == "training" and "stream" in self.data:
             return False
         if self.logged and self.callback == "on demand":
             return False

@@ -189,7 +189,9 @@ class Held:
         """What a module holds beside its parameters: attributes, and, where things are computed, buffers and hooks."""
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if "OptimizedModule" not in kinds and not _is_in(type(module).__module__, _FOREIGN):
-            self._note_mapping(vars(module), whole, self._not_ours)
+            noted = {name: value for name, value in vars(module).items() if name not in self._not_ours}
+            self._undo.append(partial(_restore_attributes, module, noted, whole, self._not_ours))
+            self._expect(noted.values(), whole)
             list(self._note_classes(module))
         if not (whole and self._computed):
             return
@@ -256,6 +258,13 @@ def _refill(cell: Any, content: Any, whole: bool) -> None:
     now = cell.cell_contents
     if now is not content and (whole or _is_generator(now)):
         cell.cell_contents = content
+
+
+def _restore_attributes(module: nn.Module, noted: Mapping[str, Any], whole: bool, but: frozenset[str]) -> None:
+    """Put the attributes of a module back, but for what has become a layer or a parameter of it, as by ``setup``."""
+    registered = {*module._parameters, *module._buffers, *module._modules}
+    noted = {name: value for name, value in noted.items() if name not in registered}
+    _restore_entries(vars(module), noted, whole, but | registered)
 
 
 def _restore_entries(

@@ -323,6 +323,16 @@ def test_buffers_of_a_module_that_was_moved_stay_where_it_is():
     assert module.anew.device.type == "meta"
 
 
+def test_layers_that_are_built_meanwhile_stay():
+    module = Counts()
+    module.late_layer = None
+    with module_unmoved(module):
+        module.late_layer = nn.Linear(2, 2)
+        module.calls += 1
+    assert isinstance(module.late_layer, nn.Linear)
+    assert module.calls == 0
+
+
 def test_inference_tensors_are_left_alone():
     module = Counts()
     with torch.inference_mode():

@@ -169,7 +169,7 @@ def test_given_examples_cost_their_own_batches_only(tmp_path):
             pass
 
         def influence_loss(self, batch):
-            self.calls += self.trainer.validating
+            Counting.calls += self.trainer.validating  # what the module has is put back
             return super().influence_loss(batch)
 
     module = Counting()
