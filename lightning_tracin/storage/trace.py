@@ -23,7 +23,17 @@ from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.files import PARTIAL, read_json, write_json
-from lightning_tracin.storage.own_files import FORMAT, HEADER, copy_before, remove_folder, remove_trace, require_free
+from lightning_tracin.storage.own_files import (
+    FORMAT,
+    HEADER,
+    copy_before,
+    mark_removed,
+    remove_folder,
+    remove_temporary,
+    remove_trace,
+    require_free,
+    require_only_own,
+)
 from lightning_tracin.storage.shards import Shards
 
 FORMAT_VERSION = 2
@@ -125,6 +135,7 @@ class Trace:
         path.mkdir(parents=True, exist_ok=True)
         content = {"format": FORMAT, "version": FORMAT_VERSION, "id": uuid.uuid4().hex}
         write_json(path / HEADER, {**content, **asdict(header)})
+        remove_temporary(path)
         return cls(path)
 
     def branch(self, path: Path, step: int) -> Trace:
@@ -137,8 +148,10 @@ class Trace:
         remove_trace(path)
         path.mkdir(parents=True, exist_ok=True)
         header = read_json(self.path / HEADER)
-        write_json(path / HEADER, {**header, "id": uuid.uuid4().hex, "branched_from": self.id, "incomplete": None})
+        mark_removed(path)  # until all is there: a copy that is broken off is no trace
         copy_before(self.path, path, step)
+        write_json(path / HEADER, {**header, "id": uuid.uuid4().hex, "branched_from": self.id, "incomplete": None})
+        remove_temporary(path)
         return Trace(path)
 
     @property
@@ -297,10 +310,16 @@ class Trace:
         write_json(self.path / HEADER, {**read_json(self.path / HEADER), "incomplete": self.incomplete})
 
     def drop_checkpoints_after(self, step: int) -> None:
-        """Remove the checkpoints after a step, from which a fit is resumed."""
-        for checkpoint in self.checkpoints:
-            if checkpoint.step > step:
-                remove_folder(self.path, checkpoint.path)
+        """Remove the checkpoints after a step, from which a fit is resumed, and what a killed one has left behind.
+
+        Raises:
+            FileExistsError: if somebody keeps files in the folder of such a checkpoint; then nothing is removed.
+        """
+        dropped = [checkpoint.path for checkpoint in self.checkpoints if checkpoint.step > step]
+        require_only_own(self.path, dropped)
+        for folder in reversed(dropped):  # so that none is missing between others if this is broken off
+            remove_folder(self.path, folder)
+        remove_temporary(self.path)
 
     def _texts(self) -> list[Shards]:
         """The stored texts: of the whole training set, and of the examples that were trained on before a checkpoint."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from lightning_tracin.storage.files import PARTIAL, check_file, read_json
-from lightning_tracin.storage.own_files import HEADER
+from lightning_tracin.storage.files import check_file, read_json
+from lightning_tracin.storage.own_files import HEADER, own_temporary
 from lightning_tracin.storage.shards import Shards
 from lightning_tracin.storage.trace import Trace
 
@@ -24,9 +24,9 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
         reported as a problem, though nothing reads it.
     """
     yield trace.path / HEADER, _problem(trace.path / HEADER, partial(read_json, trace.path / HEADER))
-    for path in sorted(trace.path.rglob(f"*{PARTIAL}")):
+    for path in own_temporary(trace.path):
         yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
-    folders = [path for path in sorted(trace.path.glob("checkpoints/*")) if path.suffix != PARTIAL]
+    folders = [path for path in sorted(trace.path.glob("checkpoints/step-*")) if path.is_dir() and not path.suffix]
     all_read = True
     for folder in folders:
         file = folder / "checkpoint.json"

@@ -75,6 +75,8 @@ def test_model_checkpoint_in_the_same_folder(tmp_path):
         quiet(callbacks=callbacks, enable_checkpointing=True).fit(Toy(), loader())
         assert steps(tmp_path / "run") == [5, 10]
     assert len(list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))) == 4
+    (tmp_path / "run" / "mine.partial").write_text("mine")
+    assert not [problem for _, problem in verify(Trace(tmp_path / "run")) if problem]
 
 
 def test_files_that_somebody_put_into_a_trace_stay_when_it_is_replaced(tmp_path):
