@@ -60,7 +60,9 @@ _MUTATED = {"foreign:": FOREIGN, "unnamed:": FOREIGN, "not a number:": WRONG, "s
 _OWN = {each: each for each in (WRONG, FOREIGN, LOST, LEFT)}
 PARTS = (
     Part("kills", ("torture.killer", "kills"), 300, 50, ("kills",), {**_OWN, "hangs": OVER}),
-    Part("mutated readings", ("mutations", "mutated_readings"), 30_000, 3_000, ("read", "refused", *_MUTATED), _MUTATED),
+    Part(
+        "mutated readings", ("mutations", "mutated_readings"), 30_000, 3_000, ("read", "refused", *_MUTATED), _MUTATED
+    ),
     Part(
         "comparisons of training",
         ("untouched", "untouched_comparisons"),
