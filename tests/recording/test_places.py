@@ -231,6 +231,25 @@ def test_a_fit_that_goes_on_from_an_earlier_checkpoint_leaves_the_other_whole(tm
     assert torch.equal(quiet().influence(loader(test_texts()), Toy(), trace=new).scores, straight)
 
 
+def test_a_fit_that_goes_on_in_another_dirpath_begins_with_what_came_before(tmp_path):
+    def fit(*paths, epochs, ckpt_path=None):
+        pl.seed_everything(0, verbose=False)
+        saving = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, filename="{epoch}")
+        recording = [TracInCallback(tmp_path / path, dtype="float32") for path in paths]
+        trainer = quiet(callbacks=[*recording, saving], max_epochs=epochs, enable_checkpointing=True)
+        trainer.fit(Toy(), loader(), ckpt_path=ckpt_path)
+
+    fit("a", epochs=2)
+    before = content(tmp_path / "a")
+    fit("b", epochs=3, ckpt_path=tmp_path / "saved" / "epoch=0.ckpt")
+    assert steps(tmp_path / "b") == [5, 10, 15]
+    assert content(tmp_path / "a") == before
+    # Of two callbacks one has its state, and the other that of nobody.
+    fit("b", "c", epochs=4, ckpt_path=tmp_path / "saved" / "epoch=2.ckpt")
+    assert steps(tmp_path / "b") == [5, 10, 15, 20]
+    assert steps(tmp_path / "c") == [20]
+
+
 @pytest.mark.parametrize("cache", ["checkpoint", "training", "on_demand"])
 def test_a_trainer_that_fits_again_goes_on_with_its_trace(tmp_path, cache):
     def fit(path, *epochs):
