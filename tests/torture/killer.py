@@ -32,8 +32,10 @@ from torture.scenes import FOREIGN, SCENES, Scene, ask
 #: What must not be: the keys of what :func:`kills` counts beside "kills".
 BAD = ("wrong numbers", "foreign exceptions", "files lost", "files left over", "hangs")
 
-# Lightning's own; a lock that nobody holds; a save that was broken off, in a folder that is the user's.
-_MAY_STAY = re.compile(r"\.ckpt|\.lightning_tracin\.lock$|result\.safetensors\.[0-9a-f]{8}\.partial$|(^|/)\.tmp\w+$")
+# Lightning's own; a lock that nobody holds; a save that was broken off, in a folder of the user's; texts of a pass.
+_MAY_STAY = re.compile(
+    r"\.ckpt|\.lightning_tracin\.lock$|result\.safetensors\.[0-9a-f]{8}\.partial$|(^|/)\.tmp\w+$|/trace/texts/"
+)
 
 _SHARD_EXAMPLES = 8  # of 20, so that gradients lie in several files
 
@@ -207,6 +209,7 @@ def _wrong_numbers(known: Known, folder: Path, trace: Trace, *, complete: bool) 
     for file, problem in verify(trace):
         if problem and (complete or "was left behind by a fit" not in problem):
             yield f"{file.relative_to(folder)}: {problem}"
+    gone = [each.step for each in trace.checkpoints if _is_of_a_pass(known, folder, each)]
     found, traces = trace.checkpoints, [each for each in (known.before, known.after) if each]
     steps = [each.step for each in found]
     if complete:
@@ -215,22 +218,36 @@ def _wrong_numbers(known: Known, folder: Path, trace: Trace, *, complete: bool) 
     if not expected:
         yield f"there are checkpoints of the steps {steps}"
         return
-    differences = [_difference(found, each) for each in expected]
+    differences = [_difference(found, each, gone) for each in expected]
     same = [each for each, difference in zip(expected, differences, strict=True) if difference is None]
     if not same:
         yield str(differences[-1])
     elif found:
         scores = ask(folder, known.scene.trace)
-        if not any(_same_tensors(scores, each.scores[len(found) - 1]) for each in same):
+        if not gone and not any(_same_tensors(scores, each.scores[len(found) - 1]) for each in same):
             yield f"the scores of {len(found)} checkpoints differ"
     if known.scene.look and not any(_same_tensors(known.scene.look(folder), each.looks) for each in expected):
         yield "what is beside the trace is neither old nor new"
 
 
-def _difference(found: list[Any], expected: Content) -> str | None:
-    """How checkpoints differ from those of a trace, in words; None if they do not, as far as they have gradients."""
+def _is_of_a_pass(known: Known, folder: Path, checkpoint: Any) -> bool:
+    """Whether training's own gradients, and texts, went with the process: those at the weights are in their place."""
+    texts = (checkpoint.path / "texts" / "index.json").relative_to(folder)
+    return texts.as_posix() in known.names and not (folder / texts).exists()
+
+
+def _difference(found: list[Any], expected: Content, gone: list[int]) -> str | None:
+    """How checkpoints differ from those of a trace, in words; None if they do not, as far as they have gradients.
+
+    Args:
+        found: the checkpoints.
+        expected: the trace.
+        gone: the steps at which the gradients are others.
+    """
     for checkpoint in found:
         known, own = expected.checkpoints[checkpoint.step], _tensors(checkpoint)
+        if checkpoint.step in gone:
+            own = {name: value for name, value in own.items() if not name.startswith("gradients")}
         for name in own.keys() | (known.keys() - {n for n in known if n.startswith("gradients")}):
             if name in known and not (name in own and _same(own[name], known[name])):
                 return f"{name} at step {checkpoint.step} differs"

@@ -10,7 +10,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from toy import loader, quiet, test_texts, texts
+from torch.utils.data import Sampler
+from toy import N_TRAIN, loader, quiet, test_texts, texts
 from variants import Reproducible
 
 from lightning_tracin import InfluenceResult, TracInCallback
@@ -60,24 +61,37 @@ class Scene:
     look: Callable[[Path], dict[str, torch.Tensor]] | None = None
 
 
+class Halves(Sampler[int]):
+    """One half of the examples in each epoch, in turn."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return N_TRAIN // 2
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.epoch % 2, N_TRAIN, 2))
+
+
 def fit(folder: Path, cache: str, *, run: str = "run", epochs: int = EPOCHS, seed: int = 0, **options: Any) -> None:
     """A fit that saves Lightning's checkpoints beside the trace's; ``seed`` makes another one of it."""
-    ckpt_path = options.pop("ckpt_path", None)
+    ckpt_path, sampler = options.pop("ckpt_path", None), options.pop("sampler", None)
     pl.seed_everything(seed, verbose=False)
     recording = TracInCallback(dtype="float32", cache=cache, on_error="raise", **options)
     saving = ModelCheckpoint(folder / run / "trace" / "checkpoints", save_top_k=-1, filename="{epoch}")
     root = {"default_root_dir": folder / run, "enable_checkpointing": True}
     trainer = quiet(callbacks=[recording, saving], max_epochs=epochs, **root)
-    trainer.fit(Reproducible(), loader(), ckpt_path=ckpt_path)
+    trainer.fit(Reproducible(), loader(sampler=sampler), ckpt_path=ckpt_path)
 
 
-def go_on_with_fit(folder: Path, cache: str) -> None:
+def go_on_with_fit(folder: Path, cache: str, **options: Any) -> None:
     """Resume from the newest of Lightning's checkpoints that opens, or else begin again."""
     newest = next(_opening(folder / "run" / "trace" / "checkpoints"), None)
-    if newest is None:
-        fit(folder, cache, overwrite=True)
-    else:
-        fit(folder, cache, ckpt_path=newest)
+    fit(folder, cache, **({"overwrite": True} if newest is None else {"ckpt_path": newest}), **options)
 
 
 def ask(folder: Path, trace: str = "run/trace", methods: tuple[str, ...] = METHODS) -> dict[str, torch.Tensor]:
@@ -139,6 +153,16 @@ def _fits(cache: str) -> Iterator[Scene]:
     def begin_nothing(folder: Path) -> None:
         pass
 
+    def halves() -> dict[str, Any]:
+        return {"sampler": Halves(), "every_n_epochs": 2, "epochs": 4}
+
+    if cache != "training":  # which has lost the gradients of the epoch before it was resumed
+        yield Scene(
+            f"two epochs {cache}",
+            begin_nothing,
+            lambda folder: fit(folder, cache, **halves()),
+            lambda folder: go_on_with_fit(folder, cache, **halves()),
+        )
     inside = ("run/trace/checkpoints/step-000000005/note.txt", "run/trace/checkpoints/step-000000005/words.txt")
     yield Scene(f"fit {cache}", begin_nothing, lambda folder: fit(folder, cache), lambda f: go_on_with_fit(f, cache))
     yield Scene(f"resumed fit {cache}", two_epochs, resume, resume, foreign=inside)
