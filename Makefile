@@ -9,7 +9,7 @@ REVIEWS := vaderSentiment==3.3.2
 # Tests run in two processes, a file in one of them: fixtures that start processes of their own are made once.
 IN_TWO := -n 2 --dist loadfile
 
-.PHONY: demo spam sentiment picture test test-slow lint bench oldest clean
+.PHONY: demo spam sentiment picture test test-slow torture lint bench oldest clean
 
 demo: $(VENV)/demo.done  ## fine-tune MiniLM-L6 on BBC News and explain its predictions
 	$(BIN)/python -m examples.topics
@@ -30,6 +30,9 @@ test: $(VENV)/test.done $(VENV)/demo.done lint  ## ruff, mypy, and the tests wit
 
 test-slow: $(VENV)/test.done $(VENV)/demo.done  ## the tests on a real model and real text
 	$(BIN)/python -m pytest -m slow $(IN_TWO)
+
+torture: $(VENV)/test.done  ## kills, mutated files, comparisons of training, random models: half an hour, and a table
+	PYTHONPATH=tests $(BIN)/python -m torture
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ def untie(module: nn.Module, embedding: nn.Module) -> None:
             part.weight = nn.Parameter(part.weight.detach().clone())
 
 
-def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+def with_bias(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
 
 
@@ -40,7 +40,21 @@ def dense_gradients(
     for parameter in parameters:
         parameter.requires_grad_()
     gradients = [torch.autograd.grad(loss(batch), parameters) for batch in batches]
-    return torch.stack([with_bias(*each) if len(each) == 2 else each[0] for each in gradients]).double()
+    return torch.stack([with_bias(weight_of(layer, weight), *bias) for weight, *bias in gradients]).double()
+
+
+def second_moments_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, tuple[Tensor, float]]:
+    """Bias-corrected second moments by the name of the parameter, with epsilon."""
+    state = optimizer.state_dict()["state"]
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    moments, position = {}, 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            own = state[position]
+            value = own["exp_avg_sq"] / (1 - group["betas"][1] ** own["step"].item())
+            moments[names[id(parameter)]] = (value, group["eps"])
+            position += 1
+    return moments
 
 
 class AdamMoments(pl.Callback):
@@ -51,16 +65,7 @@ class AdamMoments(pl.Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         (optimizer,) = trainer.optimizers
-        state = optimizer.state_dict()["state"]
-        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-        moments, position = {}, 0
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                own = state[position]
-                value = own["exp_avg_sq"] / (1 - group["betas"][1] ** own["step"].item())
-                moments[names[id(parameter)]] = (value, group["eps"])
-                position += 1
-        self.epochs.append(moments)
+        self.epochs.append(second_moments_of(optimizer, pl_module))
 
     def of(self, name: str, layer: nn.Module) -> list[tuple[Tensor, float]]:
         """At each epoch's end, those of a layer's weight, in the form of its gradients, and epsilon."""
@@ -90,17 +95,14 @@ class BruteForce:
         """(n_test, n_train); second moments are bias-corrected, (rows, columns), each with Adam's epsilon."""
         total = torch.zeros(len(self.test[0]), len(self.train[0]), dtype=torch.float64)
         for number, (rate, *sides) in enumerate(zip(self.rates, self.test, self.train, strict=True)):
-            weights = torch.ones_like(sides[0][0])
-            if second_moments is not None:
-                moments, eps = second_moments[number]
-                weights = torch.where(moments > 0, 1 / (moments.double().sqrt() + eps), 0.0)
-            test, train = (_chosen_rows(side, weights, exclude_tokens, top_words) for side in sides)
+            weights = product_weights(sides[0], second_moments and second_moments[number])
+            test, train = (chosen_rows(side, weights, exclude_tokens, top_words) for side in sides)
             products = torch.einsum("iab,jab,ab->ij", test, train, weights)
             test_norms, train_norms = (torch.einsum("iab,iab,ab->i", g, g, weights).sqrt() for g in (test, train))
             if normalize in ("train", "cosine"):
-                products = products / train_norms
+                products = products * _inverse(train_norms)
             if normalize == "cosine":
-                products = products / test_norms[:, None]
+                products = products * _inverse(test_norms)[:, None]
             total += rate * products
         return total
 
@@ -112,7 +114,20 @@ class BruteForce:
         )
 
 
-def _chosen_rows(gradients: Tensor, weights: Tensor, exclude_tokens: Iterable[int], top_words: int | None) -> Tensor:
+def _inverse(norms: Tensor) -> Tensor:
+    """1 / norms; what has no gradient has no score."""
+    return torch.where(norms > 0, 1 / norms, 0.0)
+
+
+def product_weights(gradients: Tensor, moments: tuple[Tensor, float] | None) -> Tensor:
+    """(rows, columns) what each product of gradients counts, by second moments."""
+    if moments is None:
+        return torch.ones_like(gradients[0])
+    values, eps = moments
+    return torch.where(values > 0, 1 / (values.double().sqrt() + eps), 0.0)
+
+
+def chosen_rows(gradients: Tensor, weights: Tensor, exclude_tokens: Iterable[int], top_words: int | None) -> Tensor:
     """The gradients with rows set to zero: those excluded, and all but the ``top_words`` longest of each example."""
     gradients = gradients.clone()
     gradients[:, list(exclude_tokens)] = 0

@@ -2,9 +2,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from toy import fitted
 
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they give
+
+# An example fits and asks, which takes some tenths of a second: making a small one of one that fails takes minutes.
+settings.register_profile(
+    "quick",
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=[*HealthCheck],
+)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.terms import sites_of, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.lock import locked
-from lightning_tracin.storage.own_files import require_own
+from lightning_tracin.storage.own_files import remove_temporary, require_own
 from lightning_tracin.storage.trace import Trace
 from lightning_tracin.storage.training_pass import TrainingPass, reading_order, stored_stream, training_pass
 
@@ -140,6 +140,7 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
                 contexts.enter_context(locked(trace.path, within_fit=True))
                 trace.check_in_place()
                 require_own(trace.path)
+                remove_temporary(trace.path, within_fit=True)
             _checkpoints_of_first(trace, query.method, processes)
             # Others may have stored some.
             missing = [each for each in missing if not all(map(each.has_gradients, sites))]

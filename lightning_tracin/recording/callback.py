@@ -190,6 +190,20 @@ class TracInCallback(DualCallback):
         if self._fitting:
             self._resumed = state_dict
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the trace of a callback that had another ``dirpath``, if there was one that nobody else has now.
+
+        What stands under this callback's own key comes later, and counts.
+        """
+        states = checkpoint.get("callbacks", {})
+        taken = {each.state_key for each in trainer.callbacks}  # type: ignore[attr-defined]
+        begun = f"{type(self).__qualname__}(dirpath="
+        left = [state for key, state in states.items() if key.startswith(begun) and key not in taken]
+        if len(left) == 1 and self.state_key not in states:
+            self.load_state_dict(left[0])
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check all that can be checked on a first batch, and open the trace."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -17,7 +17,8 @@ HEADER = "trace.json"
 
 # Those of format version 1 can be replaced, too.
 _KEY = rf"({KEY_PATTERN}|texts|tracin-we|tracin-last)"
-_TEMPORARY = r"(\.[0-9a-f]{8}\.partial)?"
+_UNIQUE = r"\.[0-9a-f]{8}\.partial"
+_TEMPORARY = rf"({_UNIQUE})?"
 # What safetensors itself writes to before it renames the file; a process that is killed leaves it.
 _OF_SAFETENSORS = r"\.tmp\w+"
 _SHARDS = rf"((index\.json|\d{{5}}\.safetensors){_TEMPORARY}|{_OF_SAFETENSORS})"
@@ -33,6 +34,8 @@ _OWN = re.compile(
 )
 # Folders that a trace has for itself; of `checkpoints`, which others use too, only what is called as its own.
 _PLACES = re.compile(rf"(texts(\.partial)?|running\.partial|{_STEP})(/.*)?")
+# What is left of a trace if its process is killed while it writes its first file: in nobody's way.
+_FIRST = re.compile(rf"trace\.json{_UNIQUE}")
 _TOP = ("texts", "texts.partial", "checkpoints", "running.partial")
 
 
@@ -49,6 +52,8 @@ def in_the_way(folder: Path) -> list[Path]:
     for path, name in _entries(folder):
         is_own = _OWN.fullmatch(name) is not None
         is_in_place = _PLACES.fullmatch(name) is not None or is_own
+        if not owned and _FIRST.fullmatch(name) and path.is_file() and not path.is_symlink():
+            continue
         if path.is_symlink():
             if is_in_place or name in _TOP or "/" in name:
                 found.append(path)
@@ -94,9 +99,45 @@ def require_own(folder: Path) -> None:
         )
 
 
+def require_only_own(folder: Path, parts: Sequence[Path]) -> None:
+    """Check that some folders of a trace, which are to be removed, hold nothing of others.
+
+    Raises:
+        FileExistsError: if they do; the message names it.
+    """
+    found = [path for path in in_the_way(folder) if any(part in path.parents for part in parts)]
+    if found:
+        raise FileExistsError(
+            f"{folder.absolute()} holds {_listed(folder, found)}, which no trace wrote, in a checkpoint that this fit "
+            "would replace. Move it away."
+        )
+
+
 def _listed(folder: Path, paths: Sequence[Path]) -> str:
     named = ", ".join(path.relative_to(folder).as_posix() for path in paths[:3])
     return named if len(paths) <= 3 else f"{named} and {len(paths) - 3} more"
+
+
+def own_temporary(folder: Path) -> list[Path]:
+    """A trace's own temporary files and folders, which a write that was broken off has left behind."""
+    temporary = ((path, name) for path, name in _entries(folder) if path.suffix == PARTIAL)
+    return sorted(path for path, name in temporary if _OWN.fullmatch(name) or _PLACES.fullmatch(name))
+
+
+def remove_temporary(folder: Path, *, within_fit: bool = False) -> None:
+    """Remove what :func:`own_temporary` finds; no other process may be writing now.
+
+    Args:
+        folder: the trace's.
+        within_fit: whether a fit of this process may be: its folders stay, and what is in them.
+    """
+    for path in own_temporary(folder):
+        if within_fit and (path.is_dir() or path.parent != folder):
+            continue
+        if path.is_dir():
+            _remove(folder, below=path.relative_to(folder).as_posix() + "/")
+        else:
+            path.unlink(missing_ok=True)
 
 
 def remove_trace(folder: Path) -> None:
@@ -107,14 +148,26 @@ def remove_trace(folder: Path) -> None:
     """
     if _header(folder) is None:
         return
-    write_json(folder / HEADER, {"format": FORMAT, "removed": True})
+    mark_removed(folder)
     _remove(folder, keep=HEADER)
     (folder / HEADER).unlink(missing_ok=True)
 
 
+def mark_removed(folder: Path) -> None:
+    """Say in a folder's header that what is there is no trace, though it is a trace's own."""
+    write_json(folder / HEADER, {"format": FORMAT, "removed": True})
+
+
 def remove_folder(trace: Path, folder: Path) -> None:
-    """Remove a trace's own files from one of its folders, and the folder if nothing else is in it."""
-    _remove(trace, below=folder.relative_to(trace).as_posix() + "/")
+    """Remove one of a trace's folders, with its own files.
+
+    It is renamed first: what is left of it, if this is broken off, is never read, and in nobody's way.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    below = partial.relative_to(trace).as_posix() + "/"
+    _remove(trace, below=below)
+    folder.replace(partial)
+    _remove(trace, below=below)
 
 
 def copy_before(source: Path, target: Path, step: int) -> None:

@@ -27,7 +27,16 @@ from lightning_tracin.storage import schemas
 from lightning_tracin.storage.checkpoint import Checkpoint, ever_drawn, undrawn
 from lightning_tracin.storage.frozen import remove_unshared
 from lightning_tracin.storage.layouts import model_fingerprint, shapes_of
-from lightning_tracin.storage.own_files import HEADER, copy_before, remove_folder, remove_trace, require_free
+from lightning_tracin.storage.own_files import (
+    HEADER,
+    copy_before,
+    mark_removed,
+    remove_folder,
+    remove_temporary,
+    remove_trace,
+    require_free,
+    require_only_own,
+)
 from lightning_tracin.storage.schemas import FORMAT_VERSION, CheckpointFile, TraceFile, TraceHeader, VocabularyFile
 from lightning_tracin.storage.shards import Shards
 
@@ -134,6 +143,7 @@ class Trace:
         remove_trace(path)
         path.mkdir(parents=True, exist_ok=True)
         schemas.write(path / HEADER, TraceFile(id=uuid.uuid4().hex, **msgspec.structs.asdict(header)))
+        remove_temporary(path)
         return cls(path)
 
     def branch(self, path: Path, step: int) -> Trace:
@@ -146,9 +156,11 @@ class Trace:
         remove_trace(path)
         path.mkdir(parents=True, exist_ok=True)
         header = schemas.read(self.path / HEADER, TraceFile, within=self.path)
+        mark_removed(path)  # until all is there: a copy that is broken off is no trace
+        copy_before(self.path, path, step)
         changed = {"id": uuid.uuid4().hex, "branched_from": self.id, "incomplete": None}
         schemas.write(path / HEADER, msgspec.structs.replace(header, **changed))
-        copy_before(self.path, path, step)
+        remove_temporary(path)
         branched = Trace(path)
         branched._remove_unshared()
         return branched
@@ -320,10 +332,16 @@ class Trace:
         schemas.write(self.path / HEADER, self.header)
 
     def drop_checkpoints_after(self, step: int) -> None:
-        """Remove the checkpoints after a step, from which a fit is resumed."""
-        for checkpoint in self.checkpoints:
-            if checkpoint.step > step:
-                remove_folder(self.path, checkpoint.path)
+        """Remove the checkpoints after a step, from which a fit is resumed, and what a killed one has left behind.
+
+        Raises:
+            FileExistsError: if somebody keeps files in the folder of such a checkpoint; then nothing is removed.
+        """
+        dropped = [checkpoint.path for checkpoint in self.checkpoints if checkpoint.step > step]
+        require_only_own(self.path, dropped)
+        for folder in reversed(dropped):  # so that none is missing between others if this is broken off
+            remove_folder(self.path, folder)
+        remove_temporary(self.path)
         self._remove_unshared()
 
     def _remove_unshared(self) -> None:

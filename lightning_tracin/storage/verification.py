@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint
-from lightning_tracin.storage.files import PARTIAL, read_tensors
-from lightning_tracin.storage.own_files import HEADER
+from lightning_tracin.storage.files import read_tensors
+from lightning_tracin.storage.own_files import HEADER, own_temporary
 from lightning_tracin.storage.schemas import VocabularyFile, read
 from lightning_tracin.storage.shards import Shards
 from lightning_tracin.storage.trace import Trace
@@ -26,9 +26,9 @@ def verify(trace: Trace) -> Iterator[tuple[Path, str | None]]:
         reported as a problem, though nothing reads it.
     """
     yield trace.path / HEADER, _problem(trace.path / HEADER, lambda: Trace(trace.path))
-    for path in sorted(trace.path.rglob(f"*{PARTIAL}")):
+    for path in own_temporary(trace.path):
         yield path, f"{path} was left behind by a fit that was broken off (or is still running); it is never read."
-    folders = [path for path in sorted(trace.path.glob("checkpoints/step-*")) if path.suffix != PARTIAL]
+    folders = [path for path in sorted(trace.path.glob("checkpoints/step-*")) if path.is_dir() and not path.suffix]
     yield from _verify_checkpoints(trace, folders)
     stored = {
         folder / name: kind

@@ -276,10 +276,13 @@ def test_verify_names_an_index_that_counts_other_examples(copied, capsys):
 def test_verify_names_what_was_left_behind(copied, capsys):
     partial = copied / "checkpoints" / "step-000000015.partial"
     partial.mkdir()
-    (copied / "vocabulary.json.partial").touch()
+    (copied / "vocabulary.json.0123abcd.partial").touch()
     assert run("verify", copied) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" was left behind")[0] for line in lines] == [str(partial), f"{copied}/vocabulary.json.partial"]
+    assert [line.split(" was left behind")[0] for line in lines] == [
+        str(partial),
+        f"{copied}/vocabulary.json.0123abcd.partial",
+    ]
 
 
 def test_gradients_that_were_removed_on_purpose_are_no_damage(copied):

@@ -75,6 +75,8 @@ def test_model_checkpoint_in_the_same_folder(tmp_path):
         quiet(callbacks=callbacks, enable_checkpointing=True).fit(Toy(), loader())
         assert steps(tmp_path / "run") == [5, 10]
     assert len(list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))) == 4
+    (tmp_path / "run" / "mine.partial").write_text("mine")
+    assert not [problem for _, problem in verify(Trace(tmp_path / "run")) if problem]
 
 
 def test_files_that_somebody_put_into_a_trace_stay_when_it_is_replaced(tmp_path):
@@ -227,6 +229,25 @@ def test_a_fit_that_goes_on_from_an_earlier_checkpoint_leaves_the_other_whole(tm
     torch.testing.assert_close(found, straight, rtol=1e-6, atol=0)
     shutil.rmtree(old)
     assert torch.equal(quiet().influence(loader(test_texts()), Toy(), trace=new).scores, straight)
+
+
+def test_a_fit_that_goes_on_in_another_dirpath_begins_with_what_came_before(tmp_path):
+    def fit(*paths, epochs, ckpt_path=None):
+        pl.seed_everything(0, verbose=False)
+        saving = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, filename="{epoch}")
+        recording = [TracInCallback(tmp_path / path, dtype="float32") for path in paths]
+        trainer = quiet(callbacks=[*recording, saving], max_epochs=epochs, enable_checkpointing=True)
+        trainer.fit(Toy(), loader(), ckpt_path=ckpt_path)
+
+    fit("a", epochs=2)
+    before = content(tmp_path / "a")
+    fit("b", epochs=3, ckpt_path=tmp_path / "saved" / "epoch=0.ckpt")
+    assert steps(tmp_path / "b") == [5, 10, 15]
+    assert content(tmp_path / "a") == before
+    # Of two callbacks one has its state, and the other that of nobody.
+    fit("b", "c", epochs=4, ckpt_path=tmp_path / "saved" / "epoch=2.ckpt")
+    assert steps(tmp_path / "b") == [5, 10, 15, 20]
+    assert steps(tmp_path / "c") == [20]
 
 
 @pytest.mark.parametrize("cache", ["checkpoint", "training", "on_demand"])
