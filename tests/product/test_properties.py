@@ -28,7 +28,7 @@ from lightning_tracin.storage.files import read_json, write_json
 @contextmanager
 def fit_of(drawn: Drawn) -> Iterator[Fit]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(shards, "_SHARD_EXAMPLES", drawn.shard_examples)
+        patch.setattr(shards, "MOST_SHARD_EXAMPLES", drawn.shard_examples)
         patch.setattr(influence, "_BLOCK_BYTES", drawn.block_bytes)
         yield Fit(drawn, Path(folder) / "trace")
 

@@ -105,7 +105,7 @@ def play(scene: Scene, folder: Path) -> Known:
 
     It is played where its processes will be killed, because Lightning's checkpoints say where their trace is.
     """
-    shards._SHARD_EXAMPLES = _SHARD_EXAMPLES
+    shards.MOST_SHARD_EXAMPLES = _SHARD_EXAMPLES
     place = _place(folder)
     told, template, trace = folder / "told", folder / "templates" / scene.name, place / scene.trace
     shutil.rmtree(place, ignore_errors=True)
