@@ -26,7 +26,14 @@ from lightning_tracin.storage import schemas
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.layouts import model_fingerprint, shapes_of
 from lightning_tracin.storage.own_files import HEADER, copy_before, remove_folder, remove_trace, require_free
-from lightning_tracin.storage.schemas import FORMAT_VERSION, CheckpointFile, TraceFile, TraceHeader, VocabularyFile
+from lightning_tracin.storage.schemas import (
+    FORMAT,
+    FORMAT_VERSION,
+    CheckpointFile,
+    TraceFile,
+    TraceHeader,
+    VocabularyFile,
+)
 from lightning_tracin.storage.shards import Shards
 
 _STEP = re.compile(r"step-(\d{9})")
@@ -131,7 +138,8 @@ class Trace:
         require_free(path)
         remove_trace(path)
         path.mkdir(parents=True, exist_ok=True)
-        schemas.write(path / HEADER, TraceFile(id=uuid.uuid4().hex, **msgspec.structs.asdict(header)))
+        known = {"format": FORMAT, "version": FORMAT_VERSION, "id": uuid.uuid4().hex}
+        schemas.write(path / HEADER, TraceFile(**known, **msgspec.structs.asdict(header)))  # type: ignore[arg-type]
         return cls(path)
 
     def branch(self, path: Path, step: int) -> Trace:
