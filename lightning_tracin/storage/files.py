@@ -289,8 +289,9 @@ def _check(path: Path, size: int, modified: int, checksum: str) -> None:
 @cache
 def _check_layout(path: Path, size: int, modified: int, checksum: str, layout: Layout) -> None:
     """Verify what a file holds; the result is cached like that of :func:`_check`."""
+    tensors, metadata = open_tensors(path)
     with damage_named(path, _REPAIR):
-        layout.check(*open_tensors(path))
+        layout.check(tensors, metadata)
 
 
 def _hash_of_json(content: Mapping[str, Any]) -> str:

@@ -92,8 +92,8 @@ class TraceFile(TraceHeader, frozen=True, kw_only=True):
         incomplete: why the recording ended before the fit.
     """
 
-    format: Literal["lightning_tracin trace"] = FORMAT
-    version: int = FORMAT_VERSION
+    format: Literal["lightning_tracin trace"]
+    version: Annotated[int, Meta(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
     id: Identity
     branched_from: Identity | None = None
     incomplete: str | None = None

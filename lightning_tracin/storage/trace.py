@@ -37,7 +37,14 @@ from lightning_tracin.storage.own_files import (
     require_free,
     require_only_own,
 )
-from lightning_tracin.storage.schemas import FORMAT_VERSION, CheckpointFile, TraceFile, TraceHeader, VocabularyFile
+from lightning_tracin.storage.schemas import (
+    FORMAT,
+    FORMAT_VERSION,
+    CheckpointFile,
+    TraceFile,
+    TraceHeader,
+    VocabularyFile,
+)
 from lightning_tracin.storage.shards import Shards
 
 _STEP = re.compile(r"step-(\d{9})")
@@ -142,7 +149,8 @@ class Trace:
         require_free(path)
         remove_trace(path)
         path.mkdir(parents=True, exist_ok=True)
-        schemas.write(path / HEADER, TraceFile(id=uuid.uuid4().hex, **msgspec.structs.asdict(header)))
+        known = {"format": FORMAT, "version": FORMAT_VERSION, "id": uuid.uuid4().hex}
+        schemas.write(path / HEADER, TraceFile(**known, **msgspec.structs.asdict(header)))  # type: ignore[arg-type]
         remove_temporary(path)
         return cls(path)
 
