@@ -10,7 +10,7 @@ import torch
 from mistakes import Endless, Plain, cross_entropy, empty, poisoned, with_loss
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import InfluenceResult, Trace, TracInWE
@@ -37,19 +37,24 @@ def test_a_test_gradient_that_is_not_finite_is_named(tmp_path):
         trainer.influence(loader(data, shuffle=True))
 
 
+def only_one(items):
+    (item,) = items
+    return default_collate([item])
+
+
 def test_a_loss_that_depends_on_other_test_examples(tmp_path):
-    """Unseen in training with batches of one."""
+    """Unseen in training with batches of one, of which no two can be put together."""
     module = with_loss(lambda m, b: cross_entropy(m, b, reduction="none") * m(b[0]).mean())
     with pytest.warns(UserWarning, match="Scores are of influence_loss"):
-        trainer = fitted(tmp_path / "trace", module, loader(batch_size=1))
+        trainer = fitted(tmp_path / "trace", module, loader(batch_size=1, collate_fn=only_one))
     with pytest.raises(ValueError, match="depends on the other examples"):
         trainer.influence(loader(test_texts()))
 
 
 def test_a_training_step_that_is_a_sum_is_found_at_the_query_too(tmp_path):
-    """Unseen in training with batches of one."""
+    """Unseen in training with batches of one, of which no two can be put together."""
     module = Plain(lambda logits, labels: functional.cross_entropy(logits, labels, reduction="sum"))
-    trainer = fitted(tmp_path / "trace", module, loader(batch_size=1))
+    trainer = fitted(tmp_path / "trace", module, loader(batch_size=1, collate_fn=only_one))
     with pytest.raises(ValueError, match=r"(?s)not a mean of independent.*TracInMixin"):
         trainer.influence(loader(test_texts()))
 
