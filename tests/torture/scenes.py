@@ -61,6 +61,14 @@ class Scene:
     look: Callable[[Path], dict[str, torch.Tensor]] | None = None
 
 
+class PartlyFrozen(Reproducible):
+    """Weights that no step moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden.requires_grad_(False)
+
+
 class Halves(Sampler[int]):
     """One half of the examples in each epoch, in turn."""
 
@@ -80,12 +88,13 @@ class Halves(Sampler[int]):
 def fit(folder: Path, cache: str, *, run: str = "run", epochs: int = EPOCHS, seed: int = 0, **options: Any) -> None:
     """A fit that saves Lightning's checkpoints beside the trace's; ``seed`` makes another one of it."""
     ckpt_path, sampler = options.pop("ckpt_path", None), options.pop("sampler", None)
+    module = options.pop("module", Reproducible)()
     pl.seed_everything(seed, verbose=False)
     recording = TracInCallback(dtype="float32", cache=cache, on_error="raise", **options)
     saving = ModelCheckpoint(folder / run / "trace" / "checkpoints", save_top_k=-1, filename="{epoch}")
     root = {"default_root_dir": folder / run, "enable_checkpointing": True}
     trainer = quiet(callbacks=[recording, saving], max_epochs=epochs, **root)
-    trainer.fit(Reproducible(), loader(sampler=sampler), ckpt_path=ckpt_path)
+    trainer.fit(module, loader(sampler=sampler), ckpt_path=ckpt_path)
 
 
 def go_on_with_fit(folder: Path, cache: str, **options: Any) -> None:
@@ -170,6 +179,32 @@ def _fits(cache: str) -> Iterator[Scene]:
     yield Scene(f"replaced {cache}", another, replace, replace)
 
 
+def _frozen() -> Iterator[Scene]:
+    frozen = {"module": PartlyFrozen}
+
+    def two_epochs(folder: Path) -> None:
+        fit(folder, "checkpoint", epochs=2, **frozen)
+
+    def act(folder: Path) -> None:
+        fit(folder, "checkpoint", **frozen)
+
+    def go_on(folder: Path) -> None:
+        go_on_with_fit(folder, "checkpoint", **frozen)
+
+    def resume(folder: Path, **options: Any) -> None:
+        fit(folder, "checkpoint", ckpt_path=_first_epoch(folder), **frozen, **options)
+
+    def branch(folder: Path) -> None:
+        resume(folder, run="other")
+
+    def go_on_branching(folder: Path) -> None:
+        resume(folder, run="other", overwrite=True)
+
+    yield Scene("partly frozen fit", lambda folder: None, act, go_on)
+    yield Scene("partly frozen resumed", two_epochs, resume, resume)
+    yield Scene("partly frozen branch", two_epochs, branch, go_on_branching, "other/trace", untouched="run")
+
+
 def _queries() -> Iterator[Scene]:
     inside = ("run/trace/checkpoints/step-000000005/note.txt",)
 
@@ -185,4 +220,4 @@ def _queries() -> Iterator[Scene]:
 
 
 SCENES = {scene.name: scene for cache in CACHES for scene in _fits(cache)}
-SCENES |= {scene.name: scene for scene in _queries()}
+SCENES |= {scene.name: scene for scene in (*_frozen(), *_queries())}
