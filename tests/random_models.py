@@ -130,6 +130,7 @@ class Net(TracInMixin, pl.LightningModule):
         super().__init__()
         self.drawn, hidden = drawn, 4
         self.embedding = nn.Embedding(drawn.vocabulary, hidden, padding_idx=0)
+        self.embedding.weight.data *= 0.5  # of a model that is all but certain, float32 gives a few digits of 1 - p
         width = hidden
         if drawn.body == "linear":
             self.inner = nn.Linear(hidden, hidden)
@@ -389,7 +390,9 @@ def _with_bounds(
         if normalize is not None:
             doubtful[1] |= (norms[1] < small) & (norms[1] > 0)
             norms[1] = torch.ones_like(norms[1])
-        bounds += rate * torch.outer(*norms)
+        # In float32 a gradient is a difference of numbers as large as those of other examples.
+        least = 1e-2 * max(float(each.max()) for each in norms)
+        bounds += rate * torch.outer(*(each.clamp(min=least) for each in norms))
         unclear |= doubtful[0][:, None] | doubtful[1]
     return Expected(scores.masked_fill(unclear, math.nan), bounds)
 
