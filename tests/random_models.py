@@ -297,8 +297,6 @@ class Fit:
 
     def counted(self, steps: range) -> Tensor:
         """(n_train,) bool: the examples that count at the checkpoint after some steps."""
-        if self.drawn.cache != "training":
-            return torch.ones(self.drawn.n_train, dtype=torch.bool)
         batches = self.drawn.batches
         drawn = {index for step in steps for index in batches[step % len(batches)]}
         return torch.tensor([index in drawn for index in range(self.drawn.n_train)])

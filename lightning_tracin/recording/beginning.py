@@ -123,8 +123,7 @@ def _begun(
     done = trainer.global_step + n_raw
     steps = [] if source is None else _steps_to_go_on_with(fit.trace, resumed, done, processes)
     drawn = DrawnExamples(fit.trace.n_train, processes, resumed if steps else None)
-    # The gradients of training itself are gone with the process that had them.
-    due = resumed.get("due") if steps and plan.cache != "training" else None
+    due = resumed.get("due") if steps else None
     labels = NewLabels(module, first.batch)
     loader = trainer.train_dataloader
     recorder = Recorder(fit, plan, first.gradients, loader, steps=steps, drawn=drawn, labels=labels, due=due)

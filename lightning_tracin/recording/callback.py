@@ -272,6 +272,11 @@ class TracInCallback(DualCallback):
         if self._recorder is None and self._stopped is not None:
             rank_zero_warn(f"The trace of this fit is incomplete. {self._stopped}")
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the last checkpoint of a fit that was killed just before: nothing begins where no epoch is left."""
+        if self._recorder is None and self._stopped is None and self._resumed.get("due") is not None:
+            self.on_train_start(trainer, pl_module)
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the loader and the module as they were, and the folder to others."""
         self._close(trainer)

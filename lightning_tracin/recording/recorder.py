@@ -75,6 +75,7 @@ class Recorder:
         self._loader = loader
         self._drawn = drawn
         self._due = due
+        self._killed = due is not None
         self._labels = labels
         self._indices: list[int] | None = None
         self._learned = False
@@ -187,9 +188,9 @@ class Recorder:
 
     def take_due(self, trainer: pl.Trainer) -> None:
         """Take a checkpoint if one is due."""
-        epoch, self._due = self._due, None
+        (epoch, self._due), (killed, self._killed) = (self._due, None), (self._killed, False)
         if epoch is not None and self.steps:  # else nothing was trained since the last one
-            self._take_checkpoint(trainer, epoch)
+            self._take_checkpoint(trainer, epoch, killed=killed)
 
     def begin_validation(self, trainer: pl.Trainer) -> None:
         """Begin to choose examples of a validation."""
@@ -259,14 +260,21 @@ class Recorder:
         if self._failure is not None:
             raise self._failure
 
-    def _take_checkpoint(self, trainer: pl.Trainer, epoch: int) -> None:
+    def _take_checkpoint(self, trainer: pl.Trainer, epoch: int, *, killed: bool) -> None:
+        """Take a checkpoint; of a fit that was killed, what training gave went with its process."""
         step = self.steps_done(trainer)
         optimizers = [_unwrapped(each) for each in trainer.optimizers]
         processes = processes_of(trainer)
         with processes.synchronized():  # before any of them waits for the others
             self._raise_failure()
         n_recorded = 0 if self.training is None else self.training.count_recorded()
-        if self.training is not None and not n_recorded:
+        by_pass = self._plan.cache == "checkpoint" or (killed and self.training is not None)
+        if by_pass and self.training is not None:
+            rank_zero_warn(
+                f"This fit was killed before the gradients of training up to step {step} were stored: those at the "
+                "checkpoint's weights are stored in their place."
+            )
+        elif self.training is not None and not n_recorded:
             rank_zero_warn(
                 f"No training batch has given finite gradients up to step {step}, so there is no checkpoint of it. "
                 "That is usual while an fp16 loss scale is being found; otherwise look at the learning rate."
@@ -283,7 +291,7 @@ class Recorder:
             drawn=self._drawn.of_all(),
             processes=processes,
         ) as checkpoint:
-            if self._plan.cache == "checkpoint":
+            if by_pass:
                 self._store_gradients(trainer, checkpoint, processes)
             elif self.training is not None:
                 self.training.store(checkpoint, n_recorded)

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from toy import N_TRAIN, Toy, loader, quiet, test_texts
+from toy import N_TRAIN, Toy, loader, quiet, site_of, test_texts
 from variants import Reproducible
 
 from lightning_tracin import Trace, TracInCallback
@@ -199,14 +199,16 @@ def test_validation_batches_of_another_form(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:This fit was killed")
+@pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("cache", ["checkpoint", "training"])
-def test_a_fit_that_is_killed_while_it_stores_gradients_has_saved_its_epoch(tmp_path, monkeypatch, cache):
+def test_a_fit_that_is_killed_while_it_stores_gradients_has_saved_its_epoch(tmp_path, monkeypatch, cache, epoch):
     """ModelCheckpoint comes first, wherever it stands in the list, and what it saved goes on with the whole trace."""
 
     class Killed(BaseException):
         pass
 
-    def fit(name, epochs, **arguments):
+    def fit(name, epochs, cache=cache, **arguments):
         pl.seed_everything(0, verbose=False)
         ours = [TracInCallback(tmp_path / name / part, cache=cache, dtype="float32") for part in ("a", "b")]
         if cache == "training":
@@ -224,7 +226,7 @@ def test_a_fit_that_is_killed_while_it_stores_gradients_has_saved_its_epoch(tmp_
     save = files.save_file
 
     def kill(tensors, path, **options):
-        if "step-000000010" in str(path) and path.parent.name.startswith("words"):
+        if f"step-{5 * (epoch + 1):09d}" in str(path) and path.parent.name.startswith("words"):
             raise Killed
         save(tensors, path, **options)
 
@@ -233,13 +235,18 @@ def test_a_fit_that_is_killed_while_it_stores_gradients_has_saved_its_epoch(tmp_
     with pytest.raises(Killed):
         fit("killed", 3)
     monkeypatch.undo()
-    assert [each.step for each in Trace(tmp_path / "killed" / "a").checkpoints] == [5]
-    resumed = fit("killed", 3, ckpt_path=tmp_path / "killed" / "epoch=1.ckpt")
+    assert [each.step for each in Trace(tmp_path / "killed" / "a").checkpoints] == [5, 10][:epoch]
+    resumed = fit("killed", 3, ckpt_path=tmp_path / "killed" / f"epoch={epoch}.ckpt")
     checkpoints = Trace(tmp_path / "killed" / "a").checkpoints
     assert [step[0] for each in checkpoints for step in each.steps] == list(range(15))
+    assert [(each.step, each.epoch) for each in checkpoints] == [(5, 0), (10, 1), (15, 2)]
     if cache == "checkpoint":
-        assert [(each.step, each.epoch) for each in checkpoints] == [(5, 0), (10, 1), (15, 2)]
         found = resumed.influence(loader(test_texts()))
         torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-9)
-    else:  # the gradients of the second epoch are gone
-        assert [each.step for each in checkpoints] == [5, 15]
+    else:  # what training gave in that epoch is gone: it is that of a pass
+        fit("pass", 3, cache="checkpoint")
+        found, passed = (
+            Trace(tmp_path / name / "a").checkpoints[epoch].gradients(site_of(checkpoints[0], "tracin-we")).read(0)
+            for name in ("killed", "pass")
+        )
+        torch.testing.assert_close(found.norms, passed.norms, rtol=1e-5, atol=1e-9)
