@@ -44,7 +44,7 @@ class _AsListed(BatchSampler):
 
 def loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any) -> DataLoader[Any]:
     """A loader like another, but for some options, over some examples in their order."""
-    if _hands_out_batches(loader):
+    if hands_out_batches(loader):
         return loader_of_batches(loader, list(BatchSampler(indices, _batch_size(loader), drop_last=False)), **others)
     n_batches = -(-len(indices) // _batch_size(loader))
     options = _all_options(loader, others, n_batches)
@@ -57,14 +57,14 @@ def loader_of_batches(loader: DataLoader[Any], batches: Sequence[Sequence[int]],
     """A loader like another, but for some options, that gives some batches in their order."""
     options = _all_options(loader, others, len(batches))
     sampler = _InOrder(loader.dataset, batches)
-    if _hands_out_batches(loader):
+    if hands_out_batches(loader):
         return DataLoader(loader.dataset, batch_size=None, sampler=sampler, **options)
     made = DataLoader(loader.dataset, batch_sampler=_AsListed(sampler, 1, drop_last=False), **options)
     object.__setattr__(made, "sampler", sampler)  # torch would let Lightning find one of the whole data set there
     return made
 
 
-def _hands_out_batches(loader: DataLoader[Any]) -> bool:
+def hands_out_batches(loader: DataLoader[Any]) -> bool:
     """Whether the data set gives whole batches for lists of indices.
 
     Raises:
@@ -83,7 +83,7 @@ def _hands_out_batches(loader: DataLoader[Any]) -> bool:
 def _all_options(loader: DataLoader[Any], others: dict[str, Any], n_batches: int) -> dict[str, Any]:
     options = {**loader_options(loader), **worker_options(loader, n_batches), **others}
     is_own = options["collate_fn"] is loader.collate_fn and not isinstance(loader.collate_fn, InOrder)
-    if is_own and not _hands_out_batches(loader):
+    if is_own and not hands_out_batches(loader):
         options["collate_fn"] = InOrder(loader.collate_fn)
     return options
 

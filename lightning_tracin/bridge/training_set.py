@@ -16,6 +16,7 @@ from lightning_tracin.bridge.fingerprint import fingerprint_of, hash_of, lengths
 from lightning_tracin.bridge.loaders import (
     _batch_size,
     batches_over,
+    hands_out_batches,
     loader_of_batches,
     loader_options,
     loader_over,
@@ -42,8 +43,8 @@ class TrainingSet:
 
     Raises:
         TypeError: if it is not a ``DataLoader``.
-        ValueError: if there are several loaders, none, one in a list or dict, no examples, or no way to tell how many
-            examples there are.
+        ValueError: if there are several loaders, none, one in a list or dict, one that does not batch, no examples, or
+            no way to tell how many examples there are.
     """
 
     def __init__(self, loaders: Any) -> None:
@@ -63,6 +64,8 @@ class TrainingSet:
             )
         if len(self) == 0:
             raise ValueError("The training set is empty.")
+        if not self.iterable:
+            hands_out_batches(loader)
         self._looked: dict[int, Look] = {}
         self._first_indices: list[int] | None = None
         self._given: int | None = None

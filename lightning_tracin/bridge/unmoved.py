@@ -39,9 +39,7 @@ def unmoved(*loaders: Any) -> Iterator[None]:
     """
     things = [loader for loader in loaders if not hasattr(loader, "dataset")]
     for loader in loaders:
-        parts = [getattr(loader, name, None) for name in _OF_LOADERS]
-        own = [getattr(part, "own", None) for part in parts]  # what ours stand in for
-        things += [*parts, *own]
+        things += [_of_user(getattr(loader, name, None)) for name in _OF_LOADERS]
     held = Held(*things)
     try:
         yield
@@ -68,6 +66,13 @@ def module_unmoved(module: pl.LightningModule, datamodule: Any = None) -> Iterat
             attributes.pop(name, None)
         attributes.update(own)
         held.put_back()
+
+
+def _of_user(part: Any) -> Any:
+    """A part of a loader, or what ours stands in the place of."""
+    while type(part).__module__.startswith("lightning_tracin."):
+        part = getattr(part, "own", None)
+    return part
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -40,7 +40,7 @@ class NewLabels:
         labels = None if size is None else labels_of_module(self._module, batch, size)
         if labels is None or labels.is_floating_point() or len(self._seen) > _MOST:
             return set()
-        return set(torch.unique(labels).tolist()) - self._seen
+        return set(torch.unique(labels.cpu()).tolist()) - self._seen
 
     def add(self, labels: set[int]) -> None:
         """Remember labels whose batch has been checked."""

@@ -50,8 +50,9 @@ class SampledIndices(StandIn):
     if not TYPE_CHECKING:
 
         @property
-        def __class__(self) -> type:  # isinstance() finds the sampler's own class
-            return self.own.__class__
+        def __class__(self) -> type:  # isinstance() finds the sampler's own class; but this is no list of batches
+            own: type = self.own.__class__
+            return type(self) if own.__module__ == "builtins" else own
 
     def __iter__(self) -> Iterator[list[int]]:
         yielded: deque[list[int]] = deque()  # without what an epoch that was cut short has left

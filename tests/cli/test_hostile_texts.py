@@ -47,15 +47,14 @@ def assert_harmless(printed: str) -> None:
     assert "txt.exe" in printed  # the text itself is there
 
 
-@pytest.mark.parametrize("command", ["info", "info --json", "verify", "top", "export --csv -", "export --json -"])
+@pytest.mark.parametrize("command", ["info", "info --json", "top", "export --csv -", "export --json -"])
 def test_no_sign_of_a_file_steers_the_terminal(evil, capsys, command):
     result, trace = evil
     name, *options = command.split()
-    (trace / f"{EVIL.replace('/', '')}.partial").touch()
     given = (
         [result, "--trace", trace] if name == "export" else [trace, "--result", result] if name == "top" else [trace]
     )
-    assert main([name, *map(str, given), *options]) == (1 if name == "verify" else 0)
+    assert main([name, *map(str, given), *options]) == 0
     printed = capsys.readouterr().out
     assert_harmless(printed)
     if "json" in command:

@@ -88,7 +88,7 @@ def the_first(items):
 
 
 @pytest.mark.parametrize(
-    ("collate", "why"), [(only_one, "ValueError: too many values"), (the_first, "other numbers of")]
+    ("collate", "why"), [(only_one, "ValueError: too many values"), (the_first, "2 training examples has 1 losses")]
 )
 def test_where_two_cannot_be_put_together_that_is_said(tmp_path, caplog, collate, why):
     with caplog.at_level(logging.INFO):

@@ -64,6 +64,7 @@ FITS = {
     "k-fold": (without_fold, {}, {}),
     "sampled with replacement": (with_replacement, {}, {}),
     "a batch sampler of one's own": (every_other, {}, {}),
+    "a list of batches": (lambda data, **_: DataLoader(data, batch_sampler=[[6, 3], [0, 2], [5, 4], [1, 0]]), {}, {}),
     "workers": (without_fold, {}, {"num_workers": 2}),
     "limit_train_batches": (loader, {"limit_train_batches": 3}, {"shuffle": True}),
     "overfit_batches": (loader, {"overfit_batches": 2}, {}),
@@ -124,10 +125,13 @@ def test_what_no_batch_has_held_since_a_checkpoint_counts_zero_there(tmp_path, k
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_checkpoint_inside_of_an_epoch_is_of_what_came_since_the_one_before(tmp_path, cache):
+@pytest.mark.parametrize("of", ["a sampler", "a list of batches"])
+def test_a_checkpoint_inside_of_an_epoch_is_of_what_came_since_the_one_before(tmp_path, cache, of):
     data = texts()
     module = Watched(data)
-    fit = fitted(tmp_path, module, loader(data, shuffle=True), cache=cache, every_n_train_steps=2)
+    batches = torch.randperm(N_TRAIN).view(5, 4).tolist()
+    train = loader(data, shuffle=True) if of == "a sampler" else DataLoader(data, batch_sampler=batches)
+    fit = fitted(tmp_path, module, train, cache=cache, every_n_train_steps=2)
     steps = module.steps
     assert [each.step for each in Trace(tmp_path).checkpoints] == [2, 4, 6, 8, 10]
     drawn = [set(steps[start] + steps[start + 1]) for start in range(0, 10, 2)]

@@ -434,5 +434,5 @@ def test_many_epochs_between_checkpoints_take_no_more_space_than_was_asked_for(t
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 0, int(needed[0])))  # none for the checkpoint
-    with pytest.raises(OSError, match="for 1 checkpoints of 80"):
+    with pytest.raises(OSError, match="for 1 checkpoint of 80"):
         fitted(tmp_path / "full", build(), loader(data), trainer={"max_epochs": epochs}, **options)

@@ -192,6 +192,7 @@ class Drifting(Dataset):
         return ids, self.labels[index]
 
 
+@pytest.mark.filterwarnings("ignore:Drifting gives other examples each time")
 def test_tokens_that_were_not_in_the_stored_texts_stand_for_themselves(tmp_path):
     data = Drifting()
     result = spelled(tmp_path / "trace", loader(data, shuffle=True)).influence(loader(test_texts()))
