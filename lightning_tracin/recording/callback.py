@@ -302,14 +302,16 @@ class TracInCallback(DualCallback):
     def _stop(self, trainer: pl.Trainer, error: Exception) -> None:
         """End the recording, and say what, why, and what is kept."""
         assert self.trace is not None
+        assert self._recorder is not None
+        step = self._recorder.steps_done(trainer)
         why = f"{type(error).__name__}: {error}".rstrip(".") + "."
         self._stopped = (
-            f"TracInCallback stopped recording at step {trainer.global_step}, because of {why} What was stored up to "
+            f"TracInCallback stopped recording at step {step}, because of {why} What was stored up to "
             f"the last checkpoint in {self.trace.path} is complete, and can be asked; what comes later will be missing "
             "from the scores."
         )
         with suppress(OSError, ValueError):  # The folder may be gone, or the disk full.
-            self.trace.mark_incomplete(trainer.global_step, why)
+            self.trace.mark_incomplete(step, why)
         rank_zero_warn(f'{self._stopped} Training goes on. With on_error="raise" it would end here.')
         self._close(trainer)
 
