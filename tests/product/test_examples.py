@@ -33,6 +33,7 @@ def test_flipped_labels_are_found_more_often_than_by_chance(tmp_path):
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_planted_word_is_the_first_of_the_table_and_the_cause(tmp_path):
     figures = spam.main(["--small", "--output", str(tmp_path)])
     assert figures["found"].lower() == spam.OPENING.lower()
@@ -51,6 +52,7 @@ def test_mistakes_fade_without_their_proponents_and_not_without_random_examples(
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_a_clean_kernel(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(FOLDER / "words.ipynb", as_version=4)

@@ -83,7 +83,18 @@ TUNERS = {
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's, of what its tuners do
 @pytest.mark.parametrize(
-    ("name", "workers"), [*((name, 0) for name in TUNERS), pytest.param("power", 1, marks=pytest.mark.slow)]
+    ("name", "workers"),
+    [
+        ("power", 0),
+        ("rates", 0),
+        ("by a Tuner", 0),
+        pytest.param("power", 1, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, 0, marks=pytest.mark.slow)
+            for name in TUNERS
+            if name.startswith(("at", "bin", "power a"))
+        ),
+    ],
 )
 def test_gradients_of_training_are_under_the_numbers_of_their_examples(tmp_path, name, workers):
     pl.seed_everything(0, verbose=False)
