@@ -79,15 +79,14 @@ TUNERS = {
     "rates": (Still, lambda ours: [rates(), ours]),
     "by a Tuner": (Still, lambda ours: [ours]),
 }
+QUICK = ("power", "rates", "by a Tuner")
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's, of what its tuners do
 @pytest.mark.parametrize(
     ("name", "workers"),
     [
-        ("power", 0),
-        ("rates", 0),
-        ("by a Tuner", 0),
+        *((name, 0) for name in QUICK),
         pytest.param("power", 1, marks=pytest.mark.slow),
         *(
             pytest.param(name, 0, marks=pytest.mark.slow)
