@@ -106,7 +106,9 @@ def drawn_fits(draw: Any, **fixed: Any) -> Drawn:
 @st.composite
 def drawn_methods(draw: Any, drawn: Drawn, *, words_only: bool = False) -> Any:
     """A method that a drawn fit can be asked for."""
-    precondition = st.sampled_from([None, "adam"] if drawn.optimizer == "AdamW" else [None])
+    # Bytes round to parts of a row's largest entry, and Adam's moments magnify the small ones: nothing is promised there.
+    has_moments = drawn.optimizer == "AdamW" and drawn.dtype != "int8"
+    precondition = st.sampled_from([None, "adam"] if has_moments else [None])
     options = {"normalize": draw(st.sampled_from((None, "train", "cosine"))), "precondition": draw(precondition)}
     kinds = ["words"] if words_only else ["words", "last", "layer", "sum"]
     kind = draw(st.sampled_from(kinds))
