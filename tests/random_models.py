@@ -106,7 +106,7 @@ def drawn_fits(draw: Any, **fixed: Any) -> Drawn:
 @st.composite
 def drawn_methods(draw: Any, drawn: Drawn, *, words_only: bool = False) -> Any:
     """A method that a drawn fit can be asked for."""
-    # Bytes round to parts of a row's largest entry, and Adam's moments magnify the small ones: nothing is promised there.
+    # Bytes round to parts of a row's largest entry, and Adam's moments magnify the small ones: nothing is promised.
     has_moments = drawn.optimizer == "AdamW" and drawn.dtype != "int8"
     precondition = st.sampled_from([None, "adam"] if has_moments else [None])
     options = {"normalize": draw(st.sampled_from((None, "train", "cosine"))), "precondition": draw(precondition)}
