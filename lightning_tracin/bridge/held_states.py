@@ -35,7 +35,7 @@ _BYTES = 2**30  # of tensors that are noted
 
 _PLAIN = (type(None), int, float, complex, str, bytes, type, ModuleType, CodeType, np.ndarray, np.generic, range)
 
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
 
 _CALLED = (FunctionType, partial, MethodType, BuiltinMethodType, classmethod, staticmethod, property)
 
@@ -238,7 +238,7 @@ class Held:
 
 def _is_generator(thing: Any) -> bool:
     """Whether a thing is a random generator whose state can be noted."""
-    return isinstance(thing, _GENERATORS) and not isinstance(thing, random.SystemRandom)
+    return isinstance(thing, GENERATORS) and not isinstance(thing, random.SystemRandom)
 
 
 def _state_of(generator: Any) -> Callable[[], object]:

@@ -7,20 +7,16 @@ such as a number of tokens. A part of such a batch has what the whole has: it is
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import BatchSampler, DataLoader
 
+from lightning_tracin.bridge.held_states import GENERATORS
 from lightning_tracin.bridge.unmoved import random_state_kept
 
 _DRAWS = 4  # times the data set's size that a sampler is asked for at most: some leave examples out, some never end
-
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 class StandIn(BatchSampler):
@@ -128,7 +124,7 @@ def _copied(sampler: Any, dataset: Any) -> Any:
     A sampler counts epochs, or shuffles a list in place: training must not find that changed.
     """
     kept = [dataset, *getattr(dataset, "__dict__", {}).values()]  # a data set may be large
-    memo = {id(each): each for each in kept if not isinstance(each, _GENERATORS)}
+    memo = {id(each): each for each in kept if not isinstance(each, GENERATORS)}
     try:
         return copy.deepcopy(sampler, memo)
     except Exception:  # whatever cannot be copied raises: a lock, a file, a generator of Python's that it goes on with

@@ -123,7 +123,7 @@ class TrainingSet:
         Returns:
             (len(indices),) int64, to compare with each other: numbers, and characters of strings; or None.
         """
-        if self.iterable or (self.loader.batch_size is None and self.loader.batch_sampler is None):
+        if self.iterable or hands_out_batches(self.loader):
             return None
         if self._lengths is None or self._lengths[0] != indices:
             few = {length for length, _ in self.looked.values() if length != UNSEEN[0]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import pytorch_lightning as pl
 
@@ -30,7 +30,5 @@ def require_idle(trainer: pl.Trainer) -> None:
 @contextmanager
 def left_as_found(trainer: pl.Trainer) -> Iterator[None]:
     """Give back what a query takes: random numbers of Python, numpy and torch, and the metrics that a trainer holds."""
-    with ExitStack() as stack:
-        stack.enter_context(random_state_kept())
-        stack.enter_context(metrics_kept(trainer))
+    with random_state_kept(), metrics_kept(trainer):
         yield

@@ -16,7 +16,6 @@ from lightning_tracin.bridge.mixin import labels_of_module
 from lightning_tracin.bridge.module_gradients import inside_fit
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
-from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, require_automatic_optimization, require_spread
@@ -26,6 +25,7 @@ from lightning_tracin.recording.first_batch import FirstBatch, bytes_per_example
 from lightning_tracin.recording.loggers import logger_folder
 from lightning_tracin.recording.new_labels import NewLabels
 from lightning_tracin.recording.plan import RecordingPlan, local_path
+from lightning_tracin.recording.raw_steps import RawSteps
 from lightning_tracin.recording.recorder import Recorder
 from lightning_tracin.recording.space import require_space
 from lightning_tracin.recording.training_cache import TrainingCache
@@ -49,6 +49,8 @@ def begin(
 ) -> Recorder:
     """Check all that can be checked on a first batch, and open the trace.
 
+    It reads the training set, and is called where that is :func:`~lightning_tracin.bridge.unmoved.unmoved`.
+
     Args:
         trainer: whose fit is about to begin.
         module: the module in training.
@@ -61,18 +63,6 @@ def begin(
         FileExistsError: if the trace of another fit is in the place, and must not be replaced.
         OSError: if the disk has not enough space.
     """
-    with unmoved(trainer.train_dataloader):
-        return _begun(trainer, module, plan, resumed, writing)
-
-
-def _begun(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    plan: RecordingPlan,
-    resumed: Mapping[str, Any],
-    writing: ExitStack,
-) -> Recorder:
-    """What :func:`begin` does, which reads the training set."""
     processes = processes_of(trainer)
     form = None
     with processes.synchronized():
@@ -122,14 +112,20 @@ def _begun(
     fit = RecordedFit(_opened(path, processes), training_set)
     done = trainer.global_step + n_raw
     steps = [] if source is None else _steps_to_go_on_with(fit.trace, resumed, done, processes)
-    drawn = DrawnExamples(fit.trace.n_train, processes, resumed if steps else None)
-    due = resumed.get("due") if steps else None
-    labels = NewLabels(module, first.batch)
-    loader = trainer.train_dataloader
-    recorder = Recorder(fit, plan, first.gradients, loader, steps=steps, drawn=drawn, labels=labels, due=due)
-    if form is not None:
-        recorder.training = TrainingCache(module, fit.trace, form, processes, tolerant=plan.on_error == "warn")
-    recorder.watch_steps(trainer, n_raw)
+    tolerant = plan.on_error == "warn"
+    training = None if form is None else TrainingCache(module, fit.trace, form, processes, tolerant=tolerant)
+    recorder = Recorder(
+        fit,
+        plan,
+        first.gradients,
+        trainer.train_dataloader,
+        steps=steps,
+        raw=RawSteps(trainer, n_raw),
+        drawn=DrawnExamples(fit.trace.n_train, processes, resumed if steps else None),
+        labels=NewLabels(module, first.batch),
+        training=training,
+        due=resumed.get("due") if steps else None,
+    )
     recorder.validations = _validations(trainer, recorder, plan)
     recorder.first_of_stream = _first_of_stream(module, training_set, first)
     return recorder

@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_tracin.bridge.compat import DualCallback
 from lightning_tracin.bridge.strategy import require_strategy, spreads
 from lightning_tracin.bridge.training_set import RecordedFit
+from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.rows import Dtype
 from lightning_tracin.recording.beginning import begin
 from lightning_tracin.recording.behind import BehindModelCheckpoint
@@ -213,7 +214,8 @@ class TracInCallback(DualCallback):
         left = self._left[1] if self._left is not None and self._left[0]() is trainer else {}
         again = trainer.global_step + left.get("raw_steps", 0) > 0
         resumed = left if again and not self._resumed else self._resumed
-        self._recorder = begin(trainer, pl_module, self.plan, resumed, self._writing)
+        with unmoved(trainer.train_dataloader):
+            self._recorder = begin(trainer, pl_module, self.plan, resumed, self._writing)
         self.recorded_fit = self._recorder.fit
         self._take_due(trainer)  # what a fit that was killed has still to take
 

@@ -46,8 +46,10 @@ class Recorder:
         gradients: takes those of the module in training.
         loader: the training loader that was looked at.
         steps: optimizer steps since the last checkpoint, of a fit that is resumed.
-        drawn: the examples that were trained on since then.
+        raw: the steps that Lightning does not count.
+        drawn: the examples that were trained on since the last checkpoint.
         labels: those that have been looked at.
+        training: collects what training computes, if that is to be stored.
         due: the epoch whose checkpoint the fit had yet to take when it was killed, if any.
     """
 
@@ -59,20 +61,22 @@ class Recorder:
         loader: Any,
         *,
         steps: list[Step],
+        raw: RawSteps,
         drawn: DrawnExamples,
         labels: NewLabels,
+        training: TrainingCache | None = None,
         due: int | None = None,
     ) -> None:
         self.fit = fit
         self.steps = steps
-        self.training: TrainingCache | None = None
+        self.training = training
         self.validations: ValidationLog | None = None
-        self.raw: RawSteps | None = None
         self.first_of_stream: KnownTexts | None = None
         self._plan = plan
         self.gradients = gradients
         self._site_layers = sites_on_module(gradients.module, fit.trace.sites)
         self._loader = loader
+        self._raw = raw
         self._drawn = drawn
         self._due = due
         self._killed = due is not None
@@ -82,6 +86,7 @@ class Recorder:
         self._failure: Exception | None = None
         recorded = fit.trace.checkpoints
         self._previous = recorded[-1].id if recorded else None
+        raw.watch(self._note_step)
 
     def check_loader(self, trainer: pl.Trainer) -> None:
         """Check that a loader made anew (``reload_dataloaders_every_n_epochs``) is of the same training set.
@@ -129,20 +134,15 @@ class Recorder:
             divisor, scaled = divisor_of(trainer.accumulate_grad_batches, scaler)
             self.training.backward_ended(divisor=divisor, scaled=scaled)
 
-    def watch_steps(self, trainer: pl.Trainer, n_before: int) -> None:
-        """Notice steps that Lightning does not, of which there were so many before."""
-        self.raw = RawSteps(trainer, lambda optimizer: self._note_step(trainer, optimizer), n_before)
-
     def steps_done(self, trainer: pl.Trainer) -> int:
         """The optimizer steps of the fit, those included that Lightning does not count."""
-        return trainer.global_step + (0 if self.raw is None else self.raw.n_steps)
+        return trainer.global_step + self._raw.n_steps
 
     def note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Note the learning rates of an optimizer step that Lightning is about to make."""
         if learns_nothing(trainer):
             return
-        if self.raw is not None:
-            self.raw.told_of(optimizer)
+        self._raw.told_of(optimizer)
         self._note_step(trainer, optimizer)
 
     def _note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
@@ -233,15 +233,13 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """What a fit that is resumed here needs to know."""
-        n_raw = 0 if self.raw is None else self.raw.n_steps
-        return {"steps": self.steps, "raw_steps": n_raw, "due": self._due, **self._drawn.state()}
+        return {"steps": self.steps, "raw_steps": self._raw.n_steps, "due": self._due, **self._drawn.state()}
 
     def close(self) -> None:
         """Leave the module as it was."""
         if self.training is not None:
             self.training.close()
-        if self.raw is not None:
-            self.raw.close()
+        self._raw.close()
 
     @contextmanager
     def _held_back(self, trainer: pl.Trainer) -> Iterator[None]:

@@ -123,7 +123,7 @@ class Checkpoint:
 
     def file(self, name: str) -> Path:
         """Where a file of :attr:`checksums` is: in its own folder, or, with frozen weights, in that of the trace."""
-        return (self.path.parent.parent if is_shared(name) else self.path) / name
+        return (self.trace_path if is_shared(name) else self.path) / name
 
     def weights(self) -> dict[str, Tensor]:
         """The module's state dict, as trained (not averaged), with tied weights under each of their names.
