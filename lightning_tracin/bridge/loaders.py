@@ -151,8 +151,12 @@ def loader_options(loader: DataLoader[Any]) -> dict[str, Any]:
     }
 
 
-def only_loader(loaders: Any, kind: str) -> Any:
-    """The one loader in what Lightning takes for loaders; that of training must stand there by itself."""
+def only_training_loader(loaders: Any) -> Any:
+    """The one loader in what Lightning takes for loaders, where it must stand by itself.
+
+    Raises:
+        ValueError: if there are several, none, or one in a list or dict.
+    """
     loaders = getattr(loaders, "iterables", loaders)  # Lightning's CombinedLoader
     container = type(loaders).__name__
     if isinstance(loaders, Mapping):
@@ -160,15 +164,13 @@ def only_loader(loaders: Any, kind: str) -> Any:
     if isinstance(loaders, (list, tuple)):
         if len(loaders) != 1:
             raise ValueError(
-                f"Influence needs one {kind} loader, but got {len(loaders)} of them. Join the data sets "
+                f"Influence needs one training loader, but got {len(loaders)} of them. Join the data sets "
                 "(torch.utils.data.ConcatDataset), so that each example has one number."
             )
-        if kind == "training":
-            raise ValueError(
-                f"The training loader comes in a {container}, so that training_step is given each batch in one too; "
-                "influence gives it the batch alone. Pass the loader itself, and let training_step take its batch."
-            )
-        return loaders[0]
+        raise ValueError(
+            f"The training loader comes in a {container}, so that training_step is given each batch in one too; "
+            "influence gives it the batch alone. Pass the loader itself, and let training_step take its batch."
+        )
     if loaders is None:
-        raise ValueError(f"There is no {kind} loader: pass one.")
+        raise ValueError("There is no training loader: pass one.")
     return loaders

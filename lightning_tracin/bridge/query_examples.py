@@ -8,26 +8,27 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of
-from lightning_tracin.bridge.loaders import batches_over, loader_of_batches, loader_over, only_loader
+from lightning_tracin.bridge.loaders import batches_over, loader_of_batches, loader_over
 from lightning_tracin.bridge.looks import look_of
 from lightning_tracin.bridge.own_batches import batches_once, joined
 from lightning_tracin.bridge.training_set import N_CHECKED
 from lightning_tracin.parallel.processes import Processes
 
 
-def only_test_loader(loaders: Any) -> Any:
-    """The one loader of test examples.
+def checked_test_loader(loader: Any) -> Any:
+    """A loader of test examples, if they can be numbered.
 
     Raises:
         TypeError: if it is not a data loader.
-        ValueError: if there are several loaders, none, or an empty one.
+        ValueError: if it does not batch, or is empty.
     """
-    loader = only_loader(loaders, "test")
-    is_data = hasattr(loader, "__getitem__") and not isinstance(loader, DataLoader)  # a tensor, a dict, a data set
+    is_data = hasattr(loader, "__getitem__") and not isinstance(loader, DataLoader)  # a tensor, a table
+    is_data = is_data or any(kind.__name__ == "IterableDataset" for kind in type(loader).__mro__)  # either library's
     if is_data or not hasattr(loader, "__iter__"):
         raise TypeError(
-            f"The test examples must come in a DataLoader, but got {type(loader).__name__}. Put a data set into one: "
-            "DataLoader(data, batch_size=...), with the collate function of training."
+            f"The test examples must come in a DataLoader, but got {type(loader).__name__}. Pass a list of texts or "
+            "rows, a data set that has a length and takes indices, or put it into a loader: DataLoader(data, "
+            "batch_size=...), with the collate function of training."
         )
     iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
     if isinstance(loader, DataLoader) and loader.batch_sampler is None and not iterable:

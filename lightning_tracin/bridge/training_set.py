@@ -20,7 +20,7 @@ from lightning_tracin.bridge.loaders import (
     loader_of_batches,
     loader_options,
     loader_over,
-    only_loader,
+    only_training_loader,
     worker_options,
 )
 from lightning_tracin.bridge.looks import UNSEEN, Look, differing, differing_in_batch, look_of
@@ -48,11 +48,12 @@ class TrainingSet:
     """
 
     def __init__(self, loaders: Any) -> None:
-        loader = only_loader(loaders, "training")
+        loader = only_training_loader(loaders)
         if not isinstance(loader, DataLoader):
             raise TypeError(
                 f"The training set must come in a torch.utils.data.DataLoader, but got {type(loader).__name__}: "
-                "its examples could not be numbered."
+                "its examples could not be numbered. Pass the loader of the fit, as in train_dataloaders=DataLoader("
+                "data, batch_size=..., collate_fn=...), or its datamodule."
             )
         self.loader = loader
         self.iterable = isinstance(loader.dataset, IterableDataset)

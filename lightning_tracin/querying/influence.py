@@ -10,24 +10,22 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from lightning_tracin.bridge.collated_order import check_order
 from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.bridge.queries import Queries, result_of, weights_kept
-from lightning_tracin.bridge.query_examples import example_blocks, only_test_loader
+from lightning_tracin.bridge.query_examples import example_blocks
 from lightning_tracin.bridge.strategy import launched, require_results
-from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.rows import DTYPES
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.querying.asked import (
     attached_datamodule,
     datamodule_asked,
     given_module,
-    loader_of_datamodule,
     module_asked,
     spread_weights,
     trace_asked,
     usable_module,
 )
+from lightning_tracin.querying.asked_examples import AskedExamples, examples_asked, told_by_loader
 from lightning_tracin.querying.filling import ready_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, run_pass
 from lightning_tracin.querying.undisturbed import left_as_found, require_idle
@@ -91,28 +89,27 @@ def influence(
         with processes.synchronized():
             module = module_asked(trainer, model)
             opened = trace_asked(trainer, trace)
-            if dataloaders is None and datamodule is not None:
-                dataloaders = loader_of_datamodule(trainer, datamodule, "test", processes)
-            loader = only_test_loader(dataloaders)
-            with unmoved(loader):
-                check_order(loader, "test")
             n_kept = None if k is None else clipped_k(k, opened.n_train - len(opened.undrawn))
-        spread_weights(trainer, module, loader, datamodule)
-        query = Query(trainer, module, opened, chosen, datamodule or attached_datamodule(trainer, module), processes)
+            hooks = datamodule or attached_datamodule(trainer, module)
+            query = Query(trainer, module, opened, chosen, hooks, processes)
+            asked = examples_asked(query, dataloaders, train_dataloaders)
+        spread_weights(trainer, module, asked[0].loader, datamodule)
         scratch = Scratch()
         answered: list[Queries] = []
         gradients: list[list[WordGradients]] = []
+        owners: list[int] = []  # of each test example, the number of its loader
         with weights_kept(module):
             checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
-            loaders = _blocks(query, checkpoints, loader)
-            for number, block_loader in enumerate(loaders, start=1):
+            loaders = _blocks(query, checkpoints, asked)
+            for number, (owner, loader) in enumerate(loaders, start=1):
                 block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
-                block = _answered(query, checkpoints, block_loader, n_kept, block_name)
+                block = _answered(query, checkpoints, loader, n_kept, block_name)
                 words = block.word_gradients()
                 gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
                 block.drop_gradients()
                 answered.append(block)
-        return result_of(answered, gradients, scratch)
+                owners += [owner] * len(block.indices)
+        return told_by_loader(result_of(answered, gradients, scratch), asked, owners)
 
 
 def self_influence(
@@ -175,8 +172,11 @@ def _answered(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, k: i
     return test
 
 
-def _blocks(query: Query, checkpoints: Sequence[Checkpoint], loader: Any) -> list[Any]:
-    """Loaders over so many test examples each that their gradients, at all checkpoints, fit into memory."""
+def _blocks(query: Query, checkpoints: Sequence[Checkpoint], asked: Sequence[AskedExamples]) -> list[tuple[int, Any]]:
+    """Loaders over so many test examples each that their gradients, at all checkpoints, fit into memory.
+
+    With each goes the number of the loader whose examples they are.
+    """
     sites = sites_of(query.method, query.trace.sites)
     with query.processes.synchronized():
         stored = sum(checkpoint.gradients(site).nbytes for checkpoint in checkpoints for site in sites)
@@ -184,4 +184,7 @@ def _blocks(query: Query, checkpoints: Sequence[Checkpoint], loader: Any) -> lis
         per_example = whole * stored / query.trace.n_train
         whole_loader = query.trainer.limit_predict_batches == 1.0
         n_examples = max(1, int(_BLOCK_BYTES / max(per_example, 1.0))) if whole_loader else None
-        return example_blocks(loader, n_examples, query.processes)
+        longest = query.trace.longest_text if any(each.raw is not None for each in asked) else None
+        ready = [each.ready(longest) for each in asked]
+        blocks = [example_blocks(loader, n_examples, query.processes) for loader in ready]
+        return [(owner, block) for owner, of_loader in enumerate(blocks) for block in of_loader]

@@ -19,6 +19,7 @@ class Example:
         confidence: the probability that the model gives to its prediction, if it gives any.
         unread: what the raw text goes on with after the last token that the model was given.
         ids: its token ids, among which the words have their places.
+        loader: the name of the loader that it came in; None where there was one.
     """
 
     index: int
@@ -28,6 +29,7 @@ class Example:
     confidence: float | None = None
     unread: str = ""
     ids: tuple[int, ...] = ()
+    loader: str | None = None
 
     @cached_property
     def text(self) -> str:

@@ -28,6 +28,7 @@ function percent(share) {
   return share > 0 && share < 0.001 ? "<0.1 %" : `${(share * 100).toFixed(share < 0.0995 ? 1 : 0)} %`;
 }
 const count = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
+const numbered = (test) => (test.loader === null ? `${test.index}` : `${test.index} of ${test.loader}`);
 const named = (label) => (label === null ? "no label" : label.trim() === "" ? "(empty name)" : label);
 function chip(label, kind = "", title = null) {
   const isNone = label === null || label.trim() === "";
@@ -193,7 +194,7 @@ function fill(select, all, values) {
 function find() {
   const wanted = byId("search").value.trim().toLowerCase();
   if (wanted && !searched)
-    searched = tests.map((test) => `#${test.index} ${test.label ?? ""} ${test.prediction ?? ""} ${textOf(test.words) || test.unread}`.toLowerCase());
+    searched = tests.map((test) => `#${numbered(test)} ${test.label ?? ""} ${test.prediction ?? ""} ${textOf(test.words) || test.unread}`.toLowerCase());
   const label = byId("by-label").value && JSON.parse(byId("by-label").value);
   const prediction = byId("by-prediction").value && JSON.parse(byId("by-prediction").value);
   const is = { label: byId("by-label").value !== "", prediction: byId("by-prediction").value !== "" };
@@ -244,7 +245,7 @@ function listRow(row, place) {
     make(
       "div",
       { class: "row-head" },
-      make("span", { class: "number" }, String(test.index)),
+      make("span", { class: "number" }, numbered(test)),
       test.label === null ? null : chip(test.label, "", `label ${named(test.label)}`),
       test.mistaken ? [make("span", { class: "differs", title: "differs from" }, "≠"), chip(test.prediction, "said", `the model says ${named(test.prediction)}`)] : null,
       !test.mistaken && test.prediction !== null && (test.label === null || test.confidence === null)
@@ -296,7 +297,7 @@ function drawDetail(row) {
       "div",
       { class: "detail-head" },
       make("button", { class: "back", click: () => goTo("#tests") }, "‹ All"),
-      make("h2", {}, `Test example ${test.index}`),
+      make("h2", {}, `Test example ${numbered(test)}`),
       test.label === null ? null : [make("span", { class: "says" }, "label"), chip(test.label)],
       test.prediction === null ? null : [make("span", { class: "says" }, "model says"), chip(test.prediction, "said")],
       test.confidence === null ? null : make("span", { class: "says" }, percent(test.confidence)),
@@ -393,7 +394,7 @@ function follow(index) {
       { class: "go", click: () => (dialog.close(), clearIfHidden(row), go(row)) },
       bar(most ? Math.abs(score) / most : 0),
       make("span", { class: "score" }, signed(score)),
-      make("span", { class: "end" }, make("span", { class: "share" }, percent(share)), make("span", {}, `test example ${test.index}`),
+      make("span", { class: "end" }, make("span", { class: "share" }, percent(share)), make("span", {}, `test example ${numbered(test)}`),
         test.label === null ? null : chip(test.label),
         test.mistaken ? [make("span", { class: "differs" }, "≠"), chip(test.prediction, "said")] : null),
       make("span", { class: "start", dir: "auto" }, startOf(test))

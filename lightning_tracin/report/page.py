@@ -183,6 +183,7 @@ def _test(explanation: Explanation, collected: _Collected) -> dict[str, Any]:
     test = explanation.test
     return {
         "index": test.index,
+        "loader": test.loader,
         "label": test.label,
         "prediction": test.prediction,
         "confidence": _rounded(test.confidence),

@@ -94,13 +94,16 @@ const safe = (text) => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
 const cell = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
 function download(which, name) {
   const texts = new Map();
-  const parts = ["\ufefftest_index,role,rank,train_index,score,share,label,text\r\n"]; // the mark tells Excel that it is UTF-8
-  for (const row of which)
+  const several = tests.some((test) => test.loader !== null);
+  const parts = [`\ufeff${several ? "test_loader," : ""}test_index,role,rank,train_index,score,share,label,text\r\n`]; // the mark tells Excel that it is UTF-8
+  for (const row of which) {
+    const loader = several ? `${cell(safe(tests[row].loader))},` : "";
     for (const role of ["proponent", "opponent"])
       tests[row][`${role}s`].forEach(([index, score, share], place) => {
         if (!texts.has(index)) texts.set(index, `${cell(safe(train[index][0] ?? ""))},${cell(safe(textOf(train[index][1])))}\r\n`);
-        parts.push(`${row},${role},${place + 1},${index},${score ?? ""},${share ?? ""},`, texts.get(index));
+        parts.push(`${loader}${row},${role},${place + 1},${index},${score ?? ""},${share ?? ""},`, texts.get(index));
       });
+  }
   const address = URL.createObjectURL(new Blob(parts, { type: "text/csv;charset=utf-8" }));
   make("a", { href: address, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(address), 60000);

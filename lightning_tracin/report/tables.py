@@ -115,6 +115,8 @@ def _filled(chosen: range, lengths: Sequence[int], room: int) -> range:
 
 def _title(test: Example) -> Text:
     title = Text(f"Test example {test.index}")
+    if test.loader is not None:
+        title.append(f" of {printable(test.loader)}")
     if test.label is not None:
         title.append(f", label {printable(test.label)}")
     if test.prediction is not None:

@@ -36,30 +36,32 @@ class ExplainedResult(RankedResult):
 
     Attributes:
         tokenizer: what turns token ids into words again; without one, pieces are shown as they are.
-        raw_test: the texts of the test examples as they were before the tokenizer (:meth:`with_texts`).
+        raw_test: the texts of the test examples as they were before the tokenizer (:meth:`with_texts`); by the name of
+            their loader, where there are several.
         raw_train: those of the training examples.
         scratch: has the temporary files that test gradients may lie in, and keeps them as long as the result.
     """
 
     tokenizer: Any = None
-    raw_test: Sequence[RawText] | None = None
+    raw_test: Sequence[RawText] | Mapping[str, Sequence[RawText]] | None = None
     raw_train: Sequence[RawText] | None = None
     scratch: Scratch | None = None
 
     def with_texts(
         self,
         train: Sequence[RawText] | None = None,
-        test: Sequence[RawText] | None = None,
+        test: Sequence[RawText] | Mapping[str, Sequence[RawText]] | None = None,
         *,
         tokenizer: Any = None,
     ) -> Self:
         """The same result, shown in the raw texts' own case, spelling and spaces.
 
-        Without them, examples are put together again from their tokens. Raw texts are not saved with the result.
+        Without them, examples are put together again from their tokens. Raw texts are not saved with the result. Those
+        that it has already stay where none are given.
 
         Args:
             train: the text of each training example, or a pair of texts, by index in the training data set.
-            test: the same of the test data set.
+            test: the same of the test data set; where test examples came in several loaders, by the name of theirs.
             tokenizer: the fast tokenizer that made the token ids; by default the one that was found on the module or
                 its datamodule when influence was computed.
 
@@ -72,11 +74,16 @@ class ExplainedResult(RankedResult):
                 "with_texts needs the fast tokenizer that made the token ids, to find the tokens in the texts, but got "
                 f"{type(tokenizer).__name__}. Pass tokenizer=..."
             )
-        needed = {"train": self.n_train, "test": int(self.test_indices.max()) + 1}
-        for name, texts in (("train", train), ("test", test)):
-            if texts is not None and len(texts) < needed[name]:
-                raise ValueError(f"{name} must have a text for each of {needed[name]} examples, but has {len(texts)}.")
-        return replace(self, tokenizer=tokenizer, raw_train=train, raw_test=test)
+        if train is not None:
+            _require_texts("train", train, self.n_train)
+        if test is not None:
+            self._require_test_texts(test)
+        return replace(
+            self,
+            tokenizer=tokenizer,
+            raw_train=self.raw_train if train is None else train,
+            raw_test=self.raw_test if test is None else test,
+        )
 
     def explanations(self, test_indices: Sequence[int] | None = None, k: int = 5) -> Iterator[Explanation]:
         """Test examples and their k strongest proponents and opponents, in words.
@@ -242,12 +249,27 @@ class ExplainedResult(RankedResult):
         of_words = () if terms is None else tuple(shares_of_words(example.words, example.ids, terms))
         return Influential(example, score, self._share(row, score), of_words)
 
+    def _require_test_texts(self, test: Sequence[RawText] | Mapping[str, Sequence[RawText]]) -> None:
+        """Check that there is a text for each test example, by the name of its loader where there are several."""
+        names = self.test_loader_names
+        by_name = test if isinstance(test, Mapping) else {"": test}
+        if not by_name.keys() <= set(names or ("",)):
+            wanted = f"map names of {names} to texts" if names else "be a list of texts"
+            got = f"{type(test).__name__} with {list(test)}" if isinstance(test, Mapping) else type(test).__name__
+            raise ValueError(f"test must {wanted}, as its examples came in {len(names) or 1} loader, but got {got}.")
+        for name, texts in by_name.items():
+            own = self.test_indices if not names else self.test_indices[self.test_loaders == names.index(name)]
+            _require_texts(f"test[{name!r}]" if names else "test", texts, int(own.max()) + 1)
+
     def _test_example(self, row: int) -> Example:
         """What a test example says, and what the model says of it."""
         prediction, confidence = (None if math.isnan(each) else each for each in self.predictions[row].tolist())
         ids, label = self.test_texts.ids_of(row), self.test_texts.label_of(row)
         index = int(self.test_indices[row])
-        return self._reader.example(index, ids, label, self.raw_test, prediction=prediction, confidence=confidence)
+        loader = self._loader_of(row)
+        raw = self.raw_test.get(loader or "") if isinstance(self.raw_test, Mapping) else self.raw_test
+        example = self._reader.example(index, ids, label, raw, prediction=prediction, confidence=confidence)
+        return replace(example, loader=loader)
 
     def _train_examples(self, indices: Sequence[int]) -> dict[int, Example]:
         """What training examples say, by index; nothing where the trace is gone."""
@@ -266,3 +288,9 @@ class ExplainedResult(RankedResult):
     @cached_property
     def _reader(self) -> Reader:
         return Reader(self.words_of_ids, self.label_names, self.tokenizer)
+
+
+def _require_texts(name: str, texts: Sequence[RawText], needed: int) -> None:
+    """Check that there are so many texts."""
+    if len(texts) < needed:
+        raise ValueError(f"{name} must have a text for each of {needed} examples, but has {len(texts)}.")

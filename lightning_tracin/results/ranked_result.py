@@ -84,6 +84,10 @@ class RankedResult(StoredResult):
         """How many proponents and how many opponents of each test example are known."""
         return self._n_drawn if self.strongest_proponents is None else self.strongest_proponents.values.shape[1]
 
+    def _loader_of(self, row: int) -> str | None:
+        """The name of the loader that a test example came in; None where there was one."""
+        return None if self.test_loaders is None else self.test_loader_names[int(self.test_loaders[row])]
+
     def _check_test_index(self, test_index: int) -> None:
         if not 0 <= test_index < len(self.test_indices):
             raise IndexError(f"There are test examples 0 to {len(self.test_indices) - 1}, but got {test_index}.")

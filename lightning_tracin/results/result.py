@@ -99,7 +99,8 @@ class InfluenceResult(RichRepr, ExplainedResult):
         wanted = sorted({index for top in tops.values() for index in top.indices.flatten().tolist()})
         examples = self._train_examples(wanted)
         return [
-            {
+            ({} if self.test_loaders is None else {"test_loader": self._loader_of(row)})
+            | {
                 "test_index": row,
                 "role": role,
                 "rank": rank + 1,
@@ -118,9 +119,10 @@ class InfluenceResult(RichRepr, ExplainedResult):
         """The k strongest proponents and opponents of each test example, a row each.
 
         Returns:
-            Columns ``test_index`` (row of the scores), ``role`` ("proponent" or "opponent"), ``rank`` (from 1),
-            ``train_index``, ``score``, its ``share`` of all scores of its sign that the test example has, and
-            ``label`` and ``text`` of the training example as far as they are known.
+            Columns ``test_loader`` (its name, where there were several), ``test_index`` (row of the scores), ``role``
+            ("proponent" or "opponent"), ``rank`` (from 1), ``train_index``, ``score``, its ``share`` of all scores of
+            its sign that the test example has, and ``label`` and ``text`` of the training example as far as they are
+            known.
 
         Raises:
             ModuleNotFoundError: without pandas: ``pip install lightning-tracin[pandas]``.
@@ -160,7 +162,7 @@ class InfluenceResult(RichRepr, ExplainedResult):
             self._check_test_index(test_index)
         if kind == "self_influence":
             return plot_self_influence(self.self_influence(), k, ax)
-        whose = "all test examples" if test_index is None else f"test example {int(self.test_indices[test_index])}"
+        whose = "all test examples" if test_index is None else self._test_name(test_index)
         if kind == "scores":
             which = "" if self.scores is not None else f"the {self._n_kept} most positive and most negative of "
             title = f"Scores of {which}{self._n_drawn} training examples for {whose}"
@@ -252,6 +254,11 @@ class InfluenceResult(RichRepr, ExplainedResult):
             for word, term in of_pair.items():
                 named[word] += term
         return list(named.items()), f"the {k} strongest proponents"
+
+    def _test_name(self, row: int) -> str:
+        """A test example by its index, and by its loader where there are several."""
+        loader = self._loader_of(row)
+        return f"test example {int(self.test_indices[row])}" + ("" if loader is None else f" of {loader}")
 
     def _labels_of(self, row: int | None, k: int) -> tuple[list[str], list[str]]:
         """The labels of the k strongest proponents and opponents of one test example, or of each."""

@@ -54,6 +54,7 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         checkpoint_ids: of the checkpoints that the scores are sums over.
         trace: absolute path of the trace; None without one.
         trace_relative: the same, from the folder of the result.
+        test_loader_names: of the loaders that test examples came in, where there were several.
     """
 
     version: int
@@ -65,6 +66,7 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     checkpoint_ids: Annotated[list[Identity], Meta(min_length=1)]
     trace: str | None
     trace_relative: str | None
+    test_loader_names: list[str] = []
 
     def to_json(self) -> str:
         """The header as JSON.
@@ -137,7 +139,7 @@ def _check(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor]) 
     if len(set(header.checkpoint_ids)) < len(header.checkpoint_ids):
         raise ValueError("it names a checkpoint twice")
     require_within("test_indices", tensors["test_indices"], 0, 2**53)
-    require_ascending("test_indices", tensors["test_indices"], strictly=True)
+    _check_loaders(header, tensors)
     require_within("texts.examples", tensors["texts.examples"], 0, n_test - 1)
     require_ascending("texts.examples", tensors["texts.examples"], strictly=False)
     require_within("texts.ids", tensors["texts.ids"], 0, 2**31 - 1)
@@ -159,6 +161,26 @@ def _check(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor]) 
     _check_gradients(header, method, tensors, n_test)
 
 
+def _check_loaders(header: ResultHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Check that test examples ascend inside the loaders that they came in, and that each of these has a name.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    indices, names = tensors["test_indices"], header.test_loader_names
+    if "test_loaders" not in tensors:
+        if names:
+            raise ValueError(f"it names {len(names)} loaders, but does not tell which test examples came in which")
+        require_ascending("test_indices", indices, strictly=True)
+        return
+    loaders = tensors["test_loaders"]
+    require_ascending("test_loaders", loaders, strictly=False)
+    if len(set(names)) < len(names) or set(loaders.tolist()) != set(range(len(names))):
+        raise ValueError(f"its test examples are not of {len(names)} loaders with names of their own")
+    for part in torch.split(indices, loaders.bincount().tolist()):
+        require_ascending("test_indices", part, strictly=True)
+
+
 def _forms(header: ResultHeader, tensors: Mapping[str, Tensor], n_test: int) -> dict[str, Form]:
     """The tensors that a result must have, given its header, and those that it has of several kinds."""
     forms: dict[str, Form] = {
@@ -168,6 +190,8 @@ def _forms(header: ResultHeader, tensors: Mapping[str, Tensor], n_test: int) -> 
         "texts.labels": (torch.float64, (n_test,)),
         "predictions": (torch.float64, (n_test, 2)),
     }
+    if "test_loaders" in tensors:
+        forms["test_loaders"] = (torch.int64, (n_test,))
     if "undrawn" in tensors:
         forms["undrawn"] = (torch.int64, ("undrawn",))
     if "totals" in tensors:

@@ -33,13 +33,17 @@ class StoredResult:
     Attributes:
         method: what the scores are.
         n_train: number of training examples.
-        test_indices: (n_test,) the index in the test data set of each row, ascending.
+        test_indices: (n_test,) the index in the test data set of each row, ascending; where the test examples came in
+            several loaders, in that of the row's own, ascending inside each.
         predictions: (n_test, 2) float64, what the model of the last checkpoint said of each: the class and its
             probability, or a value and NaN; NaN where it is not known.
         scores: (n_test, n_train) float32, or None if only the k strongest were kept.
         totals: (n_test, 2) float64, the sums of each test example's positive and of its negative scores.
         undrawn: (n,) int64, the indices of examples of the training data set that training never drew, such as those
             that the sampler holds back: their scores are zero, and they are neither proponents nor opponents.
+        test_loaders: (n_test,) int64, ascending: the number of the loader that each row's example came in; None where
+            there was one.
+        test_loader_names: their keys, or numbers; empty where there was one.
     """
 
     method: Method
@@ -57,6 +61,8 @@ class StoredResult:
     strongest_opponents: TopK | None = None
     totals: Tensor | None = None
     undrawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    test_loaders: Tensor | None = None
+    test_loader_names: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file.
@@ -85,6 +91,8 @@ class StoredResult:
             tensors["scores"] = self.scores
         if len(self.undrawn):
             tensors["undrawn"] = self.undrawn
+        if self.test_loaders is not None:
+            tensors["test_loaders"] = self.test_loaders
         for name, top in (("proponents", self.strongest_proponents), ("opponents", self.strongest_opponents)):
             if top is not None:
                 tensors |= {f"{name}.values": top.values, f"{name}.indices": top.indices}
@@ -105,6 +113,7 @@ class StoredResult:
             checkpoint_ids=self.checkpoint_ids,
             trace=None if self.trace is None else storable(str(self.trace.path.absolute())),
             trace_relative=None if self.trace is None else storable(os.path.relpath(self.trace.path, path.parent)),
+            test_loader_names=[storable(name) for name in self.test_loader_names],
         )
         text = header.to_json()
         write_tensors(path, tensors, {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)})
@@ -151,6 +160,8 @@ class StoredResult:
             strongest_opponents=tops[1],
             totals=tensors.get("totals"),
             undrawn=tensors.get("undrawn", torch.empty(0, dtype=torch.int64)),
+            test_loaders=tensors.get("test_loaders"),
+            test_loader_names=tuple(header.test_loader_names),
         )
 
 

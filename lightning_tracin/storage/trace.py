@@ -196,6 +196,12 @@ class Trace:
         """Whether token ids and labels of training examples are stored, which happens with their first gradients."""
         return bool(self._texts())
 
+    @property
+    def longest_text(self) -> int | None:
+        """The number of tokens of the longest training text that is stored; None where none is."""
+        shards = [(stored, shard) for stored in self._texts() for shard in range(len(stored)) if stored.holds(shard)]
+        return max((int(stored.read(shard).rows_by_example().max()) for stored, shard in shards), default=None)
+
     def has_texts_of(self, drawn: Tensor | None) -> bool:
         """Whether the token ids and labels of the examples that were drawn, (n_train,) bool, are stored; None: all."""
         if (self.path / "texts" / "index.json").exists():

@@ -68,17 +68,20 @@ def test_an_empty_training_set(toy, trace):
     ("data", "message"),
     [
         (lambda: loader(empty()), "test loader is empty"),
-        (lambda: [loader(), loader()], "one test loader, but got 2"),
-        (lambda: None, "no test loader"),
+        (lambda: [loader(), 3], "some are loaders or data sets, others are not"),
+        (lambda: None, r'nothing to explain: pass test examples, as in.*influence\(\["some text"\]\)'),
         (lambda: DataLoader(test_texts(), batch_size=None), "does not batch"),
         (lambda: 3, "must come in a DataLoader, but got int"),
-        (lambda: Rows(), "must come in a DataLoader, but got Rows. Put a data set into one"),
+        (
+            lambda: Rows(),
+            "must come in a DataLoader, but got Rows. Pass a list of texts or rows, a data set that has a length",
+        ),
         (
             lambda: loader(test_texts(), collate_fn=lambda r: torch.utils.data.default_collate(r[1:])),
             "collate function",
         ),
     ],
-    ids=["empty", "several", "none", "unbatched", "not a loader", "rows", "dropping collate"],
+    ids=["empty", "several kinds", "none", "unbatched", "not a loader", "rows", "dropping collate"],
 )
 def test_test_data_that_cannot_be_numbered(toy, data, message):
     with pytest.raises((ValueError, TypeError), match=message):

@@ -1,0 +1,363 @@
+"""Texts, rows and data sets as test examples: tokenised as training's, and put into batches by training's function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from lightning_tracin.bridge.loaders import items_of
+from lightning_tracin.bridge.unmoved import random_state_kept, unmoved
+from lightning_tracin.gradients.batches import described_batch
+from lightning_tracin.results.reader import RawText
+
+BY_HAND = (
+    "Put them into batches as training does, and pass the loader: "
+    "trainer.influence(DataLoader(data, batch_size=8, collate_fn=...))."
+)
+
+_LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
+
+_IDS = "input_ids"
+
+_BATCH_SIZE = 32  # where training's is not known
+
+_IGNORED = -100  # the label by which transformers marks a position without a loss
+
+
+@dataclass(frozen=True)
+class Collation:
+    """How batches are made of examples.
+
+    Attributes:
+        collate: makes one.
+        batch_size: of how many examples.
+        item: a training example as it is given to that function; None where no training loader is known.
+    """
+
+    collate: Callable[[Any], Any]
+    batch_size: int = _BATCH_SIZE
+    item: Any = None
+
+    @classmethod
+    def of_loader(cls, loader: DataLoader[Any]) -> Collation | None:
+        """That of a training loader; None where its data set hands out whole batches."""
+        if loader.batch_size is None and loader.batch_sampler is None:
+            return None
+        with unmoved(loader), random_state_kept():
+            if isinstance(loader.dataset, IterableDataset):
+                item = next(iter(loader.dataset))
+            else:
+                item = next(items_of(loader, [0], _itself, _nothing))
+        return cls(loader.collate_fn, loader.batch_size or _BATCH_SIZE, item)
+
+    @property
+    def n_padded(self) -> int | None:
+        """The number of tokens that training's examples are padded to before they come; None if they are not."""
+        fixed = self.collate is default_collate and isinstance(self.item, Mapping) and _IDS in self.item
+        return len(self.item[_IDS]) if fixed else None
+
+
+class RawExamples(Dataset[Any]):
+    """Test examples in the form of training's.
+
+    Strings, pairs of strings, and rows that hold a text which training's examples hold as token ids are tokenised.
+    Anything else is given to training's collate function as it is. That may need labels, which texts lack: it is lent
+    those of a training example, and the batch loses them again.
+
+    Args:
+        rows: the test examples, as they were passed.
+        collation: how batches are made of them; by default as ``tokenizer.pad`` does.
+        tokenizer: of the module or its datamodule; None without one.
+        label_names: those that the module tells, by number.
+        most_tokens: how many the model takes; None if that is not known.
+
+    Raises:
+        ValueError: if an example cannot be read or put into a batch; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Any],
+        collation: Collation | None,
+        tokenizer: Any,
+        *,
+        label_names: Mapping[int, str],
+        most_tokens: int | None,
+    ) -> None:
+        self.own = rows
+        self.tokenizer = tokenizer
+        if collation is None and hasattr(tokenizer, "pad"):
+            collation = Collation(partial(tokenizer.pad, return_tensors="pt"))
+        if collation is None:
+            raise ValueError(
+                "It is not known how training made batches of its examples: there is no tokenizer on the module or its "
+                "datamodule, and no training loader. Pass that as train_dataloaders=..., or the datamodule as "
+                f"datamodule=.... {BY_HAND}"
+            )
+        self._collation = collation
+        self._label_numbers = {name: number for number, name in label_names.items()}
+        self._most_tokens = most_tokens
+        self._is_labelled = _has_label(rows[0])
+        self._lends_labels = False
+        self.collate([self[0]])
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __getitem__(self, index: int) -> Any:
+        row = self.own[index]
+        if _has_label(row) != self._is_labelled:
+            which, other = ("has no label", "has one") if self._is_labelled else ("has a label", "has none")
+            raise ValueError(f"Test example {index} {which}, but the first one {other}. Ask about them one by one.")
+        item = self._item(row)
+        return self._labelled(item, row) if isinstance(item, Mapping) else item
+
+    def cut_at(self, n_tokens: int | None) -> None:
+        """Let no text have more tokens than the longest of training, if that is known."""
+        known = [each for each in (n_tokens, self._most_tokens) if each is not None]
+        self._most_tokens = min(known, default=None)
+
+    def loader(self) -> DataLoader[Any]:
+        """A loader of all."""
+        return DataLoader(self, batch_size=self._collation.batch_size, collate_fn=Collated(self))
+
+    def texts(self) -> list[RawText] | None:
+        """The texts of all examples as they were written; None where they are not known."""
+        found: list[RawText] = []
+        for index in range(len(self)):
+            row = self.own[index]
+            is_tokenised = isinstance(row, Mapping) and _IDS in row
+            text = row.get("text") if is_tokenised else _text_of(row)
+            if text is None:
+                return None
+            found.append(text)
+        return found
+
+    def collate(self, items: Any) -> Any:
+        """A batch, by training's function, without labels that were lent.
+
+        Raises:
+            ValueError: if that function fails, or if the labels cannot be told from the rest of the batch.
+        """
+        try:
+            batch = self._collation.collate(items)
+        except Exception as error:  # whatever a collate function of the user's raises
+            name = getattr(self.function, "__qualname__", type(self.function).__name__)
+            raise ValueError(
+                f"The collate function of training, {name}, makes no batch of these test examples: "
+                f"{type(error).__name__}: {error}. It was given {_described(items[0])}{self._of_training}. {BY_HAND}"
+            ) from error
+        if not self._lends_labels:
+            return batch
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"The batches of training are of the form {described_batch(batch)}, of which texts without labels "
+                f'cannot be made. Pass rows with labels, {{"text": ..., "label": ...}}. Or: {BY_HAND}'
+            )
+        without = copy(batch)
+        for name in _LABELS:
+            without.pop(name, None)  # type: ignore[attr-defined]
+        return without
+
+    @property
+    def function(self) -> Callable[[Any], Any]:
+        """What makes batches."""
+        own = self._collation.collate
+        return own.func if isinstance(own, partial) else own
+
+    @property
+    def _of_training(self) -> str:
+        return "" if self._collation.item is None else f"; in training it is given {_described(self._collation.item)}"
+
+    def _item(self, row: Any) -> Any:
+        """A test example in the form of training's, without regard to its label."""
+        like = self._collation.item
+        if like is not None and _is_alike(row, like):
+            return row
+        text = None if isinstance(row, Mapping) and _IDS in row else _text_of(row)
+        if text is not None and (like is None or (isinstance(like, Mapping) and _IDS in like)):
+            return self._encoded(text)
+        columns = _text_columns(like) if isinstance(like, Mapping) else []
+        if text is not None and len(columns) == 1:
+            return {columns[0]: text}
+        if text is None and isinstance(row, Mapping) and (like is None or isinstance(like, Mapping)):
+            return row
+        raise ValueError(
+            f"The test examples cannot be brought into the form of training's: they are {_described(row)}"
+            f"{self._of_training.replace('; in training it is given', ', but training has')}. {BY_HAND}"
+        )
+
+    def _encoded(self, text: RawText) -> dict[str, Any]:
+        """A text's token ids and what goes with them, as far as training's examples have it."""
+        if not callable(self.tokenizer):
+            raise ValueError(
+                "Texts need a tokenizer, but there is none on the module or its datamodule. Name it self.tokenizer. "
+                f"Or: {BY_HAND}"
+            )
+        like, fixed = self._collation.item, self._collation.n_padded
+        limit = self._most_tokens if fixed is None else fixed
+        encoded = self.tokenizer(
+            *(text if isinstance(text, tuple) else (text,)),
+            truncation=limit is not None,
+            max_length=limit,
+            padding=False if fixed is None else "max_length",
+        )
+        return {
+            name: values if like is None else _typed(values, like[name])
+            for name, values in encoded.items()
+            if like is None or name in like
+        }
+
+    def _labelled(self, item: Mapping[str, Any], row: Any) -> Mapping[str, Any]:
+        """An example with what training's have, its label under their name for it, or with one that is lent."""
+        like = self._collation.item
+        given = {name: row[name] for name in _LABELS if self._is_labelled and row.get(name) is not None}
+        if not isinstance(like, Mapping):
+            others = {name: value for name, value in item.items() if name not in _LABELS and not isinstance(value, str)}
+            return others | {"labels" if name == "label" else name: self._label(given[name], 0) for name in given}
+        wanted = [name for name in _LABELS if name in like]
+        if item.keys() == like.keys() and all(isinstance(given.get(name), type(like[name])) for name in wanted):
+            return item
+        named = dict.fromkeys(wanted, next(iter(given.values()))) | given if len(wanted) == 1 and given else given
+        labels = {}
+        for name in wanted:
+            if name in named:
+                labels[name] = self._label(named[name], like[name])
+            elif _is_own_label(like, name):  # a language model's
+                labels[name] = item[_IDS]
+            else:
+                labels[name] = _lent(like, name, item)
+                self._lends_labels = True
+        return {name: value for name, value in item.items() if name in like and name not in _LABELS} | labels
+
+    def _label(self, value: Any, like: Any) -> Any:
+        """A label as training has it: a number where it is a class's name."""
+        if isinstance(value, str) and not isinstance(like, str):
+            if value not in self._label_numbers:
+                known = ", ".join(map(repr, self._label_numbers)) or "no names of labels (influence_label_names)"
+                raise ValueError(f"The label {value!r} is none of the model's, which tells {known}.")
+            value = self._label_numbers[value]
+        return _typed(value, like)
+
+
+@dataclass(frozen=True)
+class Collated:
+    """Makes batches of raw examples; what is training's own of it can be found there.
+
+    Attributes:
+        examples: the examples.
+    """
+
+    examples: RawExamples
+
+    @property
+    def own(self) -> Callable[[Any], Any]:
+        """Training's function."""
+        return self.examples.function
+
+    def __call__(self, items: Any) -> Any:
+        """A batch."""
+        return self.examples.collate(items)
+
+
+def _text_of(row: Any) -> RawText | None:
+    """What an example says, if it is a text, a pair of texts, or a row with one; None otherwise.
+
+    Raises:
+        ValueError: if a row has several, of which none is named "text".
+    """
+    if isinstance(row, str) or is_pair(row):
+        return row  # type: ignore[no-any-return]
+    if not isinstance(row, Mapping):
+        return None
+    columns = _text_columns(row)
+    if len(columns) > 1 and "text" not in columns:
+        raise ValueError(
+            f"The rows hold several texts ({', '.join(columns)}), and which of them training read is not known. Pass "
+            f"the texts themselves, as in [row[{columns[0]!r}] for row in rows], or pairs of them."
+        )
+    return (row["text"] if "text" in columns else row[columns[0]]) if columns else None
+
+
+def _text_columns(row: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in row.items() if isinstance(value, str) and name not in _LABELS]
+
+
+def is_pair(row: Any) -> bool:
+    """Whether an example is a pair of texts."""
+    return isinstance(row, tuple) and len(row) == 2 and all(isinstance(each, str) for each in row)
+
+
+def _has_label(row: Any) -> bool:
+    return isinstance(row, Mapping) and any(row.get(name) is not None for name in _LABELS)
+
+
+def _is_alike(row: Any, like: Any) -> bool:
+    """Whether an example has all that another has, in as many dimensions, but for labels by name."""
+    if isinstance(like, Mapping):
+        names = [name for name in like if name not in _LABELS]
+        return isinstance(row, Mapping) and all(name in row and _is_alike(row[name], like[name]) for name in names)
+    if isinstance(like, (tuple, list)) and not _is_numbers(like):
+        same = isinstance(row, (tuple, list)) and len(row) == len(like)
+        return same and all(_is_alike(one, other) for one, other in zip(row, like, strict=True))
+    return _dimensions(row) == _dimensions(like)
+
+
+def _is_numbers(value: Any) -> bool:
+    return all(isinstance(each, (int, float)) for each in value)
+
+
+def _dimensions(value: Any) -> int | str:
+    """In how many dimensions a value has numbers; otherwise its kind."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.ndim
+    if isinstance(value, (tuple, list)) and _is_numbers(value):
+        return 1
+    return 0 if isinstance(value, (int, float)) else type(value).__name__
+
+
+def _typed(value: Any, like: Any) -> Any:
+    """A number, or numbers, in the type of another value: a tensor, an array, or as they are."""
+    if isinstance(like, Tensor):
+        return torch.as_tensor(value, dtype=like.dtype)
+    return np.asarray(value, dtype=like.dtype) if isinstance(like, (np.ndarray, np.generic)) else value
+
+
+def _is_own_label(like: Mapping[str, Any], name: str) -> bool:
+    """Whether training's labels are the token ids themselves, as a language model's are."""
+    labels, ids = like[name], like.get(_IDS)
+    return _dimensions(labels) == 1 and ids is not None and list(map(int, labels)) == list(map(int, ids))
+
+
+def _lent(like: Mapping[str, Any], name: str, item: Mapping[str, Any]) -> Any:
+    """A label for the collate function: that of a training example; of tokens, one for each, without a loss."""
+    label = like[name]
+    of_tokens = _dimensions(label) == 1 and _IDS in like and len(label) == len(like[_IDS])
+    return _typed([_IGNORED] * len(item[_IDS]), label) if of_tokens else label
+
+
+def _described(item: Any) -> str:
+    """An example, in words for an error message."""
+    if isinstance(item, Mapping):
+        return f"a {type(item).__name__} with {', '.join(map(str, item))}"
+    if isinstance(item, (tuple, list)):
+        return f"a {type(item).__name__} of {len(item)} ({', '.join(type(each).__name__ for each in item[:4])})"
+    if isinstance(item, (Tensor, np.ndarray)):
+        return f"a {type(item).__name__} of shape {tuple(item.shape)}"
+    return f"a {type(item).__name__}"
+
+
+def _itself(item: Any) -> Any:
+    return item
+
+
+def _nothing() -> None:
+    """Nothing has to be done before an example is read."""
