@@ -15,8 +15,12 @@ from lightning_tracin.bridge.training_set import N_CHECKED
 from lightning_tracin.parallel.processes import Processes
 
 
-def checked_test_loader(loader: Any) -> Any:
+def checked_test_loader(loader: Any, name: str = "") -> Any:
     """A loader of test examples, if they can be numbered.
+
+    Args:
+        loader: the loader.
+        name: its own, where there are several.
 
     Raises:
         TypeError: if it is not a data loader.
@@ -37,7 +41,8 @@ def checked_test_loader(loader: Any) -> Any:
             "batch_size or a batch_sampler."
         )
     if hasattr(loader, "__len__") and not iterable and len(loader) == 0:
-        raise ValueError("The test loader is empty: there is nothing to explain.")
+        named = f" {name!r}" if name else ""
+        raise ValueError(f"The test loader{named} is empty: there is nothing to explain.")
     return loader
 
 

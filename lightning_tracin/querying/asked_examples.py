@@ -77,7 +77,7 @@ def examples_asked(query: Query, given: Any, train_dataloaders: Any) -> list[Ask
     for name, part in _parts(given).items():
         rows = _rows_of(part)
         if rows is None:
-            asked.append(AskedExamples(name, _in_order(checked_test_loader(part))))
+            asked.append(AskedExamples(name, _in_order(checked_test_loader(part, name))))
             continue
         if not collation:
             collation.append(_collation(query, train_dataloaders))

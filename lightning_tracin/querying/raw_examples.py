@@ -153,7 +153,7 @@ class RawExamples(Dataset[Any]):
             name = getattr(self.function, "__qualname__", type(self.function).__name__)
             raise ValueError(
                 f"The collate function of training, {name}, makes no batch of these test examples: "
-                f"{type(error).__name__}: {error}. It was given {_described(items[0])}{self._of_training}. {BY_HAND}"
+                f"{type(error).__name__}: {error}. {self._both_forms}. {BY_HAND}"
             ) from error
         if not self._lends_labels:
             return batch
@@ -174,8 +174,11 @@ class RawExamples(Dataset[Any]):
         return own.func if isinstance(own, partial) else own
 
     @property
-    def _of_training(self) -> str:
-        return "" if self._collation.item is None else f"; in training it is given {_described(self._collation.item)}"
+    def _both_forms(self) -> str:
+        """What the examples are, and what those of training are."""
+        like = self._collation.item
+        of_training = "" if like is None else f", but that of training is {_described(like)}"
+        return f"The first test example is {_described(self.own[0])}{of_training}"
 
     def _item(self, row: Any) -> Any:
         """A test example in the form of training's, without regard to its label."""
@@ -191,18 +194,17 @@ class RawExamples(Dataset[Any]):
         if text is None and isinstance(row, Mapping) and (like is None or isinstance(like, Mapping)):
             return row
         raise ValueError(
-            f"The test examples cannot be brought into the form of training's: they are {_described(row)}"
-            f"{self._of_training.replace('; in training it is given', ', but training has')}. {BY_HAND}"
+            f"The test examples cannot be brought into the form of training's. {self._both_forms}. {BY_HAND}"
         )
 
     def _encoded(self, text: RawText) -> dict[str, Any]:
-        """A text's token ids and what goes with them, as far as training's examples have it."""
+        """A text's token ids, and what the tokenizer tells with them."""
         if not callable(self.tokenizer):
             raise ValueError(
                 "Texts need a tokenizer, but there is none on the module or its datamodule. Name it self.tokenizer. "
                 f"Or: {BY_HAND}"
             )
-        like, fixed = self._collation.item, self._collation.n_padded
+        fixed = self._collation.n_padded
         limit = self._most_tokens if fixed is None else fixed
         encoded = self.tokenizer(
             *(text if isinstance(text, tuple) else (text,)),
@@ -210,11 +212,7 @@ class RawExamples(Dataset[Any]):
             max_length=limit,
             padding=False if fixed is None else "max_length",
         )
-        return {
-            name: values if like is None else _typed(values, like[name])
-            for name, values in encoded.items()
-            if like is None or name in like
-        }
+        return dict(encoded)
 
     def _labelled(self, item: Mapping[str, Any], row: Any) -> Mapping[str, Any]:
         """An example with what training's have, its label under their name for it, or with one that is lent."""
@@ -224,7 +222,7 @@ class RawExamples(Dataset[Any]):
             others = {name: value for name, value in item.items() if name not in _LABELS and not isinstance(value, str)}
             return others | {"labels" if name == "label" else name: self._label(given[name], 0) for name in given}
         wanted = [name for name in _LABELS if name in like]
-        if item.keys() == like.keys() and all(isinstance(given.get(name), type(like[name])) for name in wanted):
+        if item.keys() == like.keys() and all(isinstance(item[name], type(like[name])) for name in like):
             return item
         named = dict.fromkeys(wanted, next(iter(given.values()))) | given if len(wanted) == 1 and given else given
         labels = {}
@@ -236,7 +234,8 @@ class RawExamples(Dataset[Any]):
             else:
                 labels[name] = _lent(like, name, item)
                 self._lends_labels = True
-        return {name: value for name, value in item.items() if name in like and name not in _LABELS} | labels
+        known = [name for name in item if name in like and name not in _LABELS]
+        return {name: _typed(item[name], like[name]) for name in known} | labels
 
     def _label(self, value: Any, like: Any) -> Any:
         """A label as training has it: a number where it is a class's name."""
@@ -326,6 +325,8 @@ def _dimensions(value: Any) -> int | str:
 
 def _typed(value: Any, like: Any) -> Any:
     """A number, or numbers, in the type of another value: a tensor, an array, or as they are."""
+    if isinstance(value, str):
+        return value
     if isinstance(like, Tensor):
         return torch.as_tensor(value, dtype=like.dtype)
     return np.asarray(value, dtype=like.dtype) if isinstance(like, (np.ndarray, np.generic)) else value
