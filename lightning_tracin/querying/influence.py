@@ -28,6 +28,7 @@ from lightning_tracin.querying.asked import (
     trace_asked,
     usable_module,
 )
+from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice, chosen_checkpoints
 from lightning_tracin.querying.filling import ready_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, run_pass
 from lightning_tracin.querying.undisturbed import left_as_found, require_idle
@@ -37,7 +38,7 @@ from lightning_tracin.scoring.naming import method_of
 from lightning_tracin.scoring.score import self_influences
 from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.scoring.terms import sites_of
-from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
 from lightning_tracin.storage.scratch import Scratch
 from lightning_tracin.storage.trace import Trace
 
@@ -54,6 +55,7 @@ def influence(
     trace: str | Path | Trace | None = None,
     method: str | Method = "tracin-we",
     k: int | None = None,
+    checkpoints: CheckpointChoice = None,
 ) -> InfluenceResult:
     """Score every training example's influence on every test example.
 
@@ -72,6 +74,9 @@ def influence(
             :class:`TracInSum` with options.
         k: keep only the k strongest proponents and opponents of each test example. Memory then does not grow with
             the training set.
+        checkpoints: which of the trace's count: all by default, "last", a step, several steps, or a slice of their
+            list. Predictions are those at the last of them. An example that no batch held in the steps that led to one
+            of them is no training example there.
 
     Returns:
         Scores, one row for each test example in the order of the test data set.
@@ -96,18 +101,20 @@ def influence(
             loader = only_test_loader(dataloaders)
             with unmoved(loader):
                 check_order(loader, "test")
-            n_kept = None if k is None else clipped_k(k, opened.n_train - len(opened.undrawn))
+            counted = chosen_checkpoints(opened.checkpoints, checkpoints)
+            n_kept = None if k is None else clipped_k(k, opened.n_train - len(undrawn(counted)))
         spread_weights(trainer, module, loader, datamodule)
-        query = Query(trainer, module, opened, chosen, datamodule or attached_datamodule(trainer, module), processes)
+        hooks = datamodule or attached_datamodule(trainer, module)
+        query = Query(trainer, module, opened, chosen, hooks, processes, checkpoints)
         scratch = Scratch()
         answered: list[Queries] = []
         gradients: list[list[WordGradients]] = []
         with weights_kept(module):
-            checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
-            loaders = _blocks(query, checkpoints, loader)
+            ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
+            loaders = _blocks(query, ready, loader)
             for number, block_loader in enumerate(loaders, start=1):
                 block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
-                block = _answered(query, checkpoints, block_loader, n_kept, block_name)
+                block = _answered(query, ready, block_loader, n_kept, block_name)
                 words = block.word_gradients()
                 gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
                 block.drop_gradients()
@@ -123,6 +130,7 @@ def self_influence(
     train_dataloaders: Any = None,
     trace: str | Path | Trace | None = None,
     method: str | Method = "tracin-we",
+    checkpoints: CheckpointChoice = None,
 ) -> Tensor:
     """Every training example's influence on itself: high for mislabelled and for atypical examples.
 
@@ -133,6 +141,7 @@ def self_influence(
         train_dataloaders: see :func:`influence`.
         trace: see :func:`influence`.
         method: see :func:`influence`.
+        checkpoints: see :func:`influence`.
 
     Returns:
         (n_train,) float32: the diagonal of the training examples' scores on themselves.
@@ -153,11 +162,11 @@ def self_influence(
         if module is not None:
             spread_weights(trainer, module, [], datamodule)
         hooks = datamodule or (None if module is None else attached_datamodule(trainer, module))
-        query = Query(trainer, module, opened, chosen, hooks, processes)
+        query = Query(trainer, module, opened, chosen, hooks, processes, checkpoints)
         with weights_kept(module) if module is not None else nullcontext():
-            checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
+            ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
         with processes.synchronized():
-            return self_influences(checkpoints, chosen, processes)
+            return self_influences(ready, chosen, processes)
 
 
 def _answered(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, k: int | None, block_name: str) -> Queries:

@@ -25,6 +25,7 @@ from lightning_tracin.gradients.capture import Captured, without_inference_tenso
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.parallel.fsdp import is_fsdp, load_full_state_dict, synchronized_batches
 from lightning_tracin.parallel.processes import Processes, mark_shared
+from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.trace import Trace
@@ -46,6 +47,7 @@ class Query:
         method: what scores will be.
         datamodule: whose batch hooks belong to the examples, if any.
         processes: those that work together.
+        checkpoints: which of the trace's count.
     """
 
     trainer: pl.Trainer
@@ -54,6 +56,7 @@ class Query:
     method: Method
     datamodule: pl.LightningDataModule | None
     processes: Processes
+    checkpoints: CheckpointChoice = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from lightning_tracin.storage.layouts import (
     require_unit,
     require_within,
 )
-from lightning_tracin.storage.schemas import FORMAT_VERSION, Count, Identity, Number, Size
+from lightning_tracin.storage.schemas import FORMAT_VERSION, Count, Identity, Number, Size, StepNumber
 
 #: The file's metadata: what is not a tensor, as JSON, and the checksum of that and of all tensors.
 HEADER, FILE_CHECKSUM = "lightning_tracin.result", "lightning_tracin.checksum"
@@ -54,6 +54,8 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         checkpoint_ids: of the checkpoints that the scores are sums over.
         trace: absolute path of the trace; None without one.
         trace_relative: the same, from the folder of the result.
+        checkpoint_steps: the steps of the checkpoints; empty in older files.
+        candidates: whether the scored examples were not trained on.
     """
 
     version: int
@@ -65,6 +67,8 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     checkpoint_ids: Annotated[list[Identity], Meta(min_length=1)]
     trace: str | None
     trace_relative: str | None
+    checkpoint_steps: list[StepNumber] = []
+    candidates: bool = False
 
     def to_json(self) -> str:
         """The header as JSON.
@@ -136,6 +140,8 @@ def _check(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor]) 
         raise ValueError("it has no test examples")
     if len(set(header.checkpoint_ids)) < len(header.checkpoint_ids):
         raise ValueError("it names a checkpoint twice")
+    if len(header.checkpoint_steps) not in (0, len(header.checkpoint_ids)):
+        raise ValueError(f"it has {len(header.checkpoint_ids)} checkpoints, but {len(header.checkpoint_steps)} steps")
     require_within("test_indices", tensors["test_indices"], 0, 2**53)
     require_ascending("test_indices", tensors["test_indices"], strictly=True)
     require_within("texts.examples", tensors["texts.examples"], 0, n_test - 1)

@@ -40,6 +40,9 @@ class StoredResult:
         totals: (n_test, 2) float64, the sums of each test example's positive and of its negative scores.
         undrawn: (n,) int64, the indices of examples of the training data set that training never drew, such as those
             that the sampler holds back: their scores are zero, and they are neither proponents nor opponents.
+        checkpoint_steps: the steps of the checkpoints that the scores are sums over; predictions are those at the last.
+            Empty where an older file does not tell.
+        candidates: whether the scored examples were not trained on, but might be.
     """
 
     method: Method
@@ -57,6 +60,8 @@ class StoredResult:
     strongest_opponents: TopK | None = None
     totals: Tensor | None = None
     undrawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    checkpoint_steps: list[int] = field(default_factory=list)
+    candidates: bool = False
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file.
@@ -105,6 +110,8 @@ class StoredResult:
             checkpoint_ids=self.checkpoint_ids,
             trace=None if self.trace is None else storable(str(self.trace.path.absolute())),
             trace_relative=None if self.trace is None else storable(os.path.relpath(self.trace.path, path.parent)),
+            checkpoint_steps=self.checkpoint_steps,
+            candidates=self.candidates,
         )
         text = header.to_json()
         write_tensors(path, tensors, {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)})
@@ -151,6 +158,8 @@ class StoredResult:
             strongest_opponents=tops[1],
             totals=tensors.get("totals"),
             undrawn=tensors.get("undrawn", torch.empty(0, dtype=torch.int64)),
+            checkpoint_steps=header.checkpoint_steps,
+            candidates=header.candidates,
         )
 
 
