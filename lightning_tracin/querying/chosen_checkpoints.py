@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lightning_tracin.storage.checkpoint import Checkpoint
 
@@ -33,7 +33,7 @@ def chosen_checkpoints(checkpoints: Sequence[Checkpoint], choice: CheckpointChoi
         if not found and checkpoints:
             raise ValueError(f"checkpoints={choice} names none of the {len(checkpoints)} checkpoints. {there}")
         return found
-    wanted = [choice] if _is_step(choice) else choice
+    wanted: Any = [choice] if _is_step(choice) else choice
     if not isinstance(wanted, Sequence) or isinstance(wanted, str) or not all(map(_is_step, wanted)) or not wanted:
         raise ValueError(
             'checkpoints must be "all", "last", a step, several steps or a slice of the list of checkpoints, but got '

@@ -65,7 +65,7 @@ def influence(
     Args:
         trainer: runs the test examples through the model, on its own device and precision.
         dataloaders: one loader of test examples, in batches that ``training_step`` takes, or a datamodule.
-        model: the trained module; by default that of the last fit in this process.
+        model: the trained module, or a Hugging Face model; by default that of the last fit in this process.
         datamodule: gives ``test_dataloader`` and ``train_dataloader`` where loaders are not passed.
         train_dataloaders: one loader of the training set of the fit. It is needed only where gradients are not
             stored yet (``cache="on_demand"``); by default that of the last fit in this process. Or a datamodule.
@@ -94,7 +94,7 @@ def influence(
     with left_as_found(trainer):
         processes = launched(trainer)
         with processes.synchronized():
-            module = module_asked(trainer, model)
+            module = module_asked(trainer, model, dataloaders, train_dataloaders)
             opened = trace_asked(trainer, trace)
             if dataloaders is None and datamodule is not None:
                 dataloaders = loader_of_datamodule(trainer, datamodule, "test", processes)
@@ -155,7 +155,7 @@ def self_influence(
     datamodule, _, train_dataloaders = datamodule_asked(datamodule, None, train_dataloaders)
     with left_as_found(trainer):
         processes = launched(trainer)
-        module = given_module(model) or trainer.lightning_module
+        module = given_module(trainer, model, train_dataloaders) or trainer.lightning_module
         with processes.synchronized():
             opened = trace_asked(trainer, trace)
             module = None if module is None else usable_module(trainer, module)

@@ -42,7 +42,7 @@ class InfluenceTrainerMixin:
 
         Args:
             dataloaders: one loader of test examples, in batches that ``training_step`` takes, or a datamodule.
-            model: the trained module; by default that of the last fit in this process.
+            model: the trained module, or a Hugging Face model; by default that of the last fit in this process.
             datamodule: gives ``test_dataloader`` and ``train_dataloader`` where loaders are not passed.
             train_dataloaders: one loader of the training set, where gradients are not stored yet.
             trace: what the fit recorded, or its folder; by default that of the last fit in this process.
