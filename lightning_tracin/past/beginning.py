@@ -132,13 +132,14 @@ def _looked_at(
 ) -> tuple[KnownRun, FirstBatch]:
     """What the checkpoints tell of the module, and what a first batch does at the weights of the last one."""
     looked: list[tuple[KnownRun, FirstBatch]] = []
+    trains = type(module).training_step is not lightning_of(module).LightningModule.training_step
 
     def look() -> None:
         with module_unmoved(module, datamodule):
             configured = _configured(module)
         run = KnownRun.of(module, found, configured)
         run.load(len(found) - 1)
-        looked.append((run, look_at_first_batch(trainer, module, training_set, methods, compared=True)))
+        looked.append((run, look_at_first_batch(trainer, module, training_set, methods, compared=trains)))
 
     few = training_set.loader_over(training_set.first_indices[:1])
     predict_by(_nothing, trainer, module, few, datamodule, callbacks=[_AtStart(look)])
@@ -156,8 +157,9 @@ class _AtStart(DualCallback):
         self._act()
 
 
-def _nothing(batch: Any, batch_idx: int) -> None:
-    """Stands in for ``predict_step``."""
+def _nothing(batch: Any, batch_idx: int) -> tuple[()]:
+    """Stands in for ``predict_step``, of which Lightning warns if it returns None."""
+    return ()
 
 
 def _trainer(module: pl.LightningModule, checkpoints: Sequence[PastCheckpoint]) -> pl.Trainer:

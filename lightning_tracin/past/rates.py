@@ -116,12 +116,15 @@ def _schedule(configured: Configured, n_steps: int, steps_per_epoch: int | None)
     (optimizer,) = configured.optimizers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch: that the optimizer makes no steps
-        for step in range(n_steps + 1):
-            yield [float(group["lr"]) for group in optimizer.param_groups]
+        yield [float(group["lr"]) for group in optimizer.param_groups]
+        for step in range(n_steps):
+            epoch, batch = divmod(step, steps_per_epoch or n_steps)
+            ends = batch + 1 == steps_per_epoch
             for config in configured.schedulers:
-                done, rest = divmod(step + 1, steps_per_epoch or 1) if config.interval == "epoch" else (step + 1, 0)
-                if rest == 0 and done % config.frequency == 0:
+                place = epoch if config.interval == "epoch" else batch
+                if (config.interval == "step" or ends) and (place + 1) % config.frequency == 0:
                     config.scheduler.step()
+            yield [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def _steps_per_epoch(checkpoints: Sequence[PastCheckpoint]) -> int | None:
