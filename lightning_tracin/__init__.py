@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_tracin.bridge.mixin import TracInMixin
+    from lightning_tracin.past.trace import Trace
     from lightning_tracin.querying.influence import influence, self_influence
     from lightning_tracin.querying.trainer import InfluenceTrainerMixin, Trainer
     from lightning_tracin.recording.callback import TracInCallback
     from lightning_tracin.results.result import InfluenceResult
     from lightning_tracin.scoring.methods import TracInLast, TracInLayer, TracInSum, TracInWE
-    from lightning_tracin.storage.trace import Trace
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ _MODULES = {
     "TracInMixin": "bridge.mixin",
     "TracInSum": "scoring.methods",
     "TracInWE": "scoring.methods",
-    "Trace": "storage.trace",
+    "Trace": "past.trace",
     "Trainer": "querying.trainer",
     "influence": "querying.influence",
     "self_influence": "querying.influence",

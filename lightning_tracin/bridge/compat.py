@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import BasePredictionWriter, Callback, Checkpoint, ProgressBar
+from torch.optim import Optimizer
 
 if TYPE_CHECKING or find_spec("lightning") is None:
+    twin = pl
     DualCallback = Callback
     DualCheckpoint = Checkpoint
     DualPredictionWriter = BasePredictionWriter
@@ -35,6 +38,23 @@ else:
 
     PROGRESS_BARS = (ProgressBar, twins.ProgressBar)
     DATAMODULES = (pl.LightningDataModule, twin.LightningDataModule)
+
+
+def lightning_of(thing: Any) -> Any:
+    """The package, of the two, that a trainer or a module is of."""
+    is_twin = twin is not pl and isinstance(thing, (twin.Trainer, twin.LightningModule))
+    return twin if is_twin else pl
+
+
+def configured_optimizers(module: pl.LightningModule) -> tuple[list[Optimizer], list[Any]]:
+    """The optimizers that a module with a trainer makes, and what Lightning makes of its schedulers.
+
+    Raises:
+        Exception: whatever the module's ``configure_optimizers`` raises, and Lightning on what that returns.
+    """
+    core = import_module(f"{lightning_of(module).__name__}.core.optimizer")
+    optimizers, schedulers = core._init_optimizers_and_lr_schedulers(module)
+    return list(optimizers), list(schedulers)
 
 
 def batch_to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:

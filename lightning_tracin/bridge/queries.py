@@ -169,6 +169,8 @@ def result_of(blocks: Sequence[Queries], gradients: Sequence[list[WordGradients]
         predictions=torch.cat([block.predictions for block in blocks]),
         trace=first.trace,
         checkpoint_ids=[each.id for each in first.checkpoints],
+        checkpoint_steps=[each.step for each in first.checkpoints],
+        candidates=first.trace.header.candidates,
         scores=scores.scores,
         strongest_proponents=scores.proponents,
         strongest_opponents=scores.opponents,

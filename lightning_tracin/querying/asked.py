@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from torch import nn
 
 from lightning_tracin.bridge.compat import DATAMODULES
+from lightning_tracin.bridge.hugging_face import is_hugging_face, wrapped_model
 from lightning_tracin.bridge.strategy import spreads
 from lightning_tracin.bridge.training_set import RecordedFit
 from lightning_tracin.parallel.fsdp import is_fsdp, require_spread
@@ -17,29 +18,41 @@ from lightning_tracin.querying.passes import attribute_set, serving
 from lightning_tracin.storage.trace import Trace
 
 
-def module_asked(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.LightningModule:
+def module_asked(trainer: pl.Trainer, model: Any, *loaders: Any) -> pl.LightningModule:
     """The module that is passed, or that of the last fit.
+
+    Args:
+        trainer: whose last fit counts.
+        model: what was passed.
+        loaders: of examples, whose tokenizer may name a Hugging Face model's words.
 
     Raises:
         ValueError: if there is none.
     """
-    module = given_module(model) or trainer.lightning_module
+    module = given_module(trainer, model, *loaders) or trainer.lightning_module
     if module is None:
         raise ValueError("This trainer has not fitted a model in this process: pass model=..., and trace=...")
     return usable_module(trainer, module)
 
 
-def given_module(model: Any) -> pl.LightningModule | None:
-    """The model that was passed, uncompiled.
+def given_module(trainer: Any, model: Any, *loaders: Any) -> pl.LightningModule | None:
+    """The model that was passed, uncompiled; one of Hugging Face is wrapped.
+
+    Args:
+        trainer: of the package of Lightning that it is for.
+        model: what was passed.
+        loaders: of examples, whose tokenizer may name a Hugging Face model's words.
 
     Raises:
         TypeError: if it is none.
     """
     module = getattr(model, "_orig_mod", model)
+    if is_hugging_face(module):
+        return wrapped_model(module, trainer, *loaders)
     if not isinstance(module, (nn.Module, type(None))):
         raise TypeError(
-            f"model must be a LightningModule, but got {type(module).__name__}. The order is trainer.influence("
-            "test_loader, model) and trainer.self_influence(model, train_dataloaders=train_loader)."
+            f"model must be a LightningModule or a Hugging Face model, but got {type(module).__name__}. The order is "
+            "trainer.influence(test_loader, model) and trainer.self_influence(model, train_dataloaders=train_loader)."
         )
     return module  # type: ignore[return-value]
 

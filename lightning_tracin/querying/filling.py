@@ -20,6 +20,7 @@ from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp
 from lightning_tracin.parallel.processes import Processes, wait_until_visible
 from lightning_tracin.querying.asked import has_loader, last_fits, loader_of_datamodule
+from lightning_tracin.querying.chosen_checkpoints import chosen_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, attribute_set, run_pass
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.terms import sites_of, terms_at
@@ -33,7 +34,7 @@ from lightning_tracin.storage.training_pass import TrainingPass, reading_order, 
 def ready_checkpoints(
     query: Query, module: pl.LightningModule | None, datamodule: pl.LightningDataModule | None, train_dataloaders: Any
 ) -> list[Checkpoint]:
-    """The trace's checkpoints, each with the gradients that the method needs; missing ones are computed now.
+    """The checkpoints that count, each with the gradients that the method needs; missing ones are computed now.
 
     Args:
         query: what is asked.
@@ -42,11 +43,14 @@ def ready_checkpoints(
         train_dataloaders: that were passed.
 
     Raises:
-        ValueError: if there are no checkpoints, or if model or training set are missing or not those of the trace.
+        ValueError: if there are no checkpoints, or not those that are asked for, or if model or training set are
+            missing or not those of the trace.
     """
     trace, processes = query.trace, query.processes
     with processes.synchronized(), ExitStack() as stack:
-        checkpoints = _checkpoints_of_first(trace, query.method, processes)
+        recorded = _checkpoints_of_first(trace, query.method, processes)
+        trace.check_whole(recorded)
+        checkpoints = chosen_checkpoints(recorded, query.checkpoints)
         sites = _check_recorded(trace, query.method, checkpoints)
         if module is not None:
             state = full_state_dict(module)
@@ -121,7 +125,6 @@ def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoi
     """Check that the fit recorded what a method needs, as far as it is stored; the sites that it needs."""
     if not checkpoints:
         raise ValueError(f"The trace in {trace.path} has no checkpoint yet: there is nothing to score from.")
-    trace.check_whole(checkpoints)
     sites = sites_of(method, trace.sites)
     for checkpoint in checkpoints:
         terms_at(checkpoint, method)  # raises where the method needs second moments and there are none

@@ -26,6 +26,7 @@ from lightning_tracin.querying.asked import (
     usable_module,
 )
 from lightning_tracin.querying.asked_examples import AskedExamples, examples_asked, told_by_loader
+from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice, chosen_checkpoints
 from lightning_tracin.querying.filling import ready_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, run_pass
 from lightning_tracin.querying.undisturbed import left_as_found, require_idle
@@ -35,7 +36,7 @@ from lightning_tracin.scoring.naming import method_of
 from lightning_tracin.scoring.score import self_influences
 from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.scoring.terms import sites_of
-from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
 from lightning_tracin.storage.scratch import Scratch
 from lightning_tracin.storage.trace import Trace
 
@@ -52,6 +53,7 @@ def influence(
     trace: str | Path | Trace | None = None,
     method: str | Method = "tracin-we",
     k: int | None = None,
+    checkpoints: CheckpointChoice = None,
 ) -> InfluenceResult:
     """Score every training example's influence on every test example.
 
@@ -61,7 +63,7 @@ def influence(
     Args:
         trainer: runs the test examples through the model, on its own device and precision.
         dataloaders: one loader of test examples, in batches that ``training_step`` takes, or a datamodule.
-        model: the trained module; by default that of the last fit in this process.
+        model: the trained module, or a Hugging Face model; by default that of the last fit in this process.
         datamodule: gives ``test_dataloader`` and ``train_dataloader`` where loaders are not passed.
         train_dataloaders: one loader of the training set of the fit. It is needed only where gradients are not
             stored yet (``cache="on_demand"``); by default that of the last fit in this process. Or a datamodule.
@@ -70,6 +72,9 @@ def influence(
             :class:`TracInSum` with options.
         k: keep only the k strongest proponents and opponents of each test example. Memory then does not grow with
             the training set.
+        checkpoints: which of the trace's count: all by default, "last", a step, several steps, or a slice of their
+            list. Predictions are those at the last of them. An example that no batch held in the steps that led to one
+            of them is no training example there.
 
     Returns:
         Scores, one row for each test example in the order of the test data set.
@@ -87,11 +92,12 @@ def influence(
     with left_as_found(trainer):
         processes = launched(trainer)
         with processes.synchronized():
-            module = module_asked(trainer, model)
+            module = module_asked(trainer, model, dataloaders, train_dataloaders)
             opened = trace_asked(trainer, trace)
-            n_kept = None if k is None else clipped_k(k, opened.n_train - len(opened.undrawn))
+            counted = chosen_checkpoints(opened.checkpoints, checkpoints)
+            n_kept = None if k is None else clipped_k(k, opened.n_train - len(undrawn(counted)))
             hooks = datamodule or attached_datamodule(trainer, module)
-            query = Query(trainer, module, opened, chosen, hooks, processes)
+            query = Query(trainer, module, opened, chosen, hooks, processes, checkpoints)
             asked = examples_asked(query, dataloaders, train_dataloaders)
         spread_weights(trainer, module, asked[0].loader, datamodule)
         scratch = Scratch()
@@ -99,11 +105,11 @@ def influence(
         gradients: list[list[WordGradients]] = []
         owners: list[int] = []  # of each test example, the number of its loader
         with weights_kept(module):
-            checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
-            loaders = _blocks(query, checkpoints, asked)
+            ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
+            loaders = _blocks(query, ready, asked)
             for number, (owner, loader) in enumerate(loaders, start=1):
                 block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
-                block = _answered(query, checkpoints, loader, n_kept, block_name)
+                block = _answered(query, ready, loader, n_kept, block_name)
                 words = block.word_gradients()
                 gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
                 block.drop_gradients()
@@ -120,6 +126,7 @@ def self_influence(
     train_dataloaders: Any = None,
     trace: str | Path | Trace | None = None,
     method: str | Method = "tracin-we",
+    checkpoints: CheckpointChoice = None,
 ) -> Tensor:
     """Every training example's influence on itself: high for mislabelled and for atypical examples.
 
@@ -130,6 +137,7 @@ def self_influence(
         train_dataloaders: see :func:`influence`.
         trace: see :func:`influence`.
         method: see :func:`influence`.
+        checkpoints: see :func:`influence`.
 
     Returns:
         (n_train,) float32: the diagonal of the training examples' scores on themselves.
@@ -143,18 +151,18 @@ def self_influence(
     datamodule, _, train_dataloaders = datamodule_asked(datamodule, None, train_dataloaders)
     with left_as_found(trainer):
         processes = launched(trainer)
-        module = given_module(model) or trainer.lightning_module
+        module = given_module(trainer, model, train_dataloaders) or trainer.lightning_module
         with processes.synchronized():
             opened = trace_asked(trainer, trace)
             module = None if module is None else usable_module(trainer, module)
         if module is not None:
             spread_weights(trainer, module, [], datamodule)
         hooks = datamodule or (None if module is None else attached_datamodule(trainer, module))
-        query = Query(trainer, module, opened, chosen, hooks, processes)
+        query = Query(trainer, module, opened, chosen, hooks, processes, checkpoints)
         with weights_kept(module) if module is not None else nullcontext():
-            checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
+            ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
         with processes.synchronized():
-            return self_influences(checkpoints, chosen, processes)
+            return self_influences(ready, chosen, processes)
 
 
 def _answered(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, k: int | None, block_name: str) -> Queries:

@@ -25,6 +25,7 @@ from lightning_tracin.gradients.capture import Captured, without_inference_tenso
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.parallel.fsdp import is_fsdp, load_full_state_dict, synchronized_batches
 from lightning_tracin.parallel.processes import Processes, mark_shared
+from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.trace import Trace
@@ -46,6 +47,7 @@ class Query:
         method: what scores will be.
         datamodule: whose batch hooks belong to the examples, if any.
         processes: those that work together.
+        checkpoints: which of the trace's count.
     """
 
     trainer: pl.Trainer
@@ -54,6 +56,7 @@ class Query:
     method: Method
     datamodule: pl.LightningDataModule | None
     processes: Processes
+    checkpoints: CheckpointChoice = None
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,11 @@ def _run_by_predict(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
     failure = None
     with ExitStack() as stack:
         stack.enter_context(module_unmoved(module, query.datamodule))
-        stack.enter_context(attribute_set(trainer, "callbacks", [*bars, writer]))
-        stack.enter_context(attribute_set(module, "predict_step", partial(_gradient_step, of.gradients)))
-        for hook in _HOOKS:  # no prediction of the user's, as for callbacks
-            stack.enter_context(attribute_set(module, hook, _nothing))
         if processes.size > 1:  # fewer examples than processes are no mistake
             stack.enter_context(attribute_set(module, "allow_zero_length_dataloader_with_multiple_devices", True))
         try:
-            if query.datamodule is None:
-                trainer.predict(module, of.loader, return_predictions=False)
-            else:
-                stack.enter_context(attribute_set(trainer, "datamodule", trainer.datamodule))  # type: ignore[attr-defined]
-                trainer.predict(module, datamodule=serving(query.datamodule, of.loader), return_predictions=False)
+            step = partial(_gradient_step, of.gradients)
+            predict_by(step, trainer, module, of.loader, query.datamodule, callbacks=[*bars, writer])
         except Exception as error:
             if not writer.started:
                 mark_shared(error)
@@ -114,6 +110,37 @@ def _run_by_predict(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
     with processes.synchronized():
         if failure is not None:
             raise failure
+
+
+def predict_by(
+    step: Callable[[Any, int], Any],
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    loader: Any,
+    datamodule: pl.LightningDataModule | None,
+    *,
+    callbacks: Sequence[Any],
+) -> None:
+    """Run a loader through ``trainer.predict``, with a step of ours, and without the user's callbacks and hooks.
+
+    Args:
+        step: in the place of ``predict_step``.
+        trainer: runs it.
+        module: the module.
+        loader: of the examples.
+        datamodule: whose batch hooks belong to them, if any.
+        callbacks: in the place of the trainer's.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(attribute_set(trainer, "callbacks", list(callbacks)))
+        stack.enter_context(attribute_set(module, "predict_step", step))
+        for hook in _HOOKS:  # no prediction of the user's, as for callbacks
+            stack.enter_context(attribute_set(module, hook, _nothing))
+        if datamodule is None:
+            trainer.predict(module, loader, return_predictions=False)
+        else:
+            stack.enter_context(attribute_set(trainer, "datamodule", trainer.datamodule))  # type: ignore[attr-defined]
+            trainer.predict(module, datamodule=serving(datamodule, loader), return_predictions=False)
 
 
 def _run_in_step(query: Query, checkpoint: Checkpoint, of: Pass) -> None:

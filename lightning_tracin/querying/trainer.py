@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
+from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
 from lightning_tracin.querying.influence import influence, self_influence
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method
@@ -35,17 +36,19 @@ class InfluenceTrainerMixin:
         trace: str | Path | Trace | None = None,
         method: str | Method = "tracin-we",
         k: int | None = None,
+        checkpoints: CheckpointChoice = None,
     ) -> InfluenceResult:
         """Score every training example's influence on every test example; see :func:`influence`.
 
         Args:
             dataloaders: one loader of test examples, in batches that ``training_step`` takes, or a datamodule.
-            model: the trained module; by default that of the last fit in this process.
+            model: the trained module, or a Hugging Face model; by default that of the last fit in this process.
             datamodule: gives ``test_dataloader`` and ``train_dataloader`` where loaders are not passed.
             train_dataloaders: one loader of the training set, where gradients are not stored yet.
             trace: what the fit recorded, or its folder; by default that of the last fit in this process.
             method: "tracin-we", "tracin-last", or a method with options.
             k: keep only the k strongest proponents and opponents of each test example.
+            checkpoints: which of the trace's count: all by default, "last", a step, several, or a slice of their list.
         """
         return influence(
             self,  # type: ignore[arg-type]
@@ -56,6 +59,7 @@ class InfluenceTrainerMixin:
             trace=trace,
             method=method,
             k=k,
+            checkpoints=checkpoints,
         )
 
     def self_influence(
@@ -66,6 +70,7 @@ class InfluenceTrainerMixin:
         train_dataloaders: Any = None,
         trace: str | Path | Trace | None = None,
         method: str | Method = "tracin-we",
+        checkpoints: CheckpointChoice = None,
     ) -> Tensor:
         """Every training example's influence on itself, (n_train,); see :func:`self_influence`.
 
@@ -75,6 +80,7 @@ class InfluenceTrainerMixin:
             train_dataloaders: one loader of the training set, where gradients are not stored yet.
             trace: what the fit recorded, or its folder; by default that of the last fit in this process.
             method: "tracin-we", "tracin-last", or a method with options.
+            checkpoints: which of the trace's count: all by default, "last", a step, several, or a slice of their list.
         """
         return self_influence(
             self,  # type: ignore[arg-type]
@@ -83,6 +89,7 @@ class InfluenceTrainerMixin:
             train_dataloaders=train_dataloaders,
             trace=trace,
             method=method,
+            checkpoints=checkpoints,
         )
 
 

@@ -39,14 +39,26 @@ def notes_of_result(method: Method, words_of_ids: Mapping[int, str], *, has_evid
 def notes_of_trace(evidence: Evidence) -> list[str]:
     """What the scores lack because it could not be recorded."""
     notes = []
-    n_undrawn = len(undrawn(evidence.checkpoints))
-    if n_undrawn:
+    trace = evidence.trace
+    if trace.header.candidates:
         notes.append(
-            f"{n_undrawn:,} of the {evidence.trace.n_train:,} examples in the training data set are no training "
-            "examples: no batch has held them. They are left out."
+            "The scored examples are candidates, not trained on: a score tells what a step on one would have done for "
+            "the test example."
         )
-    if evidence.trace.incomplete is not None:
-        notes.append(f"The trace is incomplete. {evidence.trace.incomplete} Scores lack what came later.")
+    notes += trace.header.notes
+    n_undrawn = len(undrawn(evidence.checkpoints))
+    if n_undrawn and len(evidence.checkpoints) < len(trace.checkpoint_folders):
+        notes.append(
+            f"No batch held {n_undrawn:,} of the {trace.n_train:,} examples in the training data set in the steps that "
+            "led to the checkpoints that count here. They are left out."
+        )
+    elif n_undrawn:
+        notes.append(
+            f"{n_undrawn:,} of the {trace.n_train:,} examples in the training data set are no training examples: no "
+            "batch has held them. They are left out."
+        )
+    if trace.incomplete is not None:
+        notes.append(f"The trace is incomplete. {trace.incomplete} Scores lack what came later.")
     counts: Counter[int] = Counter()
     for checkpoint in evidence.checkpoints:
         sites = sites_of(evidence.method, checkpoint.sites)

@@ -59,11 +59,8 @@ class InfluenceResult(RichRepr, ExplainedResult):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         evidence = Evidence.find(self)
         n_test = len(self.test_indices)
-        n_checkpoints = len(self.checkpoint_ids)
-        yield Text(
-            f"{printable(str(self.method))}, {n_test} test and {self._n_drawn} training examples, "
-            f"{n_checkpoints} checkpoint{'s' * (n_checkpoints != 1)}"
-        )
+        scored = "candidates, not trained on" if self.candidates else "training examples"
+        yield Text(f"{printable(str(self.method))}, {n_test} test and {self._n_drawn} {scored}, {self._checkpoints}")
         yield from (Text(printable(note), style="italic") for note in self._notes_given(evidence))
         shown = min(_PRINTED_TESTS, n_test)
         for explanation in self._explanations_from(evidence, range(shown), _PRINTED_K):
@@ -202,8 +199,10 @@ class InfluenceResult(RichRepr, ExplainedResult):
         measure = without_normalizing(self.method) if is_constant_on_itself(self.method) else self.method
         counts = [
             _counted(n_test, "test example"),
-            _counted(self._n_drawn, "training example"),
-            _counted(len(self.checkpoint_ids), "checkpoint"),
+            f"{self._n_drawn:,} candidates, not trained on"
+            if self.candidates
+            else _counted(self._n_drawn, "training example"),
+            self._checkpoints,
         ]
         page = Page(
             title=f"What {n_test:,} predictions were learned from" if title is None else title,
@@ -224,6 +223,13 @@ class InfluenceResult(RichRepr, ExplainedResult):
             word_table=self._word_table(evidence, _PAGE_WORDS, 0) if evidence is not None and self._has_words else None,
         )
         return write_page(page, path)
+
+    @property
+    def _checkpoints(self) -> str:
+        """How many checkpoints the scores are sums over, and of which steps; predictions are those of the last."""
+        steps = list(dict.fromkeys([*self.checkpoint_steps[:1], *self.checkpoint_steps[-1:]]))
+        of_steps = f" (step{'s' * (len(steps) > 1)} {' to '.join(map(str, steps))})" if steps else ""
+        return _counted(len(self.checkpoint_ids), "checkpoint") + of_steps
 
     def _notes_given(self, evidence: Evidence | None) -> list[str]:
         notes = notes_of_result(self.method, self.words_of_ids, has_evidence=evidence is not None)

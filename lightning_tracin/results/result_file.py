@@ -30,7 +30,7 @@ from lightning_tracin.storage.layouts import (
     require_unit,
     require_within,
 )
-from lightning_tracin.storage.schemas import FORMAT_VERSION, Count, Identity, Number, Size
+from lightning_tracin.storage.schemas import FORMAT_VERSION, Count, Identity, Number, Size, StepNumber
 
 #: The file's metadata: what is not a tensor, as JSON, and the checksum of that and of all tensors.
 HEADER, FILE_CHECKSUM = "lightning_tracin.result", "lightning_tracin.checksum"
@@ -55,6 +55,8 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         trace: absolute path of the trace; None without one.
         trace_relative: the same, from the folder of the result.
         test_loader_names: of the loaders that test examples came in, where there were several.
+        checkpoint_steps: the steps of the checkpoints; empty in older files.
+        candidates: whether the scored examples were not trained on.
     """
 
     version: int
@@ -67,6 +69,8 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     trace: str | None
     trace_relative: str | None
     test_loader_names: list[str] = []
+    checkpoint_steps: list[StepNumber] = []
+    candidates: bool = False
 
     def to_json(self) -> str:
         """The header as JSON.
@@ -138,6 +142,8 @@ def _check(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor]) 
         raise ValueError("it has no test examples")
     if len(set(header.checkpoint_ids)) < len(header.checkpoint_ids):
         raise ValueError("it names a checkpoint twice")
+    if len(header.checkpoint_steps) not in (0, len(header.checkpoint_ids)):
+        raise ValueError(f"it has {len(header.checkpoint_ids)} checkpoints, but {len(header.checkpoint_steps)} steps")
     require_within("test_indices", tensors["test_indices"], 0, 2**53)
     _check_loaders(header, tensors)
     require_within("texts.examples", tensors["texts.examples"], 0, n_test - 1)

@@ -44,6 +44,9 @@ class StoredResult:
         test_loaders: (n_test,) int64, ascending: the number of the loader that each row's example came in; None where
             there was one.
         test_loader_names: their keys, or numbers; empty where there was one.
+        checkpoint_steps: the steps of the checkpoints that the scores are sums over; predictions are those at the last.
+            Empty where an older file does not tell.
+        candidates: whether the scored examples were not trained on, but might be.
     """
 
     method: Method
@@ -63,6 +66,8 @@ class StoredResult:
     undrawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     test_loaders: Tensor | None = None
     test_loader_names: tuple[str, ...] = ()
+    checkpoint_steps: list[int] = field(default_factory=list)
+    candidates: bool = False
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file.
@@ -114,6 +119,8 @@ class StoredResult:
             trace=None if self.trace is None else storable(str(self.trace.path.absolute())),
             trace_relative=None if self.trace is None else storable(os.path.relpath(self.trace.path, path.parent)),
             test_loader_names=[storable(name) for name in self.test_loader_names],
+            checkpoint_steps=self.checkpoint_steps,
+            candidates=self.candidates,
         )
         text = header.to_json()
         write_tensors(path, tensors, {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)})
@@ -162,6 +169,8 @@ class StoredResult:
             undrawn=tensors.get("undrawn", torch.empty(0, dtype=torch.int64)),
             test_loaders=tensors.get("test_loaders"),
             test_loader_names=tuple(header.test_loader_names),
+            checkpoint_steps=header.checkpoint_steps,
+            candidates=header.candidates,
         )
 
 

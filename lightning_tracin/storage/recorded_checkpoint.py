@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,31 @@ def _write_weights_and_moments(
     }
     if not processes.first:
         return {}
-    tensors, tied = _untied(state)
-    checksums = share_frozen(folder, trace.path, tensors, frozen_names(module), shared)
-    checksums[WEIGHTS] = write_tensors(folder / WEIGHTS, tensors, tied)
+    checksums = write_weights(folder, trace.path, state, frozen_names(module), shared)
     for name, moments in moments_by_file.items():
         if moments is not None:
             checksums[name] = moments.write(folder / name)
+    return checksums
+
+
+def write_weights(
+    folder: Path, trace: Path, state: Mapping[str, Any], frozen: Collection[str], shared: Mapping[str, str]
+) -> dict[str, str]:
+    """Write a state dict's weights, tied ones once, and frozen ones where checkpoints share them.
+
+    Args:
+        folder: of the checkpoint.
+        trace: the folder of the trace.
+        state: the module's state dict.
+        frozen: names of those that no gradient moves.
+        shared: the checksums of the files that the checkpoint before shares, by name.
+
+    Returns:
+        The checksum of each file by its name.
+    """
+    tensors, tied = _untied(state)
+    checksums = share_frozen(folder, trace, tensors, frozen, shared)
+    checksums[WEIGHTS] = write_tensors(folder / WEIGHTS, tensors, tied)
     return checksums
 
 

@@ -68,6 +68,8 @@ class TraceHeader(JsonFile, frozen=True, kw_only=True):
         sites: the sites at which gradients are taken, and the form in which they are stored.
         dtype: the type that directions are stored in.
         shard_examples: number of training examples in each shard.
+        candidates: whether these examples were not trained on, but are scored for what training on them would do.
+        notes: sentences that each result says of the trace, such as what is approximate in it.
     """
 
     n_train: Size
@@ -77,6 +79,8 @@ class TraceHeader(JsonFile, frozen=True, kw_only=True):
     sites: Annotated[tuple[Site, ...], Meta(min_length=1, max_length=10_000)]
     dtype: Dtype
     shard_examples: Annotated[int, Meta(ge=1, le=MOST_SHARD_EXAMPLES)]
+    candidates: bool = False
+    notes: Annotated[tuple[Label, ...], Meta(max_length=100)] = ()
 
     def __post_init__(self) -> None:
         if len({site.key for site in self.sites}) < len(self.sites):

@@ -15,6 +15,7 @@ PACKAGE = Path(lightning_tracin.__file__).parent
 # From the top of the house to its ground: a folder may import itself and those that follow.
 FLOORS = (
     "cli",
+    "past",
     "querying",
     "recording",
     "bridge",

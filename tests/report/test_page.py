@@ -27,7 +27,12 @@ def downloaded(page, button):
 def test_the_head_says_what_was_computed(page):
     assert page.title() == f"What {N_TEST} predictions were learned from"
     facts = page.locator(".facts span").all_inner_texts()
-    assert facts == ["TracIn-WE", f"{N_TEST} test examples", f"{N_TRAIN} training examples", "2 checkpoints"]
+    assert facts == [
+        "TracIn-WE",
+        f"{N_TEST} test examples",
+        f"{N_TRAIN} training examples",
+        "2 checkpoints (steps 5 to 10)",
+    ]
     assert "there is no tokenizer" in page.locator(".notes li").first.text_content()
 
 

@@ -1,0 +1,274 @@
+"""What the checkpoints of a run that is over hold: Lightning's files, state dicts, folders of Hugging Face's Trainer.
+
+Nothing is unpickled, and nothing that a file says is believed before it has the types that it should have.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_tracin.gradients.printable import printable
+from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.files import open_tensors, status_of
+from lightning_tracin.storage.own_files import has_trace
+from lightning_tracin.storage.trace import Trace
+
+_MOST_STEPS = 999_999_999
+
+WHAT_TO_PASS = (
+    "Pass .ckpt files of Lightning, checkpoint folders of Hugging Face's Trainer, state dicts (.pt, .safetensors, or "
+    "objects), or a trace."
+)
+
+
+@dataclass(frozen=True)
+class PastCheckpoint:
+    """What is known of a checkpoint.
+
+    Attributes:
+        name: of the file, for messages.
+        weights: gives the state dict.
+        step: optimizer steps up to it; None if it does not tell.
+        epoch: the epoch that it was taken in.
+        optimizers: the state dict of each optimizer.
+        schedulers: the state dict of each learning rate scheduler.
+        of_trainer: whether Hugging Face's Trainer saved it.
+        logged: of that one, the learning rates that were logged, each with the steps done.
+        max_steps: of that one, how many steps the run was to make.
+        recorded: the checkpoint of a trace that it is.
+        rate: the learning rate that was given for it.
+    """
+
+    name: str
+    weights: Callable[[], Mapping[str, Tensor]]
+    step: int | None = None
+    epoch: int = 0
+    optimizers: tuple[Mapping[str, Any], ...] = ()
+    schedulers: tuple[Mapping[str, Any], ...] = ()
+    of_trainer: bool = False
+    logged: tuple[tuple[int, float], ...] = ()
+    max_steps: int | None = None
+    recorded: Checkpoint | None = None
+    rate: float | None = None
+
+    @property
+    def number(self) -> int:
+        """Its step, which :func:`in_order` has made sure of."""
+        assert self.step is not None
+        return self.step
+
+
+def read_checkpoint(source: Any, number: int, folder: Callable[[Path], list[PastCheckpoint]]) -> list[PastCheckpoint]:
+    """What is known of a checkpoint, or of several in a folder or a trace.
+
+    Args:
+        source: a file or folder, a state dict, or a trace.
+        number: its place among those that were passed, to name it by.
+        folder: reads a folder that is no trace.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is damaged, or no checkpoint.
+        TypeError: if it is nothing of the kind.
+    """
+    if isinstance(source, Trace):
+        return [_recorded(each) for each in source.checkpoints]
+    if isinstance(source, Mapping):
+        return [_from_content(source, f"state dict {number}")]
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"checkpoints[{number}] is a {type(source).__name__}, which is no checkpoint. {WHAT_TO_PASS}")
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint {path.absolute()}. {WHAT_TO_PASS}")
+    if has_trace(path):
+        return [_recorded(each) for each in Trace(path).checkpoints]
+    if path.is_dir():
+        return folder(path)
+    if path.suffix == ".safetensors":
+        status_of(path)
+        return [PastCheckpoint(str(path), lambda: safe_tensors(path))]
+    return [_from_content(torch_content(path), str(path))]
+
+
+def in_order(found: Sequence[PastCheckpoint], learning_rates: Sequence[float] | None) -> list[PastCheckpoint]:
+    """Checkpoints in the order of the run, each with the learning rate that was given for it.
+
+    Where none tells its step, they are in order, and numbered from 1. A file that is there twice counts once.
+
+    Raises:
+        ValueError: if there are none, if only some tell their steps, if different ones tell the same, or if not one
+            rate is given for each.
+    """
+    if not found:
+        raise ValueError(f"There is no checkpoint to make a trace of. {WHAT_TO_PASS}")
+    if any(each.recorded for each in found) and len({id(each.recorded and each.recorded.header) for each in found}) > 1:
+        raise ValueError("Of several traces, or a trace and other checkpoints, no trace can be made: pass one alone.")
+    if learning_rates is not None:
+        rates = [_finite(rate, "learning_rates") for rate in learning_rates]
+        if len(rates) != len(found):
+            raise ValueError(
+                f"learning_rates must give one for each of the {len(found)} checkpoints, but got {len(rates)}: "
+                f"{_listed([each.name for each in found])}."
+            )
+        found = [replace(each, rate=rate) for each, rate in zip(found, rates, strict=True)]
+    silent = [each.name for each in found if each.step is None]
+    if len(silent) == len(found):
+        return [replace(each, step=number) for number, each in enumerate(found, start=1)]
+    if silent:
+        raise ValueError(
+            f"{_listed(silent)} do not tell which step they are of, but others do: their order cannot be known. Pass "
+            "checkpoints of one kind."
+        )
+    ordered: list[PastCheckpoint] = []
+    for each in sorted(found, key=lambda each: each.number):
+        if ordered and ordered[-1].step == each.step:
+            if not _same(ordered[-1].weights(), each.weights()):
+                raise ValueError(
+                    f"{ordered[-1].name} and {each.name} are both of step {each.step}, but their weights differ: pass "
+                    "the checkpoints of one run."
+                )
+            rank_zero_info(f"{each.name} is {ordered[-1].name} once more, and counts once.")
+        else:
+            ordered.append(each)
+    return ordered
+
+
+def torch_content(path: Path) -> Any:
+    """What ``torch.save`` wrote to a file, memory-mapped where its form allows; nothing is unpickled.
+
+    Raises:
+        ValueError: if it is damaged, or holds objects that only unpickling would give.
+    """
+    status_of(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)|class (\S+)|(?:function|type) ([\w.]+\.\w+)", str(error))
+        if named is None:
+            raise ValueError(f"{path} is damaged, or is no checkpoint: {_first_line(error)}.") from error
+        name = printable(next(each for each in named.groups() if each)).rstrip(".,")
+        raise ValueError(
+            f"{path} holds an object of {name}, which only unpickling would give, and that may run any code: it is "
+            "refused. If you trust the file, allow that class by torch.serialization.add_safe_globals, or save again "
+            'what is needed: the entries "state_dict", "optimizer_states", "lr_schedulers", "global_step" and "epoch".'
+        ) from error
+    except Exception as error:  # what torch raises on a damaged file is of many kinds
+        if isinstance(error, MemoryError):
+            raise
+        raise ValueError(f"{path} is damaged, or is no checkpoint: {_first_line(error)}.") from error
+
+
+def safe_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, memory-mapped.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        return open_tensors(path)[0]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or is no safetensors file: {_first_line(error.__cause__)}.") from error
+
+
+def tensors_of_state(content: Any, name: str) -> dict[str, Tensor]:
+    """The tensors of a state dict.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(content, Mapping) or not all(isinstance(each, str) for each in content):
+        raise ValueError(f"{name} holds no state dict, but {type(content).__name__}. {WHAT_TO_PASS}")
+    tensors = {key: value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        entries = f", but {_listed(list(content))}" if content else ""
+        raise ValueError(f"{name} holds no weights{entries}. {WHAT_TO_PASS}")
+    return tensors
+
+
+def states_of(content: Any, name: str, kind: str) -> tuple[Mapping[str, Any], ...]:
+    """The state dicts of optimizers or schedulers.
+
+    Raises:
+        ValueError: if they are none.
+    """
+    states = [] if content is None else content
+    if not isinstance(states, Sequence) or not all(isinstance(each, Mapping) for each in states):
+        raise ValueError(f"{name} is damaged: its {kind} are no list of state dicts.")
+    for state in states if kind == "optimizers" else ():
+        groups = state.get("param_groups")
+        fits = isinstance(groups, Sequence) and isinstance(state.get("state"), Mapping)
+        if not fits or not all(
+            isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups
+        ):
+            raise ValueError(f"{name} is damaged: an optimizer's state has no parameter groups.")
+        for group in groups:
+            _finite(group.get("lr"), f"{name} is damaged: the lr of a parameter group")
+    return tuple(states)
+
+
+def step_of(value: Any, name: str) -> int:
+    """A number of steps or epochs.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_STEPS:
+        raise ValueError(f"{name} is damaged: {printable(repr(value))[:40]} is no number of steps or epochs.")
+    return value
+
+
+def _from_content(content: Any, name: str) -> PastCheckpoint:
+    """A checkpoint of Lightning, or a plain state dict."""
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        tensors = tensors_of_state(content["state_dict"], name)
+        return PastCheckpoint(
+            name,
+            lambda: tensors,
+            step=step_of(content["global_step"], name) if "global_step" in content else None,
+            epoch=step_of(content.get("epoch", 0), name),
+            optimizers=states_of(content.get("optimizer_states"), name, "optimizers"),
+            schedulers=states_of(content.get("lr_schedulers"), name, "schedulers"),
+        )
+    tensors = tensors_of_state(content, name)
+    return PastCheckpoint(name, lambda: tensors)
+
+
+def _recorded(checkpoint: Checkpoint) -> PastCheckpoint:
+    return PastCheckpoint(
+        str(checkpoint.path), checkpoint.weights, checkpoint.step, checkpoint.epoch, recorded=checkpoint
+    )
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _finite(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or abs(number) > 1e30:  # as schemas.Rate
+        raise ValueError(f"{what} must be a number, but got {printable(repr(value))[:40]}.")
+    return number
+
+
+def _listed(names: Sequence[Any]) -> str:
+    shown = ", ".join(printable(str(name)) for name in names[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+
+
+def _first_line(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[0]).rstrip(".")[:300]

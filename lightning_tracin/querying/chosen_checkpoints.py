@@ -1,0 +1,54 @@
+"""Which of a trace's checkpoints a question is about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, TypeAlias
+
+from lightning_tracin.storage.checkpoint import Checkpoint
+
+#: None or "all", "last", a step, several steps, or a slice of the list of checkpoints.
+CheckpointChoice: TypeAlias = str | int | Sequence[int] | slice | None
+
+
+def chosen_checkpoints(checkpoints: Sequence[Checkpoint], choice: CheckpointChoice) -> list[Checkpoint]:
+    """Those of some checkpoints that a question is about, in the order of the fit.
+
+    Args:
+        checkpoints: all that there are.
+        choice: which.
+
+    Raises:
+        ValueError: if it names none, or one that is not there; the message lists the steps of those that are.
+    """
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    there = f"There are those of the steps {_listed(steps)}." if steps else "There are none."
+    if choice is None or choice == "all":
+        return list(checkpoints)
+    if choice == "last":
+        return list(checkpoints[-1:])
+    if isinstance(choice, slice):
+        found = list(checkpoints[choice] if (choice.step or 1) > 0 else checkpoints[choice][::-1])
+        if not found and checkpoints:
+            raise ValueError(f"checkpoints={choice} names none of the {len(checkpoints)} checkpoints. {there}")
+        return found
+    wanted: Any = [choice] if _is_step(choice) else choice
+    if not isinstance(wanted, Sequence) or isinstance(wanted, str) or not all(map(_is_step, wanted)) or not wanted:
+        raise ValueError(
+            'checkpoints must be "all", "last", a step, several steps or a slice of the list of checkpoints, but got '
+            f"{choice!r}. {there}"
+        )
+    missing = sorted({int(step) for step in wanted} - set(steps))
+    if missing:
+        raise ValueError(f"The trace has no checkpoint of step {_listed(missing)}. {there}")
+    return [checkpoint for checkpoint in checkpoints if checkpoint.step in wanted]
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _listed(steps: Sequence[int]) -> str:
+    named = ", ".join(map(str, steps[:20]))
+    return f"{named} and {len(steps) - 20} more" if len(steps) > 20 else named

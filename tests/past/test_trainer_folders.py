@@ -1,0 +1,276 @@
+"""A run of Hugging Face's own Trainer: scores from the folders that it saved are those of brute force."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import transformers
+from brute_force import BruteForce, dense_gradients, second_moments_of
+from torch.utils.data import DataLoader, default_collate
+from toy import quiet
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
+
+from lightning_tracin import Trace, TracInLast, TracInMixin, TracInWE
+
+VOCABULARY, N_TRAIN, N_TEST, STEPS_PER_EPOCH = 40, 12, 4, 3
+EMBEDDING = "bert.embeddings.word_embeddings"
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(transformers|accelerate|torch).*")
+
+
+def model():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        num_labels=3,
+        pad_token_id=0,
+    )
+    return BertForSequenceClassification(config)
+
+
+def rows(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (n, 7), generator=generator)
+    lengths = torch.randint(3, 8, (n, 1), generator=generator)
+    mask = torch.arange(7) < lengths
+    return [
+        {"input_ids": own * kept, "attention_mask": kept.long(), "labels": torch.tensor(number % 3)}
+        for number, (own, kept) in enumerate(zip(ids, mask, strict=True))
+    ]
+
+
+def batches(n, seed, batch_size=4, collate_fn=None):
+    return DataLoader(rows(n, seed), batch_size=batch_size, collate_fn=collate_fn)
+
+
+class Watching(TrainerCallback):
+    """What the Trainer did: the rate of each step, and Adam's second moments at each checkpoint."""
+
+    def __init__(self):
+        self.rates, self.moments = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, *, optimizer, **_):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_save(self, args, state, control, *, optimizer, model, **_):
+        own = getattr(optimizer, "optimizer", optimizer)
+        self.moments.append(
+            {name: (values.clone(), eps) for name, (values, eps) in second_moments_of(own, model).items()}
+        )
+
+
+def trained(folder, **options):
+    """What a run of the Trainer did, whose checkpoints are in a folder."""
+    watching = Watching()
+    arguments = TrainingArguments(
+        str(folder),
+        **{
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "save_strategy": "epoch",
+            "logging_steps": 2,
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "weight_decay": 0.01,
+            **options,
+        },
+    )
+    trainer = transformers.Trainer(model(), arguments, train_dataset=rows(N_TRAIN, 0), callbacks=[watching])
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    trainer.train()
+    return watching
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, trained(folder)
+
+
+@pytest.fixture(scope="module")
+def past(run, tmp_path_factory):
+    """The trace of that run, made with the bare model, from the folder of all checkpoints."""
+    path = tmp_path_factory.mktemp("past") / "trace"
+    return Trace.from_checkpoints(path, run[0], model(), batches(N_TRAIN, 0))
+
+
+def brute_force(folder, watching, layer):
+    """Of a layer, by the Trainer's own rates and the weights that transformers loads."""
+    rates, sides = [], ([], [])
+    for number in range(3):
+        steps = watching.rates[number * STEPS_PER_EPOCH : (number + 1) * STEPS_PER_EPOCH]
+        rates.append(sum(steps) / len(steps))
+        at = BertForSequenceClassification.from_pretrained(folder / f"checkpoint-{(number + 1) * STEPS_PER_EPOCH}")
+        for side, (n, seed) in zip(sides, ((N_TEST, 1), (N_TRAIN, 0)), strict=True):
+            found = dense_gradients(at, at.get_submodule(layer), batches(n, seed, 1), lambda b, at=at: at(**b).loss)
+            side.append(found)
+    return BruteForce(rates, *sides)
+
+
+def moments_at(watching, layer):
+    """Of a layer, in the form of its gradients."""
+    found = []
+    for each in watching.moments:
+        values, eps = each[f"{layer}.weight"]
+        bias = each.get(f"{layer}.bias")
+        found.append((values if bias is None else torch.cat([values, bias[0][:, None]], 1), eps))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "layer"),
+    [
+        (TracInWE(), EMBEDDING),
+        (TracInLast(), "classifier"),
+        (TracInWE(normalize="cosine"), EMBEDDING),
+        (TracInWE(precondition="adam"), EMBEDDING),
+        (TracInLast(normalize="cosine", precondition="adam"), "classifier"),
+    ],
+    ids=str,
+)
+def test_scores_are_those_of_brute_force(run, past, method, layer):
+    folder, watching = run
+    result = quiet().influence(
+        batches(N_TEST, 1), model(), trace=past, train_dataloaders=batches(N_TRAIN, 0), method=method
+    )
+    moments = moments_at(watching, layer) if method.precondition else None
+    expected = brute_force(folder, watching, layer).scores(normalize=method.normalize, second_moments=moments)
+    torch.testing.assert_close(result.scores.double(), expected, rtol=2e-3, atol=float(expected.abs().max()) * 1e-3)
+    assert past.header.notes == ()
+    assert past.model_class == "BertForSequenceClassification"
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"lr_scheduler_type": "constant"}, None),
+        ({"lr_scheduler_type": "cosine"}, None),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 4}, None),
+        ({"lr_scheduler_type": "polynomial", "logging_steps": 1}, None),
+        (
+            {
+                "lr_scheduler_type": "cosine_with_restarts",
+                "lr_scheduler_kwargs": {"num_cycles": 2},
+                "logging_steps": 50,
+            },
+            "approximate",
+        ),
+    ],
+    ids=lambda value: str(value),
+)
+@pytest.mark.filterwarnings("ignore:The learning rates between")
+def test_rates_are_those_that_the_trainer_used(tmp_path, options, note):
+    watching = trained(tmp_path / "run", **options)
+    past = Trace.from_checkpoints(tmp_path / "past", tmp_path / "run", model(), batches(N_TRAIN, 0))
+    assert [note in each for each in past.header.notes] == ([True] if note else [])
+    if note is None:
+        expected = torch.tensor(watching.rates).view(3, -1).mean(1).tolist()
+        assert [each.learning_rate for each in past.checkpoints] == pytest.approx(expected, rel=1e-4)
+
+
+class Own(TracInMixin, pl.LightningModule):
+    """The same model inside of a LightningModule that calls it otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = model()
+
+    def forward(self, **batch):
+        return self.network(**batch)
+
+
+def test_inside_of_a_lightning_module(run, past, tmp_path):
+    folders = [run[0] / f"checkpoint-{step}" for step in (9, 3, 6)]
+    made = Trace.from_checkpoints(tmp_path / "past", folders, Own(), batches(N_TRAIN, 0))
+    options = {"train_dataloaders": batches(N_TRAIN, 0), "method": TracInWE(precondition="adam")}
+    found = quiet().influence(batches(N_TEST, 1), Own(), trace=made, **options)
+    expected = quiet().influence(batches(N_TEST, 1), model(), trace=past, **options)
+    torch.testing.assert_close(found.scores, expected.scores)
+    with pytest.raises(ValueError, match=r"(?s)of another model \(Own\) than BertForSequenceClassification"):
+        quiet().influence(batches(N_TEST, 1), model(), trace=made)
+
+
+def test_weights_alone_in_other_forms(run, tmp_path):
+    """Shards, and what torch.save wrote, without optimizers; rates from what was logged."""
+    for step in (3, 6, 9):
+        source, target = run[0] / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}"
+        target.mkdir(parents=True)
+        shutil.copy(source / "trainer_state.json", target)
+        at = BertForSequenceClassification.from_pretrained(source)
+        if step == 3:
+            torch.save(at.state_dict(), target / "pytorch_model.bin")
+        else:
+            at.save_pretrained(target, max_shard_size="4KB")
+            assert (target / "model.safetensors.index.json").exists()
+    with pytest.warns(UserWarning, match="learning rates between the checkpoints are approximate"):
+        past = Trace.from_checkpoints(tmp_path / "past", tmp_path / "run", model(), batches(N_TRAIN, 0))
+    rates = torch.tensor(run[1].rates).view(3, -1).mean(1).tolist()
+    assert [each.learning_rate for each in past.checkpoints] == pytest.approx(rates, rel=0.25)
+    with pytest.raises(ValueError, match="needs Adam's second moments"):
+        quiet().influence(batches(N_TEST, 1), model(), trace=past, method=TracInWE(precondition="adam"))
+
+
+class Words:
+    """As much of a tokenizer as names words."""
+
+    def convert_ids_to_tokens(self, ids):
+        return [f"word{token}" for token in ids]
+
+    def pad(self, items):
+        return default_collate(items)
+
+
+@pytest.mark.parametrize("place", ["attribute", "collator"])
+def test_words_are_named_by_the_tokenizer_that_is_there(past, place):
+    own, tokenizer = model(), Words()
+    collate = tokenizer.pad if place == "collator" else None
+    if place == "attribute":
+        own.tokenizer = tokenizer
+    result = quiet().influence(
+        batches(N_TEST, 1, collate_fn=collate), own, trace=past, train_dataloaders=batches(N_TRAIN, 0)
+    )
+    (explained,) = result.explanations([0])
+    assert explained.test.words[0].text.startswith("word")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors is damaged"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor pytorch_model.bin"),
+        (lambda f: (f / "trainer_state.json").write_text("{"), "trainer_state.json is damaged"),
+        (lambda f: (f / "trainer_state.json").write_text('{"global_step": -4}'), "-4 is no number of steps"),
+        (lambda f: (f / "optimizer.pt").write_bytes(b"PK\3\4 no zip"), "optimizer.pt is damaged, or is no checkpoint"),
+        (lambda f: torch.save([1], f / "scheduler.pt"), "its schedulers are no list of state dicts"),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "adapter_model.safetensors"),
+            "holds the weights of adapters alone",
+        ),
+        (
+            lambda f: (
+                (f / "model.safetensors").unlink(),
+                (f / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}})),
+            ),
+            r"names a file in another folder, \.\./b",
+        ),
+    ],
+    ids=["weights", "no weights", "state", "step", "optimizer", "scheduler", "adapters", "index"],
+)
+def test_a_damaged_folder_is_one_clear_error(run, tmp_path, damage, message):
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(run[0] / "checkpoint-3", folder)
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Trace.from_checkpoints(tmp_path / "past", folder, model(), batches(N_TRAIN, 0))
+    assert not (tmp_path / "past").exists()
