@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
+from lightning_tracin.gradients.targets import Asked, Positions
 from lightning_tracin.querying.influence import influence, self_influence
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method
@@ -35,6 +36,8 @@ class InfluenceTrainerMixin:
         trace: str | Path | Trace | None = None,
         method: str | Method = "tracin-we",
         k: int | None = None,
+        target: Asked = "label",
+        positions: Positions | None = None,
     ) -> InfluenceResult:
         """Score every training example's influence on every test example; see :func:`influence`.
 
@@ -46,6 +49,9 @@ class InfluenceTrainerMixin:
             trace: what the fit recorded, or its folder; by default that of the last fit in this process.
             method: "tracin-we", "tracin-last", or a method with options.
             k: keep only the k strongest proponents and opponents of each test example.
+            target: what is explained: "label", "prediction", a class by its number or name, or a pair of classes, the
+                first against the second.
+            positions: of the tokens that are explained; all by default.
         """
         return influence(
             self,  # type: ignore[arg-type]
@@ -56,6 +62,8 @@ class InfluenceTrainerMixin:
             trace=trace,
             method=method,
             k=k,
+            target=target,
+            positions=positions,
         )
 
     def self_influence(

@@ -54,6 +54,8 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         checkpoint_ids: of the checkpoints that the scores are sums over.
         trace: absolute path of the trace; None without one.
         trace_relative: the same, from the folder of the result.
+        target: what of the test examples is explained.
+        target_names: what that came to for each test example; none where it is their labels.
     """
 
     version: int
@@ -65,6 +67,8 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     checkpoint_ids: Annotated[list[Identity], Meta(min_length=1)]
     trace: str | None
     trace_relative: str | None
+    target: str = "label"
+    target_names: list[str] = msgspec.field(default_factory=list)
 
     def to_json(self) -> str:
         """The header as JSON.
@@ -136,6 +140,8 @@ def _check(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor]) 
         raise ValueError("it has no test examples")
     if len(set(header.checkpoint_ids)) < len(header.checkpoint_ids):
         raise ValueError("it names a checkpoint twice")
+    if header.target_names and len(header.target_names) != n_test:
+        raise ValueError(f"it names the targets of {len(header.target_names)} test examples, but has {n_test}")
     require_within("test_indices", tensors["test_indices"], 0, 2**53)
     require_ascending("test_indices", tensors["test_indices"], strictly=True)
     require_within("texts.examples", tensors["texts.examples"], 0, n_test - 1)

@@ -40,6 +40,8 @@ class StoredResult:
         totals: (n_test, 2) float64, the sums of each test example's positive and of its negative scores.
         undrawn: (n,) int64, the indices of examples of the training data set that training never drew, such as those
             that the sampler holds back: their scores are zero, and they are neither proponents nor opponents.
+        target: what of the test examples is explained, as it was asked for.
+        target_names: what that came to for each test example; empty where it is their labels.
     """
 
     method: Method
@@ -57,6 +59,8 @@ class StoredResult:
     strongest_opponents: TopK | None = None
     totals: Tensor | None = None
     undrawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    target: str = "label"
+    target_names: list[str] = field(default_factory=list)
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file.
@@ -105,6 +109,8 @@ class StoredResult:
             checkpoint_ids=self.checkpoint_ids,
             trace=None if self.trace is None else storable(str(self.trace.path.absolute())),
             trace_relative=None if self.trace is None else storable(os.path.relpath(self.trace.path, path.parent)),
+            target=storable(self.target),
+            target_names=[storable(name) for name in self.target_names],
         )
         text = header.to_json()
         write_tensors(path, tensors, {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)})
@@ -151,6 +157,8 @@ class StoredResult:
             strongest_opponents=tops[1],
             totals=tensors.get("totals"),
             undrawn=tensors.get("undrawn", torch.empty(0, dtype=torch.int64)),
+            target=header.target,
+            target_names=header.target_names,
         )
 
 
