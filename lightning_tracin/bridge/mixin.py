@@ -13,6 +13,7 @@ from lightning_tracin.gradients.batches import shallow_copy, shown_labels_of, te
 from lightning_tracin.gradients.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
 from lightning_tracin.gradients.losses import Losses, hugging_face_losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
+from lightning_tracin.gradients.relabelled import relabelled
 from lightning_tracin.parallel.fsdp import call_in_forward_pass, unwrapped
 
 
@@ -80,7 +81,7 @@ class TracInMixin:
         Args:
             batch: what ``training_step`` takes.
         """
-        ids = _token_ids(batch)
+        ids = token_ids_of(batch)
         return [] if ids is None else [words_of_ids(self, row) for row in ids.tolist()]
 
     def influence_labels(self, batch: Any) -> Tensor | None:
@@ -97,6 +98,29 @@ class TracInMixin:
             A tensor whose first dimension counts the examples, or None. Labels of shape (B,) are shown.
         """
         return shown_labels_of(batch)
+
+    def influence_with_labels(self, batch: Any, labels: Tensor) -> Any:
+        """The batch with other labels in the place of its own, also where it has none: what other targets are made of.
+
+        The default puts them where ``influence_labels`` looks for them by default, and says where it cannot. Override
+        it where a batch has another form::
+
+            def influence_with_labels(self, batch, labels):
+                ids, _, lengths = batch
+                return ids, labels, lengths
+
+        Args:
+            batch: what ``training_step`` takes, or the same without labels.
+            labels: as ``influence_loss`` expects them: (B,) classes, (B, C) sets of classes, (B, T) classes or tokens
+                by position, -100 where there is no loss; of questions, (B, 2) where the answers start and end.
+
+        Returns:
+            A batch that ``influence_loss`` takes. The one that is given stays as it is.
+
+        Raises:
+            ValueError: if the form of the batch does not tell where labels belong.
+        """
+        return relabelled(self, batch, labels)  # type: ignore[arg-type]
 
     def influence_label_names(self) -> dict[int, str]:
         """What to print for each label, by its number.
@@ -147,7 +171,7 @@ def words_of_batch(module: nn.Module, batch: Any, token_ids: list[int]) -> dict[
     if own is None or own is TracInMixin.influence_words:
         return dict(zip(token_ids, words_of_ids(module, token_ids), strict=True))
     rows = module.influence_words(batch)  # type: ignore[operator]
-    ids = _token_ids(batch)
+    ids = token_ids_of(batch)
     if ids is None or [len(row) for row in rows] != [ids.shape[1]] * len(ids):
         raise ValueError(
             "influence_words must return B lists of T strings, one for each token id of the batch, shape "
@@ -170,13 +194,13 @@ def words_of_ids(module: Any, token_ids: list[int]) -> list[str]:
     return [str(token) if word is None else word for token, word in zip(token_ids, tokens, strict=True)]
 
 
-def labels_of_module(module: nn.Module, batch: Any, n_examples: int) -> Tensor | None:
+def labels_of_module(module: nn.Module, batch: Any, n_examples: int | None = None) -> Tensor | None:
     """The labels to show beside a batch's examples: those that the module tells, or that the batch's form does.
 
     Args:
         module: says it by ``influence_labels`` if it overrides that, or has it without the mixin.
         batch: what ``training_step`` takes.
-        n_examples: number of examples in the batch.
+        n_examples: number of examples in the batch; None where it is not known, and not checked.
 
     Raises:
         ValueError: if ``influence_labels`` returns neither None nor a tensor that counts the examples first.
@@ -185,13 +209,35 @@ def labels_of_module(module: nn.Module, batch: Any, n_examples: int) -> Tensor |
     if not callable(own) or getattr(own, "__func__", None) is TracInMixin.influence_labels:
         return shown_labels_of(batch)
     labels = own(shallow_copy(batch))
-    if labels is None or (isinstance(labels, Tensor) and labels.dim() > 0 and len(labels) == n_examples):
+    if labels is None or (isinstance(labels, Tensor) and labels.dim() > 0 and n_examples in (len(labels), None)):
         return labels
     got = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
     raise ValueError(
         f"influence_labels must return None, or a tensor with a label for each of the batch's {n_examples} examples, "
         f"but returned {got}."
     )
+
+
+def with_labels_of(module: nn.Module, batch: Any, labels: Tensor) -> Any:
+    """The batch with other labels in the place of its own, as the module puts them there, or as its form tells.
+
+    Args:
+        module: does it by ``influence_with_labels``, with or without the mixin.
+        batch: what ``training_step`` takes, or the same without labels.
+        labels: those to put there.
+
+    Raises:
+        ValueError: if the form of the batch does not tell where labels belong, or if the module returns no batch.
+    """
+    own = getattr(module, "influence_with_labels", None)
+    if not callable(own):
+        return relabelled(module, batch, labels)
+    changed = own(shallow_copy(batch), labels)
+    if changed is None:
+        raise ValueError(
+            "influence_with_labels must return the batch with other labels in the place of its own, but returned None."
+        )
+    return changed
 
 
 def label_names_of(module: nn.Module) -> dict[int, str]:
@@ -229,7 +275,7 @@ def _configured_label_names(module: nn.Module) -> dict[int, str]:
     return {}
 
 
-def _token_ids(batch: Any) -> Tensor | None:
+def token_ids_of(batch: Any) -> Tensor | None:
     """The batch's token ids (B, T): by name in a mapping, else its first tensor of whole numbers in two dimensions.
 
     Several texts of an example, (B, C, T), are put in a row.

@@ -15,6 +15,7 @@ from lightning_tracin.gradients.capture import Captured, capture, learn_layouts
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.gradients.layouts import Layout
+from lightning_tracin.gradients.losses import Losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.gradients.sites import Site, words_site
@@ -60,11 +61,6 @@ class ModuleGradients:
         """Whether no batch has come yet."""
         return not self.layouts
 
-    def check_first(self, batch: Any) -> None:
-        """What :meth:`check_mean` does, if no batch has come yet."""
-        if self.is_new:
-            self.check_mean(batch)
-
     def check_mean(self, batch: Any) -> None:
         """Check on a batch that a module without losses of single examples returns their mean.
 
@@ -77,17 +73,27 @@ class ModuleGradients:
             self._own_losses.check(batch)
             self.layouts |= self._own_losses.layouts(batch, self._layers)
 
-    def learn_layouts(self, batch: Any) -> None:
-        """Learn from a batch where the examples are in the layers' calls, by a pass of its own, as FSDP needs it."""
-        layers = [layer for each in sites_on_module(self.module, self.sites) for layer in each.layers]
-        learn_layouts(self._losses, batch, layers, self.layouts, independent=self._is_independent)
+    def learn_layouts(self, batch: Any, losses: Losses | None = None) -> None:
+        """Learn from a batch where the examples are in the layers' calls, by a pass of its own, as FSDP needs it.
 
-    def capture(self, batch: Any) -> Captured:
-        """The gradients of a batch's examples, inside of :func:`inside_fit` or of ``gradients_enabled``."""
+        Args:
+            batch: the module's.
+            losses: others in the place of the module's own.
+        """
+        layers = [layer for each in sites_on_module(self.module, self.sites) for layer in each.layers]
+        learn_layouts(losses or self._losses, batch, layers, self.layouts, independent=self._is_independent)
+
+    def capture(self, batch: Any, losses: Losses | None = None) -> Captured:
+        """The gradients of a batch's examples, inside of :func:`inside_fit` or of ``gradients_enabled``.
+
+        Args:
+            batch: the module's.
+            losses: others in the place of the module's own.
+        """
         fsdp = is_fsdp(self.module)
         reading = () if fsdp else sites_on_module(self.module, self._read)
         return capture(
-            self._losses,
+            losses or self._losses,
             batch,
             sites_on_module(self.module, self.sites),
             reading_layers=[layer for each in reading for layer in each.layers],

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin.bridge.mixin import label_names_of, labels_of_module, tokenizer_of, words_of_batch
+from lightning_tracin.bridge.targets import TargetLosses
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.losses import require_one_each
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.gradients.rows import unique_tokens
 from lightning_tracin.gradients.sites import last_site
+from lightning_tracin.gradients.targets import Target
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.parallel.fsdp import is_fsdp, local_weights_restored
@@ -27,6 +29,8 @@ from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
 from lightning_tracin.storage.scratch import Scratch
 from lightning_tracin.storage.trace import Trace
 
+_LABELS_READ = 4096  # of so many training examples, which tell of what kind labels are
+
 
 class Queries:
     """Some test examples: what they say, and their prepared gradients at each checkpoint.
@@ -35,14 +39,19 @@ class Queries:
         module: the module, which is given each checkpoint's weights in turn.
         method: what scores will be.
         trace: the checkpoints and the training examples' gradients.
+        target: what of the test examples is explained; their labels by default.
     """
 
-    def __init__(self, module: nn.Module, method: Method, trace: Trace) -> None:
+    def __init__(self, module: nn.Module, method: Method, trace: Trace, target: Target | None = None) -> None:
         self.module = module
         self.method = method
         self.trace = trace
         self.label_names = label_names_of(module)
         self.probe = probe_of(module, trace)
+        self.target = target or Target()
+        labels = torch.empty(0) if self.target.is_plain else _training_labels(trace)
+        self.targets = TargetLosses(module, self.target, self.probe, labels)
+        self.target_names: list[str] = []
         self.predictions = torch.empty(0, 2, dtype=torch.float64)
         self.indices = torch.empty(0, dtype=torch.long)
         self.texts = Texts.empty(0)
@@ -77,7 +86,7 @@ class Queries:
         self._captured.append(captured)
         labels = labels_of_module(self.module, batch, len(captured))
         self._texts.append(captured.texts(labels))
-        self._predictions.append(self.probe.predictions(len(captured), labels))
+        self._predictions.append(self.probe.predictions(len(captured), self.targets.typed(batch, labels)))
         self._counted = not indices
         if not self.checkpoints:
             new = [token for token in unique_tokens(captured.token_ids) if token not in self.vocabulary]
@@ -92,17 +101,20 @@ class Queries:
         terms = terms_at(checkpoint, self.method)
         keys = list(dict.fromkeys(term.site.key for term in terms))
         blocks = {key: [captured.gradients[key] for captured in self._captured] for key in keys}
-        parts = processes.gather((self._taken, self._texts, self._predictions, blocks, self.vocabulary))
-        taken, texts, predictions = ([each for part in parts for each in part[number]] for number in range(3))
+        names = [] if self.target.what == "label" else [self.targets.name_of(number) for number in self._taken]
+        parts = processes.gather((self._taken, self._texts, self._predictions, names, blocks, self.vocabulary))
+        taken, texts, predictions, names = ([each for part in parts for each in part[number]] for number in range(4))
         for part in parts:
             self.vocabulary.update(part[-1])
         if not taken:
             raise ValueError("The test loader is empty: there is nothing to explain.")
         places, indices = _places(taken)
         self._arrange(places, indices, texts, predictions)
+        name_of = dict(zip(taken, names, strict=False))
+        self.target_names = [name_of[number] for number in indices.tolist()] if names else []
         captured = {}
         for key in keys:
-            of_site = [block for part in parts for block in part[3][key]]
+            of_site = [block for part in parts for block in part[4][key]]
             captured[key] = type(of_site[0]).cat(of_site).arranged(places, len(indices))
         self._terms += terms
         self._gradients += [term.prepared_tests(captured[term.site.key]) for term in terms]
@@ -176,6 +188,8 @@ def result_of(blocks: Sequence[Queries], gradients: Sequence[list[WordGradients]
         strongest_opponents=scores.opponents,
         totals=scores.totals,
         undrawn=undrawn(first.checkpoints),
+        target=str(first.target),
+        target_names=[name for block in blocks for name in block.target_names],
         tokenizer=tokenizer_of(first.module),
         scratch=scratch,
     )
@@ -185,6 +199,11 @@ def probe_of(module: nn.Module, trace: Trace) -> PredictionProbe:
     """What sees the predictions of a module."""
     last = last_site(trace.sites)
     return PredictionProbe(module, None if last is None else last.layer)
+
+
+def _training_labels(trace: Trace) -> Tensor:
+    """(n,) the labels of the first training examples, NaN where they are not one number; none if none are stored."""
+    return trace.texts(range(min(trace.n_train, _LABELS_READ))).labels if trace.has_texts else torch.empty(0)
 
 
 @contextmanager

@@ -71,6 +71,11 @@ class Captured:
         gradients = {key: block.select(~examples[block.examples]) for key, block in self.gradients.items()}
         return replace(self, gradients=gradients)
 
+    def minus(self, other: Captured) -> Captured:
+        """The difference of two losses of the same batch, and its gradients."""
+        gradients = {key: _difference(block, other.gradients[key]) for key, block in self.gradients.items()}
+        return replace(self, losses=self.losses - other.losses, gradients=gradients)
+
     def texts(self, labels: Tensor | None) -> Texts:
         """The examples' token ids and labels; labels that are not one number for each example, (B,), become NaN."""
         if labels is not None and labels.shape == (len(self),):
@@ -213,6 +218,15 @@ def learn_layouts(
 def without_inference_tensors(batch: Any) -> Any:
     """The batch with copies in place of inference tensors, which autograd cannot save for a backward pass."""
     return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
+def _difference(block: Gradients, others: Gradients) -> Gradients:
+    """The gradients of one loss minus those of another, as capture gives them: of words, or factors."""
+    if isinstance(block, WordGradients) and isinstance(others, WordGradients):
+        return block.minus(others)
+    assert isinstance(block, FactorGradients)
+    assert isinstance(others, FactorGradients)
+    return block.minus(others)
 
 
 def _differentiate(losses: Tensor, calls: Sequence[Call]) -> None:

@@ -55,6 +55,11 @@ class FactorGradients(Ragged):
         is_nonzero = (delta_norms != 0) & (input_norms != 0)
         return factors if bool(is_nonzero.all()) else factors.select(torch.nonzero(is_nonzero)[:, 0])
 
+    def minus(self, others: FactorGradients) -> FactorGradients:
+        """The gradients of these losses minus others of the same examples: the positions of both."""
+        both = FactorGradients.cat([self, replace(others, deltas=-others.deltas)])
+        return both.arranged(torch.arange(self.n_examples).repeat(2), self.n_examples)
+
     @property
     def scaled_inputs(self) -> Tensor:
         """(R, in) float32, the inputs multiplied by their norms."""

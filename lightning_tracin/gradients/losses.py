@@ -21,7 +21,8 @@ OVERRIDE = "Override influence_loss(batch) to return one unreduced loss for each
 # Classes of transformers whose logits at a position predict the next token, so that labels are shifted by one position.
 _CAUSAL = re.compile(r"CausalLM|LMHeadModel|DoubleHeads|WithLMHead$")
 
-_IGNORED = -100  # the label by which transformers marks a position without a loss
+#: The label by which transformers, and torch's cross-entropy, mark a position without a loss.
+IGNORED = -100
 
 
 class DependsOnBatch(ValueError):
@@ -92,7 +93,7 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
             "a mapping with 'labels', or with 'start_positions' and 'end_positions', but got "
             f"{described_batch(batch)}. {OVERRIDE}."
         )
-    output = _forward(module, batch)
+    output = called_with(module, batch)
     model = hugging_face_model(module)
     if labels is None and answers is not None:
         values, counted = _of_answers(module, answer_logits(output), answers)
@@ -106,7 +107,7 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
                 f"not a Hugging Face output with logits. {OVERRIDE}."
             )
         problem_type = getattr(getattr(model, "config", None), "problem_type", None)
-        values, counted = _elementwise(logits.float(), labels, problem_type=problem_type, causal=_is_causal(model))
+        values, counted = elementwise_losses(logits.float(), labels, problem_type=problem_type, causal=is_causal(model))
         values, counted = values.flatten(1), counted.flatten(1)
         losses, mean = values.sum(1) / counted.sum(1).clamp(min=1), values.sum() / counted.sum()
     model_loss = output_entry(output, "loss")
@@ -168,7 +169,7 @@ def label_counts(module: nn.Module, batch: Any) -> Tensor | None:
         return (answers[0] < ids.shape[-1]).long() if isinstance(ids, Tensor) else None
     if model is None or labels is None or labels.dim() < 2 or labels.is_floating_point():
         return None
-    return (labels[:, 1:] if _is_causal(model) else labels).ne(_IGNORED).flatten(1).sum(1)
+    return (labels[:, 1:] if is_causal(model) else labels).ne(IGNORED).flatten(1).sum(1)
 
 
 def hugging_face_model(module: nn.Module) -> nn.Module | None:
@@ -182,13 +183,20 @@ def hugging_face_model(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def _is_causal(model: nn.Module | None) -> bool:
+def writes_tokens(model: nn.Module | None) -> bool:
+    """Whether a model of transformers says tokens of its vocabulary."""
+    return bool(re.search(r"LM(Head|$)|ConditionalGeneration|DoubleHeads", type(model).__name__))
+
+
+def is_causal(model: nn.Module | None) -> bool:
     """Whether a model of transformers shifts its labels by one position."""
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return bool(_CAUSAL.search(type(model).__name__)) and not encoder_decoder
 
 
-def _elementwise(logits: Tensor, labels: Tensor, *, problem_type: str | None, causal: bool) -> tuple[Tensor, Tensor]:
+def elementwise_losses(
+    logits: Tensor, labels: Tensor, *, problem_type: str | None, causal: bool
+) -> tuple[Tensor, Tensor]:
     """The loss at each label, (B, ...), and a mask of the labels that count, of the same shape."""
     regression = problem_type == "regression" or (problem_type is None and logits.dim() == 2 and logits.shape[1] == 1)
     if regression and labels.numel() == logits.numel():
@@ -200,8 +208,8 @@ def _elementwise(logits: Tensor, labels: Tensor, *, problem_type: str | None, ca
     if logits.dim() == labels.dim() + 1 and logits.shape[:-1] == labels.shape and not labels.is_floating_point():
         if causal and labels.dim() > 1:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        values = functional.cross_entropy(logits.movedim(-1, 1), labels.long(), ignore_index=_IGNORED, reduction="none")
-        counted = labels != _IGNORED
+        values = functional.cross_entropy(logits.movedim(-1, 1), labels.long(), ignore_index=IGNORED, reduction="none")
+        counted = labels != IGNORED
         if values.dim() == 1:
             return values[:, None], counted[:, None]
         return values, counted
@@ -211,7 +219,7 @@ def _elementwise(logits: Tensor, labels: Tensor, *, problem_type: str | None, ca
     )
 
 
-def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
+def called_with(module: nn.Module, batch: Mapping[str, Any]) -> Any:
     """Call the module with the whole batch, or with the entries that its forward takes by name."""
     parameters = inspect.signature(module.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

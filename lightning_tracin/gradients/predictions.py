@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_tracin.gradients.layers import named_layer
 from lightning_tracin.gradients.losses import Losses, answer_logits, hugging_face_model, output_entry
+from lightning_tracin.gradients.outputs import best_answers
 
 
 class PredictionProbe:
@@ -66,50 +67,61 @@ class PredictionProbe:
             where the likeliest answer starts, and that answer's probability. All are NaN if there is not exactly one
             prediction for each example (token classification, several labels).
         """
-        answers = [found for outputs in self._outputs.values() if (found := _answers(outputs, n_examples)) is not None]
-        if answers:
-            return answers[0]
-        candidates = (self._logits(submodule, n_examples) for submodule in self._outputs)
-        logits = next((candidate for candidate in candidates if candidate is not None), None)
+        answers = self.answer_logits(n_examples)
+        if answers is not None:
+            start, _, log_probability = best_answers(*answers.detach().cpu().double().unbind(1))
+            return torch.stack([start.double(), log_probability.exp()], 1)
+        found = self.logits(n_examples, (1, 2))
+        logits = None if found is None else found.detach().cpu().double().reshape(n_examples, -1)
         unknown = torch.full((n_examples, 2), torch.nan, dtype=torch.float64)
         if logits is None or (labels is not None and labels.dim() > 1 and labels.shape[-1] > 1):
             return unknown
         if logits.shape[1] > 1:
             most_likely = _probabilities(logits).max(1)
             return torch.stack([most_likely.indices.double(), most_likely.values], 1)
-        if self._hugging_face is None and labels is not None and not labels.is_floating_point():
+        if not self.from_hugging_face and labels is not None and not labels.is_floating_point():
             positive = logits[:, 0].sigmoid()
             return torch.stack([(positive > 0.5).double(), torch.maximum(positive, 1 - positive)], 1)
         return torch.stack([logits[:, 0], unknown[:, 1]], 1)
 
+    def logits(self, n_examples: int, dims: Sequence[int] = (1, 2, 3)) -> Tensor | None:
+        """The logits that were seen, with their graph; None if none have one row for each example.
+
+        Args:
+            n_examples: number of examples in the batch.
+            dims: their possible numbers of dimensions; those of one prediction for each example, 1 or 2, come first.
+        """
+        seen = [logits for submodule in self._outputs if (logits := self._logits(submodule, n_examples)) is not None]
+        ranked = sorted(seen, key=lambda logits: logits.dim() > 2)
+        return next((logits for logits in ranked if logits.dim() in dims), None)
+
+    def answer_logits(self, n_examples: int) -> Tensor | None:
+        """(n_examples, 2, T) the logits of where answers start and end, with their graph; None if there are none."""
+        for outputs in self._outputs.values():
+            found = answer_logits(outputs[0]) if len(outputs) == 1 else None
+            if found is not None and len(found[0]) == n_examples:
+                return torch.stack(found, 1)
+        return None
+
+    @property
+    def from_hugging_face(self) -> bool:
+        """Whether the model of transformers inside the module gave logits."""
+        outputs = [] if self._hugging_face is None else self._outputs[self._hugging_face]
+        return any(isinstance(output_entry(output, "logits"), Tensor) for output in outputs)
+
     def _logits(self, submodule: nn.Module, n_examples: int) -> Tensor | None:
-        """(n_examples, n_classes) float64; None if a module was not called exactly once, or has another output."""
+        """One row for each example; None if a module was not called exactly once, or has another output."""
         if len(self._outputs[submodule]) != 1:
             return None
         output = self._outputs[submodule][0]
         if submodule is not self._last_layer:
             output = output_entry(output, "logits")
-        if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() not in (1, 2):
-            return None
-        return output.detach().cpu().double().reshape(n_examples, -1) if len(output) == n_examples else None
+        is_floating = isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 0
+        return output if is_floating and len(output) == n_examples else None
 
 
 def _append_output(outputs: list[Any], _: nn.Module, __: Any, output: Any) -> None:
     outputs.append(output)
-
-
-def _answers(outputs: list[Any], n_examples: int) -> Tensor | None:
-    """(n_examples, 2) where the likeliest answers start, and their probabilities; None if the output has none.
-
-    An answer does not end before it starts.
-    """
-    logits = answer_logits(outputs[0]) if len(outputs) == 1 else None
-    if logits is None or len(logits[0]) != n_examples:
-        return None
-    start, end = (side.detach().cpu().double().log_softmax(1) for side in logits)
-    best_start = start.cummax(1)  # for each end
-    best = (best_start.values + end).max(1)
-    return torch.stack([best_start.indices.gather(1, best.indices[:, None])[:, 0].double(), best.values.exp()], 1)
 
 
 def _probabilities(logits: Tensor) -> Tensor:

@@ -43,6 +43,12 @@ class WordGradients(DirectedRows):
         words = cls(n_examples, keys % n_examples, norms, directions, tokens=keys // n_examples)
         return words if bool((norms != 0).all()) else words.select(norms != 0)
 
+    def minus(self, others: WordGradients) -> WordGradients:
+        """The gradients of these losses minus others of the same examples."""
+        rows = [each.directions * each.norms[:, None] for each in (self, others)]
+        examples, tokens = (torch.cat([getattr(self, name), getattr(others, name)]) for name in ("examples", "tokens"))
+        return WordGradients.from_positions(self.n_examples, examples, tokens, torch.cat([rows[0], -rows[1]]))
+
     def projected(self, size: int) -> WordGradients:
         """The same gradients with unit directions of ``size`` numbers, by random projection; norms stay as they are."""
         _, directions = unit_rows(projected(self.directions, size))

@@ -22,6 +22,7 @@ from lightning_tracin.parallel.processes import Processes, wait_until_visible
 from lightning_tracin.querying.asked import has_loader, last_fits, loader_of_datamodule
 from lightning_tracin.querying.chosen_checkpoints import chosen_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, attribute_set, run_pass
+from lightning_tracin.querying.steps import GradientStep
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.terms import sites_of, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint
@@ -163,4 +164,5 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
                     filled.add(captured, labels_of_module(query.module, batch, len(captured)), words)
 
                 description = f"Training gradients {number}/{len(missing)}"
-                run_pass(query, checkpoint, Pass(training_set.loader_over(order), taken[wanted], take, description))
+                loader = training_set.loader_over(order)
+                run_pass(query, checkpoint, Pass(loader, GradientStep(taken[wanted]), take, description))

@@ -14,7 +14,9 @@ from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.bridge.queries import Queries, result_of, weights_kept
 from lightning_tracin.bridge.query_examples import example_blocks
 from lightning_tracin.bridge.strategy import launched, require_results
+from lightning_tracin.bridge.target_names import require_known
 from lightning_tracin.gradients.rows import DTYPES
+from lightning_tracin.gradients.targets import Asked, Positions, Target
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.querying.asked import (
     attached_datamodule,
@@ -29,6 +31,7 @@ from lightning_tracin.querying.asked_examples import AskedExamples, examples_ask
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice, chosen_checkpoints
 from lightning_tracin.querying.filling import ready_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, run_pass
+from lightning_tracin.querying.steps import GradientStep, PredictionStep
 from lightning_tracin.querying.undisturbed import left_as_found, require_idle
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method
@@ -53,6 +56,8 @@ def influence(
     trace: str | Path | Trace | None = None,
     method: str | Method = "tracin-we",
     k: int | None = None,
+    target: Asked = "label",
+    positions: Positions | None = None,
     checkpoints: CheckpointChoice = None,
 ) -> InfluenceResult:
     """Score every training example's influence on every test example.
@@ -72,6 +77,14 @@ def influence(
             :class:`TracInSum` with options.
         k: keep only the k strongest proponents and opponents of each test example. Memory then does not grow with
             the training set.
+        target: what of a test example is explained. A positive score always means that training made it likelier:
+            "label", the example's own (its loss); "prediction", what the model says at the last checkpoint: its class,
+            set of classes, tags or tokens, answer, or its value; a class by its number or name, which may not be the
+            label; or two of them, the first against the second (log p of the one minus log p of the other). All but
+            "label" serve examples without labels.
+        positions: of the tokens that are explained, counted in an example from 0: the same for all test examples, or
+            a sequence for each by its index in the data set. All that have a label by default. For models that say
+            something of each token.
         checkpoints: which of the trace's count: all by default, "last", a step, several steps, or a slice of their
             list. Predictions are those at the last of them. An example that no batch held in the steps that led to one
             of them is no training example there.
@@ -80,12 +93,13 @@ def influence(
         Scores, one row for each test example in the order of the test data set.
 
     Raises:
-        ValueError: if the model or the training set is not that of the trace, if a loader is empty or there are
-            several, if gradients are not finite, if there is nothing to score from, or if the trainer is in the middle
-            of a fit. The message says what to do.
+        TypeError: if the target is no name, number or pair of them, or positions are not whole numbers.
+        ValueError: if the model or the training set is not that of the trace, if the target does not fit what the
+            model says, or labels are missing, if a loader is empty or there are several, if gradients are not finite,
+            if there is nothing to score from, or if the trainer is in the middle of a fit. The message says what to do.
         BlockingIOError: if gradients are missing, and a fit or another query is writing into the trace.
     """
-    chosen = method_of(method)
+    chosen, explained = method_of(method), Target.of(target, positions)
     require_idle(trainer)
     require_results(trainer)
     datamodule, dataloaders, train_dataloaders = datamodule_asked(datamodule, dataloaders, train_dataloaders)
@@ -94,6 +108,7 @@ def influence(
         with processes.synchronized():
             module = module_asked(trainer, model, dataloaders, train_dataloaders)
             opened = trace_asked(trainer, trace)
+            require_known(explained, module)
             counted = chosen_checkpoints(opened.checkpoints, checkpoints)
             n_kept = None if k is None else clipped_k(k, opened.n_train - len(undrawn(counted)))
             hooks = datamodule or attached_datamodule(trainer, module)
@@ -109,7 +124,7 @@ def influence(
             loaders = _blocks(query, ready, asked)
             for number, (owner, loader) in enumerate(loaders, start=1):
                 block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
-                block = _answered(query, ready, loader, n_kept, block_name)
+                block = _answered(query, ready, loader, n_kept, block_name, explained)
                 words = block.word_gradients()
                 gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
                 block.drop_gradients()
@@ -165,19 +180,28 @@ def self_influence(
             return self_influences(ready, chosen, processes)
 
 
-def _answered(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, k: int | None, block_name: str) -> Queries:
+def _answered(
+    query: Query, checkpoints: Sequence[Checkpoint], loader: Any, k: int | None, block_name: str, target: Target
+) -> Queries:
     """A block of test examples, scored; its name follows the checkpoint's number in the progress bar."""
-    test = Queries(query.module, query.method, query.trace)
+    test = Queries(query.module, query.method, query.trace, target)
     sites = sites_of(query.method, query.trace.sites)
-    gradients = ModuleGradients(query.module, sites, recorded=query.trace.sites, probe=test.probe)
+    if target.what == "prediction":
+        said = PredictionStep(query.module, test.targets)
+        run_pass(query, checkpoints[-1], Pass(loader, said, _nothing_taken, f"Predictions{block_name}"))
+    step = GradientStep(ModuleGradients(query.module, sites, recorded=query.trace.sites), test.targets)
     for number, checkpoint in enumerate(checkpoints, start=1):
         description = f"Test gradients {number}/{len(checkpoints)}{block_name}"
-        run_pass(query, checkpoint, Pass(loader, gradients, test.take, description))
+        run_pass(query, checkpoint, Pass(loader, step, test.take, description))
         with query.processes.synchronized():
             test.finish_checkpoint(checkpoint, query.processes)
     with query.processes.synchronized():
         test.score(k, query.processes, query.trainer.strategy.root_device)
     return test
+
+
+def _nothing_taken(*_: Any) -> None:
+    """What the model says is remembered by the step itself."""
 
 
 def _blocks(query: Query, checkpoints: Sequence[Checkpoint], asked: Sequence[AskedExamples]) -> list[tuple[int, Any]]:

@@ -17,23 +17,25 @@ from typing import Any, TypeAlias
 import pytorch_lightning as pl
 
 from lightning_tracin.bridge.compat import PROGRESS_BARS, DualPredictionWriter, batch_to_device
-from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
+from lightning_tracin.bridge.module_gradients import inside_fit
 from lightning_tracin.bridge.progress import labelled
 from lightning_tracin.bridge.query_examples import spare_batch
 from lightning_tracin.bridge.unmoved import module_unmoved, unmoved
-from lightning_tracin.gradients.capture import Captured, without_inference_tensors
+from lightning_tracin.gradients.batches import batch_size
+from lightning_tracin.gradients.capture import without_inference_tensors
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.parallel.fsdp import is_fsdp, load_full_state_dict, synchronized_batches
 from lightning_tracin.parallel.processes import Processes, mark_shared
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
+from lightning_tracin.querying.steps import Step
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.trace import Trace
 
 _HOOKS = [f"on_predict_{when}" for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")]
 
-#: Takes a batch's gradients, the data set indices of its examples (none for an iterable data set), and the batch.
-Take: TypeAlias = Callable[[Captured, list[int], Any], None]
+#: Takes what a batch gave, the data set indices of its examples (none for an iterable data set), and the batch.
+Take: TypeAlias = Callable[[Any, list[int], Any], None]
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,19 @@ class Pass:
 
     Attributes:
         loader: of the examples.
-        gradients: takes them; its first batch is also checked to have losses of single examples.
+        step: what is done with each batch.
         take: is handed what a batch gave.
         description: for the progress bar.
     """
 
     loader: Any
-    gradients: ModuleGradients
+    step: Step
     take: Take
     description: str
 
 
 def run_pass(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
-    """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand the gradients of its losses on.
+    """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand on what its batches give.
 
     What the loader and the module hold is then as it was: a data set's generators, buffers, metrics, counters.
     """
@@ -100,7 +102,7 @@ def _run_by_predict(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
         if processes.size > 1:  # fewer examples than processes are no mistake
             stack.enter_context(attribute_set(module, "allow_zero_length_dataloader_with_multiple_devices", True))
         try:
-            step = partial(_gradient_step, of.gradients)
+            step = partial(_in_predict, of.step, _Numbering(trainer))
             predict_by(step, trainer, module, of.loader, query.datamodule, callbacks=[*bars, writer])
         except Exception as error:
             if not writer.started:
@@ -155,29 +157,27 @@ def _run_in_step(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
     with inside_fit(trainer, module):
         with processes.synchronized():
             spare = batch_to_device(trainer, module, spare_batch(of.loader, processes))
-        if of.gradients.is_new:
-            of.gradients.check_first(spare)
-            of.gradients.learn_layouts(spare)
+        of.step.begin(spare)
         for batch, own in synchronized_batches(of.loader, n_batches, lambda: spare, processes):
             batch = batch_to_device(trainer, module, batch)
-            captured = of.gradients.capture(batch)
+            numbers = [int(index) for index in next(indices)] if own else None
+            given = of.step(batch, numbers)
             with processes.synchronized():
-                if own:
-                    of.take(captured, [int(index) for index in next(indices)], batch)
+                if numbers is not None:
+                    of.take(given, numbers, batch)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
     """Stands in for a hook of the user's."""
 
 
-def _gradient_step(gradients: ModuleGradients, batch: Any, batch_idx: int) -> Captured:
-    """Stands in for ``predict_step``: the gradients of a batch, in spite of predict's inference mode."""
-    module = gradients.module
+def _in_predict(step: Step, numbering: _Numbering, batch: Any, batch_idx: int) -> Any:
+    """Stands in for ``predict_step``: a pass's own step, in spite of predict's inference mode."""
+    module = step.module
     with gradients_enabled(module):
         batch = without_inference_tensors(batch)
-        gradients.check_first(batch)
         try:
-            return gradients.capture(batch)
+            return step(batch, numbering.of(batch))
         except RuntimeError as error:
             if "Inference tensors cannot be saved for backward" in str(error):
                 raise RuntimeError(
@@ -185,6 +185,20 @@ def _gradient_step(gradients: ModuleGradients, batch: Any, batch_idx: int) -> Ca
                     "inference mode. Build the trainer with inference_mode=False."
                 ) from error
             raise
+
+
+class _Numbering:
+    """Tells the data set indices of a batch's examples inside ``predict_step``; those of a stream are counted."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._n_seen = 0
+
+    def of(self, batch: Any) -> list[int]:
+        """The numbers of the next batch's examples."""
+        start, self._n_seen = self._n_seen, self._n_seen + (batch_size(batch) or 0)
+        indices = [int(index) for index in self._trainer.predict_loop.current_batch_indices]
+        return indices or list(range(start, self._n_seen))
 
 
 class _Writer(DualPredictionWriter):

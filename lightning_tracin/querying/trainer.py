@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
+from lightning_tracin.gradients.targets import Asked, Positions
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
 from lightning_tracin.querying.influence import influence, self_influence
 from lightning_tracin.results.result import InfluenceResult
@@ -37,6 +38,8 @@ class InfluenceTrainerMixin:
         method: str | Method = "tracin-we",
         k: int | None = None,
         checkpoints: CheckpointChoice = None,
+        target: Asked = "label",
+        positions: Positions | None = None,
     ) -> InfluenceResult:
         """Score every training example's influence on every test example; see :func:`influence`.
 
@@ -49,6 +52,9 @@ class InfluenceTrainerMixin:
             method: "tracin-we", "tracin-last", or a method with options.
             k: keep only the k strongest proponents and opponents of each test example.
             checkpoints: which of the trace's count: all by default, "last", a step, several, or a slice of their list.
+            target: what is explained: "label", "prediction", a class by its number or name, or a pair of classes, the
+                first against the second.
+            positions: of the tokens that are explained; all by default.
         """
         return influence(
             self,  # type: ignore[arg-type]
@@ -60,6 +66,8 @@ class InfluenceTrainerMixin:
             method=method,
             k=k,
             checkpoints=checkpoints,
+            target=target,
+            positions=positions,
         )
 
     def self_influence(

@@ -57,6 +57,8 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         test_loader_names: of the loaders that test examples came in, where there were several.
         checkpoint_steps: the steps of the checkpoints; empty in older files.
         candidates: whether the scored examples were not trained on.
+        target: what of the test examples is explained.
+        target_names: what that came to for each test example; none where it is their labels.
     """
 
     version: int
@@ -71,6 +73,8 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     test_loader_names: list[str] = []
     checkpoint_steps: list[StepNumber] = []
     candidates: bool = False
+    target: str = "label"
+    target_names: list[str] = msgspec.field(default_factory=list)
 
     def to_json(self) -> str:
         """The header as JSON.
@@ -138,12 +142,7 @@ def _check(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor]) 
     """
     n_test = len(tensors["test_indices"]) if tensors.get("test_indices", torch.empty(())).dim() else 0
     require_forms(tensors, _forms(header, tensors, n_test))
-    if not n_test:
-        raise ValueError("it has no test examples")
-    if len(set(header.checkpoint_ids)) < len(header.checkpoint_ids):
-        raise ValueError("it names a checkpoint twice")
-    if len(header.checkpoint_steps) not in (0, len(header.checkpoint_ids)):
-        raise ValueError(f"it has {len(header.checkpoint_ids)} checkpoints, but {len(header.checkpoint_steps)} steps")
+    _check_header(header, n_test)
     require_within("test_indices", tensors["test_indices"], 0, 2**53)
     _check_loaders(header, tensors)
     require_within("texts.examples", tensors["texts.examples"], 0, n_test - 1)
@@ -185,6 +184,22 @@ def _check_loaders(header: ResultHeader, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"its test examples are not of {len(names)} loaders with names of their own")
     for part in torch.split(indices, loaders.bincount().tolist()):
         require_ascending("test_indices", part, strictly=True)
+
+
+def _check_header(header: ResultHeader, n_test: int) -> None:
+    """Check that the numbers in a header go together.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if not n_test:
+        raise ValueError("it has no test examples")
+    if len(set(header.checkpoint_ids)) < len(header.checkpoint_ids):
+        raise ValueError("it names a checkpoint twice")
+    if len(header.checkpoint_steps) not in (0, len(header.checkpoint_ids)):
+        raise ValueError(f"it has {len(header.checkpoint_ids)} checkpoints, but {len(header.checkpoint_steps)} steps")
+    if header.target_names and len(header.target_names) != n_test:
+        raise ValueError(f"it names the targets of {len(header.target_names)} test examples, but has {n_test}")
 
 
 def _forms(header: ResultHeader, tensors: Mapping[str, Tensor], n_test: int) -> dict[str, Form]:

@@ -47,6 +47,8 @@ class StoredResult:
         checkpoint_steps: the steps of the checkpoints that the scores are sums over; predictions are those at the last.
             Empty where an older file does not tell.
         candidates: whether the scored examples were not trained on, but might be.
+        target: what of the test examples is explained, as it was asked for.
+        target_names: what that came to for each test example; empty where it is their labels.
     """
 
     method: Method
@@ -68,6 +70,8 @@ class StoredResult:
     test_loader_names: tuple[str, ...] = ()
     checkpoint_steps: list[int] = field(default_factory=list)
     candidates: bool = False
+    target: str = "label"
+    target_names: list[str] = field(default_factory=list)
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file.
@@ -121,6 +125,8 @@ class StoredResult:
             test_loader_names=[storable(name) for name in self.test_loader_names],
             checkpoint_steps=self.checkpoint_steps,
             candidates=self.candidates,
+            target=storable(self.target),
+            target_names=[storable(name) for name in self.target_names],
         )
         text = header.to_json()
         write_tensors(path, tensors, {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)})
@@ -171,6 +177,8 @@ class StoredResult:
             test_loader_names=tuple(header.test_loader_names),
             checkpoint_steps=header.checkpoint_steps,
             candidates=header.candidates,
+            target=header.target,
+            target_names=header.target_names,
         )
 
 

@@ -1,0 +1,139 @@
+"""What a module says of a batch, which may have no labels: a forward pass, observed, and what its numbers mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, losses_of, with_labels_of
+from lightning_tracin.gradients.batches import batch_size, tensors_of
+from lightning_tracin.gradients.losses import called_with, hugging_face_model
+from lightning_tracin.gradients.outputs import Output, output_of
+from lightning_tracin.gradients.predictions import PredictionProbe
+from lightning_tracin.parallel.fsdp import call_in_forward_pass
+
+
+class Observer:
+    """Sees what a module says.
+
+    Args:
+        module: the module, in eval mode.
+        probe: sees the outputs of its layers.
+        training_labels: (n,) labels of training examples, NaN where they are not one number. They tell whether a single
+            output stands for two classes.
+    """
+
+    def __init__(self, module: nn.Module, probe: PredictionProbe, training_labels: Tensor) -> None:
+        self.module = module
+        self.losses = losses_of(module)
+        self._probe = probe
+        self._known = training_labels[~torch.isnan(training_labels)]
+        self._has_single_labels = len(self._known) > 0 or len(training_labels) == 0
+        self._way: Callable[[Any], int] | None = None
+        self._dtype = torch.long
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether the module says itself what an example's loss is."""
+        own = getattr(type(self.module), "influence_loss", None)
+        return own is not None and own is not TracInMixin.influence_loss
+
+    def labels(self, batch: Any) -> Tensor | None:
+        """The batch's labels, if it has any."""
+        return labels_of_module(self.module, batch)
+
+    def labels_of(self, batch: Any, number: int) -> Tensor:
+        """A label for each example, in the form of the batch's own, or, where it has none, as the module takes them."""
+        labels = self.labels(batch)
+        if labels is not None:
+            return torch.full_like(labels, number)
+        size, device = batch_size(batch) or 0, tensors_of(batch)[0].device
+        return torch.full((size,), number, dtype=self._dtype, device=device)
+
+    def output(self, batch: Any) -> Output:
+        """What the module says of a batch, with its graph where gradients are enabled.
+
+        Raises:
+            ValueError: if it cannot be seen, or if nothing tells what it means.
+        """
+        n_examples = self._run(batch)
+        answers = self._probe.answer_logits(n_examples)
+        if answers is not None:
+            return Output("answer", answers)
+        logits = self._probe.logits(n_examples)
+        if logits is None:
+            raise ValueError(
+                f"What {type(self.module).__name__} says cannot be seen. It is seen where the loss comes from one "
+                'linear layer that the trace knows (methods=("tracin-we", "tracin-last")), or where the module returns '
+                'an object with logits, one row for each example. target="label" does not need it.'
+            )
+        model = hugging_face_model(self.module) if self._probe.from_hugging_face else None
+        labels = self.labels(batch)
+        is_binary = bool(torch.isin(self._known, torch.tensor([0.0, 1.0], dtype=self._known.dtype)).all())
+        output = output_of(logits, labels, model, own_loss=self.has_own_loss, may_be_binary=is_binary)
+        if labels is None and output.kind == "class" and not self._has_single_labels and self._way != self._by_loss:
+            raise ValueError(
+                f"Whether {type(self.module).__name__} says one class or a set of them cannot be told: this batch has "
+                "no labels, and those of training are not one number for each example. Set the model's "
+                "config.problem_type, or give the test examples labels in the form of training's."
+            )
+        writes_another = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if labels is None and output.kind == "tokens" and writes_another:
+            raise ValueError(
+                "A model that writes a text of its own (encoder and decoder) needs that text as labels. Give the test "
+                "examples labels, such as what model.generate writes."
+            )
+        return output
+
+    def _run(self, batch: Any) -> int:
+        """A forward pass of a batch, seen by the probe; the number of its examples."""
+        if self.labels(batch) is not None:
+            return self._by_loss(batch)
+        if self._way is not None:
+            return self._way(batch)
+        failure: Exception | None = None
+        for way in self._ways(batch):
+            try:
+                n_examples = way(batch)
+            except Exception as error:  # labels of this form are not the module's
+                failure = failure or error
+                continue
+            self._way = way
+            self._dtype = way.keywords["dtype"] if isinstance(way, partial) else torch.long
+            return n_examples
+        raise ValueError(
+            f"{type(self.module).__name__} cannot be run on a test batch without labels: {type(failure).__name__}: "
+            f"{failure}. Override influence_with_labels(batch, labels) to return the batch with labels, or give the "
+            "test examples labels, which do not matter here."
+        ) from failure
+
+    def _ways(self, batch: Any) -> Iterator[Callable[[Any], int]]:
+        """How a module may be run on a batch whose labels are not known, the likeliest first."""
+        yield self._by_loss  # it may have some in a form that nothing tells, or need none
+        if hugging_face_model(self.module) is not None:
+            yield self._by_forward
+        for dtype in (torch.long, torch.float32):
+            yield partial(self._by_labels, dtype=dtype)
+            yield partial(self._by_labels, dtype=dtype, by_output=True)
+
+    def _by_loss(self, batch: Any) -> int:
+        with self._probe.watched():
+            return len(self.losses(batch))
+
+    def _by_forward(self, batch: Any) -> int:
+        with self._probe.watched():
+            call_in_forward_pass(self.module, partial(called_with, self.module), batch)
+        return batch_size(batch) or 0
+
+    def _by_labels(self, batch: Any, *, dtype: torch.dtype, by_output: bool = False) -> int:
+        """With labels of zero: one for each example, or one for each output that the pass before showed."""
+        device = tensors_of(batch)[0].device
+        shape: tuple[int, ...] = (batch_size(batch) or 0,)
+        if by_output:
+            seen = self._probe.logits(shape[0])
+            shape = shape if seen is None else tuple(seen.shape[:2])
+        return self._by_loss(with_labels_of(self.module, batch, torch.zeros(shape, dtype=dtype, device=device)))

@@ -1,0 +1,314 @@
+"""The losses of test examples' targets, which take the place of the module's own losses.
+
+A class is explained by the loss that an example would have if the class were its label, so a module that says its own
+loss serves all classes. What is no label, a value or one class of a set, is taken from the logits of the same pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tracin.bridge.mixin import token_ids_of, with_labels_of
+from lightning_tracin.bridge.observing import Observer
+from lightning_tracin.bridge.target_names import TargetNames
+from lightning_tracin.gradients.batches import tensors_of
+from lightning_tracin.gradients.losses import IGNORED, Losses, elementwise_losses
+from lightning_tracin.gradients.mean_loss import MeanLoss
+from lightning_tracin.gradients.outputs import Output, counted_tokens, named_tokens
+from lightning_tracin.gradients.predictions import PredictionProbe
+from lightning_tracin.gradients.targets import Target
+
+_ANOTHER_ORDER = (
+    "The test loader gave other examples at each pass. Use a sampler that yields the same examples each time; their "
+    "order does not matter, unless the data set is a stream."
+)
+
+_TASKS = {
+    "class": "classification",
+    "binary": "classification",
+    "value": "regression",
+    "set": "multi-label classification",
+    "tokens": "classification of tokens",
+    "answer": "question answering",
+}
+
+
+class TargetLosses:
+    """What is explained of some test examples, at each checkpoint, as losses, of which a pair has two.
+
+    Args:
+        module: the module, which is given each checkpoint's weights in turn.
+        target: what was asked for.
+        probe: sees what the module says.
+        training_labels: see :class:`~lightning_tracin.bridge.observing.Observer`.
+    """
+
+    def __init__(self, module: nn.Module, target: Target, probe: PredictionProbe, training_labels: Tensor) -> None:
+        self.target = target
+        self._module = module
+        self._probe = probe
+        self._observer = Observer(module, probe, training_labels)
+        self._output: Output | None = None
+        self._names: TargetNames | None = None
+        self._classes: tuple[int, ...] = ()
+        self._said: dict[int, Tensor] = {}
+        self._said_names: dict[int, str] = {}
+
+    def of(self, batch: Any, numbers: Sequence[int] | None) -> list[Losses]:
+        """The losses of a batch's examples; of a pair, those of the first class and those that are taken from them.
+
+        Args:
+            batch: the module's, perhaps without labels.
+            numbers: of its examples; None for a batch that only fills up.
+
+        Raises:
+            ValueError: if the target does not fit what the module says, or a position has no token.
+        """
+        if self.target.is_plain:
+            return [self._probe.watching(self._observer.losses)]
+        output, _ = self._learned(batch)
+        if output.kind == "value" or (output.kind == "set" and self._classes):
+            return [partial(self._losses_of_outputs, classes=self._classes or (0,))]
+        of_each = [self._labels(batch, numbers, number) for number in self._classes or (None,)]
+        return [self._probe.watching(partial(self._losses_of_labels, labels=labels)) for labels in of_each]
+
+    def checked_batch(self, batch: Any) -> Any:
+        """The batch as the module's own losses take it, with labels."""
+        if self.target.is_plain:
+            return batch
+        output, _ = self._learned(batch)
+        return batch if output.kind == "value" else with_labels_of(self._module, batch, self._all(batch, 0))
+
+    def see(self, batch: Any, numbers: Sequence[int] | None) -> Tensor:
+        """Remember what the model says of a batch's examples, at the weights that it has.
+
+        Args:
+            batch: the module's, perhaps without labels.
+            numbers: of its examples; None for a batch that only fills up.
+
+        Returns:
+            What it says, the examples first.
+        """
+        kind, names = self._learned(batch)[0].kind, self._names
+        assert names is not None
+        with torch.no_grad():
+            output = self._observer.output(batch)
+        said = output.logits.detach().cpu() if kind == "value" else output.said()
+        said = said.reshape(len(said), -1)
+        counted = self._counted(batch) if kind == "tokens" else torch.ones_like(said, dtype=torch.bool)
+        chosen = self._chosen(batch, numbers or (), counted)
+        for row, number in enumerate(numbers or ()):
+            self._said[number] = said[row][counted[row]]
+            self._said_names[number] = names.of(said[row][chosen[row]].tolist(), batch, row)
+        return said
+
+    def typed(self, batch: Any, labels: Tensor | None) -> Tensor | None:
+        """Labels that tell of what kind the outputs are: the batch's own, or what stands for those that it lacks."""
+        lacks = labels is None and self._output is not None and self._output.kind in ("binary", "set", "value")
+        return self._all(batch, 0) if lacks else labels
+
+    def name_of(self, number: int) -> str:
+        """What to print for the target of a test example."""
+        if self._classes and self._names is not None:
+            return ", not ".join(map(self._names.label, self._classes))
+        return self._said_names.get(number, "")
+
+    def _learned(self, batch: Any) -> tuple[Output, TargetNames]:
+        """What the module says, by the first batch, on which the target is checked."""
+        if self._output is None or self._names is None:
+            with torch.no_grad():
+                output = self._observer.output(batch)
+                names = TargetNames(self._module, output)
+                self._classes = tuple(names.number(each) for each in self.target.classes)
+                self._require_fitting(output, names)
+                self._output, self._names = output, names
+                if output.kind != "value":
+                    self._require_labels_are_read(batch)
+        return self._output, self._names
+
+    def _require_fitting(self, output: Output, names: TargetNames) -> None:
+        """Check that the module says what the target is about.
+
+        Raises:
+            ValueError: if it does not; the message says what fits.
+        """
+        kind, asked, task = output.kind, f"target={str(self.target)!r}", _TASKS[output.kind]
+        if self.target.has_positions and kind != "tokens":
+            raise ValueError(f"positions goes with labels of tokens, but {type(self._module).__name__} does {task}.")
+        if kind == "value" and output.n_classes > 1 and self.target.what == "prediction":
+            raise ValueError(f"{asked}: the model says {output.n_classes} values; name one of them by its number.")
+        if not self._classes:
+            return
+        if kind == "answer" or (kind == "value" and output.n_classes == 1):
+            which = "the answer that it gives" if kind == "answer" else "the value that it gives"
+            raise ValueError(
+                f'{asked} is a class, but {type(self._module).__name__} does {task}: "prediction" is {which}.'
+            )
+        if len(set(self._classes)) < len(self._classes):
+            raise ValueError(f"{asked} holds class {self._classes[0]} against itself: name two classes.")
+        if max(self._classes) >= output.n_classes:
+            raise ValueError(
+                f"{asked}: there is no class {max(self._classes)}. The model has {output.n_classes}, numbered from 0."
+            )
+        if names.of_vocabulary and not self.target.has_positions:
+            raise ValueError(f"{asked} is a token: say by positions at which places of the text.")
+
+    def _require_labels_are_read(self, batch: Any) -> None:
+        """Check that labels reach the loss where they are put, and change nothing that the model reads.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        name = type(self._module).__name__
+        (losses, output), (others, output_of_others) = (
+            self._answer_to(self._all(batch, number), batch) for number in (0, 1)
+        )
+        if not bool((output != output.flatten()[0]).any()):
+            return  # a head of zeros says the same of all labels
+        if torch.equal(losses, others):
+            raise ValueError(
+                f"The losses of {name} are the same whatever labels influence_with_labels puts into the batch. "
+                "Override influence_with_labels(batch, labels) to put them where influence_loss reads them."
+            )
+        if not torch.allclose(output, output_of_others, rtol=1e-3, atol=1e-5):
+            raise ValueError(
+                f"What {name} says depends on the labels in its batch, which its forward reads. Let "
+                "influence_with_labels keep what the model reads, such as decoder_input_ids, and let forward take it."
+            )
+        if self._output is not None and self._output.kind in ("set", "tokens"):
+            self._require_usual_loss(losses, output, self._all(batch, 0))
+
+    def _answer_to(self, labels: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """The losses of a batch with other labels, and what the model says there."""
+        changed = with_labels_of(self._module, batch, labels)
+        try:
+            with self._probe.watched():
+                losses = self._observer.losses(changed)
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{type(self._module).__name__} has no loss for a batch with other labels: {type(error).__name__}: "
+                f"{error}. Override influence_with_labels(batch, labels) to return the batch with these labels in the "
+                "place of its own."
+            ) from error
+        said = self._probe.answer_logits(len(losses))
+        said = self._probe.logits(len(losses)) if said is None else said
+        return losses, losses if said is None else said
+
+    def _require_usual_loss(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Check that losses are the usual ones of these logits and labels, so that these mean what they seem to.
+
+        Raises:
+            ValueError: if they are others.
+        """
+        assert self._output is not None
+        labels = labels.float() if self._output.kind == "set" else labels
+        for causal in (self._output.causal, not self._output.causal) if self._output.kind == "tokens" else (False,):
+            values, counted = elementwise_losses(logits.float(), labels, problem_type=None, causal=causal)
+            sums = values.flatten(1).sum(1)
+            means = sums / counted.flatten(1).sum(1).clamp(min=1)
+            if any(self._are_multiples(losses, usual) for usual in (means, sums)):
+                self._output = replace(self._output, causal=causal)
+                return
+        raise ValueError(
+            f"target={str(self.target)!r}: what {type(self._module).__name__} says cannot be told from its outputs, as "
+            f'its losses are not those that are usual in {_TASKS[self._output.kind]}. target="label" does not need it.'
+        )
+
+    def _are_multiples(self, losses: Tensor, usual: Tensor) -> bool:
+        """Whether losses are others times a constant; those of a mean must be the others' mean."""
+        if isinstance(self._observer.losses, MeanLoss):
+            return torch.allclose(losses[0].to(usual), usual.mean(), rtol=2e-2)
+        ratios = losses.to(usual) / usual
+        return torch.allclose(ratios, ratios[:1].expand_as(ratios), rtol=2e-2)
+
+    def _labels(self, batch: Any, numbers: Sequence[int] | None, number: int | None) -> Tensor:
+        """The labels of a batch's targets: a class, or without one what the model said, or the batch's own."""
+        output, own = self._learned(batch)[0], self._observer.labels(batch)
+        if output.kind == "tokens":
+            return self._labels_of_tokens(batch, numbers, number, own)
+        if number is not None or numbers is None:
+            return self._all(batch, number or 0)
+        said = torch.stack([self._what_was_said(each) for each in numbers])
+        like = self._all(batch, 0)
+        return said.reshape(like.shape).to(like)
+
+    def _labels_of_tokens(
+        self, batch: Any, numbers: Sequence[int] | None, number: int | None, own: Tensor | None
+    ) -> Tensor:
+        """(B, T) the labels of tokens, -100 at those that do not count."""
+        counted = self._counted(batch)
+        labels = self._all(batch, number or 0) if own is None or number is not None else own.clone()
+        if self.target.what == "prediction" and numbers is not None:
+            said = torch.cat([self._what_was_said(each) for each in numbers])
+            if len(said) != int(counted.sum()):
+                raise ValueError(_ANOTHER_ORDER)
+            labels[counted.to(labels.device)] = said.to(labels)
+        if numbers is not None:
+            counted = self._chosen(batch, numbers, counted)
+        return labels.masked_fill(~counted.to(labels.device), IGNORED)
+
+    def _what_was_said(self, number: int) -> Tensor:
+        if number not in self._said:
+            raise ValueError(_ANOTHER_ORDER)
+        return self._said[number]
+
+    def _counted(self, batch: Any) -> Tensor:
+        """(B, T) the tokens that have a label."""
+        assert self._output is not None
+        labels = self._observer.labels(batch)
+        return counted_tokens(labels, batch, self._shape_of_tokens(batch), causal=self._output.causal)
+
+    def _chosen(self, batch: Any, numbers: Sequence[int], counted: Tensor) -> Tensor:
+        """(B, T) those of the counted tokens that the target's positions name."""
+        if not self.target.has_positions or not numbers:
+            return counted
+        positions = [self.target.positions_at(number) for number in numbers]
+        named = named_tokens(positions, batch, tuple(counted.shape))
+        for number, places, reached in zip(numbers, positions, (counted & named).any(1).tolist(), strict=True):
+            if not reached:
+                raise ValueError(
+                    f"positions {list(places or ())} name no token of test example {number} that counts. They count "
+                    "from its first token, padding left out; tokens without a label (-100) do not count, nor does the "
+                    "first one of a text whose next tokens are predicted."
+                )
+        return counted & named
+
+    def _shape_of_tokens(self, batch: Any) -> tuple[int, ...]:
+        """(B, T) of the batch's labels, or of its token ids."""
+        labels = self._observer.labels(batch)
+        like = token_ids_of(batch) if labels is None else labels
+        if like is None:
+            raise ValueError(f"target={str(self.target)!r}: this batch holds no token ids of shape (B, T).")
+        return tuple(like.shape)
+
+    def _all(self, batch: Any, number: int) -> Tensor:
+        """Labels by which all that counts in a batch is of one class; of sets, all classes in (1) or out (0)."""
+        assert self._output is not None
+        kind, labels, logits = self._output.kind, self._observer.labels(batch), self._output.logits
+        device = tensors_of(batch)[0].device
+        if kind == "answer":
+            n_examples = len(labels) if labels is not None else len(tensors_of(batch)[0])
+            return torch.full((n_examples, 2), number, dtype=torch.long, device=device)
+        if kind == "tokens":
+            like = labels if labels is not None else torch.zeros(self._shape_of_tokens(batch), dtype=torch.long)
+            filled = torch.full_like(like, number).to(device)
+            return filled.masked_fill(~self._counted(batch).to(device), IGNORED)
+        if labels is None and logits.shape[1] > 1 and kind in ("set", "value"):
+            shape = (len(tensors_of(batch)[0]), logits.shape[1])
+            return torch.full(shape, number, dtype=torch.float32, device=device)
+        return self._observer.labels_of(batch, number)
+
+    def _losses_of_labels(self, batch: Any, labels: Tensor) -> Tensor:
+        return self._observer.losses(with_labels_of(self._module, batch, labels))
+
+    def _losses_of_outputs(self, batch: Any, classes: Sequence[int]) -> Tensor:
+        """(B,) minus the first output, or minus its log probability; plus that of the second."""
+        output = self._observer.output(batch)
+        first, *second = (output.log_of_output(number) for number in classes)
+        return second[0] - first if second else -first

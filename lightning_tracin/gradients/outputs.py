@@ -1,0 +1,144 @@
+"""What a model says of a batch: what its numbers mean, and the labels that they amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_tracin.gradients.losses import IGNORED, is_causal
+
+#: What an output means: one of several classes, one of two by a single number, numbers, a set of classes, a class or
+#: token at each position, or where an answer starts and ends.
+Kind: TypeAlias = Literal["class", "binary", "value", "set", "tokens", "answer"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model says of a batch of B examples.
+
+    Attributes:
+        kind: what it means.
+        logits: (B, C), one for each class or value; (B, T, C) of tokens; (B, 2, T) of answers.
+        causal: whether the logits at a position are of the token after it.
+    """
+
+    kind: Kind
+    logits: Tensor
+    causal: bool = False
+
+    @property
+    def n_classes(self) -> int:
+        """The number of classes, or of tokens in the vocabulary."""
+        return 2 if self.kind == "binary" else self.logits.shape[-1]
+
+    def said(self) -> Tensor:
+        """The labels that the model says, on the CPU: (B,), (B, C) of sets, (B, T) of tokens, (B, 2) of answers.
+
+        Raises:
+            ValueError: if it says values, which are no labels.
+        """
+        logits = self.logits.detach().cpu().double()
+        if self.kind == "value":
+            raise ValueError("Values are no labels.")
+        if self.kind == "answer":
+            return torch.stack(best_answers(logits[:, 0], logits[:, 1])[:2], 1)
+        if self.kind == "binary":
+            return (logits[:, 0] > 0).long()
+        if self.kind == "set":
+            return (logits > 0).float()
+        best = logits.argmax(-1)
+        return best.roll(1, 1) if self.causal else best
+
+    def log_of_output(self, number: int) -> Tensor:
+        """(B,) one of several outputs that do not exclude each other: a value, or log p of a class of a set."""
+        logits = self.logits[:, number].float()
+        return functional.logsigmoid(logits) if self.kind == "set" else logits
+
+
+def output_of(
+    logits: Tensor, labels: Tensor | None, model: nn.Module | None, *, own_loss: bool, may_be_binary: bool
+) -> Output:
+    """What logits mean, by the labels of their batch and by a model of transformers.
+
+    Args:
+        logits: (B,), (B, C) or (B, T, C).
+        labels: the batch's; None if it has none.
+        model: the model of transformers that they come from, if they do.
+        own_loss: whether the module says itself what its loss is, so that the model's configuration does not.
+        may_be_binary: whether the labels of a single output may be those of two classes, where they are whole numbers.
+    """
+    if logits.dim() == 3:
+        return Output("tokens", logits, causal=is_causal(model))
+    logits = logits.reshape(len(logits), -1)
+    configured = getattr(getattr(model, "config", None), "problem_type", None)
+    whole = labels is None or not labels.is_floating_point()
+    if logits.shape[1] == 1:
+        is_binary = whole and may_be_binary and (model is None or own_loss)
+        return Output("binary" if is_binary else "value", logits)
+    if configured == "regression":
+        return Output("value", logits)
+    is_set = labels is not None and labels.shape == logits.shape
+    return Output("set" if is_set or configured == "multi_label_classification" else "class", logits)
+
+
+def best_answers(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the likeliest answers start and end, and their log probabilities; none ends before it starts.
+
+    Args:
+        start: (B, T) logits of where an answer starts.
+        end: (B, T) logits of where it ends.
+    """
+    best_start = start.log_softmax(1).cummax(1)  # for each end
+    best = (best_start.values + end.log_softmax(1)).max(1)
+    return best_start.indices.gather(1, best.indices[:, None])[:, 0], best.indices, best.values
+
+
+def counted_tokens(labels: Tensor | None, batch: Any, shape: Sequence[int], *, causal: bool) -> Tensor:
+    """(B, T) the positions of tokens that count: those with a label, or without labels all that are no padding.
+
+    Args:
+        labels: (B, T) those of the batch, if it has any.
+        batch: its attention mask tells padding.
+        shape: B and T.
+        causal: whether each is predicted at the position before, so that a text's first token is not.
+    """
+    if labels is not None:
+        counted = (labels != IGNORED).cpu()
+    else:
+        counted = _attended(batch, shape)
+        if causal:
+            counted &= counted.cumsum(1) > 1
+    if causal:
+        counted[:, 0] = False
+    return counted
+
+
+def named_tokens(positions: Sequence[Sequence[int] | None], batch: Any, shape: Sequence[int]) -> Tensor:
+    """(B, T) the tokens that positions name.
+
+    Args:
+        positions: for each example, from its first token on; None for all of them.
+        batch: its attention mask tells where texts begin that are padded on the left.
+        shape: B and T.
+    """
+    first = _attended(batch, shape).long().argmax(1).tolist()
+    named = torch.zeros(*shape, dtype=torch.bool)
+    for row, places in enumerate(positions):
+        if places is None:
+            named[row] = True
+        else:
+            named[row, [place + first[row] for place in places if place + first[row] < shape[1]]] = True
+    return named
+
+
+def _attended(batch: Any, shape: Sequence[int]) -> Tensor:
+    """(B, T) the tokens that are no padding, by the batch's attention mask; all where it has none of that shape."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == torch.Size(shape):
+        return (mask != 0).cpu()
+    return torch.ones(*shape, dtype=torch.bool)
