@@ -14,6 +14,8 @@ from torch import Tensor
 from lightning_tracin.gradients.printable import storable
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.results.excerpt import Excerpt
+from lightning_tracin.results.excerpt_file import excerpt_from, header_of, tensors_of
 from lightning_tracin.results.result_file import FILE_CHECKSUM, HEADER, WORD_TENSORS, ResultHeader, read_result
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_to_json
@@ -40,6 +42,9 @@ class StoredResult:
         totals: (n_test, 2) float64, the sums of each test example's positive and of its negative scores.
         undrawn: (n,) int64, the indices of examples of the training data set that training never drew, such as those
             that the sampler holds back: their scores are zero, and they are neither proponents nor opponents.
+        target: what of each test example the scores explain: "label", the loss of its label.
+        excerpt: what a file that the result was loaded from holds of the trace: texts, labels and words of all that it
+            lists.
     """
 
     method: Method
@@ -57,20 +62,11 @@ class StoredResult:
     strongest_opponents: TopK | None = None
     totals: Tensor | None = None
     undrawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    target: str = "label"
+    excerpt: Excerpt | None = None
 
-    def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file.
-
-        Words of a pair are read from the trace, which stays where it is; the file keeps its place, absolute and
-        relative.
-
-        Args:
-            path: the file, usually ``*.safetensors``.
-
-        Returns:
-            The path.
-        """
-        path = Path(path)
+    def write(self, path: Path) -> Path:
+        """Write what there is to one safetensors file, with the place of the trace, absolute and relative."""
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             "test_indices": self.test_indices,
@@ -93,6 +89,9 @@ class StoredResult:
                 own = {name: column for name, column in gradients.columns.items() if name in WORD_TENSORS}
                 tensors |= {f"gradients.{block}.{number}.{name}": column for name, column in own.items()}
         used = set(self.test_texts.ids.tolist())
+        if self.excerpt is not None:
+            tensors |= tensors_of(self.excerpt)
+            used |= {token for example in self.excerpt.train.values() for token in example.ids}
         header = ResultHeader(
             version=FORMAT_VERSION,
             method=method_to_json(self.method),
@@ -105,6 +104,8 @@ class StoredResult:
             checkpoint_ids=self.checkpoint_ids,
             trace=None if self.trace is None else storable(str(self.trace.path.absolute())),
             trace_relative=None if self.trace is None else storable(os.path.relpath(self.trace.path, path.parent)),
+            target=storable(self.target),
+            excerpt=None if self.excerpt is None else header_of(self.excerpt),
         )
         text = header.to_json()
         write_tensors(path, tensors, {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)})
@@ -112,7 +113,7 @@ class StoredResult:
 
     @classmethod
     def load(cls, path: str | Path, trace: str | Path | None = None) -> Self:
-        """Read a result that :meth:`save` wrote; its trace is opened if it is where it was.
+        """Read a result that ``save`` wrote; its trace is opened if it is where it was.
 
         Args:
             path: the file.
@@ -151,6 +152,8 @@ class StoredResult:
             strongest_opponents=tops[1],
             totals=tensors.get("totals"),
             undrawn=tensors.get("undrawn", torch.empty(0, dtype=torch.int64)),
+            target=header.target,
+            excerpt=None if header.excerpt is None else excerpt_from(header.excerpt, tensors, path),
         )
 
 
