@@ -367,7 +367,7 @@ def _positive(text: str) -> int:
 def _result(path: str, trace: str | None) -> lightning_tracin.InfluenceResult:
     """A result; it is said if its texts cannot be shown."""
     result = lightning_tracin.InfluenceResult.load(path, trace)
-    if result.trace is None:
+    if result.trace is None and result.excerpt is None:
         _tell("the trace of these scores is not where it was: texts and words are missing. Pass the folder it is in.")
     return result
 

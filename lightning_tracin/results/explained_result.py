@@ -160,6 +160,9 @@ class ExplainedResult(RankedResult):
             FileNotFoundError: if the trace that the scores were computed from is gone.
         """
         require_not_constant(self.method)
+        evidence = Evidence.find(self)
+        if evidence is None and self.excerpt is not None and self.excerpt.review_method == self.method:
+            return self.excerpt.review.self_influence
         return self_influences(Evidence.require(self).checkpoints, self.method)
 
     @property

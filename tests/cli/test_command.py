@@ -150,7 +150,7 @@ def test_top_prints_tables_on_a_terminal(file, capsys, monkeypatch, colour):
 
 def test_top_finds_a_trace_that_has_moved(result, tmp_path, capsys):
     fit = fitted(tmp_path / "here")
-    fit.influence(loader(test_texts())).save(tmp_path / "result.safetensors")
+    fit.influence(loader(test_texts())).save(tmp_path / "result.safetensors", k=0)
     assert run("top", tmp_path / "result.safetensors") == 0
     before = capsys.readouterr()
     assert before.err == ""

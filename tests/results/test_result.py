@@ -52,9 +52,9 @@ def test_a_result_finds_its_trace_where_both_were_moved(toy, tmp_path):
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["gone", "replaced by another fit"])
-def test_without_its_trace_a_result_still_prints_but_has_no_words(tmp_path, replaced):
+def test_scores_alone_print_without_their_trace_but_have_no_words(tmp_path, replaced):
     result = fitted(tmp_path / "trace").influence(loader(test_texts()))
-    path = result.save(tmp_path / "result.safetensors")
+    path = result.save(tmp_path / "result.safetensors", k=0)
     shutil.rmtree(tmp_path / "trace")
     if replaced:
         fitted(tmp_path / "trace")
