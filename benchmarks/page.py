@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.measure import Row, parser, peak_megabytes, report
 from examples.screenshots import chromium
 from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
+from lightning_tracin.report.label_issues import LabelIssue, LabelIssues
 from lightning_tracin.report.page import Page, page_html, write_page
 
 _LABELS = ("business", "entertainment", "politics", "sport", "tech")
@@ -94,8 +95,12 @@ class Texts:
 
     def page(self, n_test: int, k: int) -> Page:
         """A page of that many test examples."""
-        suspects = [Influential(example, 1 / (place + 1), 0.01) for place, example in enumerate(self._train[:50])]
-        return Page("Synthetic", [], [], len(self._train), self.explanations(n_test, k), suspects, "", None)
+        suspects = [
+            LabelIssue(example, True, 0.1, "sport", 1 / rank, rank, rank)
+            for rank, example in enumerate(self._train[:50], 1)
+        ]
+        issues = LabelIssues(suspects, len(self._train), len(suspects), "TracIn-Last")
+        return Page("Synthetic", [], [], len(self._train), self.explanations(n_test, k), issues, None)
 
     def explanations(self, n_test: int, k: int) -> Iterator[Explanation]:
         """Test examples with k proponents and k opponents each; words that both hold have terms."""

@@ -67,7 +67,7 @@ def packaged_minilm() -> str:
 def hub_data(name: str) -> tuple[Labelled, list[str]]:
     """A data set of the Hugging Face hub with columns ``text`` and ``label``."""
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found]
+        from datasets import load_dataset
     except ModuleNotFoundError:
         raise SystemExit("Data sets of the hub need the package datasets: pip install datasets") from None
     data = load_dataset(name, split="train")

@@ -7,8 +7,10 @@ if TYPE_CHECKING:
     from lightning_tracin.bridge.mixin import TracInMixin
     from lightning_tracin.past.trace import Trace
     from lightning_tracin.querying.influence import influence, self_influence
+    from lightning_tracin.querying.label_review import label_issues
     from lightning_tracin.querying.trainer import InfluenceTrainerMixin, Trainer
     from lightning_tracin.recording.callback import TracInCallback
+    from lightning_tracin.results.corrections import apply_corrections
     from lightning_tracin.results.result import InfluenceResult
     from lightning_tracin.scoring.methods import TracInLast, TracInLayer, TracInSum, TracInWE
 
@@ -25,7 +27,9 @@ __all__ = [
     "TracInWE",
     "Trace",
     "Trainer",
+    "apply_corrections",
     "influence",
+    "label_issues",
     "self_influence",
 ]
 
@@ -42,7 +46,9 @@ _MODULES = {
     "TracInWE": "scoring.methods",
     "Trace": "past.trace",
     "Trainer": "querying.trainer",
+    "apply_corrections": "results.corrections",
     "influence": "querying.influence",
+    "label_issues": "querying.label_review",
     "self_influence": "querying.influence",
 }
 

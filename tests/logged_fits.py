@@ -66,7 +66,7 @@ def steps_of(rows):
 
 def examples_of(rows):
     """The examples of a table in its order: (loader, index)."""
-    return list(dict.fromkeys((row["dataloader_idx"], row["index"]) for row in rows))
+    return list(dict.fromkeys((row["dataloader_idx"], row["test_index"]) for row in rows))
 
 
 def brute_scores(trace, n_checkpoints, data=None, kind=Validated):
@@ -98,7 +98,7 @@ def assert_scores(rows, scores, k=3):
     assert rows
     for _, index in examples_of(rows):
         for role, largest in (("proponent", True), ("opponent", False)):
-            own = [row for row in rows if row["index"] == index and row["role"] == role]
+            own = [row for row in rows if row["test_index"] == index and row["role"] == role]
             found = torch.tensor([row["score"] for row in own], dtype=torch.float64)
             expected = scores[index].double().topk(k, largest=largest).values
             expected = expected[expected > 0] if largest else expected[expected < 0]

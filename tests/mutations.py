@@ -215,8 +215,11 @@ def _read_result(copies: Path, original: Original) -> str | None:
 
 def _read_result_alone(copies: Path, original: Original) -> str | None:
     result = InfluenceResult.load(copies / "result.safetensors")
+    result.trace = None  # what the file itself holds is read
     str(result)
     result.rows(2)
+    str(result.label_issues())
+    result.to_html(copies / "page.html")
     return None
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
+from lightning_tracin.report.label_issues import LabelIssue, LabelIssues
 from lightning_tracin.report.page import Page
 
 HOSTILE = ("<script>alert(1)</script>", "</script>", "<img src=x onerror=alert(1)>", "<!--", "&lt;b&gt;", "\u2028")
@@ -41,7 +42,6 @@ def page_of(explanations, **options):
         "n_train": 100,
         "explanations": explanations,
         "suspects": None,
-        "suspects_by": "TracIn-WE",
         "word_table": None,
     }
     return Page(**{**settings, **options})
@@ -51,6 +51,15 @@ def explanation(row, test, *influentials):
     """Its proponents and opponents by the signs of their scores."""
     sides = [tuple(each for each in influentials if (each.score > 0) == positive) for positive in (True, False)]
     return Explanation(row, test, (1.0,) * len(test.words), *sides)
+
+
+def issues_of(*influentials, predicted="news"):
+    """Training examples as suspects, by their scores."""
+    issues = [
+        LabelIssue(each.example, True, 0.25, predicted, each.score, rank, rank)
+        for rank, each in enumerate(influentials, start=1)
+    ]
+    return LabelIssues(issues, 100, len(issues), "TracIn-Last")
 
 
 def hostile_page():
@@ -65,7 +74,7 @@ def hostile_page():
         [explanation(0, test, *pairs)],
         title="</title><script>alert(3)</script>",
         notes=["<script>alert(4)</script>"],
-        suspects=pairs[:1],
+        suspects=issues_of(pairs[0], predicted="=<b>1</b>"),
         word_table=Table(words, ("<b>class</b>", ""), ("</script>", "+1"), torch.randn(len(words), 2, 2)),
     )
 

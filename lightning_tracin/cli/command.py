@@ -162,7 +162,8 @@ example:
   lightning-tracin export result.safetensors --csv pairs.csv
   lightning-tracin export result.safetensors --json - | jq '.[0]'
 
-The columns are those of InfluenceResult.to_pandas: test_index, role, rank, train_index, score, share, label, text."""
+The columns are those of InfluenceResult.to_pandas: test_index, test_text, test_label, prediction, confidence, target,
+role, rank, train_index, score, share, train_text, train_label, words (in CSV on one line, else a list)."""
 
 _VERIFY_NOTES = """\
 example:
@@ -295,6 +296,7 @@ def _html(arguments: Namespace) -> int:
 
 def _export(arguments: Namespace) -> int:
     """Write the strongest pairs as a table."""
+    from lightning_tracin.report.pairs import words_in_a_line
     from lightning_tracin.storage.files import output_file
 
     result = _result(arguments.result, arguments.trace)
@@ -312,7 +314,9 @@ def _export(arguments: Namespace) -> int:
         if arguments.csv is not None:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+            for row in rows:
+                cells = {**row, "words": words_in_a_line(row["words"])}
+                writer.writerow({name: _cell(value) for name, value in cells.items()})
         else:
             file.write("[\n" + ",\n".join(map(_json, rows)) + "\n]\n")
     return 0
@@ -363,7 +367,7 @@ def _positive(text: str) -> int:
 def _result(path: str, trace: str | None) -> lightning_tracin.InfluenceResult:
     """A result; it is said if its texts cannot be shown."""
     result = lightning_tracin.InfluenceResult.load(path, trace)
-    if result.trace is None:
+    if result.trace is None and result.excerpt is None:
         _tell("the trace of these scores is not where it was: texts and words are missing. Pass the folder it is in.")
     return result
 

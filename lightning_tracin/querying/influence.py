@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,20 @@ from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.querying.asked import (
     attached_datamodule,
     datamodule_asked,
-    given_module,
     module_asked,
     spread_weights,
     trace_asked,
-    usable_module,
 )
 from lightning_tracin.querying.asked_examples import AskedExamples, examples_asked, told_by_loader
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice, chosen_checkpoints
 from lightning_tracin.querying.filling import ready_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, run_pass
 from lightning_tracin.querying.steps import GradientStep, PredictionStep
+from lightning_tracin.querying.training import Training, ready_training
 from lightning_tracin.querying.undisturbed import left_as_found, require_idle
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method
-from lightning_tracin.scoring.naming import method_of
+from lightning_tracin.scoring.naming import method_of, require_not_constant
 from lightning_tracin.scoring.score import self_influences
 from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.scoring.terms import sites_of
@@ -158,26 +156,16 @@ def self_influence(
         (n_train,) float32: the diagonal of the training examples' scores on themselves.
 
     Raises:
-        ValueError: see :func:`influence`.
+        ValueError: see :func:`influence`; or if it is the same for every example, as with ``normalize="cosine"``.
         BlockingIOError: see :func:`influence`.
     """
     chosen = method_of(method)
-    require_idle(trainer)
-    datamodule, _, train_dataloaders = datamodule_asked(datamodule, None, train_dataloaders)
+    require_not_constant(chosen)
+    training = Training(model, datamodule, train_dataloaders, trace, checkpoints)
     with left_as_found(trainer):
-        processes = launched(trainer)
-        module = given_module(trainer, model, train_dataloaders) or trainer.lightning_module
-        with processes.synchronized():
-            opened = trace_asked(trainer, trace)
-            module = None if module is None else usable_module(trainer, module)
-        if module is not None:
-            spread_weights(trainer, module, [], datamodule)
-        hooks = datamodule or (None if module is None else attached_datamodule(trainer, module))
-        query = Query(trainer, module, opened, chosen, hooks, processes, checkpoints)
-        with weights_kept(module) if module is not None else nullcontext():
-            ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
-        with processes.synchronized():
-            return self_influences(ready, chosen, processes)
+        query, ready = ready_training(trainer, chosen, training)
+        with query.processes.synchronized():
+            return self_influences(ready, chosen, query.processes)
 
 
 def _answered(

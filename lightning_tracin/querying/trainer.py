@@ -1,7 +1,8 @@
-"""The Trainer with ``influence`` and ``self_influence``."""
+"""The Trainer with ``influence``, ``self_influence`` and ``label_issues``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from torch import Tensor
 from lightning_tracin.gradients.targets import Asked, Positions
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
 from lightning_tracin.querying.influence import influence, self_influence
+from lightning_tracin.querying.label_review import label_issues
+from lightning_tracin.report.label_issues import LabelIssues
+from lightning_tracin.results.reader import RawText
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.storage.trace import Trace
 
 
 class InfluenceTrainerMixin:
-    """``trainer.influence`` and ``trainer.self_influence`` for a subclass of any Lightning trainer.
+    """``influence``, ``self_influence`` and ``label_issues`` for a subclass of any Lightning trainer.
 
     Example::
 
@@ -100,9 +104,42 @@ class InfluenceTrainerMixin:
             checkpoints=checkpoints,
         )
 
+    def label_issues(
+        self,
+        model: pl.LightningModule | None = None,
+        *,
+        datamodule: pl.LightningDataModule | None = None,
+        train_dataloaders: Any = None,
+        trace: str | Path | Trace | None = None,
+        method: str | Method = "tracin-last",
+        n: int | None = None,
+        texts: Sequence[RawText] | None = None,
+    ) -> LabelIssues:
+        """Training examples whose labels may be wrong, highest self-influence first; see :func:`label_issues`.
+
+        Args:
+            model: names labels, and is needed where gradients are not stored yet.
+            datamodule: gives ``train_dataloader`` where no loader is passed.
+            train_dataloaders: one loader of the training set, where gradients are not stored yet.
+            trace: what the fit recorded, or its folder; by default that of the last fit in this process.
+            method: measures self-influence.
+            n: list only so many; None for all.
+            texts: the training examples' texts as they were written.
+        """
+        return label_issues(
+            self,  # type: ignore[arg-type]
+            model,
+            datamodule=datamodule,
+            train_dataloaders=train_dataloaders,
+            trace=trace,
+            method=method,
+            n=n,
+            texts=texts,
+        )
+
 
 class Trainer(InfluenceTrainerMixin, pl.Trainer):
-    """``pytorch_lightning.Trainer`` with two more methods, :meth:`influence` and :meth:`self_influence`.
+    """``pytorch_lightning.Trainer`` with more methods: :meth:`influence`, :meth:`self_influence`, :meth:`label_issues`.
 
     It overrides nothing. For ``lightning.pytorch``, put :class:`InfluenceTrainerMixin` before
     ``lightning.pytorch.Trainer``, or call :func:`lightning_tracin.influence` with a trainer of either package.

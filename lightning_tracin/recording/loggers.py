@@ -13,13 +13,11 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, TypeAlias
+from typing import Any
 
 from lightning_tracin.gradients.printable import in_a_cell, printable
 from lightning_tracin.report.explanation import Explanation
-
-#: A line of the table: a training example that pushed a validation example.
-Row: TypeAlias = dict[str, Any]
+from lightning_tracin.report.pairs import Row, rows_of_pairs, words_in_a_line
 
 KEY = "tracin/influential"
 
@@ -35,6 +33,9 @@ def rows_of(
 ) -> list[Row]:
     """The table of a validation: a line for each proponent and opponent of each example, if it pushed at all.
 
+    The columns of :func:`~lightning_tracin.report.pairs.rows_of_pairs` follow those of the validation; ``test_index``
+    is the example's index in its data set, long texts are cut, words are on one line.
+
     Args:
         explanations: of the validation's examples.
         examples: of each, the number of its loader and its loss.
@@ -42,43 +43,32 @@ def rows_of(
         epoch: of the validation.
     """
     return [
-        {
-            "step": step,
-            "epoch": epoch,
-            "dataloader_idx": loader,
-            "index": explanation.test.index,
-            "text": shorten(printable(explanation.test.text), _CHARACTERS, placeholder=" ..."),
-            "label": _printable(explanation.test.label),
-            "prediction": _printable(explanation.test.prediction),
-            "confidence": explanation.test.confidence,
-            "loss": loss,
-            "role": role,
-            "rank": rank,
-            "train_index": each.example.index,
-            "train_label": _printable(each.example.label),
-            "score": each.score,
-            "share": each.share,
-            "words": ", ".join(f"{printable(word)} {term:+.2g}" for word, term in each.strongest_words()),
-            "train_text": shorten(printable(each.example.text), _CHARACTERS, placeholder=" ..."),
-        }
+        {"step": step, "epoch": epoch, "dataloader_idx": loader, "loss": loss, **_shown(row, explanation)}
         for explanation, (loader, loss) in zip(explanations, examples, strict=True)
-        for role, influentials in (("proponent", explanation.proponents), ("opponent", explanation.opponents))
-        for rank, each in enumerate(influentials, start=1)
-        if (each.score > 0 if role == "proponent" else each.score < 0)
+        for row in rows_of_pairs(explanation)
+        if (row["score"] > 0 if row["role"] == "proponent" else row["score"] < 0)
     ]
+
+
+def _shown(row: Row, explanation: Explanation) -> Row:
+    """A row of the table of pairs, as it can be shown, with the index of the example in its data set."""
+    cut = {name: shorten(printable(row[name]), _CHARACTERS, placeholder=" ...") for name in ("test_text", "train_text")}
+    labels = {name: _printable(row[name]) for name in ("test_label", "prediction", "train_label")}
+    words = printable(words_in_a_line(row["words"]))
+    return {**row, **cut, **labels, "test_index": explanation.test.index, "words": words}
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table as Markdown: a heading and a small table for each validation example."""
     parts = []
-    for (loader, index), group in groupby(rows, key=lambda row: (row["dataloader_idx"], row["index"])):
+    for (loader, index), group in groupby(rows, key=lambda row: (row["dataloader_idx"], row["test_index"])):
         lines = list(group)
         first = lines[0]
         title = f"**Validation example {index}**" + (f" of loader {loader}" if loader else "")
-        for name in ("label", "prediction"):
-            title += "" if first[name] is None else f", {name} **{_plain(first[name])}**"
+        for name in ("test_label", "prediction"):
+            title += "" if first[name] is None else f", {name.removeprefix('test_')} **{_plain(first[name])}**"
         title += "" if first["confidence"] is None else f" ({first['confidence']:.0%})"
-        parts.append(f"{title}, loss {first['loss']:.3g}\n\n{_plain(first['text'])}\n")
+        parts.append(f"{title}, loss {first['loss']:.3g}\n\n{_plain(first['test_text'])}\n")
         parts.append("| | score | share | train | label | strongest words | text |\n|---|--:|--:|--:|---|---|---|")
         for row in lines:
             share = "" if row["share"] is None else f"{row['share']:.1%}"

@@ -33,7 +33,9 @@ class Example:
 
     @cached_property
     def text(self) -> str:
-        """The words as one text, without what the tokenizer added."""
+        """The words as one text, without what the tokenizer added; without words, the text as it was given."""
+        if not self.words:
+            return self.unread.strip()
         return "".join(word.before + word.text for word in self.words if not word.special).strip()
 
     @property

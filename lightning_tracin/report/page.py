@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from lightning_tracin.gradients.printable import cleaned
 from lightning_tracin.report.explanation import Example, Explanation, Influential
+from lightning_tracin.report.label_issues import COLUMNS, LabelIssue, LabelIssues
 from lightning_tracin.report.word_table import WordTable
 from lightning_tracin.storage.files import output_file
 
@@ -47,9 +48,9 @@ class Page:
         notes: what is missing, why, and what would bring it.
         n_train: number of training examples.
         explanations: of every test example, in the order of rows.
-        suspects: the training examples that push themselves most, strongest first; None where that is not known.
-        suspects_by: what measured that.
+        suspects: the training examples whose labels may be wrong; None where that is not known.
         word_table: words over the whole test set, if the method has words.
+        target: what of the test examples the scores explain.
     """
 
     title: str
@@ -57,9 +58,9 @@ class Page:
     notes: Sequence[str]
     n_train: int
     explanations: Iterable[Explanation]
-    suspects: Sequence[Influential] | None
-    suspects_by: str
+    suspects: LabelIssues | None
     word_table: WordTable | None
+    target: str = "label"
 
 
 def write_page(page: Page, path: str | Path) -> Path:
@@ -151,6 +152,19 @@ class _Collected:
             *_packed(influential.terms),
         ]
 
+    def suspect(self, issue: LabelIssue) -> list[Any]:
+        """The training example's index, its self-influence, and what else the table of label issues has of it."""
+        self._add(issue.example)
+        return [
+            issue.example.index,
+            _rounded(issue.self_influence),
+            issue.is_label_issue,
+            _rounded(issue.label_score),
+            issue.predicted_label,
+            issue.rank,
+            issue.rank_in_class,
+        ]
+
     def _add(self, example: Example) -> None:
         if example.index not in self.train:
             self.train[example.index] = [example.label, self.words(example), _unread(example)]
@@ -160,14 +174,23 @@ def _content(page: Page) -> dict[str, Any]:
     """What the script of the page reads."""
     collected = _Collected()
     tests = [_test(explanation, collected) for explanation in page.explanations]
-    suspects = None if page.suspects is None else [collected.pair(each)[:3] for each in page.suspects]
-    table = page.word_table
+    suspects, table = page.suspects, page.word_table
+    listed = None if suspects is None else [collected.suspect(each) for each in suspects.issues]
     return {
         "n_train": page.n_train,
         "tests": tests,
         "train": collected.train,
         "vocabulary": [_without_defaults(word) for word in collected.vocabulary],
-        "suspects": None if suspects is None else {"by": page.suspects_by, "rows": suspects},
+        "target": page.target,
+        "suspects": None
+        if suspects is None
+        else {
+            "by": suspects.method,
+            "n": suspects.n_train,
+            "n_issues": suspects.n_issues,
+            "columns": COLUMNS,
+            "rows": listed,
+        },
         "word_table": None
         if table is None
         else {

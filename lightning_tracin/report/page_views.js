@@ -6,29 +6,65 @@ function drawSuspects() {
     view.append(make("p", { class: "intro" }, "Self-influence is not known: the gradients that it is computed from lie in the trace, which is gone, or another fit took its place. Put the trace back where it was, load the result again and make this page anew."));
     return;
   }
-  view.append(make("p", { class: "intro" }, `A training example that influences itself most is often mislabelled, or unlike all others. These are the ${suspects.rows.length} highest of ${count(page.n_train, "training example")}, by ${suspects.by}; each with its share of all self-influence.`));
-  const most = suspects.rows[0]?.[1] || 0;
+  const { by, n, n_issues, columns, rows } = suspects;
+  const flagged = n_issues === null ? "" : ` Of all, ${count(n_issues, "label")} ${n_issues === 1 ? "is" : "are"} probably wrong: the model has said another class, as surely as it does of that class's own examples.`;
+  view.append(make("p", { class: "intro" }, `A training example that influences itself most is often mislabelled, or unlike all others. These are the ${rows.length} highest of ${count(n, "training example")}, by ${by}.${flagged} Say what is right, download the CSV, and hand it to apply_corrections.`));
+  const corrected = new Map(); // what is right, by training example
+  const names = [...new Set(rows.flatMap(([index, , , , predicted]) => [train[index][0], predicted]))].filter((name) => name !== null).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+  const field = make("input", { type: "search", placeholder: "Search texts, numbers", "aria-label": "Search the suspected labels", input: () => draw() });
+  const only = make("select", { "aria-label": "Label", change: () => draw() });
+  const wrong = make("input", { type: "checkbox", change: () => draw() });
+  const tally = make("span", { class: "share", "aria-live": "polite" });
+  const cards = make("div", {});
   view.append(
-    ...suspects.rows.map(([index, value, share], place) => {
-      const [label, words, unread] = train[index];
-      const n = pushedBy(index).length;
-      return make(
-        "div",
-        { class: "card suspect" },
-        make(
-          "div",
-          { class: "card-head" },
-          make("span", { class: "rank" }, String(place + 1)),
-          label === null ? null : chip(label),
-          make("span", { class: "score" }, signed(value).replace("+", "")),
-          bar(most ? value / most : 0),
-          make("span", { class: "share" }, percent(share)),
-          link(index, `example ${index}, pushed ${count(n, "test example")}`)
-        ),
-        shaded(words, unread && words.length ? " …" : unread, new Map(), { limit: LONG })
-      );
-    })
+    make("div", { class: "table-tools" }, field, only,
+      n_issues === null ? null : make("label", { class: "check" }, wrong, " Probably wrong"),
+      make("button", { id: "csv-suspects", class: "quiet", click: () => save("label-issues.csv", [columns.join(","), ...rows.map(line)]) }, "Download as CSV"), tally),
+    cards
   );
+  fill(only, "All labels", rows.map(([index]) => train[index][0]));
+  const texts = rows.map(([index]) => `#${index} ${textOf(train[index][1]) || train[index][2]}`.toLowerCase());
+  const most = rows[0]?.[1] || 0;
+  function line([index, value, issue, score, predicted, rank, inClass]) {
+    const [label, words, unread] = train[index];
+    const known = { train_index: index, is_label_issue: issue === null ? "" : issue ? "True" : "False", label_score: score, given_label: label, predicted_label: predicted,
+      corrected_label: corrected.get(index), self_influence: value, rank, rank_in_class: inClass, text: textOf(words) || unread };
+    return columns.map((name) => cellOf(known[name])).join(",");
+  }
+  function draw() {
+    const wanted = field.value.trim().toLowerCase();
+    const label = only.value && JSON.parse(only.value);
+    const kept = rows.filter(([index, , issue], place) =>
+      (!wanted || texts[place].includes(wanted)) && (only.value === "" || train[index][0] === label) && (!wrong.checked || issue));
+    tally.textContent = kept.length === rows.length ? count(rows.length, "example") : `${kept.length} of ${count(rows.length, "example")}`;
+    cards.replaceChildren(...kept.map(suspect));
+  }
+  function suspect([index, value, issue, score, predicted, rank, inClass]) {
+    const [label, words, unread] = train[index];
+    const pushed = pushedBy(index).length;
+    const right = make("select", { "aria-label": `What is right for example ${index}`, change: () => corrected.set(index, right.value) },
+      make("option", { value: "" }, "label is right"),
+      names.filter((name) => name !== label).map((name) => make("option", { value: name, dir: "auto", selected: corrected.get(index) === name }, named(name))),
+      make("option", { value: "drop", selected: corrected.get(index) === "drop" }, "drop this example"));
+    return make(
+      "div",
+      { class: "card suspect" },
+      make(
+        "div",
+        { class: "card-head" },
+        make("span", { class: "rank", title: inClass === null ? null : `number ${inClass} of its label` }, String(rank)),
+        label === null ? null : chip(label, "", `label ${named(label)}`),
+        predicted === null || predicted === label ? null : [make("span", { class: "differs", title: "differs from" }, "≠"), chip(predicted, issue ? "said" : "", `the model says ${named(predicted)}`)],
+        make("span", { class: "score" }, signed(value).replace("+", "")),
+        bar(most ? value / most : 0),
+        make("span", { class: "share", title: "label score: from 0 to 1, lower is worse" }, score === null ? "" : score.toFixed(2)),
+        label === null ? null : right,
+        link(index, `example ${index}, pushed ${count(pushed, "test example")}`)
+      ),
+      shaded(words, unread && words.length ? " …" : unread, new Map(), { limit: LONG })
+    );
+  }
+  draw();
 }
 
 // Words over the whole test set
@@ -89,24 +125,42 @@ function drawWords() {
   draw();
 }
 
-// CSV: as to_pandas has it; a text that a spreadsheet would take for a formula is given an apostrophe
+// CSV, as to_pandas has it; a text that a spreadsheet would take for a formula is given an apostrophe
 const safe = (text) => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
 const cell = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-function download(which, name) {
-  const texts = new Map();
-  const several = tests.some((test) => test.loader !== null);
-  const parts = [`\ufeff${several ? "test_loader," : ""}test_index,role,rank,train_index,score,share,label,text\r\n`]; // the mark tells Excel that it is UTF-8
-  for (const row of which) {
-    const loader = several ? `${cell(safe(tests[row].loader))},` : "";
-    for (const role of ["proponent", "opponent"])
-      tests[row][`${role}s`].forEach(([index, score, share], place) => {
-        if (!texts.has(index)) texts.set(index, `${cell(safe(train[index][0] ?? ""))},${cell(safe(textOf(train[index][1])))}\r\n`);
-        parts.push(`${loader}${row},${role},${place + 1},${index},${score ?? ""},${share ?? ""},`, texts.get(index));
-      });
-  }
+const cellOf = (value) => (value === null || value === undefined ? "" : typeof value === "string" ? cell(safe(value)) : String(value));
+function save(name, lines) {
+  const parts = ["\ufeff", ...lines.map((line) => `${line}\r\n`)]; // the mark tells Excel that it is UTF-8
   const address = URL.createObjectURL(new Blob(parts, { type: "text/csv;charset=utf-8" }));
   make("a", { href: address, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(address), 60000);
+}
+const COLUMNS = "test_index,test_text,test_label,prediction,confidence,target,role,rank,train_index,score,share,train_text,train_label,words";
+function strongestWords(words, terms) {
+  const sums = new Map();
+  for (const [place, term] of terms) {
+    const [text] = vocabulary[words[place]];
+    sums.set(text, (sums.get(text) || 0) + term);
+  }
+  const strongest = [...sums].sort(([, a], [, b]) => Math.abs(b) - Math.abs(a)).slice(0, 5);
+  return strongest.map(([text, term]) => `${text} ${term < 0 ? "" : "+"}${Number(term.toPrecision(3))}`).join(", ");
+}
+function download(which, name) {
+  const texts = new Map();
+  const several = tests.some((test) => test.loader !== null);
+  const lines = [(several ? "test_loader," : "") + COLUMNS];
+  const textAndLabel = (index) => [textOf(train[index][1]) || train[index][2], train[index][0]].map(cellOf).join(",");
+  for (const row of which) {
+    const test = tests[row];
+    const first = [...(several ? [test.loader] : []), row, textOf(test.words) || test.unread, test.label, test.prediction, test.confidence, test.target ?? test.label].map(cellOf).join(",");
+    for (const role of ["proponent", "opponent"])
+      test[`${role}s`].map(pairOf).forEach(({ index, score, share, terms }, place) => {
+        if (!texts.has(index)) texts.set(index, textAndLabel(index));
+        const numbers = [role, place + 1, index, score, share].map(cellOf).join(",");
+        lines.push(`${first},${numbers},${texts.get(index)},${cellOf(strongestWords(train[index][1], terms))}`);
+      });
+  }
+  save(name, lines);
 }
 
 // Going about: the address says what is shown, so that "back" goes back

@@ -6,19 +6,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
 
 import torch
 
 from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.results.excerpt import TokenTerms
 from lightning_tracin.results.stored_result import StoredResult
 from lightning_tracin.scoring.methods import Method, TracInWE
 from lightning_tracin.scoring.terms import Term, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.trace import Trace
-
-#: What each token id that a pair of examples shares adds to the pair's score.
-TokenTerms: TypeAlias = dict[int, float]
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from lightning_tracin.report.explanation import Example, Explanation, Influential
 from lightning_tracin.report.word_table import WordTable
-from lightning_tracin.results.evidence import Evidence, TokenTerms
+from lightning_tracin.results.evidence import Evidence
+from lightning_tracin.results.excerpt import TokenTerms, first_words
 from lightning_tracin.results.ranked_result import RankedResult
 from lightning_tracin.results.reader import RawText, Reader
 from lightning_tracin.results.word_sums import groups_of, word_table_of
 from lightning_tracin.results.words import shares_of_words
 from lightning_tracin.scoring.methods import word_part
+from lightning_tracin.scoring.naming import require_not_constant
 from lightning_tracin.scoring.score import self_influences
 from lightning_tracin.scoring.strongest import TopK
 from lightning_tracin.storage.scratch import Scratch
@@ -56,8 +58,8 @@ class ExplainedResult(RankedResult):
     ) -> Self:
         """The same result, shown in the raw texts' own case, spelling and spaces.
 
-        Without them, examples are put together again from their tokens. Raw texts are not saved with the result. Those
-        that it has already stay where none are given.
+        Without them, examples are put together again from their tokens. Those that it has already stay where none are
+        given.
 
         Args:
             train: the text of each training example, or a pair of texts, by index in the training data set.
@@ -116,7 +118,8 @@ class ExplainedResult(RankedResult):
 
         Raises:
             ValueError: if the method is not TracIn-WE.
-            FileNotFoundError: if the trace that the scores were computed from is gone.
+            FileNotFoundError: if the trace that the scores were computed from is gone, and the pair is none of those
+                that the file of the result holds.
         """
         self._check_test_index(test_index)
         train_index = int(train_index)
@@ -148,7 +151,10 @@ class ExplainedResult(RankedResult):
         self._require_words()
         if n is not None and n < 1:
             raise ValueError(f"n must be None or at least 1, but got {n}.")
-        return self._word_table(Evidence.require(self), n, min_examples)
+        evidence = Evidence.find(self)
+        if evidence is None and self.excerpt is not None and self.excerpt.word_table is not None:
+            return first_words(self.excerpt.word_table, n, min_examples)
+        return self._word_table(evidence or Evidence.require(self), n, min_examples)
 
     def self_influence(self) -> Tensor:
         """Every training example's influence on itself: high for mislabelled and for atypical examples.
@@ -157,8 +163,13 @@ class ExplainedResult(RankedResult):
             (n_train,) float32, by the method and the checkpoints of this result.
 
         Raises:
+            ValueError: if it is the same for every example, as with ``normalize="cosine"``.
             FileNotFoundError: if the trace that the scores were computed from is gone.
         """
+        require_not_constant(self.method)
+        evidence = Evidence.find(self)
+        if evidence is None and self.excerpt is not None and self.excerpt.review_method == self.method:
+            return self.excerpt.review.self_influence
         return self_influences(Evidence.require(self).checkpoints, self.method)
 
     @property
@@ -181,9 +192,21 @@ class ExplainedResult(RankedResult):
             chunk = rows[start : start + _CHUNK]
             pairs = {row: torch.cat([top.indices[row] for top in sides]).tolist() for row in chunk}
             examples = self._examples_in(evidence, sorted({index for of_row in pairs.values() for index in of_row}))
-            terms = evidence.terms_of_pairs(pairs) if evidence is not None and self._has_words else {}
+            terms = self._terms_of_pairs(evidence, pairs)
             for row in chunk:
                 yield self._explanation(row, sides, examples, terms.get(row, {}))
+
+    def _terms_of_pairs(
+        self, evidence: Evidence | None, pairs: Mapping[int, Sequence[int]]
+    ) -> dict[int, dict[int, TokenTerms]]:
+        """The terms of pairs, by row and training example: as the evidence has them, or as far as an excerpt does."""
+        if not self._has_words:
+            return {}
+        if evidence is not None:
+            return evidence.terms_of_pairs(pairs)
+        if self.excerpt is None or self.excerpt.terms is None:
+            return {}
+        return {row: self.excerpt.terms.of_row(row) for row in pairs}
 
     def _named_terms(self, row: int, train_indices: Sequence[int]) -> list[dict[str, float]]:
         """What each word adds to the score of a test example with each of some training examples.
@@ -191,8 +214,11 @@ class ExplainedResult(RankedResult):
         A token that a training example held at a checkpoint but not when its text was stored, as where a collate
         function masks at random, stands for itself.
         """
-        evidence = Evidence.require(self)
-        terms, examples = evidence.terms_of_pairs({row: train_indices})[row], self._examples_in(evidence, train_indices)
+        evidence = Evidence.find(self)
+        terms = self._terms_of_pairs(evidence, {row: train_indices}).get(row, {})
+        if not terms.keys() >= set(train_indices):
+            evidence = Evidence.require(self)
+        examples = self._examples_in(evidence, train_indices)
         found: list[dict[str, float]] = []
         for index in train_indices:
             example, of_tokens = examples[index], terms[index]
@@ -264,6 +290,8 @@ class ExplainedResult(RankedResult):
     def _test_example(self, row: int) -> Example:
         """What a test example says, and what the model says of it."""
         prediction, confidence = (None if math.isnan(each) else each for each in self.predictions[row].tolist())
+        if self.raw_test is None and self.excerpt is not None:
+            return self.excerpt.tests[row]
         ids, label = self.test_texts.ids_of(row), self.test_texts.label_of(row)
         index = int(self.test_indices[row])
         loader = self._loader_of(row)
@@ -276,14 +304,23 @@ class ExplainedResult(RankedResult):
         return self._examples_in(Evidence.find(self), indices)
 
     def _examples_in(self, evidence: Evidence | None, indices: Sequence[int]) -> dict[int, Example]:
-        """What training examples say, by index, as the evidence has it; nothing where there is none."""
-        if evidence is None or not indices:
-            return {index: Example(index, (), None) for index in indices}
-        texts = evidence.trace.texts(indices)
-        return {
+        """What training examples say, by index, as an excerpt or the evidence has it; nothing where there is none."""
+        held = {} if self.excerpt is None else self.excerpt.train
+        found = {index: self._as_written(held[index]) for index in indices if index in held}
+        others = [index for index in indices if index not in found]
+        if evidence is None or not others:
+            return found | {index: Example(index, (), None) for index in others}
+        texts = evidence.trace.texts(others)
+        return found | {
             index: self._reader.example(index, ids, texts.label_of(place), self.raw_train)
-            for place, (index, ids) in enumerate(zip(indices, texts.ids_by_example(), strict=True))
+            for place, (index, ids) in enumerate(zip(others, texts.ids_by_example(), strict=True))
         }
+
+    def _as_written(self, example: Example) -> Example:
+        """A training example of an excerpt, as the raw texts spell it if they were given since."""
+        if self.raw_train is None:
+            return example
+        return replace(self._reader.example(example.index, example.ids, None, self.raw_train), label=example.label)
 
     @cached_property
     def _reader(self) -> Reader:

@@ -12,16 +12,25 @@ from lightning_tracin.scoring.terms import sites_of
 from lightning_tracin.storage.checkpoint import undrawn
 
 
-def notes_of_result(method: Method, words_of_ids: Mapping[int, str], *, has_evidence: bool) -> list[str]:
+def notes_of_result(
+    method: Method, words_of_ids: Mapping[int, str], *, has_evidence: bool, k_held: int | None
+) -> list[str]:
     """What cannot be shown of a result.
 
     Args:
         method: what the scores are.
         words_of_ids: what is printed for token ids.
         has_evidence: whether the trace that the scores were computed from is at hand.
+        k_held: of how many proponents and opponents of each test example the result holds texts, labels and words by
+            itself; None for none.
     """
     notes = []
-    if not has_evidence:
+    if not has_evidence and k_held is not None:
+        notes.append(
+            f"Shown without the trace: texts, labels and words are those of the {k_held} strongest of each side, which "
+            "the file of the result holds. Load it where its trace is for more, or save it with a larger k."
+        )
+    if not has_evidence and k_held is None:
         notes.append(
             "The trace of these scores is not at hand, or another fit took its place: training examples are shown "
             "by their index alone. Load the result where its trace is for their texts, labels and words."

@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from lightning_tracin.gradients.printable import printable
-from lightning_tracin.report.explanation import Influential
 from lightning_tracin.report.page import Page, write_page
+from lightning_tracin.report.pairs import Row, dataset_of_pairs, rows_of_pairs
 from lightning_tracin.report.plots import Kind, plot_labels, plot_scores, plot_self_influence, plot_words, pyplot
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
 from lightning_tracin.report.tables import explained
 from lightning_tracin.results.evidence import Evidence
-from lightning_tracin.results.explained_result import ExplainedResult
+from lightning_tracin.results.excerpt import LISTED_SUSPECTS, LISTED_WORDS
 from lightning_tracin.results.notes import notes_of_page, notes_of_result, notes_of_trace
-from lightning_tracin.scoring.methods import Method
-from lightning_tracin.scoring.naming import described, is_constant_on_itself, without_normalizing
-from lightning_tracin.scoring.score import self_influences
+from lightning_tracin.results.portable_result import PortableResult
+from lightning_tracin.scoring.naming import described
 
 if TYPE_CHECKING:
+    import datasets
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -33,11 +32,9 @@ _PRINTED_TESTS = 3  # print(result) shows this many test examples.
 
 _PRINTED_K = 3  # Of each it shows this many proponents, and as many opponents.
 
-_PAGE_WORDS = 200  # The word table of an HTML page lists this many words.
-
 
 @dataclass(repr=False, eq=False)
-class InfluenceResult(RichRepr, ExplainedResult):
+class InfluenceResult(RichRepr, PortableResult):
     """How much each training example pushed the model's loss on each test example.
 
     A positive score belongs to a proponent (training on it lowered the test example's loss), a negative one to an
@@ -89,42 +86,41 @@ class InfluenceResult(RichRepr, ExplainedResult):
         for explanation in self.explanations([test_index], k):
             console.print(explained(explanation))
 
-    def rows(self, k: int = 10) -> list[dict[str, Any]]:
-        """The k strongest proponents and opponents of each test example: the rows of :meth:`to_pandas`."""
-        k = min(k, self._n_kept)
-        tops = {"proponent": self.proponents(k), "opponent": self.opponents(k)}
-        wanted = sorted({index for top in tops.values() for index in top.indices.flatten().tolist()})
-        examples = self._train_examples(wanted)
-        return [
-            ({} if self.test_loaders is None else {"test_loader": self._loader_of(row)})
-            | {
-                "test_index": row,
-                "role": role,
-                "rank": rank + 1,
-                "train_index": index,
-                "score": score,
-                "share": self._share(row, score),
-                "label": examples[index].label,
-                "text": examples[index].text,
-            }
-            for role, top in tops.items()
-            for row, (values, indices) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True))
-            for rank, (score, index) in enumerate(zip(values, indices, strict=True))
-        ]
+    def rows(self, k: int = 10) -> list[Row]:
+        """The k strongest proponents and opponents of each test example: the rows of :meth:`to_pandas`.
+
+        The columns, the same in every table of results, are those of
+        :func:`~lightning_tracin.report.pairs.rows_of_pairs`.
+        """
+        return [row for explanation in self.explanations(k=k) for row in rows_of_pairs(explanation)]
 
     def to_pandas(self, k: int = 10) -> pd.DataFrame:
         """The k strongest proponents and opponents of each test example, a row each.
 
         Returns:
-            Columns ``test_loader`` (its name, where there were several), ``test_index`` (row of the scores), ``role``
+            Columns ``test_loader`` (its name, where there were several), ``test_index`` (row of the scores),
+            ``test_text``, ``test_label``, ``prediction``, ``confidence``, ``target`` (what is explained), ``role``
             ("proponent" or "opponent"), ``rank`` (from 1), ``train_index``, ``score``, its ``share`` of all scores of
-            its sign that the test example has, and ``label`` and ``text`` of the training example as far as they are
-            known.
+            its sign that the test example has, ``train_text``, ``train_label``, and ``words``, a list of the strongest,
+            each with ``word`` and ``term``; as far as they are known.
 
         Raises:
             ModuleNotFoundError: without pandas: ``pip install lightning-tracin[pandas]``.
         """
         return data_frame(self.rows(k))
+
+    def to_dataset(self, k: int = 10) -> datasets.Dataset:
+        """The rows of :meth:`to_pandas` as a data set of Hugging Face, which lies in Arrow.
+
+        From there it goes to the Hub (``push_to_hub``), to DuckDB, Argilla, Spotlight, or a file of Parquet.
+
+        Returns:
+            The same columns; ``words`` are lists of structs.
+
+        Raises:
+            ModuleNotFoundError: without datasets: ``pip install lightning-tracin[datasets]``.
+        """
+        return dataset_of_pairs(self.rows(k))
 
     def plot(
         self,
@@ -171,12 +167,14 @@ class InfluenceResult(RichRepr, ExplainedResult):
         words, of_whom = self._words_of(test_index, train_index, k)
         return plot_words(words, f"Words of {of_whom} for {whose}", ax)
 
-    def to_html(self, path: str | Path, k: int = 20, *, suspects: int = 50, title: str | None = None) -> Path:
+    def to_html(
+        self, path: str | Path, k: int = 20, *, suspects: int = LISTED_SUSPECTS, title: str | None = None
+    ) -> Path:
         """Write one self-contained HTML page for reading: no server, nothing from a network.
 
         It shows every test example with its k strongest proponents and opponents, their words shaded by what they add
-        to the score; which test examples a training example has pushed; training examples of high self-influence, whose
-        labels may be wrong; and the word table. Raw texts (:meth:`with_texts`) read better than tokens.
+        to the score; which test examples a training example has pushed; training examples whose labels may be wrong
+        (:meth:`label_issues`); and the word table. Raw texts (:meth:`with_texts`) read better than tokens.
 
         Args:
             path: the file, usually ``*.html``.
@@ -195,8 +193,8 @@ class InfluenceResult(RichRepr, ExplainedResult):
             raise ValueError(f"suspects must be at least 0, but got {suspects}.")
         evidence = Evidence.find(self)
         n_test, n_kept = len(self.test_indices), self._n_kept
-        # The cosine of an example with itself is always 1 and tells nothing: products without norms rank suspects.
-        measure = without_normalizing(self.method) if is_constant_on_itself(self.method) else self.method
+        is_known = evidence is not None or self.excerpt is not None
+        has_word_table = evidence is not None or (self.excerpt is not None and self.excerpt.word_table is not None)
         counts = [
             _counted(n_test, "test example"),
             f"{self._n_drawn:,} candidates, not trained on"
@@ -218,9 +216,9 @@ class InfluenceResult(RichRepr, ExplainedResult):
             ],
             n_train=self.n_train,
             explanations=self._explanations_from(evidence, range(n_test), k),
-            suspects=None if evidence is None else self._suspects(evidence, suspects, measure),
-            suspects_by=described(measure),
-            word_table=self._word_table(evidence, _PAGE_WORDS, 0) if evidence is not None and self._has_words else None,
+            suspects=self.label_issues(n=suspects) if is_known else None,
+            word_table=self.word_table(LISTED_WORDS) if self._has_words and has_word_table else None,
+            target=self.target,
         )
         return write_page(page, path)
 
@@ -232,20 +230,16 @@ class InfluenceResult(RichRepr, ExplainedResult):
         return _counted(len(self.checkpoint_ids), "checkpoint") + of_steps
 
     def _notes_given(self, evidence: Evidence | None) -> list[str]:
-        notes = notes_of_result(self.method, self.words_of_ids, has_evidence=evidence is not None)
-        return notes if evidence is None else [*notes, *notes_of_trace(evidence)]
-
-    def _suspects(self, evidence: Evidence, n: int, method: Method) -> list[Influential]:
-        """The training examples of highest self-influence, highest first, with their shares of all of it."""
-        values = self_influences(evidence.checkpoints, method)
-        total = float(values.sum())
-        highest = values.argsort(descending=True, stable=True)
-        order = highest[~torch.isin(highest, self.undrawn)][:n].tolist()
-        examples = self._examples_in(evidence, sorted(order))
-        return [
-            Influential(examples[index], float(values[index]), float(values[index]) / total if total else None)
-            for index in order
-        ]
+        held = self.excerpt
+        notes = notes_of_result(
+            self.method,
+            self.words_of_ids,
+            has_evidence=evidence is not None,
+            k_held=None if held is None else held.k,
+        )
+        if evidence is not None:
+            return [*notes, *notes_of_trace(evidence)]
+        return notes if held is None else [*notes, *held.notes]
 
     def _words_of(self, row: int | None, train_index: int | None, k: int) -> tuple[list[tuple[str, float]], str]:
         """Words and their terms, and whose they are: of a training example, of proponents, or of all examples."""

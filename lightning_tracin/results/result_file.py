@@ -12,6 +12,8 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from lightning_tracin.results.excerpt_file import ExcerptHeader, check_excerpt, forms_of
+from lightning_tracin.results.packed_examples import REPAIR
 from lightning_tracin.scoring.methods import Method, word_part
 from lightning_tracin.scoring.naming import method_from_json
 from lightning_tracin.storage.files import (
@@ -30,15 +32,13 @@ from lightning_tracin.storage.layouts import (
     require_unit,
     require_within,
 )
-from lightning_tracin.storage.schemas import FORMAT_VERSION, Count, Identity, Number, Size, StepNumber
+from lightning_tracin.storage.schemas import FORMAT_VERSION, Count, Identity, Label, Number, Size, StepNumber
 
 #: The file's metadata: what is not a tensor, as JSON, and the checksum of that and of all tensors.
 HEADER, FILE_CHECKSUM = "lightning_tracin.result", "lightning_tracin.checksum"
 
 #: The tensors of each block of word gradients.
 WORD_TENSORS = ("examples", "tokens", "norms", "directions")
-
-_REPAIR = "Restore the file from a copy, or ask trainer.influence again."
 
 
 class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,6 +59,7 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         candidates: whether the scored examples were not trained on.
         target: what of the test examples is explained.
         target_names: what that came to for each test example; none where it is their labels.
+        excerpt: what the result holds of its trace; None where that is nothing.
     """
 
     version: int
@@ -73,8 +74,9 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     test_loader_names: list[str] = []
     checkpoint_steps: list[StepNumber] = []
     candidates: bool = False
-    target: str = "label"
+    target: Label = "label"
     target_names: list[str] = msgspec.field(default_factory=list)
+    excerpt: ExcerptHeader | None = None
 
     def to_json(self) -> str:
         """The header as JSON.
@@ -107,11 +109,11 @@ def read_result(path: Path) -> tuple[ResultHeader, Method, dict[str, Tensor]]:
     try:
         tensors, metadata = open_tensors(path)
     except ValueError as error:
-        raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error.__cause__}. {_REPAIR}") from error
+        raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error.__cause__}. {REPAIR}") from error
     if HEADER not in metadata:
-        raise ValueError(f"{path} holds no InfluenceResult, or is damaged: its metadata has no {HEADER}. {_REPAIR}")
+        raise ValueError(f"{path} holds no InfluenceResult, or is damaged: its metadata has no {HEADER}. {REPAIR}")
     text, written = metadata[HEADER], metadata.get(FILE_CHECKSUM)
-    with damage_named(path, _REPAIR):
+    with damage_named(path, REPAIR):
         actual = hash_of_tensors(tensors, text)
         if written not in (actual, None):
             raise ValueError(f"it has the checksum {actual}, but {written} was written")
@@ -124,7 +126,7 @@ def read_result(path: Path) -> tuple[ResultHeader, Method, dict[str, Tensor]]:
             f"{path} is of format version {version}, but this lightning_tracin reads version {FORMAT_VERSION}. "
             f"{remedy}."
         )
-    with damage_named(path, _REPAIR):
+    with damage_named(path, REPAIR):
         if written is None:  # only now: results of version 1 have none
             raise ValueError(f"its metadata has no {FILE_CHECKSUM}")
         header = msgspec.json.decode(content, type=ResultHeader)
@@ -164,6 +166,8 @@ def _check(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor]) 
             if bool((values.diff(dim=1) * falling < 0).any()):
                 raise ValueError(f"{name}.values are not sorted")
     _check_gradients(header, method, tensors, n_test)
+    if header.excerpt is not None:
+        check_excerpt(header.excerpt, tensors, header.n_train)
 
 
 def _check_loaders(header: ResultHeader, tensors: Mapping[str, Tensor]) -> None:
@@ -237,6 +241,8 @@ def _forms(header: ResultHeader, tensors: Mapping[str, Tensor], n_test: int) -> 
                 "directions": (torch.float32, (rows, f"width {number}")),
             }
             forms |= {f"gradients.{block}.{number}.{name}": form for name, form in columns.items()}
+    if header.excerpt is not None:
+        forms |= forms_of(header.excerpt, n_test, header.n_train)
     return forms
 
 

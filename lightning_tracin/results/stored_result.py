@@ -14,6 +14,8 @@ from torch import Tensor
 from lightning_tracin.gradients.printable import storable
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.results.excerpt import Excerpt
+from lightning_tracin.results.excerpt_file import excerpt_from, header_of, tensors_of
 from lightning_tracin.results.result_file import FILE_CHECKSUM, HEADER, WORD_TENSORS, ResultHeader, read_result
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_to_json
@@ -49,6 +51,8 @@ class StoredResult:
         candidates: whether the scored examples were not trained on, but might be.
         target: what of the test examples is explained, as it was asked for.
         target_names: what that came to for each test example; empty where it is their labels.
+        excerpt: what a file that the result was loaded from holds of the trace: texts, labels and words of all that it
+            lists.
     """
 
     method: Method
@@ -72,20 +76,10 @@ class StoredResult:
     candidates: bool = False
     target: str = "label"
     target_names: list[str] = field(default_factory=list)
+    excerpt: Excerpt | None = None
 
-    def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file.
-
-        Words of a pair are read from the trace, which stays where it is; the file keeps its place, absolute and
-        relative.
-
-        Args:
-            path: the file, usually ``*.safetensors``.
-
-        Returns:
-            The path.
-        """
-        path = Path(path)
+    def write(self, path: Path) -> Path:
+        """Write what there is to one safetensors file, with the place of the trace, absolute and relative."""
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             "test_indices": self.test_indices,
@@ -110,6 +104,9 @@ class StoredResult:
                 own = {name: column for name, column in gradients.columns.items() if name in WORD_TENSORS}
                 tensors |= {f"gradients.{block}.{number}.{name}": column for name, column in own.items()}
         used = set(self.test_texts.ids.tolist())
+        if self.excerpt is not None:
+            tensors |= tensors_of(self.excerpt)
+            used |= {token for example in self.excerpt.train.values() for token in example.ids}
         header = ResultHeader(
             version=FORMAT_VERSION,
             method=method_to_json(self.method),
@@ -127,6 +124,7 @@ class StoredResult:
             candidates=self.candidates,
             target=storable(self.target),
             target_names=[storable(name) for name in self.target_names],
+            excerpt=None if self.excerpt is None else header_of(self.excerpt),
         )
         text = header.to_json()
         write_tensors(path, tensors, {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)})
@@ -134,7 +132,7 @@ class StoredResult:
 
     @classmethod
     def load(cls, path: str | Path, trace: str | Path | None = None) -> Self:
-        """Read a result that :meth:`save` wrote; its trace is opened if it is where it was.
+        """Read a result that ``save`` wrote; its trace is opened if it is where it was.
 
         Args:
             path: the file.
@@ -179,6 +177,7 @@ class StoredResult:
             candidates=header.candidates,
             target=header.target,
             target_names=header.target_names,
+            excerpt=None if header.excerpt is None else excerpt_from(header.excerpt, tensors, path),
         )
 
 

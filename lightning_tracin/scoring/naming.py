@@ -100,6 +100,19 @@ def is_constant_on_itself(method: Method) -> bool:
     return all(summand.method.normalize == "cosine" for summand in method.summands)
 
 
+def require_not_constant(method: Method) -> None:
+    """Check that a method's self-influence tells examples apart.
+
+    Raises:
+        ValueError: if every example has the same.
+    """
+    if is_constant_on_itself(method):
+        raise ValueError(
+            f"By {method} every example has the same influence on itself: the cosine of a gradient with itself is 1. "
+            f'Use "tracin-last", which finds mislabelled examples best, or {without_normalizing(method)}.'
+        )
+
+
 def without_normalizing(method: Method) -> Method:
     """The same method without normalisation: its products are not divided by norms."""
     if isinstance(method, TracInSum):

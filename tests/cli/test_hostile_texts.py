@@ -59,7 +59,7 @@ def test_no_sign_of_a_file_steers_the_terminal(evil, capsys, command):
     assert_harmless(printed)
     if "json" in command:
         content = json.loads(printed)
-        assert EVIL in (content["model_class"] if name == "info" else content[0]["label"])  # data is exact
+        assert EVIL in (content["model_class"] if name == "info" else content[0]["train_label"])  # data is exact
 
 
 def test_tables_results_and_pages_are_harmless(evil, tmp_path):
@@ -100,7 +100,7 @@ def test_no_cell_of_a_table_is_a_formula(toy, tmp_path, text):
     assert main(["export", str(path), "--csv", str(tmp_path / "pairs.csv")]) == 0
     with (tmp_path / "pairs.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert {row["label"] for row in rows} == {"'" + text.replace("\r", "\n")}
+    assert {row["train_label"] for row in rows} == {"'" + text.replace("\r", "\n")}
     assert any(row["score"].startswith("-") for row in rows)  # numbers stay numbers
     assert {float(row["score"]) for row in rows} == {row["score"] for row in result.rows(10)}
 

@@ -40,8 +40,10 @@ def test_two_processes_log_what_one_finds_in_their_trace(two, name):
             (0, index) for index in losses.argsort(descending=True)[: 3 if name == "highest" else 7]
         ]
         for row in own:
-            assert row["loss"] == pytest.approx(float(losses[row["index"]]), rel=1e-5)
-            assert row["text"] == " ".join(str(int(token)) for token in validation_texts()[row["index"]][0] if token)
+            assert row["loss"] == pytest.approx(float(losses[row["test_index"]]), rel=1e-5)
+            assert row["test_text"] == " ".join(
+                str(int(token)) for token in validation_texts()[row["test_index"]][0] if token
+            )
     result = quiet().influence(loader(validation_texts()), Toy(), trace=trace)
     assert_scores(own, result.scores)
 

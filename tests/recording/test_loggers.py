@@ -218,7 +218,7 @@ def test_no_sign_of_a_text_steers_what_shows_the_log():
     example = Example(3, (Word(evil, "", (0,)),), evil, evil)
     found = Explanation(0, example, (), (Influential(example, 1.0, None, (1.0,)),), ())
     rows = loggers.rows_of([found], [(0, 1.0)], step=0, epoch=0)
-    assert rows[0]["train_label"] == rows[0]["text"] == "=1�[2J�txt�"
+    assert rows[0]["train_label"] == rows[0]["test_text"] == "=1�[2J�txt�"
     assert not STEERING.search("".join(value for value in rows[0].values() if isinstance(value, str)))
     comet = CometLogger()
     loggers.log_table(comet, rows, step=0, root="")
@@ -233,8 +233,8 @@ def test_long_texts_are_cut():
     test = Example(0, words, "a")
     found = Explanation(0, test, (), (Influential(test, 1.0, None),), ())
     row = loggers.rows_of([found], [(0, 1.0)], step=0, epoch=0)[0]
-    assert row["text"].endswith("word ...")
-    assert len(row["text"]) <= 300
+    assert row["test_text"].endswith("word ...")
+    assert len(row["test_text"]) <= 300
     assert row["words"] == ""
 
 

@@ -181,8 +181,8 @@ def test_the_first_site_explains_validations(tmp_path):
     last = [row for row in rows if row["epoch"] == 1 and row["role"] == "proponent" and row["rank"] == 1]
     result = trainer.influence(loader(test_texts()), method=TracInLayer("hidden"))
     for row in last:
-        assert result.proponents(1).indices[row["index"], 0] == row["train_index"]
-        assert result.proponents(1).values[row["index"], 0] == pytest.approx(row["score"], rel=1e-4)
+        assert result.proponents(1).indices[row["test_index"], 0] == row["train_index"]
+        assert result.proponents(1).values[row["test_index"], 0] == pytest.approx(row["score"], rel=1e-4)
 
 
 def test_a_resumed_fit_keeps_the_shape_that_was_chosen(tmp_path, monkeypatch):

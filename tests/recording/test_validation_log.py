@@ -45,9 +45,9 @@ def test_every_validation_is_logged_with_what_brute_force_says(tmp_path):
         highest = losses.topk(2)
         assert examples_of(own) == [(0, index) for index in highest.indices.tolist()]
         for row in own:
-            assert row["loss"] == pytest.approx(float(losses[row["index"]]), rel=1e-5)
-            assert row["confidence"] == pytest.approx(float(probabilities[row["index"]].max()), rel=1e-5)
-            assert row["prediction"] == str(int(probabilities[row["index"]].argmax()))
+            assert row["loss"] == pytest.approx(float(losses[row["test_index"]]), rel=1e-5)
+            assert row["confidence"] == pytest.approx(float(probabilities[row["test_index"]].max()), rel=1e-5)
+            assert row["prediction"] == str(int(probabilities[row["test_index"]].argmax()))
         assert_scores(own, brute_scores(trace, epoch + 1))
 
 
@@ -58,9 +58,9 @@ def test_the_last_validation_is_logged_as_influence_says_after_the_fit(tmp_path)
     result = quiet().influence(loader(test_texts()), trainer.lightning_module, trace=result)
     assert_scores(rows, result.scores, k=2)
     for explanation in result.explanations([index for _, index in examples_of(rows)], k=2):
-        own = [row for row in rows if row["index"] == explanation.test.index]
-        assert {row["text"] for row in own} == {explanation.test.text}
-        assert {row["label"] for row in own} == {explanation.test.label}
+        own = [row for row in rows if row["test_index"] == explanation.test.index]
+        assert {row["test_text"] for row in own} == {explanation.test.text}
+        assert {row["test_label"] for row in own} == {explanation.test.label}
         both = [each for each in (*explanation.proponents, *explanation.opponents) if each.score]
         for row, pushed in zip(own, both, strict=True):
             assert row["train_index"] == pushed.example.index
@@ -78,10 +78,11 @@ def test_the_curves_say_what_the_table_says(tmp_path):
     rows, curves = logged(trainer), metrics(trainer)
     for number, step in enumerate(steps_of(rows)):
         proponents = [row for row in rows if row["step"] == step and row["role"] == "proponent" and row["score"] > 0]
-        same = [row["label"] == row["train_label"] for row in proponents]
+        same = [row["test_label"] == row["train_label"] for row in proponents]
         assert curves["tracin/same_label"][number] == (step, number, pytest.approx(sum(same) / len(same)))
         held = [
-            sum(row["share"] for row in proponents if row["index"] == index) for _, index in examples_of(proponents)
+            sum(row["share"] for row in proponents if row["test_index"] == index)
+            for _, index in examples_of(proponents)
         ]
         assert curves["tracin/concentration"][number] == (step, number, pytest.approx(sum(held) / len(held), rel=1e-5))
     scores = brute_scores(trainer.callbacks[0].trace, EPOCHS).clamp(min=0)
@@ -114,7 +115,7 @@ def test_the_loss_and_the_choice_are_those_of_the_validation(tmp_path):
     rows = logged(trainer)
     losses = torch.cat(trainer.lightning_module.losses).view(4, N_TEST)
     for step, of_step in zip(steps_of(rows), losses, strict=True):
-        own = {row["index"]: row["loss"] for row in rows if row["step"] == step}
+        own = {row["test_index"]: row["loss"] for row in rows if row["step"] == step}
         assert list(own) == of_step.topk(2).indices.tolist()
         assert list(own.values()) == pytest.approx(of_step.topk(2).values.tolist(), rel=1e-5)
 
@@ -158,7 +159,7 @@ def test_given_examples_of_every_validation(tmp_path):
         assert examples_of(own) == [(0, 4), (0, 1)]
         assert_scores(own, brute_scores(trainer.callbacks[0].trace, epoch + 1))
         ids = test_texts()[4][0]
-        assert own[0]["text"] == " ".join(str(int(token)) for token in ids if token)
+        assert own[0]["test_text"] == " ".join(str(int(token)) for token in ids if token)
 
 
 def test_given_examples_cost_their_own_batches_only(tmp_path):
@@ -208,7 +209,7 @@ def test_several_loaders_are_numbered(tmp_path):
     for number, data in enumerate((test_texts(), other)):
         own = [row for row in rows if row["dataloader_idx"] == number]
         losses, _ = at_checkpoint(trace, -1, data)
-        assert all(row["loss"] == pytest.approx(float(losses[row["index"]]), rel=1e-5) for row in own)
+        assert all(row["loss"] == pytest.approx(float(losses[row["test_index"]]), rel=1e-5) for row in own)
         assert_scores(own, brute_scores(trace, EPOCHS, data))
     assert rows == sorted(rows, key=lambda row: -row["loss"])
     given = fit(tmp_path / "given", val={"a": loader(test_texts()), "b": loader(other)}, log_examples=[3])
@@ -418,8 +419,8 @@ def test_a_shuffled_validation_loader_numbers_by_its_order(tmp_path):
         " ".join(str(int(token)) for token in ids if token): float(loss)
         for (ids, _), loss in zip(data, losses, strict=True)
     }
-    assert {row["index"] for row in rows} == set(range(N_TEST))
-    assert all(row["loss"] == pytest.approx(by_text[row["text"]], rel=1e-5) for row in rows)
+    assert {row["test_index"] for row in rows} == set(range(N_TEST))
+    assert all(row["loss"] == pytest.approx(by_text[row["test_text"]], rel=1e-5) for row in rows)
 
 
 def test_mixed_precision(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from chromium import PHONE, opened
 from pages import K, data_of, example, explanation, hostile_page, number, page_of, shown
-from toy import N_TEST, N_TRAIN, loader, test_texts
+from toy import N_TEST, N_TRAIN, fitted, loader, test_texts
 
 from lightning_tracin import TracInWE
 from lightning_tracin.report.explanation import Example, Influential, Word
@@ -124,7 +124,7 @@ def test_what_the_tokenizer_added_is_dim_and_not_exported(browser, tmp_path):
         assert page.text_content(".card .text") == "[CLS] goal!"
         opacities = [word.evaluate("e => getComputedStyle(e).opacity") for word in page.locator(".card .word").all()]
         assert [float(opacity) < 0.9 for opacity in opacities] == [True, False]
-        assert downloaded(page, "#csv-one")[0]["text"] == "goal!"
+        assert downloaded(page, "#csv-one")[0]["train_text"] == "goal!"
 
 
 def test_the_keyboard_is_enough(page, result):
@@ -190,20 +190,56 @@ def test_a_training_example_is_followed_to_all_test_examples_that_it_pushed(page
     assert page.locator(f"#row-{expected[-1]}").get_attribute("aria-selected") == "true"
 
 
-def test_suspects_are_those_of_highest_self_influence(page, result):
-    values = result.self_influence()
+def suspected(page):
+    """The training examples of the tab, in its order."""
+    return [int(text.split(",")[0].split()[-1]) for text in page.locator("#suspects .link").all_text_contents()]
+
+
+def test_suspects_are_those_of_highest_self_influence(page, toy):
+    values = toy.self_influence(method="tracin-last")
     page.click("#tab-suspects")
-    found = [int(text.split(",")[0].split()[-1]) for text in page.locator("#suspects .link").all_text_contents()]
-    assert found == values.argsort(descending=True).tolist()
+    assert suspected(page) == values.argsort(descending=True).tolist()
     scores = [number(text) for text in page.locator("#suspects .score").all_text_contents()]
     assert scores == pytest.approx(values.sort(descending=True).values.tolist(), rel=1e-2)
 
 
-def test_suspects_of_cosines_are_those_without_normalising(toy, result, tmp_path):
-    cosine = toy.influence(loader(test_texts()), method=TracInWE(normalize="cosine"))
-    assert cosine.self_influence().std() < 1e-4 * cosine.self_influence().mean()
+def test_suspects_are_searched_and_filtered(page, result):
+    issues = result.label_issues().issues
+    page.click("#tab-suspects")
+    page.select_option("#suspects .table-tools select", json.dumps("1"))
+    assert suspected(page) == [each.example.index for each in issues if each.example.label == "1"]
+    page.check("#suspects .check input")
+    wrong = [each.example.index for each in issues if each.example.label == "1" and each.is_label_issue]
+    assert suspected(page) == wrong
+    page.uncheck("#suspects .check input")
+    page.select_option("#suspects .table-tools select", "")
+    wanted = issues[4].example.text[:5]
+    page.fill("#suspects .table-tools input", wanted)
+    assert suspected(page) == [each.example.index for each in issues if wanted in each.example.text]
+
+
+def test_the_csv_of_suspects_is_a_review_that_corrects_the_data(page, result):
+    issues = result.label_issues()
+    page.click("#tab-suspects")
+    (first, label), other = (issues.issues[0].example.index, issues.issues[0].example.label), issues.issues[1]
+    right = next(name for name in ("0", "1", "2") if name != label)
+    page.select_option(f"[aria-label='What is right for example {first}']", right)
+    page.select_option(f"[aria-label='What is right for example {other.example.index}']", "drop")
+    rows = downloaded(page, "#csv-suspects")
+    frame = issues.to_pandas()
+    assert list(rows[0]) == list(frame.columns)
+    for name in ("train_index", "is_label_issue", "given_label", "predicted_label", "rank", "rank_in_class", "text"):
+        assert [row[name] for row in rows] == frame[name].astype(str).tolist()
+    for name in ("label_score", "self_influence"):
+        assert [float(row[name]) for row in rows] == pytest.approx(frame[name].tolist(), rel=1e-5)
+    assert [row["corrected_label"] for row in rows] == [right, "drop", *[""] * (len(rows) - 2)]
+
+
+def test_suspects_of_cosines_are_those_without_normalising(tmp_path):
+    fit = fitted(tmp_path / "trace", methods=("tracin-we",))
+    cosine = fit.influence(loader(test_texts()), method=TracInWE(normalize="cosine"))
     rows = data_of(cosine.to_html(tmp_path / "page.html", k=1, suspects=5).read_text())["suspects"]["rows"]
-    assert [row[0] for row in rows] == result.self_influence().topk(5).indices.tolist()
+    assert [row[0] for row in rows] == fit.self_influence().topk(5).indices.tolist()
 
 
 def test_csv_is_what_pandas_has(page, result):
@@ -213,16 +249,24 @@ def test_csv_is_what_pandas_has(page, result):
     assert of_one == [row for row in of_all if row["test_index"] == "3"]
     assert list(of_all[0]) == list(frame.columns)
     frame = frame.sort_values(["test_index", "role", "rank"], ascending=[True, False, True])
-    for name in ("test_index", "role", "rank", "train_index", "label", "text"):
+    numbers = ("score", "share", "confidence")
+    for name in frame.columns.difference([*numbers, "words"]):
         assert [row[name] for row in of_all] == frame[name].astype(str).tolist()
-    for name in ("score", "share"):
+    for name in numbers:
         assert [float(row[name]) for row in of_all] == pytest.approx(frame[name].tolist(), rel=1e-5)
+    words = [dict(each.rsplit(" ", 1) for each in row["words"].split(", ") if each) for row in of_all]
+    for found, expected in zip(words, frame["words"], strict=True):
+        terms = {each["word"]: each["term"] for each in expected}
+        assert {word: float(term) for word, term in found.items()} == pytest.approx(terms, rel=1e-2)
 
 
 def test_csv_holds_no_formulas_and_every_text(browser, tmp_path):
     with opened(browser, write_page(hostile_page(), tmp_path / "page.html")) as page:
         rows = downloaded(page, "#csv-all")
-    assert [row["label"] for row in rows] == ["'=cmd()", '\'-a "quoted", label']
-    assert rows[0]["text"].startswith("<script>alert(1)</script> </script>")
-    assert rows[1]["text"] == "'@sum x"
+        page.click("#tab-suspects")
+        (suspect,) = downloaded(page, "#csv-suspects")
+    assert [row["train_label"] for row in rows] == ["'=cmd()", '\'-a "quoted", label']
+    assert rows[0]["train_text"].startswith("<script>alert(1)</script> </script>")
+    assert rows[1]["train_text"] == "'@sum x"
+    assert (suspect["given_label"], suspect["predicted_label"]) == ("'=cmd()", "'=<b>1</b>")
     assert [float(row["score"]) for row in rows] == [28, -1]  # a number may begin with a minus

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from chromium import DESKTOP, PHONE, opened
-from pages import HOSTILE, Table, data_of, example, explanation, hostile_page, number, page_of, shown
+from pages import HOSTILE, Table, data_of, example, explanation, hostile_page, issues_of, number, page_of, shown
 from toy import N_TEST, N_TRAIN, fitted, loader, test_texts
 
 from lightning_tracin import InfluenceResult, TracInLast
@@ -70,7 +70,7 @@ def test_numbers_that_are_none(browser, tmp_path):
     test = example(0, ("a",), prediction="news", confidence=float("nan"))
     pair = Influential(example(1, ("a",)), float("nan"), float("inf"), (float("nan"),))
     other = Influential(example(2, ("a",)), 1.0, None, (1.0,))
-    path = write_page(page_of([explanation(0, test, other, pair)], suspects=[pair]), tmp_path / "page.html")
+    path = write_page(page_of([explanation(0, test, other, pair)], suspects=issues_of(pair)), tmp_path / "page.html")
     with opened(browser, path) as page:
         assert page.locator(".card .score").all_text_contents() == ["+1.00", "unknown"]
         page.click("#tab-suspects")
@@ -90,7 +90,7 @@ def notes_and_texts(browser, path):
 
 def test_without_its_trace_the_page_says_what_is_missing(browser, tmp_path):
     result = fitted(tmp_path / "trace").influence(loader(test_texts()))
-    saved = result.save(tmp_path / "result.safetensors")
+    saved = result.save(tmp_path / "result.safetensors", k=0)
     shutil.rmtree(tmp_path / "trace")
     path = InfluenceResult.load(saved).to_html(tmp_path / "page.html")
     notes, texts, shades, suspects = notes_and_texts(browser, path)
@@ -105,7 +105,7 @@ def test_a_method_without_words(browser, toy, tmp_path):
     result = toy.influence(loader(test_texts()), method=TracInLast())
     notes, texts, shades, suspects = notes_and_texts(browser, result.to_html(tmp_path / "page.html", k=3))
     assert 'method="tracin-we" does' in notes
-    assert result.to_pandas(1).text[0] in texts
+    assert result.to_pandas(1).train_text[0] in texts
     assert shades == 0
     assert "TracIn-Last" in suspects
     assert "result.with_texts(test=...)" not in notes
@@ -191,7 +191,7 @@ def odd(tmp_path_factory):
     pairs = [Influential(each, 1.0 - each.index, 0.1, (0.5,) * len(each.words)) for each in (long, endless, hebrew)]
     table = Table(("w" * 300, "שלום"), ("a" * 50,) * 6, ("b" * 50,) * 6, torch.randn(2, 6, 6))
     tests = [explanation(row, test, *pairs) for row, test in enumerate((long, endless, hebrew, empty))]
-    page = page_of(tests, suspects=pairs, word_table=table, title="t" * 300, notes=["w" * 300, "note"])
+    page = page_of(tests, suspects=issues_of(*pairs), word_table=table, title="t" * 300, notes=["w" * 300, "note"])
     return write_page(page, tmp_path_factory.mktemp("odd") / "page.html")
 
 

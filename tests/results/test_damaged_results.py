@@ -215,7 +215,7 @@ def test_a_trace_that_cannot_be_there_is_not(file, place):
 
 
 def test_a_result_of_another_number_of_examples_than_its_trace(toy, tmp_path):
-    path = toy.influence(loader(test_texts()), k=3).save(tmp_path / "result.safetensors")
+    path = toy.influence(loader(test_texts()), k=3).save(tmp_path / "result.safetensors", k=0)
     forged(path, lambda header: header.update(n_train=21))
     with pytest.raises(ValueError, match=f"{path} is damaged: it has 21 training examples, but the trace in .* has 20"):
         InfluenceResult.load(path)

@@ -52,9 +52,9 @@ def test_a_result_finds_its_trace_where_both_were_moved(toy, tmp_path):
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["gone", "replaced by another fit"])
-def test_without_its_trace_a_result_still_prints_but_has_no_words(tmp_path, replaced):
+def test_scores_alone_print_without_their_trace_but_have_no_words(tmp_path, replaced):
     result = fitted(tmp_path / "trace").influence(loader(test_texts()))
-    path = result.save(tmp_path / "result.safetensors")
+    path = result.save(tmp_path / "result.safetensors", k=0)
     shutil.rmtree(tmp_path / "trace")
     if replaced:
         fitted(tmp_path / "trace")
@@ -74,8 +74,8 @@ def test_a_result_in_memory_whose_trace_is_lost_shows_no_text_and_never_that_of_
     if replaced:
         fitted(tmp_path / "trace", data=loader(texts(seed=9)))
     frame = result.to_pandas(k=2)
-    assert set(frame.text) == {""}
-    assert frame.label.isna().all()
+    assert set(frame.train_text) == {""}
+    assert frame.train_label.isna().all()
     printed = str(result)
     assert "no text stored" in printed
     assert f"{float(expected.values[0, 0]):+.3g}" in printed
@@ -149,8 +149,14 @@ def test_pandas(result):
     assert first.train_index == int(result.opponents(1).indices[3, 0])
     assert first.score == pytest.approx(float(result.scores[3].min()))
     ids, label = texts()[first.train_index]
-    assert first.text == " ".join(str(token) for token in ids.tolist() if token)
-    assert first.label == str(int(label))
+    assert first.train_text == " ".join(str(token) for token in ids.tolist() if token)
+    assert first.train_label == str(int(label))
+    (explanation,) = result.explanations([3], k=1)
+    test = explanation.test
+    assert (first.test_text, first.test_label, first.prediction) == (test.text, test.label, test.prediction)
+    assert (first.confidence, first.target) == (test.confidence, "label")
+    words = sorted(result.words(3, first.train_index), key=lambda word: -abs(word[1]))[:5]
+    assert [(each["word"], each["term"]) for each in first.words] == [word for word in words if word[1]]
 
 
 def test_pandas_of_the_strongest_only(toy, result):

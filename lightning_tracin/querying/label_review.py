@@ -1,0 +1,93 @@
+"""``label_issues``: a Trainer is asked which training labels may be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lightning_tracin.bridge.mixin import label_names_of, tokenizer_of
+from lightning_tracin.querying.training import Training, ready_training
+from lightning_tracin.querying.undisturbed import left_as_found
+from lightning_tracin.report.explanation import Example
+from lightning_tracin.report.label_issues import LabelIssues
+from lightning_tracin.results.label_table import label_issues_of
+from lightning_tracin.results.reader import RawText, Reader
+from lightning_tracin.scoring.label_review import reviewed_labels
+from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.naming import method_of, require_not_constant
+from lightning_tracin.storage.trace import Trace
+
+
+def label_issues(
+    trainer: pl.Trainer,
+    model: pl.LightningModule | None = None,
+    *,
+    datamodule: pl.LightningDataModule | None = None,
+    train_dataloaders: Any = None,
+    trace: str | Path | Trace | None = None,
+    method: str | Method = "tracin-last",
+    n: int | None = None,
+    texts: Sequence[RawText] | None = None,
+) -> LabelIssues:
+    """Training examples whose labels may be wrong, highest self-influence first.
+
+    What the model said of each training example is read off the gradients at a classifier's head, which are its
+    probabilities less the label: nothing is run. Its mean over the checkpoints is not of a model that has not seen the
+    example, but the first ones have hardly learned it. ``label_score`` is the mean probability of the given label, and
+    ``is_label_issue`` follows from the means by confident learning (Northcutt et al. 2021): the model says another
+    class, at least as surely as it says that of the class's own examples. No threshold is set by hand. Where the head's
+    gradients are not those of one label's cross-entropy (regression, several labels, tokens, a single logit) or were
+    not recorded, ``predicted_label`` and ``is_label_issue`` are empty, and ``label_score`` is the share of the training
+    examples that influence themselves at least as much.
+
+    Args:
+        trainer: as for :func:`influence`, like the five that follow.
+        model: names labels, and is needed where gradients are not stored yet; by default that of the last fit.
+        datamodule: see :func:`influence`.
+        train_dataloaders: see :func:`influence`.
+        trace: see :func:`influence`.
+        method: measures self-influence.
+        n: list only so many, those of highest self-influence; None for all.
+        texts: the text of each training example as it was written, or a pair of texts, by index in the training data
+            set; without them texts are put together from tokens.
+
+    Returns:
+        A table to print, to write as CSV and to hand back, corrected, to :func:`apply_corrections`.
+
+    Raises:
+        ValueError: see :func:`influence`; or if self-influence is the same for every example, as with
+            ``normalize="cosine"``, or if there is not a text for each example.
+        BlockingIOError: see :func:`influence`.
+    """
+    chosen = method_of(method)
+    require_not_constant(chosen)
+    with left_as_found(trainer):
+        query, checkpoints = ready_training(trainer, chosen, Training(model, datamodule, train_dataloaders, trace))
+        n_train = query.trace.n_train
+        if texts is not None and len(texts) < n_train:
+            raise ValueError(f"texts must have a text for each of {n_train} training examples, but has {len(texts)}.")
+        with query.processes.synchronized():
+            review = reviewed_labels(query.trace, checkpoints, chosen, query.processes)
+            reader = _reader_of(query.trace, query.module)
+
+            def examples(indices: Sequence[int]) -> dict[int, Example]:
+                if texts is not None:
+                    return {index: Example(index, (), None, unread=_in_one(texts[index])) for index in indices}
+                ids = query.trace.texts(indices).ids_by_example() if indices else []
+                return {index: reader.example(index, own, None, None) for index, own in zip(indices, ids, strict=True)}
+
+            return label_issues_of(review, chosen, reader, examples, n)
+
+
+def _reader_of(trace: Trace, module: pl.LightningModule | None) -> Reader:
+    """What to print for token ids and labels, as far as trace and module tell."""
+    if module is None:
+        return Reader(trace.vocabulary, {})
+    return Reader(trace.vocabulary, label_names_of(module), tokenizer_of(module))
+
+
+def _in_one(text: RawText) -> str:
+    return text if isinstance(text, str) else "\n".join(text)

@@ -1,0 +1,100 @@
+"""The table of pairs: a row for each training example that pushed a test example, the same wherever it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lightning_tracin.gradients.printable import storable
+from lightning_tracin.report.explanation import Explanation
+
+if TYPE_CHECKING:
+    import datasets
+
+#: A row of the table, by the names of its columns.
+Row: TypeAlias = dict[str, Any]
+
+_TYPES = {
+    "test_index": "int64",
+    "test_text": "string",
+    "test_label": "string",
+    "prediction": "string",
+    "confidence": "float64",
+    "target": "string",
+    "role": "string",
+    "rank": "int64",
+    "train_index": "int64",
+    "score": "float64",
+    "share": "float64",
+    "train_text": "string",
+    "train_label": "string",
+    "words": "",
+}
+
+
+def rows_of_pairs(explanation: Explanation) -> Iterator[Row]:
+    """The rows of one test example: its proponents, then its opponents, strongest first.
+
+    Args:
+        explanation: the test example, and who pushed it.
+
+    Yields:
+        ``test_loader`` (only where there were several), ``test_index`` (row of the scores), ``test_text``,
+        ``test_label``, ``prediction``, ``confidence``, ``target`` (what of it is explained), ``role`` ("proponent" or
+        "opponent"), ``rank`` (from 1), ``train_index``, ``score``, ``share`` (of all scores of its sign that the test
+        example has), ``train_text``, ``train_label``, and ``words``: the strongest of the training example, each with
+        its ``word`` and ``term``. None stands for what is not known.
+    """
+    test = explanation.test
+    of_test: Row = {} if test.loader is None else {"test_loader": storable(test.loader)}
+    of_test |= {
+        "test_index": explanation.row,
+        "test_text": storable(test.text),
+        "test_label": _storable(test.label),
+        "prediction": _storable(test.prediction),
+        "confidence": test.confidence,
+        "target": _storable(test.explained),
+    }
+    for role, influentials in (("proponent", explanation.proponents), ("opponent", explanation.opponents)):
+        for rank, each in enumerate(influentials, start=1):
+            yield of_test | {
+                "role": role,
+                "rank": rank,
+                "train_index": each.example.index,
+                "score": each.score,
+                "share": each.share,
+                "train_text": storable(each.example.text),
+                "train_label": _storable(each.example.label),
+                "words": [{"word": storable(word), "term": term} for word, term in each.strongest_words()],
+            }
+
+
+def words_in_a_line(words: Iterable[Row]) -> str:
+    """The words of a row for tables whose cells hold no lists.
+
+    Example:
+        >>> words_in_a_line([{"word": "tariff", "term": 0.0123}, {"word": "the", "term": -4e-4}])
+        'tariff +0.0123, the -0.0004'
+    """
+    return ", ".join(f"{each['word']} {each['term']:+.3g}" for each in words)
+
+
+def dataset_of_pairs(rows: Sequence[Row]) -> datasets.Dataset:
+    """Rows as a data set of Hugging Face.
+
+    Raises:
+        ModuleNotFoundError: without the package.
+    """
+    try:
+        from datasets import Dataset, Features, Value
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("to_dataset needs datasets: pip install lightning-tracin[datasets]") from error
+    words = [{"word": Value("string"), "term": Value("float64")}]
+    types = {"test_loader": "string"} | _TYPES if rows and "test_loader" in rows[0] else _TYPES
+    features = Features({name: words if name == "words" else Value(kind) for name, kind in types.items()})
+    columns = {name: [row[name] for row in rows] for name in types}
+    return Dataset.from_dict(columns, features=features)
+
+
+def _storable(text: str | None) -> str | None:
+    return None if text is None else storable(text)

@@ -1,0 +1,116 @@
+"""PortableResult: a result that takes along what it lists, and the review of the training examples' labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_tracin.report.explanation import Example
+from lightning_tracin.report.label_issues import LabelIssues
+from lightning_tracin.results.evidence import Evidence
+from lightning_tracin.results.excerpt import LISTED_SUSPECTS, LISTED_WORDS, Excerpt, PairTerms, TokenTerms
+from lightning_tracin.results.explained_result import ExplainedResult
+from lightning_tracin.results.label_table import label_issues_of, review_method
+from lightning_tracin.results.notes import notes_of_trace
+from lightning_tracin.results.packed_examples import PackedExamples
+from lightning_tracin.scoring.label_review import reviewed_labels
+from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.naming import method_of, require_not_constant
+
+_CHUNK = 32  # The pairs of this many test examples are looked up at once, so memory does not grow with their number.
+
+_MOST_CELLS = 4_000_000  # A word table of more, as with thousands of classes and labels, stays with the trace.
+
+
+@dataclass(repr=False, eq=False)
+class PortableResult(ExplainedResult):
+    """A result whose file can be read anywhere."""
+
+    def save(self, path: str | Path, k: int = 20) -> Path:
+        """Write the result to one safetensors file, which can be read anywhere, also without the trace.
+
+        The file holds the scores, and of the k strongest proponents and opponents of each test example what the trace
+        and :meth:`with_texts` tell of them: texts, labels, and the terms of words; suspected labels and the word table,
+        too. With the trace at hand a loaded result goes beyond that. The file keeps its place, absolute and relative.
+
+        Args:
+            path: the file, usually ``*.safetensors``.
+            k: how many of each; fewer where fewer were kept. With 0 the file holds scores alone, and nothing is read.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if k is negative.
+        """
+        if k < 0:
+            raise ValueError(f"k must be at least 0, but got {k}.")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return replace(self, excerpt=self._excerpted(k) if k else None).write(path)
+
+    def label_issues(self, method: str | Method | None = None, *, n: int | None = None) -> LabelIssues:
+        """Training examples whose labels may be wrong, by self-influence; see :func:`lightning_tracin.label_issues`.
+
+        Args:
+            method: measures self-influence; by default "tracin-last" where the trace has its gradients, else that of
+                this result, without normalisation where that makes it the same for all.
+            n: list only so many, those of highest self-influence.
+
+        Raises:
+            ValueError: if the fit did not record what the method needs, or if its self-influence is constant.
+            FileNotFoundError: if the trace is gone, and the file of the result holds no review by this method.
+        """
+        evidence = Evidence.find(self)
+        chosen = None if method is None else method_of(method)
+        if evidence is None and self.excerpt is not None and chosen in (None, self.excerpt.review_method):
+            by, review = self.excerpt.review_method, self.excerpt.review
+        else:
+            evidence = Evidence.require(self)
+            by = chosen or review_method(evidence.checkpoints, self.method)
+            require_not_constant(by)
+            review = reviewed_labels(evidence.trace, evidence.checkpoints, by)
+        return label_issues_of(review, by, self._reader, partial(self._examples_in, evidence), n)
+
+    def _excerpted(self, k: int) -> Excerpt | None:
+        """What a file of this result holds of the trace; where that is gone, what the result was loaded with."""
+        evidence, held = Evidence.find(self), self.excerpt
+        tests = PackedExamples.of((row, self._test_example(row)) for row in range(len(self.test_indices)))
+        if evidence is None:
+            if held is None:
+                return None
+            written = PackedExamples.of((index, self._as_written(example)) for index, example in held.train.items())
+            return replace(held, tests=tests, train=written)
+        k = min(k, self._n_kept)
+        listed = torch.cat([self.proponents(k).indices, self.opponents(k).indices], 1)
+        by = review_method(evidence.checkpoints, self.method)
+        review = reviewed_labels(evidence.trace, evidence.checkpoints, by)
+        table = self._word_table(evidence, LISTED_WORDS, 0) if self._has_words else None
+        shown = torch.unique(torch.cat([listed.flatten(), review.order[:LISTED_SUSPECTS]])).tolist()
+        return Excerpt(
+            k=k,
+            tests=tests,
+            train=PackedExamples.of(self._train_of(evidence, shown)),
+            terms=PairTerms.of(self._terms_by_row(evidence, listed)) if self._has_words else None,
+            review=review,
+            review_method=by,
+            word_table=table if table is not None and table.values.numel() <= _MOST_CELLS else None,
+            notes=notes_of_trace(evidence),
+        )
+
+    def _train_of(self, evidence: Evidence, indices: Sequence[int]) -> Iterator[tuple[int, Example]]:
+        """Training examples by index, some at a time, so that memory does not grow with their number."""
+        for start in range(0, len(indices), 8 * _CHUNK):
+            yield from self._examples_in(evidence, indices[start : start + 8 * _CHUNK]).items()
+
+    def _terms_by_row(self, evidence: Evidence, listed: Tensor) -> Iterator[dict[int, TokenTerms]]:
+        """The terms of the pairs of each row with the training examples that are listed for it, (n_test, n)."""
+        for start in range(0, len(listed), _CHUNK):
+            rows = range(start, min(start + _CHUNK, len(listed)))
+            found = evidence.terms_of_pairs({row: sorted(set(listed[row].tolist())) for row in rows})
+            yield from (found[row] for row in rows)

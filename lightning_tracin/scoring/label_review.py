@@ -1,0 +1,208 @@
+"""What speaks against a training example's label: its influence on itself, and what the model said of it meanwhile.
+
+The gradient of a cross-entropy at the logits is p - y, the probabilities less the one-hot label. A trace that has the
+factors of a classifier's head therefore has what the model said of every training example at every checkpoint, exactly
+and without a forward pass. Early checkpoints saw the example before it was learned by heart, so the mean over all of
+them says more than the last one (dataset cartography, Swayamdipta et al. 2020). From these means, confident learning
+(Northcutt et al. 2021) decides which labels are wrong, with a threshold for each class that the data set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_tracin.gradients.factor_gradients import FactorGradients
+from lightning_tracin.gradients.sites import Site, last_site
+from lightning_tracin.parallel.processes import ALONE, Processes
+from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.score import self_influences
+from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
+from lightning_tracin.storage.trace import Trace
+
+# How far rounding may take a probability, and the sum of all, in what a trace stores.
+_TOLERANCES = {"float32": 1e-4, "float16": 5e-3, "int8": 5e-2}
+
+
+@dataclass(frozen=True)
+class LabelReview:
+    """What is known of the label of each training example.
+
+    Attributes:
+        self_influence: (n_train,) float32, each example's influence on itself.
+        given: (n_train,) float64, its label; NaN without one.
+        predicted: (n_train,) float64, the likeliest class by the mean over the checkpoints; NaN where it is not known.
+        scores: (n_train,) float32, from 0 to 1, lower is worse: the mean probability of its label, cleanlab's
+            self-confidence; where no probabilities are known at all, the share of the training examples that influence
+            themselves at least as much. NaN for examples that training never drew, or whose probabilities are missing.
+        is_issue: (n_train,) bool, whether its label is probably wrong, by confident learning; false where that is not
+            known.
+        order: (n_drawn,) int64, the examples that training drew, highest self-influence first.
+    """
+
+    self_influence: Tensor
+    given: Tensor
+    predicted: Tensor
+    scores: Tensor
+    is_issue: Tensor
+    order: Tensor
+
+    @property
+    def knows_predictions(self) -> bool:
+        """Whether it is known what the model said of training examples."""
+        return not bool(self.predicted.isnan().all())
+
+    def ranks_in_class(self) -> Tensor:
+        """(n_drawn,) int64, the place, from 1, of each example of the order among those of its label; 0 without one."""
+        given = self.given[self.order]
+        ranks = torch.zeros(len(given), dtype=torch.int64)
+        for label in torch.unique(given[~given.isnan()]):
+            of_class = given == label
+            ranks[of_class] = torch.arange(1, int(of_class.sum()) + 1)
+        return ranks
+
+
+def reviewed_labels(
+    trace: Trace, checkpoints: Sequence[Checkpoint], method: Method, processes: Processes = ALONE
+) -> LabelReview:
+    """Review the labels of a trace's training examples.
+
+    Args:
+        trace: has their labels.
+        checkpoints: that have the method's gradients, at least one.
+        method: measures self-influence.
+        processes: those that share the shards; every one of them must call it.
+
+    Raises:
+        ValueError: if the fit did not record what the method needs, or a file of the trace is damaged.
+    """
+    influence = self_influences(checkpoints, method, processes)
+    order = order_of(influence, undrawn(checkpoints))
+    given = torch.cat([trace.texts(part).labels for part in _parts(trace)])
+    probabilities = _mean_probabilities(checkpoints, given, processes)
+    if probabilities is None:
+        scores = torch.full_like(influence, math.nan)
+        scores[order] = torch.arange(1, len(order) + 1) / max(len(order), 1)
+        unknown = torch.full_like(given, math.nan)
+        return LabelReview(influence, given, unknown, scores, torch.zeros(len(given), dtype=torch.bool), order)
+    is_known = ~probabilities[:, 0].isnan()
+    known, labels = probabilities[is_known], given[is_known].long()
+    predicted, scores = torch.full_like(given, math.nan), torch.full_like(influence, math.nan)
+    predicted[is_known] = known.argmax(1).double()
+    scores[is_known] = known.gather(1, labels[:, None])[:, 0].clamp(0, 1)
+    is_issue = torch.zeros(len(given), dtype=torch.bool)
+    is_issue[is_known] = confidently_wrong(known, labels)
+    return LabelReview(influence, given, predicted, scores, is_issue, order)
+
+
+def order_of(self_influence: Tensor, undrawn: Tensor) -> Tensor:
+    """The training examples that training drew, highest self-influence first, of equal ones the first.
+
+    Args:
+        self_influence: (n_train,) of all.
+        undrawn: the indices of those that it never drew.
+    """
+    order = self_influence.argsort(descending=True, stable=True)
+    return order[~torch.isin(order, undrawn)]
+
+
+def confidently_wrong(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Which labels are probably wrong, by confident learning (Northcutt et al. 2021).
+
+    An example counts for a class if the model gives that at least the probability that the examples of the class have
+    for their own label on the mean. Its label is wrong if the likeliest class that it counts for is another one, and
+    that is what the model says.
+
+    Args:
+        probabilities: (n, n_classes) of each class.
+        labels: (n,) int64, those given.
+
+    Returns:
+        (n,) bool.
+
+    Example:
+        >>> probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.3, 0.7], [0.85, 0.15]])
+        >>> confidently_wrong(probabilities, torch.tensor([0, 0, 1, 1, 1]))
+        tensor([False, False, False, False,  True])
+    """
+    own = probabilities.gather(1, labels[:, None])[:, 0].double()
+    n_classes = probabilities.shape[1]
+    sums = torch.zeros(n_classes, dtype=torch.float64).index_add_(0, labels, own)
+    thresholds = sums / torch.bincount(labels, minlength=n_classes)  # NaN, which nothing reaches, without examples
+    counts_for = probabilities >= thresholds
+    likeliest = torch.where(counts_for, probabilities, -1).argmax(1)
+    return counts_for.any(1) & (likeliest != labels) & (probabilities.argmax(1) != labels)
+
+
+def _mean_probabilities(checkpoints: Sequence[Checkpoint], given: Tensor, processes: Processes) -> Tensor | None:
+    """The probability that the model gave each class, on the mean over the checkpoints that an example came before.
+
+    Args:
+        checkpoints: of the trace.
+        given: (n_train,) the labels.
+        processes: those that share the shards.
+
+    Returns:
+        (n_train, n_classes) float32, NaN for an example without any; None if the gradients at the last layer are not
+        there, or are not those of one label's cross-entropy for each example.
+    """
+    site = last_site(checkpoints[0].sites)
+    if site is None or site.shape != "factors" or not all(each.has_gradients(site) for each in checkpoints):
+        return None
+    shards = checkpoints[0].gradients(site)
+    bounds = [slice(*shards.bounds(shard)) for shard in range(len(shards))]
+    own = [_of_shard(checkpoints, site, shard, given[bounds[shard]]) for shard in processes.share(len(shards))]
+    parts = [part for of_process in processes.gather(own) for part in of_process]
+    if any(part is None for part in parts):
+        return None
+    widths = {part.shape[1] for part in parts if part.shape[1]}
+    if len(widths) != 1:
+        return None
+    n_classes = widths.pop()
+    return torch.cat([part if part.shape[1] else part.new_full((len(part), n_classes), math.nan) for part in parts])
+
+
+def _of_shard(checkpoints: Sequence[Checkpoint], site: Site, shard: int, given: Tensor) -> Tensor | None:
+    """What :func:`_mean_probabilities` returns, of one shard; without columns if no checkpoint has the shard."""
+    sums, counts = torch.zeros(len(given), 0), torch.zeros(len(given))
+    for checkpoint in checkpoints:
+        shards = checkpoint.gradients(site)
+        if not shards.holds(shard):
+            continue
+        block = shards.read(shard)
+        if not isinstance(block, FactorGradients) or int(block.rows_by_example().max()) > 1:
+            return None  # several positions: tokens, not texts, are classified
+        if not sums.shape[1]:
+            sums = torch.zeros(len(given), block.deltas.shape[1])
+        found = _probabilities(block, given, _TOLERANCES[shards.dtype])
+        if found is None or found.shape != sums.shape:
+            return None
+        counted = torch.zeros(len(given), dtype=torch.bool)
+        counted[block.examples] = True  # others training did not draw, or their gradient was not finite
+        counted &= ~given.isnan()
+        sums[counted] += found[counted]
+        counts += counted
+    return sums / torch.where(counts > 0, counts, math.nan)[:, None]
+
+
+def _probabilities(block: FactorGradients, given: Tensor, tolerance: float) -> Tensor | None:
+    """(n_examples, n_classes) probabilities, gradient plus label; None if they are none: the loss is another."""
+    n_classes = block.deltas.shape[1]
+    labels = given.nan_to_num(0.0)
+    if n_classes < 2 or bool(((labels != labels.round()) | (labels < 0) | (labels >= n_classes)).any()):
+        return None
+    found = torch.nn.functional.one_hot(labels.long(), n_classes).float()
+    found[block.examples] += block.scaled_deltas
+    judged = found[~given.isnan()]
+    is_distribution = (judged >= -tolerance).all() and ((judged.sum(1) - 1).abs() <= tolerance).all()
+    return found if bool(is_distribution) else None
+
+
+def _parts(trace: Trace) -> list[range]:
+    """All training examples, as many at a time as a shard has."""
+    step = trace.shard_examples
+    return [range(start, min(start + step, trace.n_train)) for start in range(0, trace.n_train, step)]
