@@ -104,7 +104,7 @@ def _name_meant(method: Any) -> str | None:
         return None
     spelt = {"tracinwe": WORDS, "tracinlast": LAST}
     letters = re.sub("[^a-z]", "", method.lower())
-    near = get_close_matches(letters, spelt, n=1, cutoff=0.8) if letters.startswith("tracin") else []
+    near = get_close_matches(letters, spelt, n=1, cutoff=0.9) if letters.startswith("tracin") else []
     return spelt[near[0]] if near else None
 
 
