@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_tracin.bridge.mixin import label_names_of, labels_of_module, tokenizer_of, words_of_batch
 from lightning_tracin.bridge.targets import TargetLosses
 from lightning_tracin.gradients.capture import Captured
-from lightning_tracin.gradients.losses import require_one_each
+from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, require_one_each
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.gradients.rows import unique_tokens
 from lightning_tracin.gradients.sites import last_site
@@ -81,7 +81,8 @@ class Queries:
         require_one_each(len(captured), len(numbers), "test")
         bad = captured.first_not_finite()
         if bad is not None:
-            raise ValueError(f"The loss or gradient of test example {numbers[bad]} is NaN or infinite.")
+            what = captured.fault(bad)
+            raise ValueError(f"The {what} of test example {numbers[bad]} is NaN or infinite. {NOT_FINITE_ADVICE}")
         self._taken.extend(numbers)
         self._captured.append(captured)
         labels = labels_of_module(self.module, batch, len(captured))

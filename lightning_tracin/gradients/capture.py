@@ -66,6 +66,10 @@ class Captured:
         bad = self.not_finite()
         return int(torch.nonzero(bad)[0, 0]) if bool(bad.any()) else None
 
+    def fault(self, example: int) -> str:
+        """What of an example is not finite, by its place: its loss, or else its gradient."""
+        return "gradient" if bool(torch.isfinite(self.losses[example])) else "loss"
+
     def without_gradients_of(self, examples: Tensor) -> Captured:
         """The same batch, in which the gradients of some examples, by a mask (B,), are zero."""
         gradients = {key: block.select(~examples[block.examples]) for key, block in self.gradients.items()}

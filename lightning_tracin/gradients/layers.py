@@ -18,7 +18,10 @@ from lightning_tracin.parallel.fsdp import unwrapped, unwrapped_name
 
 EMBEDDING_ADVICE = "Return the word embedding layer from influence_embedding_layer() of the module"
 
-LAST_ADVICE = "Return the last layer from influence_last_layer() of the module"
+LAST_ADVICE = (
+    'Return the last layer from influence_last_layer() of the module; or, if it has no head, leave "tracin-last" out '
+    'of the methods of TracInCallback, as in methods=("tracin-we",)'
+)
 
 
 class NoLastLayer(ValueError):
@@ -54,7 +57,7 @@ def find_embedding_layer(
         )
     raise ValueError(
         f"{type(module).__name__} has {len(unique)} candidates for the word embedding layer: "
-        f"{_listed(module, unique)}. {EMBEDDING_ADVICE}."
+        f"{_listed(module, unique)}. {EMBEDDING_ADVICE}, as in return self.{layer_name(module, unique[0])}."
     )
 
 

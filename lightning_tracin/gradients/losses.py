@@ -18,6 +18,11 @@ Losses: TypeAlias = Callable[[Any], Tensor]
 
 OVERRIDE = "Override influence_loss(batch) to return one unreduced loss for each example, shape (B,)"
 
+NOT_FINITE_ADVICE = (
+    "Look at its label and its text (a class that the model lacks, no labelled token, a division by zero). Where it is "
+    "so for every example, the weights are not finite: training has diverged, so lower the learning rate."
+)
+
 # Classes of transformers whose logits at a position predict the next token, so that labels are shifted by one position.
 _CAUSAL = re.compile(r"CausalLM|LMHeadModel|DoubleHeads|WithLMHead$")
 
@@ -111,7 +116,8 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
         values, counted = values.flatten(1), counted.flatten(1)
         losses, mean = values.sum(1) / counted.sum(1).clamp(min=1), values.sum() / counted.sum()
     model_loss = output_entry(output, "loss")
-    if isinstance(model_loss, Tensor) and model_loss.dim() == 0 and bool(counted.any(0).all()):
+    comparable = isinstance(model_loss, Tensor) and model_loss.dim() == 0 and bool(counted.any(0).all())
+    if comparable and bool(mean.isfinite() | model_loss.isfinite()):  # whoever asked tells which example's is NaN
         tolerance = 1e-3 if model_loss.element_size() > 2 else 2e-2
         if not torch.isclose(mean.detach(), model_loss.detach().float(), rtol=tolerance, atol=1e-5):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy, deepcopy
@@ -16,7 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_tracin.gradients.batches import batch_size, described_batch, row_of, shallow_copy
 from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.layouts import Layout
-from lightning_tracin.gradients.losses import DependsOnBatch
+from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, DependsOnBatch
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
 from lightning_tracin.parallel.fsdp import call_in_forward_pass
 
@@ -55,11 +56,19 @@ class MeanLoss:
         """Check that the loss of the batch is the mean of its examples' losses, each computed in a batch of one.
 
         Raises:
-            ValueError: if it is not, or if a loss cannot be computed; the message names ``TracInMixin``.
+            ValueError: if it is not, or if a loss cannot be computed; the message names ``TracInMixin``. Or if it is
+                NaN or infinite.
         """
         with torch.no_grad():
             batch_loss = float(call_in_forward_pass(self.module, self._training_loss, batch))
             losses = [float(call_in_forward_pass(self.module, self._training_loss, row)) for row in self.rows(batch)]
+        bad = next((place for place, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if bad is not None and not math.isfinite(batch_loss):
+            raise ValueError(
+                f"The training_step of {type(self.module).__name__} returned {batch_loss:g} for a batch of "
+                f"{len(losses)} examples, and {losses[bad]:g} for number {bad} of them alone: a loss must be a finite "
+                f"number. {NOT_FINITE_ADVICE}"
+            )
         mean = sum(losses) / len(losses)
         tolerance = 2e-2 if uses_half_precision(self.module) else 1e-4
         if not abs(batch_loss - mean) <= tolerance * max(abs(batch_loss), abs(mean)) + 1e-7:

@@ -50,10 +50,12 @@ def given_module(trainer: Any, model: Any, *loaders: Any) -> pl.LightningModule 
     if is_hugging_face(module):
         return wrapped_model(module, trainer, *loaders)
     if not isinstance(module, (nn.Module, type(None))):
-        raise TypeError(
-            f"model must be a LightningModule or a Hugging Face model, but got {type(module).__name__}. The order is "
-            "trainer.influence(test_loader, model) and trainer.self_influence(model, train_dataloaders=train_loader)."
-        )
+        got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+        advice = "The order is trainer.influence(test_loader, model) and trainer.self_influence(model, "
+        advice += "train_dataloaders=train_loader); a datamodule is passed as datamodule=..., a folder as trace=...."
+        if isinstance(module, type):
+            advice = f"Pass one of it: {module.__name__}(...)."
+        raise TypeError(f"model must be a LightningModule or a Hugging Face model, but got {got}. {advice}")
     return module  # type: ignore[return-value]
 
 
@@ -104,9 +106,14 @@ def trace_asked(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:
     if trace is None:
         trace = next((each.trace for each in last_fits(trainer)), None)
     if trace is None:
+        why = "fit with TracInCallback among the trainer's callbacks"
+        if any(hasattr(each, "recorded_fit") for each in trainer.callbacks):  # type: ignore[attr-defined]
+            why = (
+                "TracInCallback has recorded nothing in this process, where no fit ran that had a step left to train. "
+            )
+            why += "Fit with a larger max_epochs"
         raise ValueError(
-            "There is no trace to compute influence from: fit with TracInCallback among the trainer's callbacks, or "
-            "pass the folder of an earlier fit as trace=..."
+            f"There is no trace to compute influence from: {why}, or pass the folder of an earlier fit as trace=..."
         )
     if not isinstance(trace, Trace):
         return Trace(trace)
@@ -129,8 +136,10 @@ def datamodule_asked(
         The datamodule, the test loaders and the training loaders; None for those that it gives.
 
     Raises:
+        TypeError: if something else stands in its own place.
         ValueError: if there are several datamodules, or if it lacks a loader whose place it stands in.
     """
+    _require_datamodule(datamodule)
     places = {"datamodule": datamodule, "dataloaders": dataloaders, "train_dataloaders": train_dataloaders}
     given: dict[str, Any] = {name: each for name, each in places.items() if isinstance(each, DATAMODULES)}
     found = list({id(each): each for each in given.values()}.values())
@@ -146,6 +155,17 @@ def datamodule_asked(
         _require_loader(found[0], "train")
         train_dataloaders = None
     return (found[0] if found else datamodule), dataloaders, train_dataloaders
+
+
+def _require_datamodule(datamodule: Any) -> None:
+    if datamodule is None or isinstance(datamodule, DATAMODULES):
+        return
+    if isinstance(datamodule, type):
+        raise TypeError(f"datamodule is the class {datamodule.__name__}. Pass one of it: {datamodule.__name__}(...).")
+    raise TypeError(
+        f"datamodule must be a LightningDataModule, but got {type(datamodule).__name__}. Pass test examples as "
+        "dataloaders=..., and the loader of the training set as train_dataloaders=...."
+    )
 
 
 def loader_of_datamodule(

@@ -278,6 +278,17 @@ class TracInCallback(DualCallback):
         """Take the last checkpoint of a fit that was killed just before: nothing begins where no epoch is left."""
         if self._recorder is None and self._stopped is None and self._resumed.get("due") is not None:
             self.on_train_start(trainer, pl_module)
+        if self.recorded_fit is None and self._stopped is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            why = (
+                f"TracInCallback recorded nothing: this fit had no step to train (max_epochs={trainer.max_epochs}, "
+                f"max_steps={trainer.max_steps}, current_epoch={trainer.current_epoch})."
+            )
+            if self._resumed:
+                rank_zero_warn(
+                    f"{why} Raise max_epochs, or ask with trace={self._resumed['path']!r} for what it goes on with."
+                )
+            else:
+                rank_zero_info(why)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the loader and the module as they were, and the folder to others."""

@@ -22,7 +22,13 @@ from lightning_tracin.gradients.batching_check import check_batching
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.layers import NoLastLayer, called_layers, layer_name, linear_layers_named, named_layer
-from lightning_tracin.gradients.losses import DependsOnBatch, Losses, checked_losses, require_one_each
+from lightning_tracin.gradients.losses import (
+    NOT_FINITE_ADVICE,
+    DependsOnBatch,
+    Losses,
+    checked_losses,
+    require_one_each,
+)
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.gradients.sites import Site
@@ -84,8 +90,8 @@ def look_at_first_batch(
         bad = captured.first_not_finite()
         if bad is not None:
             raise ValueError(
-                f"The loss or gradient of training example {training_set.first_indices[bad]} is NaN or infinite before "
-                "training began."
+                f"The {captured.fault(bad)} of training example {training_set.first_indices[bad]} is NaN or infinite "
+                f"before training began. {NOT_FINITE_ADVICE}"
             )
         if not is_fsdp(module):  # a pass without gradients is too many for FSDP
             others = (batch_to_device(trainer, module, each) for each in first_batches)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lightning_tracin.gradients.rows import DTYPES
+from lightning_tracin.scoring.methods import TracInLast, TracInLayer, TracInWE
 from lightning_tracin.storage.encoding import StorageOptions
 
 Cache: TypeAlias = Literal["checkpoint", "training", "on_demand"]
@@ -71,12 +75,37 @@ def methods_to_record(value: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: if they are none.
     """
-    if not value or isinstance(value, str) or not all(isinstance(each, str) and each for each in value):
+    names = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    meant = next((f"{name!r} for {each!r}" for each in names if (name := _name_meant(each)) is not None), None)
+    if (
+        meant is not None
+        or not value
+        or names is not value
+        or not all(isinstance(each, str) and each for each in value)
+    ):
+        advice = f". Write {meant}." if meant else "."
+        if isinstance(value, str) and value:
+            advice = f", a string. Write methods=({value!r},): with the comma it is a tuple of one name."
         raise ValueError(
             'methods must be some of ("tracin-we", "tracin-last"), and names of linear or convolution layers, but got '
-            f"{value!r}."
+            f"{value!r}{advice}"
         )
     return tuple(dict.fromkeys(value))
+
+
+def _name_meant(method: Any) -> str | None:
+    """The name that is meant by a method, by its class, or by another spelling; None for anything else."""
+    kind = method if isinstance(method, type) else type(method)
+    if kind in (TracInWE, TracInLast):
+        return WORDS if kind is TracInWE else LAST
+    if isinstance(method, TracInLayer):
+        return method.name
+    if not isinstance(method, str) or method in (WORDS, LAST):
+        return None
+    spelt = {"tracinwe": WORDS, "tracinlast": LAST}
+    letters = re.sub("[^a-z]", "", method.lower())
+    near = get_close_matches(letters, spelt, n=1, cutoff=0.9) if letters.startswith("tracin") else []
+    return spelt[near[0]] if near else None
 
 
 def projection_sizes(value: Any) -> int | tuple[int, int] | None:
@@ -119,8 +148,11 @@ def local_path(value: str | Path, what: str) -> Path:
     """A path, if it is one of a file system.
 
     Raises:
+        TypeError: if it is no path.
         ValueError: if it is a URL, as Lightning's own paths may be.
     """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"The {what} must be the path of one folder, but got a {type(value).__name__}: {value!r}.")
     if "://" in str(value):
         raise ValueError(
             f"A trace is a folder of a file system, but the {what} is {str(value)!r}. Pass a local folder as dirpath "

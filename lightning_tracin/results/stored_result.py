@@ -140,12 +140,15 @@ class StoredResult:
 
         Raises:
             FileNotFoundError: if there is no such file, or no trace in the folder.
+            TypeError: if either is no path.
             ValueError: if the file holds no result, or one of another version, or is damaged, or if the folder holds
                 another trace.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"A result is one file, but got a {type(path).__name__}: {path!r}. Load them one by one.")
         path = Path(path)
         header, method, tensors = read_result(path)
-        opened = _find_trace(header, path) if trace is None else _trace_of(header, Path(trace), path)
+        opened = _find_trace(header, path) if trace is None else _trace_of(header, trace, path)
         n_test = len(tensors["test_indices"])
         tops = [
             TopK(tensors[f"{name}.values"], tensors[f"{name}.indices"]) if f"{name}.values" in tensors else None
@@ -195,7 +198,7 @@ def _find_trace(header: ResultHeader, path: Path) -> Trace | None:
     return None
 
 
-def _trace_of(header: ResultHeader, folder: Path, path: Path) -> Trace:
+def _trace_of(header: ResultHeader, folder: str | Path, path: Path) -> Trace:
     """The trace in a folder, which must be the one that a result was computed from."""
     trace = Trace(folder)
     if not _holds(trace, header, path):

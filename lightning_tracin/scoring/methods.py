@@ -284,7 +284,10 @@ class TracInSum:
         kinds = (TracInWE, TracInLast, TracInLayer)
         parts = tuple(self.parts) if isinstance(self.parts, Sequence) else ()
         several = len(parts) > 1 and all(isinstance(each, kinds) for each in parts)
-        _require(several, "parts", "two or more of TracInWE, TracInLast and TracInLayer", self.parts)
+        wanted = "two or more of TracInWE, TracInLast and TracInLayer"
+        if any(isinstance(each, type) for each in parts):
+            wanted += ", not their classes, as in TracInSum((TracInWE(), TracInLast()))"
+        _require(several, "parts", wanted, self.parts)
         n_words = sum(isinstance(each, TracInWE) for each in parts)
         _require(n_words < 2, "parts", "methods of which at most one is a TracInWE", self.parts)
         object.__setattr__(self, "parts", parts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import msgspec
@@ -24,6 +26,15 @@ _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (TracInWE, TracI
 _BY_NAME: dict[str, type[TracInWE | TracInLast]] = {"tracin-we": TracInWE, "tracin-last": TracInLast}
 
 
+# How each kind is written.
+_WRITTEN: dict[type[Any], str] = {
+    TracInWE: "TracInWE()",
+    TracInLast: "TracInLast()",
+    TracInLayer: 'TracInLayer("name.of.the.layer")',
+    TracInSum: "TracInSum((TracInWE(), TracInLast()))",
+}
+
+
 def method_of(method: str | Method) -> Method:
     """The method of a name; a method is returned as it is.
 
@@ -36,8 +47,22 @@ def method_of(method: str | Method) -> Method:
         return _BY_NAME[method]()
     raise ValueError(
         f"method must be one of {', '.join(_BY_NAME)}, or a TracInWE, TracInLast, TracInLayer or TracInSum, but got "
-        f"{method!r}."
+        f"{method!r}.{_advice_on(method)}"
     )
+
+
+def _advice_on(method: Any) -> str:
+    """What to write instead of something that is no method; empty where that cannot be told."""
+    if isinstance(method, type) and method in _WRITTEN:
+        return f" That is a class: write {_WRITTEN[method]}."
+    if isinstance(method, (list, tuple)) and method:
+        return f" Ask for one: {method[0]!r}. Scores of several are added by a TracInSum."
+    if isinstance(method, str):
+        written = {re.sub("[^a-z]", "", name.lower()): f'"{name}"' for name in _BY_NAME}
+        written |= {kind.__name__.lower(): _WRITTEN[kind] for kind in (TracInLayer, TracInSum)}
+        near = get_close_matches(re.sub("[^a-z]", "", method.lower()), written, n=1, cutoff=0.7)
+        return f" Did you mean {written[near[0]]}?" if near else ""
+    return ""
 
 
 def method_at(site: Site) -> Method:
@@ -59,7 +84,10 @@ def recorded_site(method: SiteMethod, sites: Sequence[Site]) -> Site:
         name = names.get(type(method), getattr(method, "name", ""))
         advice = f'Fit again with "{name}" among the methods of TracInCallback.'
         if isinstance(method, TracInLast):
-            advice += " If it was, no single linear layer feeds the loss: let influence_last_layer() return one."
+            advice += (
+                " If it was, the model has no head, that is, no single linear layer feeds the loss: let "
+                "influence_last_layer() return one, or ask by a method whose layer was recorded."
+            )
         raise ValueError(
             f"The fit did not record the layer of {method}: it recorded {tuple(each.name for each in sites)}. {advice}"
         )

@@ -74,7 +74,7 @@ def clipped_k(k: Any, n_train: int) -> int:
     Raises:
         ValueError: if ``k`` is not a whole number of at least 1.
     """
-    if not isinstance(k, (int, np.integer)) or k < 1:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise ValueError(f"k must be a whole number of at least 1, but got {k!r}.")
     if k > n_train:
         rank_zero_warn(f"k={k} is larger than the training set: all {n_train} training examples are kept.")

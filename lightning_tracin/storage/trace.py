@@ -6,6 +6,7 @@ under a name that ends in ``.partial``, and renamed when it is complete.
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,8 @@ class Trace:
 
     Raises:
         FileNotFoundError: if there is no trace in the folder.
+        NotADirectoryError: if it is a file.
+        TypeError: if it is no path.
         ValueError: if another version of lightning_tracin wrote it, or it is damaged.
 
     Example::
@@ -67,7 +70,7 @@ class Trace:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = _folder(path)
         if not (self.path / HEADER).exists():
             raise FileNotFoundError(
                 f"There is no trace in {self.path.absolute()}: it holds no {HEADER}. Fit with TracInCallback first, or "
@@ -370,3 +373,24 @@ class Trace:
             for folder in folders
             if (folder / "index.json").exists()
         ]
+
+
+def _folder(path: Any) -> Path:
+    """The folder of a trace, where one path is given, and not of a file.
+
+    Raises:
+        NotADirectoryError: if it is a file.
+        TypeError: if it is no path.
+    """
+    of_checkpoints = "Of checkpoint files of a run that is over, Trace.from_checkpoints makes a trace."
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"A trace is one folder, but got a {type(path).__name__}: {path!r}. Pass the folder that TracInCallback "
+            f"wrote, which has all checkpoints of a fit, and ask about several fits one by one. {of_checkpoints}"
+        )
+    if os.path.isfile(path):  # noqa: PTH113 (never raises)
+        raise NotADirectoryError(
+            f"A trace is a folder, but {os.fspath(path)} is a file. Pass the folder that TracInCallback wrote. "
+            f"{of_checkpoints}"
+        )
+    return Path(path)

@@ -236,8 +236,8 @@ class TrainingPass:
             found = [self._order[self.n_examples + place] for place in places]
             if not self._tolerant:
                 raise ValueError(
-                    f"The loss or gradient of training example {found[0]} is NaN or infinite. Look at that example, or "
-                    "at the learning rate; what was stored before is complete."
+                    f"The {captured.fault(places[0])} of training example {found[0]} is NaN or infinite. Look at that "
+                    "example, or at the learning rate; what was stored before is complete."
                 )
             self._not_finite += found
             captured = captured.without_gradients_of(bad)

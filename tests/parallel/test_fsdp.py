@@ -277,8 +277,8 @@ def test_a_resumed_fit_continues_its_trace(fits):
     ("what", "message"),
     [
         ("spread", "ValueError: Another trainer has spread the weights of this Still"),
-        ("broken test", "ValueError: The loss or gradient of test example . is NaN or infinite"),
-        ("broken", "ValueError: The loss or gradient of training example 9 is NaN or infinite"),
+        ("broken test", "ValueError: The loss of test example . is NaN or infinite"),
+        ("broken", "ValueError: The loss of training example 9 is NaN or infinite"),
         ("different data", "ValueError: Processes 0 and 1 have different training sets"),
         ("flat", "ValueError: With use_orig_params=False, FSDP hides which parameters"),
         ("replicas", "ValueError: FSDP leaves the weights whole here"),
