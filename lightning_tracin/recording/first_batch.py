@@ -55,6 +55,7 @@ def look_at_first_batch(
     methods: Sequence[str],
     *,
     compared: bool = False,
+    at: str = "before training began",
 ) -> FirstBatch:
     """Find the sites, and check on the training set's first batch that influence can be computed.
 
@@ -66,6 +67,7 @@ def look_at_first_batch(
         training_set: the examples.
         methods: what sites are asked for.
         compared: whether to warn if training trains another loss, which nothing else would notice; not under FSDP.
+        at: which weights the module has, for the message.
 
     Raises:
         ValueError: if it cannot; the message says why, and what to do.
@@ -84,8 +86,7 @@ def look_at_first_batch(
         bad = captured.first_not_finite()
         if bad is not None:
             raise ValueError(
-                f"The loss or gradient of training example {training_set.first_indices[bad]} is NaN or infinite before "
-                "training began."
+                f"The loss or gradient of training example {training_set.first_indices[bad]} is NaN or infinite {at}."
             )
         if not is_fsdp(module):  # a pass without gradients is too many for FSDP
             others = (batch_to_device(trainer, module, each) for each in first_batches)
