@@ -47,7 +47,7 @@ class Watching(TrainerCallback):
     def __init__(self):
         self.rates, self.moments = [], []
 
-    def on_pre_optimizer_step(self, args, state, control, *, optimizer, **_):
+    def on_step_begin(self, args, state, control, *, optimizer, **_):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
     def on_save(self, args, state, control, *, optimizer, model, **_):
