@@ -188,6 +188,7 @@ def _info(arguments: Namespace) -> int:
         "gradients": content["dtype"],
         "texts": "stored" if content["has_texts"] else "not stored",
         "size": decimal(content["bytes"]),
+        **{f"note {number}": printable(note) for number, note in enumerate(content["notes"], start=1)},
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
@@ -200,7 +201,7 @@ def _n_examples(content: dict[str, Any]) -> str:
     """How many examples there are, and how many of them no batch has held."""
     n_train, n_undrawn = content["n_train"], content["n_undrawn"]
     others = f" of {n_train:,} in the data set; the others were never drawn" if n_undrawn else ""
-    return f"{n_train - n_undrawn:,}{others}"
+    return f"{n_train - n_undrawn:,}{others}{'; candidates, not trained on' * content['candidates']}"
 
 
 def _trace_content(trace: lightning_tracin.Trace) -> dict[str, Any]:
@@ -225,6 +226,8 @@ def _trace_content(trace: lightning_tracin.Trace) -> dict[str, Any]:
         "model_class": trace.model_class,
         "n_train": trace.n_train,
         "n_undrawn": len(trace.undrawn),
+        "candidates": trace.header.candidates,
+        "notes": list(trace.header.notes),
         "sites": [asdict(site) for site in trace.sites],
         "dtype": trace.dtype,
         "has_texts": trace.has_texts,

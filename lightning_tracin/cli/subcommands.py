@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lightning_tracin.past.trace import Trace
+from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
 from lightning_tracin.querying.trainer import Trainer
 from lightning_tracin.recording.callback import TracInCallback
-from lightning_tracin.scoring.methods import Method
+from lightning_tracin.recording.plan import LAST, WORDS
+from lightning_tracin.scoring.methods import Method, TracInLayer
 from lightning_tracin.scoring.naming import method_of
 from lightning_tracin.storage.files import output_file
+from lightning_tracin.storage.trace import Trace as StoredTrace
 
 # The arguments of the trainer's methods that do not come from the command line, or are added here.
-_SKIPPED = {"model", "dataloaders", "datamodule", "train_dataloaders", "trace", "method"}
+_SKIPPED = {"model", "dataloaders", "datamodule", "train_dataloaders", "trace", "method", "checkpoints"}
 # What the fit subcommand knows beside, and therefore writes into the configuration that it saves.
 _OF_FIT = ("ckpt_path", "weights_only")
 _PRINTED = 20
@@ -100,8 +104,10 @@ class InfluenceCLIMixin:
     def influence(self, model: pl.LightningModule, **options: Any) -> None:
         """Score the examples of the datamodule's ``test_dataloader``, and write, or print, the result."""
         asked = self.config_init["influence"]
-        trace = asked.trace or self._recorded_trace("influence")
-        result = self.trainer.influence(model=model, trace=trace, method=_method(asked.method), **options)
+        trace, checkpoints = self._trace_and_checkpoints("influence", model, options)
+        result = self.trainer.influence(
+            model=model, trace=trace, method=_method(asked.method), checkpoints=checkpoints, **options
+        )
         if not self.trainer.is_global_zero:
             return
         if asked.output is not None:
@@ -114,8 +120,10 @@ class InfluenceCLIMixin:
     def self_influence(self, model: pl.LightningModule, **options: Any) -> None:
         """Score the training examples on themselves, and write all, or print some, from the highest score on."""
         asked = self.config_init["self_influence"]
-        trace = asked.trace or self._recorded_trace("self_influence")
-        scores = self.trainer.self_influence(model, trace=trace, method=_method(asked.method), **options)
+        trace, checkpoints = self._trace_and_checkpoints("self_influence", model, options)
+        scores = self.trainer.self_influence(
+            model, trace=trace, method=_method(asked.method), checkpoints=checkpoints, **options
+        )
         order = scores.argsort(descending=True, stable=True)
         if not self.trainer.is_global_zero:
             return
@@ -123,6 +131,31 @@ class InfluenceCLIMixin:
             _write_csv(scores, order, Path(asked.output))
         else:
             Console().print(_table(scores, order))
+
+    def _trace_and_checkpoints(
+        self, subcommand: str, model: pl.LightningModule, options: Mapping[str, Any]
+    ) -> tuple[str | Path | StoredTrace | None, CheckpointChoice]:
+        """The trace, which is made first where files of checkpoints are named, and which of its checkpoints count."""
+        asked = self.config_init[subcommand]
+        choice, files = _checkpoint_choice(asked.checkpoints)
+        if not files:
+            if asked.learning_rates is not None:
+                raise ValueError("--learning_rates goes with the files of checkpoints (--checkpoints a.ckpt b.ckpt).")
+            return asked.trace or self._recorded_trace(subcommand), choice
+        if asked.trace is None:
+            raise ValueError("A trace is made of the files of --checkpoints: say in which folder by --trace.")
+        if self.trainer.world_size > 1:
+            raise ValueError("A trace of past checkpoints is made by one process: use --trainer.devices 1.")
+        layers = [each.method.name for each in _method(asked.method).summands if isinstance(each.method, TracInLayer)]
+        trace = Trace.from_checkpoints(
+            asked.trace,
+            files,
+            model,
+            options.get("datamodule"),
+            learning_rates=asked.learning_rates,
+            methods=(WORDS, LAST, *layers),
+        )
+        return trace, None
 
     def _recorded_trace(self, subcommand: str) -> Path | None:
         """Where the callback of the configuration wrote its trace, if it tells."""
@@ -191,6 +224,19 @@ def _add_common_arguments(parser: LightningArgumentParser) -> None:
         help='"tracin-we", "tracin-last", or class_path and init_args of lightning_tracin.TracInWE, .TracInLast, '
         ".TracInLayer or .TracInSum, whose parts are given in the same way.",
     )
+    parser.add_argument(
+        "--checkpoints",
+        nargs="+",
+        type=int | str | list[int],
+        help='Which checkpoints of the trace count: "last", or steps; all by default. Or files of a run that is over '
+        "(.ckpt, folders of Hugging Face's Trainer, state dicts), of which the trace is made, in the folder --trace. "
+        "In a configuration file, a list.",
+    )
+    parser.add_argument(
+        "--learning_rates",
+        type=list[float] | None,
+        help="With files of checkpoints, the learning rate of each, where the files do not tell.",
+    )
     for name in _OF_FIT:
         parser.add_argument(
             f"--{name}",
@@ -210,6 +256,22 @@ def _method(given: str | dict[str, Any] | Namespace | Method) -> Method:
     if isinstance(options.get("parts"), list):
         options["parts"] = [_method(part) for part in options["parts"]]
     return method_of(instantiate_class((), {**given, "init_args": options}))
+
+
+def _checkpoint_choice(given: list[Any] | None) -> tuple[CheckpointChoice, list[str]]:
+    """Which of a trace's checkpoints count, and the files to make a trace of, if it is those that are named.
+
+    Raises:
+        ValueError: if it is a mixture.
+    """
+    named = [each for item in given or () for each in (item if isinstance(item, list) else [item])]
+    if not named:
+        return None, []
+    if named in (["last"], ["all"]):
+        return str(named[0]), []
+    if len({type(each) for each in named}) > 1 or {"last", "all"} & set(named):
+        raise ValueError(f'--checkpoints takes "last", "all", steps, or files, but got {named}.')
+    return (None, named) if isinstance(named[0], str) else (named, [])
 
 
 def _write_csv(scores: Tensor, order: Tensor, path: Path) -> None:

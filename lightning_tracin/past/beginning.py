@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DistributedSampler,
     RandomSampler,
     SequentialSampler,
@@ -77,7 +79,7 @@ def begin_past(
             )
         assert module is not None
         trainer = _trainer(module, found)
-        with left_as_found(trainer), weights_kept(module):
+        with left_as_found(trainer), weights_kept(module), _device_kept(module):
             return _begun(folder, trainer, module, found, train_dataloaders, asked)
 
 
@@ -99,13 +101,15 @@ def _begun(
         fingerprint = training_set.fingerprint()
         check_order(training_set.loader, "training", training_set.looked)
         run, first = _looked_at(trainer, module, datamodule, found, training_set, methods)
-    source = found[0].recorded
-    of_source = source is not None and (source.header.n_train, source.header.data_fingerprint)
-    candidates = bool(of_source) and of_source != (len(training_set), fingerprint)
+    source = None if found[0].recorded is None else Trace(found[0].recorded.trace_path)
+    is_own = source is None or (source.n_train, source.data_fingerprint) == (len(training_set), fingerprint)
     drawable, doubt = _drawable(training_set)
-    notes = [*run.notes, *([] if candidates or not doubt or of_source else [doubt])]
-    for note in notes:
+    doubts = [*run.notes, *([doubt] if doubt and source is None else [])]
+    for note in doubts:
         rank_zero_warn(note)
+    notes = doubts if source is None else [*source.header.notes, *doubts]
+    if source is not None and source.incomplete is not None:
+        notes.append(f"The trace of these checkpoints is incomplete. {source.incomplete} Scores lack what came later.")
     header = TraceHeader(
         n_train=len(training_set),
         data_fingerprint=fingerprint,
@@ -114,11 +118,10 @@ def _begun(
         sites=stored_sites(first, _OPTIONS),
         dtype=_OPTIONS.dtype,
         shard_examples=fitting_shard_examples(bytes_per_example(first, _OPTIONS), len(training_set), ALONE),
-        candidates=candidates or (source is not None and source.header.candidates),
-        notes=(*(source.header.notes if source is not None else ()), *notes),
+        candidates=not is_own or (source is not None and source.header.candidates),
+        notes=tuple(notes),
     )
-    own = bool(of_source) and not candidates  # its trace tells what was drawn
-    drawn = [each.recorded.drawn() if own and each.recorded is not None else drawable for each in found]
+    drawn = [drawable if each.recorded is None or not is_own else each.recorded.drawn() for each in found]
     return assembled_trace(folder, header, run.known(header.sites, drawn))
 
 
@@ -132,6 +135,7 @@ def _looked_at(
 ) -> tuple[KnownRun, FirstBatch]:
     """What the checkpoints tell of the module, and what a first batch does at the weights of the last one."""
     looked: list[tuple[KnownRun, FirstBatch]] = []
+    at = f"at the weights of {found[-1].name}"
     trains = type(module).training_step is not lightning_of(module).LightningModule.training_step
 
     def look() -> None:
@@ -139,11 +143,25 @@ def _looked_at(
             configured = _configured(module)
         run = KnownRun.of(module, found, configured)
         run.load(len(found) - 1)
-        looked.append((run, look_at_first_batch(trainer, module, training_set, methods, compared=trains)))
+        looked.append((run, look_at_first_batch(trainer, module, training_set, methods, compared=trains, at=at)))
 
     few = training_set.loader_over(training_set.first_indices[:1])
     predict_by(_nothing, trainer, module, few, datamodule, callbacks=[_AtStart(look)])
     return looked[0]
+
+
+@contextmanager
+def _device_kept(module: pl.LightningModule) -> Iterator[None]:
+    """Leave a module on the device that it was on; Lightning leaves it on the CPU."""
+    device = _device_of(module)
+    try:
+        yield
+    finally:
+        module.to(device)
+
+
+def _device_of(module: pl.LightningModule) -> torch.device:
+    return next((each.device for each in module.parameters()), torch.device("cpu"))
 
 
 class _AtStart(DualCallback):
@@ -165,7 +183,7 @@ def _nothing(batch: Any, batch_idx: int) -> tuple[()]:
 def _trainer(module: pl.LightningModule, checkpoints: Sequence[PastCheckpoint]) -> pl.Trainer:
     """A trainer of the module's package that runs where the module is, and tells the length of the run that is over."""
     package: Any = lightning_of(module)
-    device = next((each.device for each in module.parameters()), torch.device("cpu"))
+    device = _device_of(module)
     n_steps = checkpoints[-1].number
 
     class PastTrainer(package.Trainer):  # type: ignore[misc]
@@ -204,6 +222,7 @@ def _drawable(training_set: TrainingSet) -> tuple[Tensor | None, str | None]:
     if training_set.iterable:
         return None, None
     sampler, n_train = loader.sampler, len(training_set)
+    sampler = sampler.sampler if isinstance(sampler, BatchSampler) else sampler
     drawn = torch.zeros(n_train, dtype=torch.bool)
     if own_batch_sampler(loader) is None and isinstance(sampler, (SubsetRandomSampler, list, tuple, range)):
         drawn[list(getattr(sampler, "indices", sampler))] = True

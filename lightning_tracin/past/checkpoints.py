@@ -83,7 +83,7 @@ def read_checkpoint(source: Any, number: int, folder: Callable[[Path], list[Past
         TypeError: if it is nothing of the kind.
     """
     if isinstance(source, Trace):
-        return [_recorded(each) for each in source.checkpoints]
+        return _of_trace(source)
     if isinstance(source, Mapping):
         return [_from_content(source, f"state dict {number}")]
     if not isinstance(source, (str, Path)):
@@ -92,7 +92,7 @@ def read_checkpoint(source: Any, number: int, folder: Callable[[Path], list[Past
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint {path.absolute()}. {WHAT_TO_PASS}")
     if has_trace(path):
-        return [_recorded(each) for each in Trace(path).checkpoints]
+        return _of_trace(Trace(path))
     if path.is_dir():
         return folder(path)
     if path.suffix == ".safetensors":
@@ -112,7 +112,8 @@ def in_order(found: Sequence[PastCheckpoint], learning_rates: Sequence[float] | 
     """
     if not found:
         raise ValueError(f"There is no checkpoint to make a trace of. {WHAT_TO_PASS}")
-    if any(each.recorded for each in found) and len({id(each.recorded and each.recorded.header) for each in found}) > 1:
+    traces = {None if each.recorded is None else each.recorded.trace_path for each in found}
+    if traces != {None} and len(traces) > 1:
         raise ValueError("Of several traces, or a trace and other checkpoints, no trace can be made: pass one alone.")
     if learning_rates is not None:
         rates = [_finite(rate, "learning_rates") for rate in learning_rates]
@@ -244,10 +245,11 @@ def _from_content(content: Any, name: str) -> PastCheckpoint:
     return PastCheckpoint(name, lambda: tensors)
 
 
-def _recorded(checkpoint: Checkpoint) -> PastCheckpoint:
-    return PastCheckpoint(
-        str(checkpoint.path), checkpoint.weights, checkpoint.step, checkpoint.epoch, recorded=checkpoint
-    )
+def _of_trace(trace: Trace) -> list[PastCheckpoint]:
+    """The checkpoints of a trace, of which none may be missing."""
+    checkpoints = trace.checkpoints
+    trace.check_whole(checkpoints)
+    return [PastCheckpoint(str(each.path), each.weights, each.step, each.epoch, recorded=each) for each in checkpoints]
 
 
 def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

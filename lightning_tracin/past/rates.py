@@ -159,7 +159,7 @@ def _rates_of_trainer(checkpoints: Sequence[PastCheckpoint]) -> tuple[list[MeanR
 def _logged(checkpoint: PastCheckpoint, saved: Mapping[int, float]) -> dict[int, float]:
     """The rates that were logged, by the step (from 0) that used them.
 
-    Of n steps done, the Trainer logs the rate of the last of them; before transformers 4.47, that of the one to come,
+    Of n steps done, the Trainer logs the rate of the last of them; before transformers 4.51, that of the one to come,
     which the scheduler's state tells.
     """
     logged = dict(checkpoint.logged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -88,7 +89,7 @@ def _read(path: Path) -> PastCheckpoint:
         str(path),
         weights,
         step=step_of(state.global_step, str(path)),
-        epoch=max(0, int(state.epoch or 0)),
+        epoch=max(0, math.ceil(state.epoch or 0) - 1),  # as Lightning counts: at the end of the first, 0
         optimizers=states_of(optimizer, str(path), "optimizers"),
         schedulers=states_of(scheduler, str(path), "schedulers"),
         of_trainer=True,

@@ -61,6 +61,7 @@ def look_at_first_batch(
     methods: Sequence[str],
     *,
     compared: bool = False,
+    at: str = "before training began",
 ) -> FirstBatch:
     """Find the sites, and check on the training set's first batch that influence can be computed.
 
@@ -72,6 +73,7 @@ def look_at_first_batch(
         training_set: the examples.
         methods: what sites are asked for.
         compared: whether to warn if training trains another loss, which nothing else would notice; not under FSDP.
+        at: which weights the module has, for the message.
 
     Raises:
         ValueError: if it cannot; the message says why, and what to do.
@@ -91,7 +93,7 @@ def look_at_first_batch(
         if bad is not None:
             raise ValueError(
                 f"The {captured.fault(bad)} of training example {training_set.first_indices[bad]} is NaN or infinite "
-                f"before training began. {NOT_FINITE_ADVICE}"
+                f"{at}. {NOT_FINITE_ADVICE}"
             )
         if not is_fsdp(module):  # a pass without gradients is too many for FSDP
             others = (batch_to_device(trainer, module, each) for each in first_batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import pickle
+import shutil
 
 import pytest
 import pytorch_lightning as pl
@@ -12,6 +13,7 @@ import torch
 from brute_force import BruteForce, dense_gradients
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SubsetRandomSampler
 from toy import N_TRAIN, Toy, fitted, loader, quiet, same_weights, test_texts, texts
 
 from lightning_tracin import Trace, TracInCallback, TracInWE
@@ -301,3 +303,58 @@ def test_from_another_trace(tmp_path):
     torch.testing.assert_close(found.scores, expected.scores, rtol=2e-3, atol=1e-5)
     with pytest.raises(ValueError, match="pass one alone"):
         Trace.from_checkpoints(tmp_path / "mixed", [source, weights(1)], Toy(), loader())
+
+
+def test_a_trace_that_is_incomplete_says_so_of_what_is_made_of_it(tmp_path):
+    source = fitted(tmp_path / "trace").callbacks[0].trace
+    source.mark_incomplete(10, "the disk was full")
+    past = Trace.from_checkpoints(tmp_path / "past", source, Toy(), loader())
+    assert "The recording ended at step 10: the disk was full" in past.header.notes[0]
+    shutil.rmtree(source.checkpoints[0].path)
+    with pytest.raises(FileNotFoundError, match="lacks the checkpoint before that of step 10"):
+        Trace.from_checkpoints(tmp_path / "again", source, Toy(), loader())
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    broken = {name: torch.full_like(each, torch.nan) for name, each in weights(2).items()}
+    with pytest.raises(ValueError, match="training example 0 is NaN or infinite at the weights of state dict 1"):
+        past_of(tmp_path / "trace", [weights(1), broken])
+
+
+class Stream(IterableDataset):
+    def __len__(self):
+        return N_TRAIN
+
+    def __iter__(self):
+        return iter(texts())
+
+
+def test_a_stream(tmp_path, expected):
+    past = Trace.from_checkpoints(
+        tmp_path / "trace", as_objects(tmp_path), Toy(), loader(Stream()), learning_rates=RATES
+    )
+    result = quiet().influence(loader(test_texts()), Toy(), trace=past, train_dataloaders=loader(Stream()))
+    torch.testing.assert_close(result.scores.double(), expected, rtol=2e-3, atol=1e-5)
+
+
+class Batches(Dataset):
+    """Hands out whole batches."""
+
+    def __len__(self):
+        return N_TRAIN
+
+    def __getitem__(self, indices):
+        return [each[indices] for each in texts().tensors]
+
+
+def test_batches_that_a_sampler_lists(tmp_path, expected):
+    def listed(indices):
+        sampler = BatchSampler(SubsetRandomSampler(indices), 4, drop_last=False)
+        return DataLoader(Batches(), batch_size=None, sampler=sampler)
+
+    past = Trace.from_checkpoints(
+        tmp_path / "trace", as_objects(tmp_path), Toy(), listed(range(10)), learning_rates=RATES
+    )
+    result = quiet().influence(loader(test_texts()), Toy(), trace=past, train_dataloaders=listed(range(10)))
+    assert result.undrawn.tolist() == list(range(10, N_TRAIN))
+    torch.testing.assert_close(result.scores.double()[:, :10], expected[:, :10], rtol=2e-3, atol=1e-5)
