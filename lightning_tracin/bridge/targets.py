@@ -251,6 +251,9 @@ class TargetLosses:
             labels[counted.to(labels.device)] = said.to(labels)
         if numbers is not None:
             counted = self._chosen(batch, numbers, counted)
+        if self.target.what == "label" and self._names is not None:
+            for row, each in enumerate(numbers or ()):
+                self._said_names[each] = self._names.of(labels[row].cpu()[counted[row]].tolist(), batch, row)
         return labels.masked_fill(~counted.to(labels.device), IGNORED)
 
     def _what_was_said(self, number: int) -> Tensor:

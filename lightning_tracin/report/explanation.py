@@ -19,6 +19,7 @@ class Example:
         confidence: the probability that the model gives to its prediction, if it gives any.
         unread: what the raw text goes on with after the last token that the model was given.
         ids: its token ids, among which the words have their places.
+        target: what to print for what of it is explained; None for training examples, and where that is its label.
     """
 
     index: int
@@ -28,11 +29,17 @@ class Example:
     confidence: float | None = None
     unread: str = ""
     ids: tuple[int, ...] = ()
+    target: str | None = None
 
     @cached_property
     def text(self) -> str:
         """The words as one text, without what the tokenizer added."""
         return "".join(word.before + word.text for word in self.words if not word.special).strip()
+
+    @property
+    def explained(self) -> str | None:
+        """What to print for what of it is explained, as far as that is known."""
+        return self.label if self.target is None else self.target
 
     @property
     def is_mistaken(self) -> bool:

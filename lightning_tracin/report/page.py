@@ -50,6 +50,7 @@ class Page:
         suspects: the training examples that push themselves most, strongest first; None where that is not known.
         suspects_by: what measured that.
         word_table: words over the whole test set, if the method has words.
+        target: what of the test examples is explained.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Page:
     suspects: Sequence[Influential] | None
     suspects_by: str
     word_table: WordTable | None
+    target: str = "label"
 
 
 def write_page(page: Page, path: str | Path) -> Path:
@@ -164,6 +166,7 @@ def _content(page: Page) -> dict[str, Any]:
     table = page.word_table
     return {
         "n_train": page.n_train,
+        "target": page.target,
         "tests": tests,
         "train": collected.train,
         "vocabulary": [_without_defaults(word) for word in collected.vocabulary],
@@ -187,6 +190,7 @@ def _test(explanation: Explanation, collected: _Collected) -> dict[str, Any]:
         "prediction": test.prediction,
         "confidence": _rounded(test.confidence),
         "mistaken": test.is_mistaken,
+        "target": test.target,
         "words": collected.words(test),
         "unread": _unread(test),
         "terms": _packed(explanation.terms),

@@ -48,7 +48,7 @@ function drawWords() {
   let limit = 200;
   view.append(
     make("h2", { class: "wide" }, "Words over the whole test set"),
-    make("p", { class: "intro wide" }, `The ${count(words.length, "strongest word")}: what each added, in training examples of a label (second line), to the scores of all test examples of a class (first line). Blue, solid: it lowered their loss. Orange, dotted: it raised it.`),
+    make("p", { class: "intro wide" }, `The ${count(words.length, "strongest word")}: what each added, in training examples of a label (second line), to the scores of all test examples of a class (first line). Blue, solid: it ${page.target === "label" ? "lowered their loss" : "made their target likelier"}. Orange, dotted: the opposite.`),
     make("div", { class: "table-tools wide" }, field, classes.length > 1 ? only : null), scroll, more
   );
   function sortBy(column) {
@@ -94,12 +94,13 @@ const safe = (text) => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
 const cell = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
 function download(which, name) {
   const texts = new Map();
-  const parts = ["\ufefftest_index,role,rank,train_index,score,share,label,text\r\n"]; // the mark tells Excel that it is UTF-8
+  const parts = ["\ufefftest_index,role,rank,train_index,score,share,label,text,target\r\n"]; // the mark tells Excel that it is UTF-8
   for (const row of which)
     for (const role of ["proponent", "opponent"])
       tests[row][`${role}s`].forEach(([index, score, share], place) => {
-        if (!texts.has(index)) texts.set(index, `${cell(safe(train[index][0] ?? ""))},${cell(safe(textOf(train[index][1])))}\r\n`);
-        parts.push(`${row},${role},${place + 1},${index},${score ?? ""},${share ?? ""},`, texts.get(index));
+        if (!texts.has(index)) texts.set(index, `${cell(safe(train[index][0] ?? ""))},${cell(safe(textOf(train[index][1])))},`);
+        const target = tests[row].target ?? tests[row].label ?? "";
+        parts.push(`${row},${role},${place + 1},${index},${score ?? ""},${share ?? ""},`, texts.get(index), `${cell(safe(target))}\r\n`);
       });
   const address = URL.createObjectURL(new Blob(parts, { type: "text/csv;charset=utf-8" }));
   make("a", { href: address, download: name }).click();

@@ -38,10 +38,11 @@ _PAGE_WORDS = 200  # The word table of an HTML page lists this many words.
 
 @dataclass(repr=False, eq=False)
 class InfluenceResult(RichRepr, ExplainedResult):
-    """How much each training example pushed the model's loss on each test example.
+    """How much each training example pushed what is explained of each test example: its label, or another target.
 
-    A positive score belongs to a proponent (training on it lowered the test example's loss), a negative one to an
-    opponent. Training examples are numbered by their index in the training data set. ``print(result)`` shows a table.
+    A positive score belongs to a proponent (training on it made the target likelier, as it lowered the loss), a
+    negative one to an opponent. Training examples are numbered by their index in the training data set.
+    ``print(result)`` shows a table.
 
     Attributes:
         scores: (n_test, n_train) float32, or None if only the k strongest were kept.
@@ -64,6 +65,8 @@ class InfluenceResult(RichRepr, ExplainedResult):
             f"{printable(str(self.method))}, {n_test} test and {self._n_drawn} training examples, "
             f"{n_checkpoints} checkpoint{'s' * (n_checkpoints != 1)}"
         )
+        if self.target != "label":
+            yield Text(f"target {printable(self.target)}: training on proponents made it likelier")
         yield from (Text(printable(note), style="italic") for note in self._notes_given(evidence))
         shown = min(_PRINTED_TESTS, n_test)
         for explanation in self._explanations_from(evidence, range(shown), _PRINTED_K):
@@ -98,6 +101,8 @@ class InfluenceResult(RichRepr, ExplainedResult):
         tops = {"proponent": self.proponents(k), "opponent": self.opponents(k)}
         wanted = sorted({index for top in tops.values() for index in top.indices.flatten().tolist()})
         examples = self._train_examples(wanted)
+        labels = [self._reader.label(self.test_texts.label_of(row)) for row in range(len(self.test_indices))]
+        targets = self.target_names or labels
         return [
             {
                 "test_index": row,
@@ -108,6 +113,7 @@ class InfluenceResult(RichRepr, ExplainedResult):
                 "share": self._share(row, score),
                 "label": examples[index].label,
                 "text": examples[index].text,
+                "target": targets[row],
             }
             for role, top in tops.items()
             for row, (values, indices) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True))
@@ -120,7 +126,8 @@ class InfluenceResult(RichRepr, ExplainedResult):
         Returns:
             Columns ``test_index`` (row of the scores), ``role`` ("proponent" or "opponent"), ``rank`` (from 1),
             ``train_index``, ``score``, its ``share`` of all scores of its sign that the test example has, and
-            ``label`` and ``text`` of the training example as far as they are known.
+            ``label`` and ``text`` of the training example as far as they are known, and ``target``, what of the test
+            example is explained: its label, or what :attr:`target` came to.
 
         Raises:
             ModuleNotFoundError: without pandas: ``pip install lightning-tracin[pandas]``.
@@ -161,6 +168,8 @@ class InfluenceResult(RichRepr, ExplainedResult):
         if kind == "self_influence":
             return plot_self_influence(self.self_influence(), k, ax)
         whose = "all test examples" if test_index is None else f"test example {int(self.test_indices[test_index])}"
+        if self.target != "label":
+            whose += f" (target {self.target if test_index is None else self.target_names[test_index]})"
         if kind == "scores":
             which = "" if self.scores is not None else f"the {self._n_kept} most positive and most negative of "
             title = f"Scores of {which}{self._n_drawn} training examples for {whose}"
@@ -205,7 +214,7 @@ class InfluenceResult(RichRepr, ExplainedResult):
         ]
         page = Page(
             title=f"What {n_test:,} predictions were learned from" if title is None else title,
-            facts=[described(self.method), *counts],
+            facts=[described(self.method), *counts, *([] if self.target == "label" else [f"target {self.target}"])],
             notes=[
                 *self._notes_given(evidence),
                 *notes_of_page(
@@ -216,6 +225,7 @@ class InfluenceResult(RichRepr, ExplainedResult):
                 ),
             ],
             n_train=self.n_train,
+            target=self.target,
             explanations=self._explanations_from(evidence, range(n_test), k),
             suspects=None if evidence is None else self._suspects(evidence, suspects, measure),
             suspects_by=described(measure),

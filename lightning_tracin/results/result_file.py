@@ -140,8 +140,10 @@ def _check(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor]) 
         raise ValueError("it has no test examples")
     if len(set(header.checkpoint_ids)) < len(header.checkpoint_ids):
         raise ValueError("it names a checkpoint twice")
-    if header.target_names and len(header.target_names) != n_test:
-        raise ValueError(f"it names the targets of {len(header.target_names)} test examples, but has {n_test}")
+    if len(header.target_names) != (0 if header.target == "label" else n_test):
+        raise ValueError(
+            f"it names the targets ({header.target!r}) of {len(header.target_names)} test examples, but has {n_test}"
+        )
     require_within("test_indices", tensors["test_indices"], 0, 2**53)
     require_ascending("test_indices", tensors["test_indices"], strictly=True)
     require_within("texts.examples", tensors["texts.examples"], 0, n_test - 1)

@@ -109,7 +109,8 @@ def test_top_prints_a_record_for_each_pair_where_it_is_piped(result, file, capsy
     for row in range(N_TEST):
         for role, top in tops.items():
             for rank in range(3):
-                test, its_role, its_rank, train, score, share, label, text, words = next(printed)
+                test, its_role, its_rank, train, score, share, label, text, words, target = next(printed)
+                assert target == str(int(test_texts()[row][1]))
                 index = int(top.indices[row, rank])
                 assert (test, its_role, its_rank, train) == (str(row), role, str(rank + 1), str(index))
                 assert float(score) == pytest.approx(float(top.values[row, rank]), rel=1e-8)
@@ -130,7 +131,7 @@ def test_a_word_with_a_tab_or_a_line_break_does_not_break_a_record(file, copied,
     words = read_json(copied / "vocabulary.json")["words"]
     write_json(copied / "vocabulary.json", {"words": {token: f"{word}\t\nx" for token, word in words.items()}})
     assert run("top", copied, "--result", file) == 0
-    assert {len(record) for record in records(capsys)} == {9}
+    assert {len(record) for record in records(capsys)} == {10}
 
 
 @pytest.mark.parametrize("colour", [True, False])
@@ -157,7 +158,7 @@ def test_top_finds_a_trace_that_has_moved(result, tmp_path, capsys):
     assert run("top", tmp_path / "result.safetensors") == 0
     without = capsys.readouterr()
     assert without.err.startswith("lightning-tracin: the trace of these scores is not where it was")
-    assert all(line.endswith("\t\t\t") for line in without.out.splitlines())  # neither label nor text nor words
+    assert all(re.search(r"\t\t\t\t\d$", line) for line in without.out.splitlines())  # no label, text or words
     assert run("top", tmp_path / "there", "--result", tmp_path / "result.safetensors") == 0
     assert capsys.readouterr() == before
 
@@ -172,7 +173,7 @@ def test_csv_reads_back_as_to_pandas(result, file, tmp_path, capsys):
     assert run("export", file, "--csv", tmp_path / "pairs.csv", "-k", 4) == 0
     expected = result.to_pandas(4)
     exact = {"score": float, "share": float}  # pandas before 3 itself may miss the last digit
-    read = pd.read_csv(tmp_path / "pairs.csv", dtype={"label": str, "text": str}, converters=exact)
+    read = pd.read_csv(tmp_path / "pairs.csv", dtype={"label": str, "text": str, "target": str}, converters=exact)
     pd.testing.assert_frame_equal(read, expected, check_exact=True)
     assert run("export", file, "--csv", "-", "-k", 4) == 0
     assert capsys.readouterr().out == (tmp_path / "pairs.csv").read_text()
