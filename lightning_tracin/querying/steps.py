@@ -55,7 +55,9 @@ class GradientStep:
         """Check the losses on a batch, and learn from it where the examples are in the layers' calls."""
         if self._gradients.is_new:
             self._check(spare)
-            self._gradients.learn_layouts(spare, None if self._targets is None else self._targets.of(spare, None)[0])
+            with self._missing_labels_named(spare):
+                losses = None if self._targets is None else self._targets.of(spare, None)[0]
+                self._gradients.learn_layouts(spare, losses)
 
     def __call__(self, batch: Any, numbers: Sequence[int] | None) -> Captured:
         """The gradients of a batch; of a pair of classes, the difference of the two."""
