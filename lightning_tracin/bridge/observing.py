@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, losses_of, with_labels_of
 from lightning_tracin.gradients.batches import batch_size, tensors_of
-from lightning_tracin.gradients.losses import called_with, hugging_face_model
+from lightning_tracin.gradients.losses import called_with, hugging_face_model, writes_tokens
 from lightning_tracin.gradients.outputs import Output, output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.parallel.fsdp import call_in_forward_pass
@@ -45,6 +45,10 @@ class Observer:
     def labels(self, batch: Any) -> Tensor | None:
         """The batch's labels, if it has any."""
         return labels_of_module(self.module, batch)
+
+    def takes(self, batch: Any) -> bool:
+        """Whether the module has losses for a batch as it is, which may need no labels."""
+        return self.labels(batch) is not None or self._way == self._by_loss
 
     def labels_of(self, batch: Any, number: int) -> Tensor:
         """A label for each example, in the form of the batch's own, or, where it has none, as the module takes them."""
@@ -81,12 +85,6 @@ class Observer:
                 "no labels, and those of training are not one number for each example. Set the model's "
                 "config.problem_type, or give the test examples labels in the form of training's."
             )
-        writes_another = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        if labels is None and output.kind == "tokens" and writes_another:
-            raise ValueError(
-                "A model that writes a text of its own (encoder and decoder) needs that text as labels. Give the test "
-                "examples labels, such as what model.generate writes."
-            )
         return output
 
     def _run(self, batch: Any) -> int:
@@ -95,6 +93,12 @@ class Observer:
             return self._by_loss(batch)
         if self._way is not None:
             return self._way(batch)
+        model = hugging_face_model(self.module)
+        if writes_tokens(model) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(model).__name__} reads and writes, and what it reads of its own text are labels. Give the test "
+                "examples labels, such as what model.generate writes."
+            )
         failure: Exception | None = None
         for way in self._ways(batch):
             try:
@@ -107,14 +111,14 @@ class Observer:
             return n_examples
         raise ValueError(
             f"{type(self.module).__name__} cannot be run on a test batch without labels: {type(failure).__name__}: "
-            f"{failure}. Override influence_with_labels(batch, labels) to return the batch with labels, or give the "
-            "test examples labels, which do not matter here."
+            f"{str(failure).rstrip('.')}. Override influence_with_labels(batch, labels) to return the batch with "
+            "labels, or give the test examples labels, which do not matter here."
         ) from failure
 
     def _ways(self, batch: Any) -> Iterator[Callable[[Any], int]]:
         """How a module may be run on a batch whose labels are not known, the likeliest first."""
         yield self._by_loss  # it may have some in a form that nothing tells, or need none
-        if hugging_face_model(self.module) is not None:
+        if isinstance(batch, Mapping) and hugging_face_model(self.module) is not None:
             yield self._by_forward
         for dtype in (torch.long, torch.float32):
             yield partial(self._by_labels, dtype=dtype)

@@ -102,7 +102,7 @@ class Queries:
         terms = terms_at(checkpoint, self.method)
         keys = list(dict.fromkeys(term.site.key for term in terms))
         blocks = {key: [captured.gradients[key] for captured in self._captured] for key in keys}
-        names = [] if self.target.what == "label" else [self.targets.name_of(number) for number in self._taken]
+        names = [] if self.target.is_plain else [self.targets.name_of(number) for number in self._taken]
         parts = processes.gather((self._taken, self._texts, self._predictions, names, blocks, self.vocabulary))
         taken, texts, predictions, names = ([each for part in parts for each in part[number]] for number in range(4))
         for part in parts:

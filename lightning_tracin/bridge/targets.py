@@ -83,7 +83,9 @@ class TargetLosses:
         if self.target.is_plain:
             return batch
         output, _ = self._learned(batch)
-        return batch if output.kind == "value" else with_labels_of(self._module, batch, self._all(batch, 0))
+        if output.kind == "value" and self._observer.takes(batch):
+            return batch
+        return with_labels_of(self._module, batch, self._all(batch, 0))
 
     def see(self, batch: Any, numbers: Sequence[int] | None) -> Tensor:
         """Remember what the model says of a batch's examples, at the weights that it has.
@@ -110,8 +112,11 @@ class TargetLosses:
 
     def typed(self, batch: Any, labels: Tensor | None) -> Tensor | None:
         """Labels that tell of what kind the outputs are: the batch's own, or what stands for those that it lacks."""
-        lacks = labels is None and self._output is not None and self._output.kind in ("binary", "set", "value")
-        return self._all(batch, 0) if lacks else labels
+        if self._output is None or self._output.kind not in ("binary", "set", "value"):
+            return labels
+        if self._output.kind == "value" and self._output.n_classes == 1:
+            return None if labels is None else labels.float()
+        return self._all(batch, 0) if labels is None else labels
 
     def name_of(self, number: int) -> str:
         """What to print for the target of a test example."""
@@ -251,6 +256,9 @@ class TargetLosses:
             labels[counted.to(labels.device)] = said.to(labels)
         if numbers is not None:
             counted = self._chosen(batch, numbers, counted)
+        if self.target.what == "label" and self._names is not None:
+            for row, each in enumerate(numbers or ()):
+                self._said_names[each] = self._names.of(labels[row].cpu()[counted[row]].tolist(), batch, row)
         return labels.masked_fill(~counted.to(labels.device), IGNORED)
 
     def _what_was_said(self, number: int) -> Tensor:

@@ -151,7 +151,8 @@ example:
 
 On a terminal it prints tables. Otherwise it prints a line for each pair, with these columns between tabs and no header:
 test (row of the scores), role (proponent or opponent), rank (from 1), training example, score, share of all scores of
-its sign that the test example has, label and text of the training example, and its strongest words as word=term."""
+its sign that the test example has, label and text of the training example, its strongest words as word=term, and the
+target: what of the test example is explained."""
 
 _HTML_NOTES = """\
 example:
@@ -288,6 +289,7 @@ def _records(explanation: Explanation) -> Iterator[list[str]]:
                 _one_line(each.example.label or ""),
                 _one_line(each.example.text),
                 " ".join(f"{_one_line(word)}={term:.3g}" for word, term in each.strongest_words()),
+                _one_line(explanation.test.explained or ""),
             ]
 
 

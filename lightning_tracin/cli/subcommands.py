@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lightning_tracin.gradients.targets import Target
 from lightning_tracin.past.trace import Trace
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
 from lightning_tracin.querying.trainer import Trainer
@@ -89,7 +90,7 @@ class InfluenceCLIMixin:
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the command line, and check the method before anything is loaded."""
+        """Parse the command line, and check the method and the target before anything is loaded."""
         super().parse_arguments(parser, args)  # type: ignore[misc]
         subcommand = self.config.get("subcommand")
         if subcommand not in ("influence", "self_influence"):
@@ -100,6 +101,10 @@ class InfluenceCLIMixin:
             _method(options.method)
         except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
             parser.error(f'Parser key "method": {error}')
+        try:
+            Target.of(options.get("target", "label"), options.get("positions"))
+        except (TypeError, ValueError) as error:
+            parser.error(f'Parser key "target": {error}')
 
     def influence(self, model: pl.LightningModule, **options: Any) -> None:
         """Score the examples of the datamodule's ``test_dataloader``, and write, or print, the result."""

@@ -16,6 +16,8 @@ Asked: TypeAlias = Class | tuple[Class, Class] | list[Class]
 #: Places of tokens: the same for all test examples, or some for each, by index in the test data set.
 Positions: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
 
+_LISTED = 8  # So many positions are printed.
+
 
 @dataclass(frozen=True)
 class Target:
@@ -56,9 +58,11 @@ class Target:
         return cls("class", classes, common, of_each)
 
     def __str__(self) -> str:
-        if self.what != "class":
-            return self.what
-        return ", not ".join(map(str, self.classes))
+        what = ", not ".join(map(str, self.classes)) if self.what == "class" else self.what
+        if self.positions is not None:
+            more = ", ..." if len(self.positions) > _LISTED else ""
+            return f"{what} at {', '.join(map(str, self.positions[:_LISTED]))}{more}"
+        return what if self.positions_of_each is None else f"{what} at positions of each"
 
     @property
     def is_plain(self) -> bool:

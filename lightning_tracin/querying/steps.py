@@ -55,22 +55,39 @@ class GradientStep:
         """Check the losses on a batch, and learn from it where the examples are in the layers' calls."""
         if self._gradients.is_new:
             self._check(spare)
-            self._gradients.learn_layouts(spare, None if self._targets is None else self._targets.of(spare, None)[0])
+            with self._missing_labels_named(spare):
+                losses = None if self._targets is None else self._targets.of(spare, None)[0]
+                self._gradients.learn_layouts(spare, losses)
 
     def __call__(self, batch: Any, numbers: Sequence[int] | None) -> Captured:
         """The gradients of a batch; of a pair of classes, the difference of the two."""
         self._check(batch)
         if self._targets is None:
             return self._gradients.capture(batch)
-        with _missing_labels_named(self.module, batch):
+        with self._missing_labels_named(batch):
             first, *second = self._targets.of(batch, numbers)
             captured = self._gradients.capture(batch, first)
             return captured.minus(self._gradients.capture(batch, second[0])) if second else captured
 
     def _check(self, batch: Any) -> None:
         if self._gradients.is_new:
-            with _missing_labels_named(self.module, batch):
+            with self._missing_labels_named(batch):
                 self._gradients.check_mean(batch if self._targets is None else self._targets.checked_batch(batch))
+
+    @contextmanager
+    def _missing_labels_named(self, batch: Any) -> Iterator[None]:
+        """Say of an error that the batch has no labels, if it has none, and what explains it without."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            needs_them = self._targets is not None and self._targets.target.what == "label"
+            if not needs_them or labels_of_module(self.module, batch) is not None:
+                raise
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f'{what.rstrip(".")}. If these test examples have no labels, target="prediction" explains what the '
+                "model says of them."
+            ) from error
 
 
 class PredictionStep:
@@ -87,17 +104,3 @@ class PredictionStep:
     def __call__(self, batch: Any, numbers: Sequence[int] | None) -> Tensor:
         """What the model says of each example, which is remembered."""
         return self._targets.see(batch, numbers)
-
-
-@contextmanager
-def _missing_labels_named(module: pl.LightningModule, batch: Any) -> Iterator[None]:
-    """Say of an error that the batch has no labels, if it has none, and what explains it without."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, RuntimeError) or labels_of_module(module, batch) is not None:
-            raise
-        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}."
-        raise ValueError(
-            f'{what} If these test examples have no labels, target="prediction" explains what the model says of them.'
-        ) from error

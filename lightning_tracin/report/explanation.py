@@ -20,6 +20,7 @@ class Example:
         unread: what the raw text goes on with after the last token that the model was given.
         ids: its token ids, among which the words have their places.
         loader: the name of the loader that it came in; None where there was one.
+        target: what to print for what of it is explained; None for training examples, and where that is its label.
     """
 
     index: int
@@ -30,6 +31,7 @@ class Example:
     unread: str = ""
     ids: tuple[int, ...] = ()
     loader: str | None = None
+    target: str | None = None
 
     @cached_property
     def text(self) -> str:
@@ -37,6 +39,11 @@ class Example:
         if not self.words:
             return self.unread.strip()
         return "".join(word.before + word.text for word in self.words if not word.special).strip()
+
+    @property
+    def explained(self) -> str | None:
+        """What to print for what of it is explained, as far as that is known."""
+        return self.label if self.target is None else self.target
 
     @property
     def is_mistaken(self) -> bool:

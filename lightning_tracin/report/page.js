@@ -302,6 +302,7 @@ function drawDetail(row) {
       test.prediction === null ? null : [make("span", { class: "says" }, "model says"), chip(test.prediction, "said")],
       test.confidence === null ? null : make("span", { class: "says" }, percent(test.confidence)),
       test.mistaken ? make("span", { class: "differs" }, "≠ label") : null,
+      test.target === null ? null : [make("span", { class: "says" }, "target"), chip(test.target)],
       make(
         "div",
         { class: "tools" },
@@ -314,8 +315,8 @@ function drawDetail(row) {
     make(
       "div",
       { class: "sides" },
-      side("Proponents", "Training on them lowered the loss", sides[0], test, row, 1),
-      side("Opponents", "Training on them raised the loss", sides[1], test, row, -1)
+      side("Proponents", `Training on them ${test.target === null ? "lowered the loss" : "made the target likelier"}`, sides[0], test, row, 1),
+      side("Opponents", `Training on them ${test.target === null ? "raised the loss" : "made it less likely"}`, sides[1], test, row, -1)
     )
   );
   detail.replaceChildren(inner);

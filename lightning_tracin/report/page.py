@@ -50,7 +50,7 @@ class Page:
         explanations: of every test example, in the order of rows.
         suspects: the training examples whose labels may be wrong; None where that is not known.
         word_table: words over the whole test set, if the method has words.
-        target: what of the test examples the scores explain.
+        target: what of the test examples is explained.
     """
 
     title: str
@@ -178,10 +178,10 @@ def _content(page: Page) -> dict[str, Any]:
     listed = None if suspects is None else [collected.suspect(each) for each in suspects.issues]
     return {
         "n_train": page.n_train,
+        "target": page.target,
         "tests": tests,
         "train": collected.train,
         "vocabulary": [_without_defaults(word) for word in collected.vocabulary],
-        "target": page.target,
         "suspects": None
         if suspects is None
         else {
@@ -211,6 +211,7 @@ def _test(explanation: Explanation, collected: _Collected) -> dict[str, Any]:
         "prediction": test.prediction,
         "confidence": _rounded(test.confidence),
         "mistaken": test.is_mistaken,
+        "target": test.target,
         "words": collected.words(test),
         "unread": _unread(test),
         "terms": _packed(explanation.terms),

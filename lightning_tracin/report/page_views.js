@@ -84,7 +84,7 @@ function drawWords() {
   let limit = 200;
   view.append(
     make("h2", { class: "wide" }, "Words over the whole test set"),
-    make("p", { class: "intro wide" }, `The ${count(words.length, "strongest word")}: what each added, in training examples of a label (second line), to the scores of all test examples of a class (first line). Blue, solid: it lowered their loss. Orange, dotted: it raised it.`),
+    make("p", { class: "intro wide" }, `The ${count(words.length, "strongest word")}: what each added, in training examples of a label (second line), to the scores of all test examples of a class (first line). Blue, solid: it ${page.target === "label" ? "lowered their loss" : "made their target likelier"}. Orange, dotted: the opposite.`),
     make("div", { class: "table-tools wide" }, field, classes.length > 1 ? only : null), scroll, more
   );
   function sortBy(column) {

@@ -32,7 +32,7 @@ _NAME_LENGTH = 24
 
 _AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}  # A $ in a word begins no formula.
 
-_SCORE = "influence score (positive: lowered the test example's loss)"
+_SCORE = "influence score (positive: made the test example's target likelier)"
 
 _FURTHER_FONTS = (  # Where installed, they have the signs that matplotlib's own font lacks.
     *(f"Noto Sans CJK {region}" for region in ("SC", "JP", "KR")),

@@ -122,6 +122,8 @@ def _title(test: Example) -> Text:
     if test.prediction is not None:
         title.append(f", prediction {printable(test.prediction)}", style="bold" if test.is_mistaken else "")
         title.append("" if test.confidence is None else f" ({test.confidence:.0%})")
+    if test.target is not None:
+        title.append(f", target {printable(test.target)}")
     return title
 
 

@@ -64,6 +64,7 @@ class WordTable(RichRepr):
         label_sizes: (n_labels,) int64, number of training examples.
         magnitudes: (n_classes,) float32, the sum of all words' magnitudes on each class, listed here or not.
         n_left: how many words with any influence are not listed.
+        target: what of the test examples a positive influence speaks for.
     """
 
     words: tuple[str, ...]
@@ -76,6 +77,7 @@ class WordTable(RichRepr):
     label_sizes: Tensor
     magnitudes: Tensor
     n_left: int
+    target: str = "label"
 
     def __repr__(self) -> str:
         return f"WordTable(n_words={len(self.words)}, classes={self.classes}, labels={self.labels})"
@@ -83,7 +85,8 @@ class WordTable(RichRepr):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         net = self.values[:_PRINTED_WORDS].sum(2)
         unit = _unit(net)
-        yield Text(f"Words by their influence on {int(self.class_sizes.sum())} test examples, in {unit:.0e}")
+        of = "" if self.target == "label" else f", target {printable(self.target)}"
+        yield Text(f"Words by their influence on {int(self.class_sizes.sum())} test examples{of}, in {unit:.0e}")
         yield _printed(self, net / unit, options.max_width)
         if len(self.words) > _PRINTED_WORDS:
             yield f"{_PRINTED_WORDS} of {len(self.words)} words; to_pandas() has all"

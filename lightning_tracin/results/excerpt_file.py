@@ -24,7 +24,7 @@ from lightning_tracin.storage.layouts import (
     require_number_or_nan,
     require_within,
 )
-from lightning_tracin.storage.schemas import Count, Size
+from lightning_tracin.storage.schemas import Count, Label, Size
 
 _PREFIX = "excerpt."
 
@@ -37,13 +37,14 @@ _WORD_TABLE = ("values", "examples", "class_sizes", "label_sizes", "magnitudes")
 
 
 class WordTableHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The names of a word table, and how many words it leaves out."""
+    """The names of a word table, what it is about, and how many words it leaves out."""
 
     words: list[str]
     special: list[bool]
     classes: list[str]
     labels: list[str]
     n_left: Annotated[int, Meta(ge=0, le=2**53)]
+    target: Label = "label"
 
 
 class ExcerptHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,6 +74,7 @@ def header_of(excerpt: Excerpt) -> ExcerptHeader:
             classes=[storable(name) for name in table.classes],
             labels=[storable(name) for name in table.labels],
             n_left=table.n_left,
+            target=storable(table.target),
         ),
         notes=[storable(note) for note in excerpt.notes],
     )
@@ -120,6 +122,7 @@ def excerpt_from(header: ExcerptHeader, tensors: Mapping[str, Tensor], path: Pat
             classes=tuple(table.classes),
             labels=tuple(table.labels),
             n_left=table.n_left,
+            target=table.target,
             **{name: own[f"word_table.{name}"] for name in _WORD_TABLE},
         ),
         notes=header.notes,

@@ -141,8 +141,8 @@ class ExplainedResult(RankedResult):
 
         Returns:
             A table to print, or to take numbers from. Test examples are grouped by what the model says of them, or by
-            their labels where that is not known. Scores are about the loss: where the model is mistaken, a positive
-            influence speaks for the example's own label.
+            their labels where that is not known. A positive influence speaks for the target of the test examples: for
+            ``target="label"`` that is their own label, also where the model says another class.
 
         Raises:
             ValueError: if the method is not TracIn-WE, or n is under 1.
@@ -238,7 +238,8 @@ class ExplainedResult(RankedResult):
         said, confidence = self.predictions.T
         values = torch.where(torch.isnan(confidence), self.test_texts.labels, said)
         classes = groups_of(values, self._reader.label)
-        return word_table_of(evidence, classes, self._reader, n=n, min_examples=min_examples)
+        table = word_table_of(evidence, classes, self._reader, n=n, min_examples=min_examples)
+        return replace(table, target=self.target)
 
     def _explanation(
         self,
@@ -297,7 +298,7 @@ class ExplainedResult(RankedResult):
         loader = self._loader_of(row)
         raw = self.raw_test.get(loader or "") if isinstance(self.raw_test, Mapping) else self.raw_test
         example = self._reader.example(index, ids, label, raw, prediction=prediction, confidence=confidence)
-        return replace(example, loader=loader)
+        return replace(example, loader=loader, target=self.target_names[row] if self.target_names else None)
 
     def _train_examples(self, indices: Sequence[int]) -> dict[int, Example]:
         """What training examples say, by index; nothing where the trace is gone."""

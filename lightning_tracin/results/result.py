@@ -35,10 +35,11 @@ _PRINTED_K = 3  # Of each it shows this many proponents, and as many opponents.
 
 @dataclass(repr=False, eq=False)
 class InfluenceResult(RichRepr, PortableResult):
-    """How much each training example pushed the model's loss on each test example.
+    """How much each training example pushed what is explained of each test example: its label, or another target.
 
-    A positive score belongs to a proponent (training on it lowered the test example's loss), a negative one to an
-    opponent. Training examples are numbered by their index in the training data set. ``print(result)`` shows a table.
+    A positive score belongs to a proponent (training on it made the target likelier, as it lowered the loss), a
+    negative one to an opponent. Training examples are numbered by their index in the training data set.
+    ``print(result)`` shows a table.
 
     Attributes:
         scores: (n_test, n_train) float32, or None if only the k strongest were kept.
@@ -58,6 +59,8 @@ class InfluenceResult(RichRepr, PortableResult):
         n_test = len(self.test_indices)
         scored = "candidates, not trained on" if self.candidates else "training examples"
         yield Text(f"{printable(str(self.method))}, {n_test} test and {self._n_drawn} {scored}, {self._checkpoints}")
+        if self.target != "label":
+            yield Text(f"target {printable(self.target)}: training on proponents made it likelier")
         yield from (Text(printable(note), style="italic") for note in self._notes_given(evidence))
         shown = min(_PRINTED_TESTS, n_test)
         for explanation in self._explanations_from(evidence, range(shown), _PRINTED_K):
@@ -156,6 +159,8 @@ class InfluenceResult(RichRepr, PortableResult):
         if kind == "self_influence":
             return plot_self_influence(self.self_influence(), k, ax)
         whose = "all test examples" if test_index is None else self._test_name(test_index)
+        if self.target != "label":
+            whose += f" (target {self.target if test_index is None else self.target_names[test_index]})"
         if kind == "scores":
             which = "" if self.scores is not None else f"the {self._n_kept} most positive and most negative of "
             title = f"Scores of {which}{self._n_drawn} training examples for {whose}"
@@ -204,7 +209,7 @@ class InfluenceResult(RichRepr, PortableResult):
         ]
         page = Page(
             title=f"What {n_test:,} predictions were learned from" if title is None else title,
-            facts=[described(self.method), *counts],
+            facts=[described(self.method), *counts, *([] if self.target == "label" else [f"target {self.target}"])],
             notes=[
                 *self._notes_given(evidence),
                 *notes_of_page(

@@ -202,8 +202,10 @@ def _check_header(header: ResultHeader, n_test: int) -> None:
         raise ValueError("it names a checkpoint twice")
     if len(header.checkpoint_steps) not in (0, len(header.checkpoint_ids)):
         raise ValueError(f"it has {len(header.checkpoint_ids)} checkpoints, but {len(header.checkpoint_steps)} steps")
-    if header.target_names and len(header.target_names) != n_test:
-        raise ValueError(f"it names the targets of {len(header.target_names)} test examples, but has {n_test}")
+    if len(header.target_names) != (0 if header.target == "label" else n_test):
+        raise ValueError(
+            f"it names the targets ({header.target!r}) of {len(header.target_names)} test examples, but has {n_test}"
+        )
 
 
 def _forms(header: ResultHeader, tensors: Mapping[str, Tensor], n_test: int) -> dict[str, Form]:

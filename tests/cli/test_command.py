@@ -110,7 +110,8 @@ def test_top_prints_a_record_for_each_pair_where_it_is_piped(result, file, capsy
     for row in range(N_TEST):
         for role, top in tops.items():
             for rank in range(3):
-                test, its_role, its_rank, train, score, share, label, text, words = next(printed)
+                test, its_role, its_rank, train, score, share, label, text, words, target = next(printed)
+                assert target == str(int(test_texts()[row][1]))
                 index = int(top.indices[row, rank])
                 assert (test, its_role, its_rank, train) == (str(row), role, str(rank + 1), str(index))
                 assert float(score) == pytest.approx(float(top.values[row, rank]), rel=1e-8)
@@ -131,7 +132,7 @@ def test_a_word_with_a_tab_or_a_line_break_does_not_break_a_record(file, copied,
     words = read_json(copied / "vocabulary.json")["words"]
     write_json(copied / "vocabulary.json", {"words": {token: f"{word}\t\nx" for token, word in words.items()}})
     assert run("top", copied, "--result", file) == 0
-    assert {len(record) for record in records(capsys)} == {9}
+    assert {len(record) for record in records(capsys)} == {10}
 
 
 @pytest.mark.parametrize("colour", [True, False])
@@ -158,7 +159,7 @@ def test_top_finds_a_trace_that_has_moved(result, tmp_path, capsys):
     assert run("top", tmp_path / "result.safetensors") == 0
     without = capsys.readouterr()
     assert without.err.startswith("lightning-tracin: the trace of these scores is not where it was")
-    assert all(line.endswith("\t\t\t") for line in without.out.splitlines())  # neither label nor text nor words
+    assert all(re.search(r"\t\t\t\t\d$", line) for line in without.out.splitlines())  # no label, text or words
     assert run("top", tmp_path / "there", "--result", tmp_path / "result.safetensors") == 0
     assert capsys.readouterr() == before
 

@@ -191,6 +191,23 @@ def test_a_wrong_method_is_a_wrong_command_line(project, capsys, given, message)
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "target"), [("prediction", "prediction"), ("1", 1), ("[2, 0]", (2, 0)), ("['1', 0]", ("1", 0))]
+)
+def test_a_target_on_the_command_line(project, tmp_path, given, target):
+    influence("--target", given, "--output", f"{tmp_path}/r.safetensors")
+    result = InfluenceResult.load(tmp_path / "r.safetensors")
+    own = expected("lightning_logs/version_0/trace", target=target)
+    assert torch.equal(result.scores, own.scores)
+    assert (result.target, result.target_names) == (own.target, own.target_names)
+
+
+def test_a_wrong_target_is_a_wrong_command_line(project, capsys):
+    with pytest.raises(SystemExit):
+        influence("--target", "[1, 1]")
+    assert 'Parser key "target": target=' in capsys.readouterr().err
+
+
 def test_a_page_is_written_with_html(project, tmp_path, capsys):
     influence("--html", f"{tmp_path}/page.html", "--method", "tracin-last")
     assert "proponents" not in capsys.readouterr().out
