@@ -151,7 +151,8 @@ example:
 
 On a terminal it prints tables. Otherwise it prints a line for each pair, with these columns between tabs and no header:
 test (row of the scores), role (proponent or opponent), rank (from 1), training example, score, share of all scores of
-its sign that the test example has, label and text of the training example, and its strongest words as word=term."""
+its sign that the test example has, label and text of the training example, and its strongest words as word=term.
+Proponents have positive scores, opponents negative ones; training examples that say the same are one line."""
 
 _HTML_NOTES = """\
 example:
@@ -295,6 +296,7 @@ def _html(arguments: Namespace) -> int:
 
 def _export(arguments: Namespace) -> int:
     """Write the strongest pairs as a table."""
+    from lightning_tracin.results.result import COLUMNS
     from lightning_tracin.storage.files import output_file
 
     result = _result(arguments.result, arguments.trace)
@@ -310,7 +312,7 @@ def _export(arguments: Namespace) -> int:
     rows = result.rows(arguments.k)
     with _opened(arguments.csv or arguments.json) as file:
         if arguments.csv is not None:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
         else:

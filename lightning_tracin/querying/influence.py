@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from lightning_tracin.bridge.collated_order import check_order
+from lightning_tracin.bridge.mixin import tokenizer_of
 from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.bridge.queries import Queries, result_of, weights_kept
 from lightning_tracin.bridge.query_examples import example_blocks, only_test_loader
@@ -31,6 +33,7 @@ from lightning_tracin.querying.asked import (
 from lightning_tracin.querying.filling import ready_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, run_pass
 from lightning_tracin.querying.undisturbed import left_as_found, require_idle
+from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of
@@ -104,6 +107,7 @@ def influence(
         gradients: list[list[WordGradients]] = []
         with weights_kept(module):
             checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
+            query = _looked_up(query)
             loaders = _blocks(query, checkpoints, loader)
             for number, block_loader in enumerate(loaders, start=1):
                 block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
@@ -156,8 +160,16 @@ def self_influence(
         query = Query(trainer, module, opened, chosen, hooks, processes)
         with weights_kept(module) if module is not None else nullcontext():
             checkpoints = ready_checkpoints(query, module, datamodule, train_dataloaders)
+        query = _looked_up(query)
         with processes.synchronized():
-            return self_influences(checkpoints, chosen, processes)
+            return self_influences(checkpoints, query.method, processes)
+
+
+def _looked_up(query: Query) -> Query:
+    """The same question, with the ids of the tokens that its method leaves out by name."""
+    with query.processes.synchronized():
+        tokenizer = None if query.module is None else tokenizer_of(query.module)
+        return replace(query, method=with_ids_of(query.method, query.trace, tokenizer))
 
 
 def _answered(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, k: int | None, block_name: str) -> Queries:

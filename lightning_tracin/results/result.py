@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,14 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from lightning_tracin.gradients.printable import printable
-from lightning_tracin.report.explanation import Influential
+from lightning_tracin.report.explanation import Explanation, Influential
 from lightning_tracin.report.page import Page, write_page
 from lightning_tracin.report.plots import Kind, plot_labels, plot_scores, plot_self_influence, plot_words, pyplot
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
 from lightning_tracin.report.tables import explained
 from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.explained_result import ExplainedResult
-from lightning_tracin.results.notes import notes_of_page, notes_of_result, notes_of_trace
+from lightning_tracin.results.notes import notes_of_page, notes_of_result, notes_of_trace, notes_of_words
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import described, is_constant_on_itself, without_normalizing
 from lightning_tracin.scoring.score import self_influences
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+#: Those of :meth:`InfluenceResult.to_pandas`.
+COLUMNS = ("test_index", "role", "rank", "train_index", "score", "share", "label", "text")
 
 _PRINTED_TESTS = 3  # print(result) shows this many test examples.
 
@@ -57,25 +61,24 @@ class InfluenceResult(RichRepr, ExplainedResult):
         return f"InfluenceResult(n_test={len(self.test_indices)}, n_train={self.n_train}{kept}, method={self.method})"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        evidence = Evidence.find(self)
-        n_test = len(self.test_indices)
-        n_checkpoints = len(self.checkpoint_ids)
+        n_test, n_checkpoints = len(self.test_indices), len(self.checkpoint_ids)
         yield Text(
             f"{printable(str(self.method))}, {n_test} test and {self._n_drawn} training examples, "
             f"{n_checkpoints} checkpoint{'s' * (n_checkpoints != 1)}"
         )
-        yield from (Text(printable(note), style="italic") for note in self._notes_given(evidence))
-        shown = min(_PRINTED_TESTS, n_test)
-        for explanation in self._explanations_from(evidence, range(shown), _PRINTED_K):
-            yield explained(explanation)
-        left = n_test - shown
+        evidence = Evidence.find(self)
+        first = self._first_explanations(evidence)
+        yield from (Text(printable(note), style="italic") for note in self._notes_given(evidence, first))
+        yield from map(explained, first)
+        left = n_test - len(first)
         if left:
             yield f"... and {left} more test example{'s' * (left > 1)}: result.show(index), index up to {n_test - 1}"
 
     @property
     def notes(self) -> list[str]:
-        """What is missing here, why, and what would bring it."""
-        return self._notes_given(Evidence.find(self))
+        """What is missing here or hides the rest, why, and what would bring it."""
+        evidence = Evidence.find(self)
+        return self._notes_given(evidence, self._first_explanations(evidence))
 
     def show(self, test_index: int, k: int = 5, *, console: Console | None = None) -> None:
         """Print one test example with its k strongest proponents and opponents.
@@ -94,38 +97,41 @@ class InfluenceResult(RichRepr, ExplainedResult):
 
     def rows(self, k: int = 10) -> list[dict[str, Any]]:
         """The k strongest proponents and opponents of each test example: the rows of :meth:`to_pandas`."""
-        k = min(k, self._n_kept)
-        tops = {"proponent": self.proponents(k), "opponent": self.opponents(k)}
-        wanted = sorted({index for top in tops.values() for index in top.indices.flatten().tolist()})
-        examples = self._train_examples(wanted)
+        evidence = Evidence.find(self)
+        sides = self._listed(evidence, range(len(self.test_indices)), k)
+        wanted = sorted({entry.index for both in sides.values() for side in both for entry in side})
+        examples = self._examples_in(evidence, wanted)
         return [
             {
                 "test_index": row,
                 "role": role,
-                "rank": rank + 1,
-                "train_index": index,
-                "score": score,
-                "share": self._share(row, score),
-                "label": examples[index].label,
-                "text": examples[index].text,
+                "rank": rank,
+                "train_index": entry.index,
+                "score": entry.score,
+                "share": self._share(row, entry.total),
+                "label": examples[entry.index].label,
+                "text": examples[entry.index].text,
             }
-            for role, top in tops.items()
-            for row, (values, indices) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True))
-            for rank, (score, index) in enumerate(zip(values, indices, strict=True))
+            for number, role in enumerate(("proponent", "opponent"))
+            for row, both in sides.items()
+            for rank, entry in enumerate(both[number], start=1)
         ]
 
     def to_pandas(self, k: int = 10) -> pd.DataFrame:
         """The k strongest proponents and opponents of each test example, a row each.
 
+        Proponents have positive scores, opponents negative ones. Training examples with the same token ids and label
+        are one row, that of the strongest of them.
+
         Returns:
             Columns ``test_index`` (row of the scores), ``role`` ("proponent" or "opponent"), ``rank`` (from 1),
-            ``train_index``, ``score``, its ``share`` of all scores of its sign that the test example has, and
-            ``label`` and ``text`` of the training example as far as they are known.
+            ``train_index``, ``score``, its ``share`` of all scores of its sign that the test example has (with those of
+            equal texts), and ``label`` and ``text`` of the training example as far as they are known.
 
         Raises:
             ModuleNotFoundError: without pandas: ``pip install lightning-tracin[pandas]``.
         """
-        return data_frame(self.rows(k))
+        return data_frame(self.rows(k), COLUMNS)
 
     def plot(
         self,
@@ -207,7 +213,7 @@ class InfluenceResult(RichRepr, ExplainedResult):
             title=f"What {n_test:,} predictions were learned from" if title is None else title,
             facts=[described(self.method), *counts],
             notes=[
-                *self._notes_given(evidence),
+                *self._notes_given(evidence, self._first_explanations(evidence)),
                 *notes_of_page(
                     has_test_texts=self.raw_test is not None or len(self.test_texts.ids) > 0,
                     has_raw_texts=self.raw_train is not None and self.raw_test is not None,
@@ -223,9 +229,17 @@ class InfluenceResult(RichRepr, ExplainedResult):
         )
         return write_page(page, path)
 
-    def _notes_given(self, evidence: Evidence | None) -> list[str]:
+    def _first_explanations(self, evidence: Evidence | None) -> list[Explanation]:
+        """Those that ``print(result)`` shows."""
+        shown = range(min(_PRINTED_TESTS, len(self.test_indices)))
+        return list(self._explanations_from(evidence, shown, _PRINTED_K))
+
+    def _notes_given(self, evidence: Evidence | None, first: Sequence[Explanation]) -> list[str]:
+        """All notes; what the first explanations show stands for all of them."""
         notes = notes_of_result(self.method, self.words_of_ids, has_evidence=evidence is not None)
-        return notes if evidence is None else [*notes, *notes_of_trace(evidence)]
+        if evidence is None:
+            return notes
+        return [*notes, *notes_of_trace(evidence), *notes_of_words(evidence, first, self.words_of_ids)]
 
     def _suspects(self, evidence: Evidence, n: int, method: Method) -> list[Influential]:
         """The training examples of highest self-influence, highest first, with their shares of all of it."""
@@ -248,16 +262,18 @@ class InfluenceResult(RichRepr, ExplainedResult):
             return self.words(row, train_index), f"training example {train_index}"
         self._require_words()
         named: dict[str, float] = defaultdict(float)
-        for of_pair in self._named_terms(row, self.proponents(k).indices[row].tolist()):
+        proponents, _ = self._listed(Evidence.find(self), [row], k)[row]
+        for of_pair in self._named_terms(row, [entry.index for entry in proponents]):
             for word, term in of_pair.items():
                 named[word] += term
         return list(named.items()), f"the {k} strongest proponents"
 
     def _labels_of(self, row: int | None, k: int) -> tuple[list[str], list[str]]:
         """The labels of the k strongest proponents and opponents of one test example, or of each."""
-        rows = slice(None) if row is None else slice(row, row + 1)
-        sides = [top.indices[rows].flatten().tolist() for top in (self.proponents(k), self.opponents(k))]
-        examples = self._train_examples(sorted({index for side in sides for index in side}))
+        evidence = Evidence.find(self)
+        of_rows = self._listed(evidence, range(len(self.test_indices)) if row is None else [row], k).values()
+        sides = [[entry.index for both in of_rows for entry in both[number]] for number in (0, 1)]
+        examples = self._examples_in(evidence, sorted({index for side in sides for index in side}))
         labels = [[examples[index].label or "(not known)" for index in side] for side in sides]
         return labels[0], labels[1]
 

@@ -40,6 +40,8 @@ class StoredResult:
         totals: (n_test, 2) float64, the sums of each test example's positive and of its negative scores.
         undrawn: (n,) int64, the indices of examples of the training data set that training never drew, such as those
             that the sampler holds back: their scores are zero, and they are neither proponents nor opponents.
+        common_tokens: (n,) int64, the ids of tokens that more than a tenth of the training examples hold, ascending;
+            none for a method without words.
     """
 
     method: Method
@@ -57,6 +59,7 @@ class StoredResult:
     strongest_opponents: TopK | None = None
     totals: Tensor | None = None
     undrawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    common_tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file.
@@ -83,8 +86,9 @@ class StoredResult:
             tensors["totals"] = self.totals
         if self.scores is not None:
             tensors["scores"] = self.scores
-        if len(self.undrawn):
-            tensors["undrawn"] = self.undrawn
+        for name in ("undrawn", "common_tokens"):
+            if len(getattr(self, name)):
+                tensors[name] = getattr(self, name)
         for name, top in (("proponents", self.strongest_proponents), ("opponents", self.strongest_opponents)):
             if top is not None:
                 tensors |= {f"{name}.values": top.values, f"{name}.indices": top.indices}
@@ -151,6 +155,7 @@ class StoredResult:
             strongest_opponents=tops[1],
             totals=tensors.get("totals"),
             undrawn=tensors.get("undrawn", torch.empty(0, dtype=torch.int64)),
+            common_tokens=tensors.get("common_tokens", torch.empty(0, dtype=torch.int64)),
         )
 
 
