@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_tracin.results.words import is_special, marks_of, word_of_token
 from lightning_tracin.scoring.excluded_tokens import COMMON, SPECIAL, ExcludedTokens
-from lightning_tracin.scoring.methods import Method, TracInSum, TracInWE
+from lightning_tracin.scoring.methods import Method, TracInSum, TracInWE, word_part
 from lightning_tracin.storage.common_tokens import common_tokens
 from lightning_tracin.storage.trace import Trace
 
@@ -40,6 +40,30 @@ def with_ids_of(method: Method, trace: Trace, tokenizer: Any = None) -> Method:
             ids.update(getattr(tokenizer, "all_special_ids", ()))
         ids |= _ids_of_words(named - {SPECIAL, COMMON}, vocabulary, tokenizer)
     return replace(method, exclude_tokens=ExcludedTokens(method.excluded, ids))
+
+
+def require_words(method: Method, tokenizer: Any) -> None:
+    """Check, before there is a trace, that the words that a method leaves out can be looked up in it.
+
+    Args:
+        method: what will score.
+        tokenizer: what will say the words of token ids; None if only the ids will be known.
+
+    Raises:
+        ValueError: if there is no tokenizer, or not one of the words.
+    """
+    part = word_part(method)
+    named = set() if part is None else set(part[0].excluded.words) - {COMMON}
+    if not named:
+        return
+    if tokenizer is None:
+        raise ValueError(
+            f"exclude_tokens names {sorted(named)}, but neither the module nor its "
+            "datamodule has a tokenizer. Name it self.tokenizer, override influence_words, or pass token ids."
+        )
+    if hasattr(tokenizer, "get_vocab"):
+        vocabulary = {token: called for called, token in tokenizer.get_vocab().items()}
+        _ids_of_words(named - {SPECIAL}, vocabulary, tokenizer)
 
 
 def _words_of(trace: Trace, method: TracInWE) -> Mapping[int, str]:
@@ -76,7 +100,7 @@ def _require_token(word: str, vocabulary: Mapping[int, str], tokenizer: Any) -> 
     Raises:
         ValueError: if it is none; the message names its pieces, or words that are written like it.
     """
-    if tokenizer is not None and word in tokenizer.get_vocab():
+    if hasattr(tokenizer, "get_vocab") and word in tokenizer.get_vocab():
         return
     pieces = tokenizer.tokenize(word) if hasattr(tokenizer, "tokenize") else []
     if len(pieces) > 1:
