@@ -167,8 +167,7 @@ def words_of_batch(module: nn.Module, batch: Any, token_ids: list[int]) -> dict[
     Raises:
         ValueError: if ``influence_words`` does not return a string for each id of the batch.
     """
-    own = getattr(type(module), "influence_words", None)
-    if own is None or own is TracInMixin.influence_words:
+    if not has_own_words(module):
         return dict(zip(token_ids, words_of_ids(module, token_ids), strict=True))
     rows = module.influence_words(batch)  # type: ignore[operator]
     ids = token_ids_of(batch)
@@ -183,6 +182,11 @@ def words_of_batch(module: nn.Module, batch: Any, token_ids: list[int]) -> dict[
         for token, word in zip(row, words, strict=True)
     }
     return {token: named.get(token, str(token)) for token in token_ids}
+
+
+def has_own_words(module: nn.Module) -> bool:
+    """Whether a module says by a method of its own what to print for token ids."""
+    return getattr(type(module), "influence_words", None) not in (None, TracInMixin.influence_words)
 
 
 def words_of_ids(module: Any, token_ids: list[int]) -> list[str]:

@@ -22,10 +22,11 @@ from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.parallel.fsdp import is_fsdp, local_weights_restored
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.results.result import InfluenceResult
-from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.methods import Method, word_part
 from lightning_tracin.scoring.score import PreparedTests, Scores, joined_scores, score
 from lightning_tracin.scoring.terms import Term, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
+from lightning_tracin.storage.common_tokens import common_tokens
 from lightning_tracin.storage.scratch import Scratch
 from lightning_tracin.storage.trace import Trace
 
@@ -189,6 +190,7 @@ def result_of(blocks: Sequence[Queries], gradients: Sequence[list[WordGradients]
         strongest_opponents=scores.opponents,
         totals=scores.totals,
         undrawn=undrawn(first.checkpoints),
+        common_tokens=first.texts.ids[:0] if word_part(first.method) is None else common_tokens(first.trace),
         target=str(first.target),
         target_names=[name for block in blocks for name in block.target_names],
         tokenizer=tokenizer_of(first.module),

@@ -152,7 +152,8 @@ example:
 On a terminal it prints tables. Otherwise it prints a line for each pair, with these columns between tabs and no header:
 test (row of the scores), role (proponent or opponent), rank (from 1), training example, score, share of all scores of
 its sign that the test example has, label and text of the training example, its strongest words as word=term, and the
-target: what of the test example is explained."""
+target: what of the test example is explained. Proponents have positive scores, opponents negative ones; training
+examples that say the same are one line."""
 
 _HTML_NOTES = """\
 example:
@@ -301,7 +302,7 @@ def _html(arguments: Namespace) -> int:
 
 def _export(arguments: Namespace) -> int:
     """Write the strongest pairs as a table."""
-    from lightning_tracin.report.pairs import words_in_a_line
+    from lightning_tracin.report.pairs import columns_of, words_in_a_line
     from lightning_tracin.storage.files import output_file
 
     result = _result(arguments.result, arguments.trace)
@@ -317,7 +318,7 @@ def _export(arguments: Namespace) -> int:
     rows = result.rows(arguments.k)
     with _opened(arguments.csv or arguments.json) as file:
         if arguments.csv is not None:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, fieldnames=columns_of(rows), lineterminator="\n")
             writer.writeheader()
             for row in rows:
                 cells = {**row, "words": words_in_a_line(row["words"])}

@@ -80,6 +80,7 @@ def begin(
         check_order(training_set.loader, "training", training_set.looked)
         first = look_at_first_batch(trainer, module, training_set, plan.methods, compared=plan.cache != "training")
         sites = stored_sites(first, plan.options)
+        plan.log.check(sites, module, trainer.optimizers, len(training_set))
         if plan.cache == "training":
             form = _training_form(trainer, module, first)
         state = full_state_dict(module)
@@ -154,7 +155,7 @@ def _validations(trainer: pl.Trainer, recorder: Recorder, plan: RecordingPlan) -
         missing = "the fit has no validation" if trainer.loggers else "the trainer has no logger"
         rank_zero_warn(f"log_examples has no effect: {missing}.")
         return None
-    return ValidationLog(recorder.fit.trace, recorder.gradients, plan.log_examples, plan.log_k)
+    return ValidationLog(recorder.fit.trace, recorder.gradients, plan)
 
 
 def _locked_path(trainer: pl.Trainer, plan: RecordingPlan, processes: Processes, writing: ExitStack) -> Path:

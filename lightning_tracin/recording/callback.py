@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.rows import Dtype
 from lightning_tracin.recording.beginning import begin
 from lightning_tracin.recording.behind import BehindModelCheckpoint
+from lightning_tracin.recording.log_plan import LogPlan
 from lightning_tracin.recording.loggers import check_loggers
 from lightning_tracin.recording.plan import (
     Cache,
@@ -31,6 +32,8 @@ from lightning_tracin.recording.plan import (
 )
 from lightning_tracin.recording.recorder import Recorder
 from lightning_tracin.recording.sampled_indices import SampledLoader
+from lightning_tracin.results.reader import RawText
+from lightning_tracin.scoring.methods import Method
 from lightning_tracin.storage.encoding import StorageOptions
 from lightning_tracin.storage.trace import Trace
 
@@ -66,6 +69,11 @@ class TracInCallback(DualCallback):
             with the training examples that pushed them; or the indices of those to log from each validation loader (in
             the data set; in the loader's order where that shuffles or is a stream). 0 logs none.
         log_k: how many proponents and opponents of each are logged.
+        log_method: what scores them: "tracin-we", "tracin-last" or a method object that needs nothing but what
+            ``methods`` records. Words say most with
+            ``TracInWE(normalize="cosine", precondition="adam", exclude_tokens=("special", "common"))``.
+        log_texts: the training examples as they were written, by index in the data set, to be shown in the place of
+            their tokens; or a dict of the texts of "train" and, where there is one validation loader, of "val".
         on_error: what happens when recording fails in the middle of a fit (a full disk, a folder that is gone). "warn"
             says what, why and what is kept, ends the recording, and lets the fit go on as it would without the
             callback; a single example without a finite gradient counts zero there, is named, and ends nothing. "raise"
@@ -78,12 +86,12 @@ class TracInCallback(DualCallback):
     With ``log_examples``, each validation hands a table to all of the trainer's loggers, and the curves
     ``tracin/same_label``, ``tracin/concentration`` and ``tracin/suspected_label_errors`` (see
     :func:`lightning_tracin.recording.validation_log.summary`). Its examples are chosen while it runs, and scored
-    before training goes on: at the word embedding table if ``methods`` has it, else at the last layer, else at the
-    first that they name; over all checkpoints up to then, that of the same epoch's end included. Where there is no
-    checkpoint yet, they wait for the first one. They are logged under the step and epoch of their validation.
-    Validation batches must be of the form that ``training_step`` takes. It costs a second forward pass of each
-    validation batch (of the batches with the examples, where indices are given; without the mixin, of each example by
-    itself). Each validation also takes, for every checkpoint so far, a backward pass of each logged example and one
+    before training goes on: by ``log_method``, or at the word embedding table if ``methods`` has it, else at the last
+    layer, else at the first that they name; over all checkpoints up to then, that of the same epoch's end included.
+    Where there is no checkpoint yet, they wait for the first one. They are logged under the step and epoch of their
+    validation. Validation batches must be of the form that ``training_step`` takes. It costs a second forward pass of
+    each validation batch (of the batches with the examples, where indices are given; without the mixin, of each example
+    by itself). Each validation also takes, for every checkpoint so far, a backward pass of each logged example and one
     reading of the stored gradients: it grows with the number of checkpoints, not with that of validation examples.
 
     Raises:
@@ -113,6 +121,8 @@ class TracInCallback(DualCallback):
         projection: int | tuple[int, int] | None = None,
         log_examples: int | Sequence[int] = 0,
         log_k: int = 3,
+        log_method: str | Method | None = None,
+        log_texts: Sequence[RawText] | Mapping[str, Sequence[RawText]] | None = None,
         on_error: OnError = "warn",
         overwrite: bool = False,
     ) -> None:
@@ -125,6 +135,7 @@ class TracInCallback(DualCallback):
             options=StorageOptions(dtype, top_words, projection_sizes(projection)),
             log_examples=examples_to_log(log_examples),
             log_k=log_k,
+            log=LogPlan.of(log_method, log_texts),
             on_error=on_error,
             overwrite=overwrite,
         )

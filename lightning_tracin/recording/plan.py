@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lightning_tracin.gradients.rows import DTYPES
+from lightning_tracin.recording.log_plan import LogPlan
 from lightning_tracin.scoring.methods import TracInLast, TracInLayer, TracInWE
 from lightning_tracin.storage.encoding import StorageOptions
 
@@ -38,6 +39,7 @@ class RecordingPlan:
     options: StorageOptions
     log_examples: int | tuple[int, ...]
     log_k: int
+    log: LogPlan
     on_error: OnError
     overwrite: bool
 
@@ -62,6 +64,8 @@ class RecordingPlan:
             raise ValueError(f"on_error must be 'warn' or 'raise', but got {self.on_error!r}.")
         if self.log_k < 1:
             raise ValueError(f"log_k must be at least 1, but got {self.log_k}.")
+        if not self.log_examples and not self.log.is_default:
+            raise ValueError("log_method and log_texts go with log_examples, the validation examples to log.")
         if self.log_examples and self.cache == "on_demand":
             raise ValueError(
                 'log_examples needs gradients that are stored while the fit runs, but cache="on_demand" stores none. '

@@ -12,18 +12,23 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_tracin.bridge.compat import logged_step
+from lightning_tracin.bridge.mixin import tokenizer_of
 from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.queries import Queries, probe_of, result_of, weights_kept
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.loggers import log_table, rows_of
+from lightning_tracin.recording.plan import RecordingPlan
 from lightning_tracin.recording.validation import Choice, Validation, flat_loaders
 from lightning_tracin.report.explanation import Example, Explanation
+from lightning_tracin.results.excluded_words import with_ids_of
+from lightning_tracin.results.reader import RawText
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.naming import method_at
+from lightning_tracin.scoring.terms import sites_of
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.scratch import Scratch
 from lightning_tracin.storage.trace import Trace
@@ -35,15 +40,17 @@ class ValidationLog:
     Args:
         trace: the checkpoints and gradients of the fit.
         gradients: takes those of the module in training.
-        examples: how many of the highest loss; or the indices of those to take from each loader.
-        k: how many proponents and opponents of each.
+        plan: says which examples are logged, with how many proponents and opponents, by which method, and with which
+            texts.
     """
 
-    def __init__(self, trace: Trace, gradients: ModuleGradients, examples: int | tuple[int, ...], k: int) -> None:
+    def __init__(self, trace: Trace, gradients: ModuleGradients, plan: RecordingPlan) -> None:
         self._trace = trace
         self._gradients = gradients
-        self._examples = examples
-        self._k = k
+        self._examples = plan.log_examples
+        self._k = plan.log_k
+        self._plan = plan.log
+        self._val_texts: Sequence[RawText] | None = None
         self._choice: Choice | None = None
         self._pending: list[Validation] = []
         self._told: set[str] = set()
@@ -52,6 +59,7 @@ class ValidationLog:
         """A validation begins."""
         loaders = flat_loaders(trainer.val_dataloaders)
         module = self._gradients.module
+        self._val_texts = self._texts_of(loaders)
         self._choice = Choice(module, probe_of(module, self._trace), self._examples, loaders, processes_of(trainer))
 
     def see(self, batch: Any, loader: int) -> None:
@@ -92,16 +100,16 @@ class ValidationLog:
     ) -> InfluenceResult:
         """All training examples scored on a validation's examples, over the checkpoints that there are.
 
-        The module is given the weights of each checkpoint in turn, and in the end its own. The first of the trace's
-        sites counts. The result has one row for each example, in their order, with the validation's predictions.
+        The module is given the weights of each checkpoint in turn, and in the end its own. By default the first of the
+        trace's sites counts. The result has a row for each example, in their order, with the validation's predictions.
 
         Raises:
             ValueError: if a gradient is not finite.
         """
-        site = self._trace.sites[0]
         module = self._gradients.module
-        test = Queries(module, method_at(site), self._trace)
-        gradients = self._gradients.at([site], test.probe)
+        asked = self._plan.method or method_at(self._trace.sites[0])
+        test = Queries(module, with_ids_of(asked, self._trace, tokenizer_of(module)), self._trace)
+        gradients = self._gradients.at(sites_of(asked, self._trace.sites), test.probe)
         with weights_kept(module):
             for checkpoint in checkpoints:
                 with processes.synchronized():
@@ -120,7 +128,22 @@ class ValidationLog:
         result = result_of([test], [test.word_gradients()], Scratch())
         result.test_indices = torch.tensor([each.index for each in validation.examples])
         result.predictions = torch.tensor([each.prediction for each in validation.examples], dtype=torch.float64)
+        if self._plan.train is not None or self._val_texts is not None:
+            return result.with_texts(self._plan.train, self._val_texts)
         return result
+
+    def _texts_of(self, loaders: Sequence[Any]) -> Sequence[RawText] | None:
+        """The raw texts of the validation examples, where they are those of the only loader."""
+        texts = self._plan.val
+        if texts is None or (len(loaders) == 1 and len(texts) == len(getattr(loaders[0], "dataset", ()))):
+            return texts
+        if "val" not in self._told:
+            self._told.add("val")
+            rank_zero_warn(
+                f'log_texts has {len(texts)} texts of "val", which are not those of one validation loader: tokens of '
+                "the validation examples are shown."
+            )
+        return None
 
     def _write(self, trainer: pl.Trainer, validation: Validation, explanations: Sequence[Explanation]) -> None:
         """Hand the explanations of a validation to each of the trainer's loggers."""

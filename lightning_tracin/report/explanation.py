@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,20 @@ class Example:
         return self.confidence is not None and self.label is not None and self.label != self.prediction
 
 
+class NamedTerm(NamedTuple):
+    """What a word, or the part of it that both examples share, adds to a score.
+
+    Attributes:
+        name: the word, or its part.
+        term: what it adds.
+        is_stop: whether it is but a special token, or one that many training examples hold.
+    """
+
+    name: str
+    term: float
+    is_stop: bool
+
+
 @dataclass(frozen=True)
 class Influential:
     """A training example that pushed a test example.
@@ -58,23 +72,50 @@ class Influential:
     Attributes:
         example: what it says; its index is that in the training data set.
         score: the pair's score.
-        share: the score as a part of all scores of its sign that the test example has; None where all are zero.
+        share: the score, with those of its equal texts, as a part of all scores of its sign that the test example has;
+            None where all are zero.
         terms: what each of the example's words adds to the score, in their order; empty for methods without words,
             and where the trace is gone.
+        parts: what to call each of them: the word, or the part of it that the test example shares, as in "£…"; empty
+            where each is called by its word.
+        stops: whether each shares stop words alone: special tokens, and those that many training examples hold; empty
+            where its word tells.
+        equal: the indices of other training examples with the same text and label that push as strongly to the same
+            side. They are not listed by themselves.
     """
 
     example: Example
     score: float
     share: float | None
     terms: tuple[float, ...] = ()
+    parts: tuple[str, ...] = ()
+    stops: tuple[bool, ...] = ()
+    equal: tuple[int, ...] = ()
 
-    def strongest_words(self, k: int = 5) -> list[tuple[str, float]]:
-        """The words that add most to the score or take most from it, and their terms; repeated words added up."""
-        terms: dict[str, float] = defaultdict(float)
-        for word, term in zip(self.example.words, self.terms, strict=False):
-            if term:
-                terms[word.text] += term
-        return sorted(terms.items(), key=lambda word: -abs(word[1]))[:k]
+    @property
+    def named_terms(self) -> list[NamedTerm]:
+        """Each word that adds to the score or takes from it, in their order."""
+        words = self.example.words
+        parts = self.parts or [word.text for word in words]
+        stops = self.stops or [word.is_stop for word in words]
+        return [NamedTerm(*each) for each in zip(parts, self.terms, stops, strict=False) if each[1]]
+
+    def listed_words(self, k: int = 5, *, stops_last: bool = True) -> list[NamedTerm]:
+        """The words that add most to the score or take most from it; those that are called alike are added up.
+
+        Args:
+            k: how many.
+            stops_last: whether special tokens and those that many training examples hold come after all others.
+        """
+        terms: dict[str, NamedTerm] = {}
+        for name, term, is_stop in self.named_terms:
+            known = terms.get(name, NamedTerm(name, 0.0, True))
+            terms[name] = NamedTerm(name, known.term + term, known.is_stop and is_stop)
+        return sorted(terms.values(), key=lambda word: (stops_last and word.is_stop, -abs(word.term)))[:k]
+
+    def strongest_words(self, k: int = 5, *, stops_last: bool = True) -> list[tuple[str, float]]:
+        """The words of :meth:`listed_words` and their terms."""
+        return [(word.name, word.term) for word in self.listed_words(k, stops_last=stops_last)]
 
 
 @dataclass(frozen=True)
@@ -85,8 +126,8 @@ class Explanation:
         row: its row of the scores.
         test: what it says; its index is that in the test data set.
         terms: for each of its words, the sum of its terms over the proponents that are listed; empty as theirs are.
-        proponents: strongest first.
-        opponents: strongest (most negative) first.
+        proponents: those of positive score, strongest first.
+        opponents: those of negative score, strongest (most negative) first.
     """
 
     row: int
@@ -105,9 +146,18 @@ class Word:
         before: what stands between the word before and this one.
         places: of its tokens among the example's.
         special: whether it is a token that the tokenizer has added, such as [CLS].
+        pieces: what each of its tokens says; empty where that is not known.
+        is_common: whether many training examples hold each of its tokens.
     """
 
     text: str
     before: str
     places: tuple[int, ...]
     special: bool = False
+    pieces: tuple[str, ...] = ()
+    is_common: bool = False
+
+    @property
+    def is_stop(self) -> bool:
+        """Whether it is a stop word: a special token, or a common one."""
+        return self.special or self.is_common

@@ -3,6 +3,7 @@ const page = JSON.parse(document.getElementById("data").textContent);
 const { tests, train, vocabulary, suspects } = page;
 const LEVELS = [0.01, 0.03, 0.07, 0.14, 0.25]; // shares of the sum of the terms' magnitudes
 const ROW = 92; // height of a row of the list, as in the style sheet
+const SPECIAL = 1; // what a word is: a special token; 2 is a word that many training examples hold
 const LONG = 160; // words of a training example that are shown at once
 const byId = (id) => document.getElementById(id);
 
@@ -48,12 +49,14 @@ function bar(part) {
 const textOf = (words) =>
   words
     .map((number) => vocabulary[number])
-    .map(([text, , before = " ", special = 0]) => (special ? "" : before + text))
+    .map(([text, , before = " ", kind = 0]) => (kind === SPECIAL ? "" : before + text))
     .join("")
     .trim();
 const startOf = (test) => (textOf(test.words.slice(0, 40)) || test.unread).slice(0, 160) || "(no text stored)";
-function pairOf([index, score, share, unit, ...packed]) {
-  return { index, score, share, terms: termsOf(unit, packed) };
+function pairOf([index, score, share, equal, flat, unit, ...packed]) {
+  const parts = new Map(); // of words that are not shared whole: what is, and whether it stands in many training texts
+  for (let at = 0; at < flat.length; at += 3) parts.set(flat[at], { name: flat[at + 1], stop: flat[at + 2] });
+  return { index, score, share, equal, parts, terms: termsOf(unit, packed) };
 }
 function termsOf(unit, packed) {
   const terms = new Map();
@@ -65,7 +68,7 @@ const levelOf = (share) => LEVELS.filter((least) => share >= least).length;
 
 /* A text whose words are shaded by their terms. Every word of the test text is an element, for words are marked in it;
    of other texts, those that have a term. */
-function shaded(words, unread, terms, { score = 1, limit = Infinity, every = false, of = "" } = {}) {
+function shaded(words, unread, terms, { score = 1, limit = Infinity, every = false, of = "", parts = new Map() } = {}) {
   if (words.length === 0) return unread ? make("p", { class: "text", dir: "auto" }, unread) : make("p", { class: "text unknown" }, "(no text stored)");
   const sum = total(terms);
   const text = make("p", { class: "text", dir: "auto" });
@@ -76,14 +79,16 @@ function shaded(words, unread, terms, { score = 1, limit = Infinity, every = fal
   const part = (from, to) => {
     const pieces = document.createDocumentFragment();
     for (let place = from; place < to; place++) {
-      const [content, , before = " ", special = 0] = vocabulary[words[place]];
+      const [content, , before = " ", kind = 0] = vocabulary[words[place]];
       pieces.append(before);
       const term = terms.get(place);
-      if (special || term !== undefined || every) {
+      const { name = content, stop = kind } = parts.get(place) || {};
+      if (kind === SPECIAL || term !== undefined || every) {
         const level = sum ? levelOf(Math.abs(term || 0) / sum) : 0;
         const shade = term === undefined || !level ? "" : `${term * score >= 0 ? "for" : "against"} level-${level}`;
-        const element = make("span", { class: `${special ? "special" : ""} word ${shade}`, tabindex: "-1" }, content);
-        Object.assign(element, { number: words[place], term: term === undefined ? null : term, sum, of });
+        const little = kind === SPECIAL ? "special" : stop && shade ? "stop" : "";
+        const element = make("span", { class: `${little} word ${shade}`, tabindex: "-1" }, content);
+        Object.assign(element, { number: words[place], term: term === undefined ? null : term, sum, of, name, stop });
         pieces.append(element);
       } else pieces.append(content);
     }
@@ -125,11 +130,13 @@ function point(word) {
     if (first.offsetTop < box.scrollTop || first.offsetTop + first.offsetHeight > box.scrollTop + box.clientHeight)
       box.scrollTop = first.offsetTop - box.clientHeight / 2;
   }
-  const rows = [make("b", { dir: "auto" }, vocabulary[word.number][0])];
+  const rows = [make("b", { dir: "auto" }, word.name)];
   if (word.term !== null) {
     rows.push(make("span", { class: "term" }, signed(word.term)));
     rows.push(make("small", {}, `${percent(word.sum ? Math.abs(word.term) / word.sum : 0)} of what all words add${word.of}`));
   } else rows.push(make("small", {}, "no term in the pairs that are listed"));
+  if (word.name !== word.textContent) rows.push(make("small", {}, `all that it shares of ${word.textContent}`));
+  if (word.stop) rows.push(make("small", {}, word.classList.contains("special") ? "a special token" : "in more than a tenth of the training texts"));
   if (word.closest("#detail"))
     rows.push(make("small", {}, inTest ? `in the training texts below ${lit.length}×` : `in the test text ${lit.length}×`));
   tip.replaceChildren(...rows);
@@ -331,26 +338,27 @@ function drawTools() {
 }
 function legend() {
   const swatch = (kind, text) => make("span", {}, make("span", { class: `word ${kind} level-3` }, "words"), ` ${text}`);
-  return make("div", { class: "legend" }, swatch("for", "pushed with the score"), swatch("against", "against it"), make("span", {}, "added over the proponents below"));
+  return make("div", { class: "legend" }, swatch("for", "pushed with the score"), swatch("against", "against it"), swatch("for stop", "in many training texts"), make("span", {}, "added over the proponents below"));
 }
 function side(name, what, pairs, test, row, sign) {
   const most = strongest[row];
   const shares = pairs.filter((pair) => pair.score * sign > 0 && pair.share !== null).map((pair) => pair.share);
   const covered = shares.length ? `; the ${pairs.length} here make ${percent(shares.reduce((sum, share) => sum + share, 0))}` : "";
+  const said = pairs.length ? `${what}${covered}.` : `None: no training example ${sign > 0 ? "lowered" : "raised"} the loss.`;
   return make(
     "section",
     { "aria-label": name },
-    make("div", { class: "side-head" }, make("h3", {}, name), make("p", { title: `of the sum of all ${name.toLowerCase()}' scores` }, `${what}${covered}.`)),
-    ...pairs.map((pair, place) => card(pair, place + 1, most, test, sign))
+    make("div", { class: "side-head" }, make("h3", {}, name), make("p", { title: `of the sum of all ${name.toLowerCase()}' scores` }, said)),
+    ...pairs.map((pair, place) => card(pair, place + 1, most, test))
   );
 }
-function card({ index, score, share, terms }, rank, most, test, sign) {
+function card({ index, score, share, equal, parts, terms }, rank, most, test) {
   const [label, words, unread] = train[index];
   const same = test.prediction === null ? label === test.label : label === test.prediction;
   const as = test.prediction === null ? "the label of the test example" : "what the model says of the test example";
   return make(
     "div",
-    { class: `card ${score * sign > 0 ? "" : "weak"}` },
+    { class: "card" },
     make(
       "div",
       { class: "card-head" },
@@ -359,9 +367,10 @@ function card({ index, score, share, terms }, rank, most, test, sign) {
       make("span", { class: "score" }, signed(score)),
       bar(most ? Math.abs(score) / most : 0),
       make("span", { class: "share", title: `of all ${score < 0 ? "opponents'" : "proponents'"} scores` }, percent(share)),
+      equal.length ? make("span", { class: "equal", title: `also ${equal.slice(0, 100).join(", ")}` }, `${equal.length + 1} equal texts`) : null,
       link(index, `example ${index}`)
     ),
-    shaded(words, unread && words.length ? " …" : unread, terms, { score, limit: LONG, of: " to this score" })
+    shaded(words, unread && words.length ? " …" : unread, terms, { score, parts, limit: LONG, of: " to this score" })
   );
 }
 

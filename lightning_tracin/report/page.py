@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lightning_tracin.gradients.printable import cleaned
-from lightning_tracin.report.explanation import Example, Explanation, Influential
+from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
 from lightning_tracin.report.label_issues import COLUMNS, LabelIssue, LabelIssues
 from lightning_tracin.report.word_table import WordTable
 from lightning_tracin.storage.files import output_file
@@ -136,19 +136,21 @@ class _Collected:
         ids = example.ids
         return [
             self.vocabulary.setdefault(
-                (word.text, tuple(ids[place] for place in word.places) if ids else (), word.before, int(word.special)),
+                (word.text, tuple(ids[place] for place in word.places) if ids else (), word.before, _kind(word)),
                 len(self.vocabulary),
             )
             for word in example.words
         ]
 
     def pair(self, influential: Influential) -> list[Any]:
-        """The training example's index, the score, the share, and the terms."""
+        """The training example's index, the score, the share, its equals, the parts of words, and the terms."""
         self._add(influential.example)
         return [
             influential.example.index,
             _rounded(influential.score),
             _rounded(influential.share),
+            influential.equal,
+            _parts(influential),
             *_packed(influential.terms),
         ]
 
@@ -225,6 +227,23 @@ def _unread(example: Example) -> str:
     return example.unread if len(example.unread) <= limit else example.unread[:limit] + "…"
 
 
+def _kind(word: Word) -> int:
+    """What a word is: 1 a special token, 2 a common one, else 0."""
+    return 1 if word.special else 2 * word.is_common
+
+
+def _parts(of: Influential) -> list[Any]:
+    """Of each word that is not shared whole: its place, what the part is called, and whether it is a stop word."""
+    return [
+        each
+        for place, (word, part, is_stop, term) in enumerate(
+            zip(of.example.words, of.parts, of.stops, of.terms, strict=False)
+        )
+        if term and part != word.text
+        for each in (place, part, int(is_stop))
+    ]
+
+
 def _packed(terms: Sequence[float]) -> list[Any]:
     """Terms as a unit, and the place of each word that has one and its term in units."""
     known = {place: term for place, term in enumerate(terms) if term and math.isfinite(term)}
@@ -238,10 +257,10 @@ def _packed(terms: Sequence[float]) -> list[Any]:
 
 
 def _without_defaults(word: tuple[str, tuple[int, ...], str, int]) -> list[Any]:
-    """Most words come after a space and are not special."""
-    text, ids, before, special = word
-    if special:
-        return [text, ids, before, special]
+    """Most words come after a space and are neither special nor common."""
+    text, ids, before, kind = word
+    if kind:
+        return [text, ids, before, kind]
     return [text, ids] if before == " " else [text, ids, before]
 
 

@@ -136,14 +136,16 @@ function save(name, lines) {
   setTimeout(() => URL.revokeObjectURL(address), 60000);
 }
 const COLUMNS = "test_index,test_text,test_label,prediction,confidence,target,role,rank,train_index,score,share,train_text,train_label,words";
-function strongestWords(words, terms) {
-  const sums = new Map();
+function strongestWords(words, terms, parts) {
+  const found = new Map(); // by name, what its words add, and whether all of them are stop words
   for (const [place, term] of terms) {
-    const [text] = vocabulary[words[place]];
-    sums.set(text, (sums.get(text) || 0) + term);
+    const [text, , , kind = 0] = vocabulary[words[place]];
+    const { name = text, stop = kind } = parts.get(place) || {};
+    const known = found.get(name) || { term: 0, stop: 1 };
+    found.set(name, { term: known.term + term, stop: known.stop && stop ? 1 : 0 });
   }
-  const strongest = [...sums].sort(([, a], [, b]) => Math.abs(b) - Math.abs(a)).slice(0, 5);
-  return strongest.map(([text, term]) => `${text} ${term < 0 ? "" : "+"}${Number(term.toPrecision(3))}`).join(", ");
+  const strongest = [...found].sort(([, a], [, b]) => a.stop - b.stop || Math.abs(b.term) - Math.abs(a.term)).slice(0, 5);
+  return strongest.map(([name, { term }]) => `${name} ${term < 0 ? "" : "+"}${Number(term.toPrecision(3))}`).join(", ");
 }
 function download(which, name) {
   const texts = new Map();
@@ -154,10 +156,10 @@ function download(which, name) {
     const test = tests[row];
     const first = [...(several ? [test.loader] : []), row, textOf(test.words) || test.unread, test.label, test.prediction, test.confidence, test.target ?? test.label].map(cellOf).join(",");
     for (const role of ["proponent", "opponent"])
-      test[`${role}s`].map(pairOf).forEach(({ index, score, share, terms }, place) => {
+      test[`${role}s`].map(pairOf).forEach(({ index, score, share, terms, parts }, place) => {
         if (!texts.has(index)) texts.set(index, textAndLabel(index));
         const numbers = [role, place + 1, index, score, share].map(cellOf).join(",");
-        lines.push(`${first},${numbers},${texts.get(index)},${cellOf(strongestWords(train[index][1], terms))}`);
+        lines.push(`${first},${numbers},${texts.get(index)},${cellOf(strongestWords(train[index][1], terms, parts))}`);
       });
   }
   save(name, lines);

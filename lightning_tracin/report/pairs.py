@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning_tracin.gradients.printable import storable
 from lightning_tracin.report.explanation import Explanation
+from lightning_tracin.report.rich_repr import data_frame
 
 if TYPE_CHECKING:
     import datasets
+    import pandas as pd
 
 #: A row of the table, by the names of its columns.
 Row: TypeAlias = dict[str, Any]
@@ -69,6 +71,20 @@ def rows_of_pairs(explanation: Explanation) -> Iterator[Row]:
             }
 
 
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The names of the columns of a table, also of one without rows."""
+    return list(rows[0]) if rows else list(_TYPES)
+
+
+def table_of_pairs(rows: Sequence[Row]) -> pd.DataFrame:
+    """Rows as a pandas table.
+
+    Raises:
+        ModuleNotFoundError: without pandas.
+    """
+    return data_frame(rows, columns_of(rows))
+
+
 def words_in_a_line(words: Iterable[Row]) -> str:
     """The words of a row for tables whose cells hold no lists.
 
@@ -90,9 +106,10 @@ def dataset_of_pairs(rows: Sequence[Row]) -> datasets.Dataset:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("to_dataset needs datasets: pip install lightning-tracin[datasets]") from error
     words = [{"word": Value("string"), "term": Value("float64")}]
-    types = {"test_loader": "string"} | _TYPES if rows and "test_loader" in rows[0] else _TYPES
-    features = Features({name: words if name == "words" else Value(kind) for name, kind in types.items()})
-    columns = {name: [row[name] for row in rows] for name in types}
+    types = {"test_loader": "string"} | _TYPES
+    names = columns_of(rows)
+    features = Features({name: words if name == "words" else Value(types[name]) for name in names})
+    columns = {name: [row[name] for row in rows] for name in names}
     return Dataset.from_dict(columns, features=features)
 
 

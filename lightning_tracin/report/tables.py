@@ -18,6 +18,8 @@ _STRONG, _MEDIUM, _WEAK = 0.2, 0.07, 0.02
 
 _LINES = 4  # A training example's text takes this many lines.
 
+_EQUAL = 5  # So many training examples that say the same are named.
+
 _UNREAD = 80  # So many characters are shown of the part of a text that the model was not given.
 
 
@@ -26,18 +28,21 @@ def explained(explanation: Explanation) -> RenderableType:
     text = shaded(explanation.test, explanation.terms, sum(explanation.terms))
     parts: list[RenderableType] = [Panel(text, title=_title(explanation.test), title_align="left")]
     for name, influentials in (("Proponents", explanation.proponents), ("Opponents", explanation.opponents)):
-        if influentials:
-            parts += [Text(name, style="bold"), *map(_Entry, influentials)]
+        parts.append(Text(name if influentials else f"No {name.lower()}", style="bold"))
+        parts += map(_Entry, influentials)
     return Group(*parts)
 
 
-def shaded(example: Example, terms: Sequence[float], score: float, *, room: int | None = None) -> Text:
+def shaded(
+    example: Example, terms: Sequence[float], score: float, *, stops: Sequence[bool] = (), room: int | None = None
+) -> Text:
     """An example's text, each word shaded by the share of its term, by whether it pushed with the score or against.
 
     Args:
         example: the example.
         terms: of each of its words; none leaves it plain.
         score: its sign says what is for and what is against.
+        stops: whether each of its words shares stop words alone, which are grey; by default its words tell.
         room: characters; of a longer text the part that adds most to the score is shown.
     """
     if not example.words:
@@ -50,7 +55,9 @@ def shaded(example: Example, terms: Sequence[float], score: float, *, room: int 
         if number > shown.start:
             text.append(printable(word.before))
         style = _style(abs(term) / total if total else 0.0, with_score=term * score >= 0)
-        text.append(printable(word.text), style=style or ("dim" if word.special else ""))
+        if word.special or (style and (stops[number] if stops else word.is_stop)):
+            style = "dim underline" if style else "dim"
+        text.append(printable(word.text), style=style)
     if shown.stop < len(example.words):
         text.append(" …", style="dim")
     elif room is None and example.unread:
@@ -68,21 +75,34 @@ class _Entry:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         each = self.influential
         facts = Text.assemble((f"{each.score:+.3g}", "bold"), f"  train {each.example.index}")
+        if each.equal:
+            facts.append(f" ({len(each.equal) + 1} equal texts: also {', '.join(map(str, each.equal[:_EQUAL]))}")
+            facts.append(", …)" if len(each.equal) > _EQUAL else ")")
         if each.share is not None:
             facts.append(f"  {each.share:.1%} of all {'proponents' if each.score >= 0 else 'opponents'}")
         if each.example.label is not None:
             facts.append(f"  label {printable(each.example.label)}")
         facts.truncate(options.max_width - 2, overflow="ellipsis")
         yield Padding(facts, (0, 0, 0, 2))
-        shares = [(printable(word), term / each.score) for word, term in each.strongest_words() if each.score]
-        named = ", ".join(f"{word} {share:.0%}" for word, share in shares)
-        if named:
-            words = Text(f"words: {named}", style="italic")
+        words = _words(each)
+        if words:
             words.truncate(options.max_width - 4, overflow="ellipsis")
             yield Padding(words, (0, 0, 0, 4))
-        text = shaded(each.example, each.terms, each.score, room=_LINES * (options.max_width - 4))
+        room = _LINES * (options.max_width - 4)
+        text = shaded(each.example, each.terms, each.score, stops=each.stops, room=room)
         text.overflow = "fold"
         yield Padding(text, (0, 0, 1, 4))
+
+
+def _words(of: Influential) -> Text:
+    """The strongest words, each with its part of all their magnitudes; a minus says that it is against the score."""
+    total = sum(abs(word.term) for word in of.listed_words(len(of.terms)))
+    words = Text()
+    for name, term, is_stop in of.listed_words():
+        words.append(", " if words else "words: ", style="italic")
+        against = "−" if term * of.score < 0 else ""
+        words.append(f"{printable(name)} {against}{abs(term) / total:.0%}", style="dim italic" if is_stop else "italic")
+    return words
 
 
 def _excerpt(example: Example, terms: Sequence[float], room: int | None) -> range:

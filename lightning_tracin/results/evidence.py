@@ -86,7 +86,7 @@ class Evidence:
         terms: dict[int, dict[int, TokenTerms]] = {
             row: {index: defaultdict(float) for index in of_row} for row, of_row in pairs.items()
         }
-        for checkpoint, term in enumerate(self.word_terms):
+        for checkpoint, term in enumerate(self.word_terms if wanted else ()):
             assert isinstance(term.method, TracInWE)
             train = term.prepared_training(term.shards.read_examples(wanted))
             for row, of_row in pairs.items():

@@ -16,6 +16,7 @@ from lightning_tracin.report.explanation import Example, Explanation, Influentia
 from lightning_tracin.report.word_table import WordTable
 from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.excerpt import TokenTerms, first_words
+from lightning_tracin.results.listing import Entry, Sides, TextKeys, listed
 from lightning_tracin.results.ranked_result import RankedResult
 from lightning_tracin.results.reader import RawText, Reader
 from lightning_tracin.results.word_sums import groups_of, word_table_of
@@ -23,11 +24,15 @@ from lightning_tracin.results.words import shares_of_words
 from lightning_tracin.scoring.methods import word_part
 from lightning_tracin.scoring.naming import require_not_constant
 from lightning_tracin.scoring.score import self_influences
-from lightning_tracin.scoring.strongest import TopK
+from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_PRINTED_TESTS = 3  # print(result) shows this many test examples.
+
+_PRINTED_K = 3  # Of each it shows this many proponents, and as many opponents.
 
 _CHUNK = 32  # The pairs of this many test examples are explained at once, so memory does not grow with their number.
 
@@ -90,9 +95,12 @@ class ExplainedResult(RankedResult):
     def explanations(self, test_indices: Sequence[int] | None = None, k: int = 5) -> Iterator[Explanation]:
         """Test examples and their k strongest proponents and opponents, in words.
 
+        Proponents have positive scores, opponents negative ones. Training examples with the same token ids and label
+        are one entry.
+
         Args:
             test_indices: rows of the scores; all by default.
-            k: how many of each; fewer where fewer were kept.
+            k: how many of each; fewer where fewer were kept, or where no more of them pushed.
 
         Raises:
             IndexError: if there is no such test example.
@@ -105,9 +113,10 @@ class ExplainedResult(RankedResult):
     def words(self, test_index: int, train_index: int) -> list[tuple[str, float]]:
         """The term of each shared word in a pair's score (Yeh et al. 2022, section 4).
 
-        The pieces of a word are put together. A token that the training example holds more than once, or in several
-        of its words, has one term, which is divided equally among its occurrences. Words that print alike are one
-        entry; all add up to the pair's score.
+        The pieces of a word are put together; of a word that is not shared whole, what is not becomes "…", as in "£…"
+        for the £900 of a training example whose test example holds £800. A token that the training example holds more
+        than once, or in several of its words, has one term, which is divided equally among its occurrences. Words that
+        print alike are one entry; all add up to the pair's score.
 
         Args:
             test_index: row of the scores.
@@ -186,14 +195,12 @@ class ExplainedResult(RankedResult):
 
     def _explanations_from(self, evidence: Evidence | None, rows: Sequence[int], k: int) -> Iterator[Explanation]:
         """Explanations without texts of training examples where there is no evidence, nor terms of words."""
-        k = min(k, self._n_kept)
-        sides = (self.proponents(k), self.opponents(k))
         for start in range(0, len(rows), _CHUNK):
-            chunk = rows[start : start + _CHUNK]
-            pairs = {row: torch.cat([top.indices[row] for top in sides]).tolist() for row in chunk}
+            listed = self._listed(evidence, rows[start : start + _CHUNK], k)
+            pairs = {row: [entry.index for side in sides for entry in side] for row, sides in listed.items()}
             examples = self._examples_in(evidence, sorted({index for of_row in pairs.values() for index in of_row}))
             terms = self._terms_of_pairs(evidence, pairs)
-            for row in chunk:
+            for row, sides in listed.items():
                 yield self._explanation(row, sides, examples, terms.get(row, {}))
 
     def _terms_of_pairs(
@@ -207,6 +214,21 @@ class ExplainedResult(RankedResult):
         if self.excerpt is None or self.excerpt.terms is None:
             return {}
         return {row: self.excerpt.terms.of_row(row) for row in pairs}
+
+    def _listed(self, evidence: Evidence | None, rows: Sequence[int], k: int) -> dict[int, Sides]:
+        """The k strongest proponents and opponents of test examples that say something else, by row.
+
+        Raises:
+            ValueError: if k is under 1.
+        """
+        held = {} if self.excerpt is None else self.excerpt.train
+        keys = TextKeys(held if evidence is None else evidence.trace)
+        return listed(clipped_k(min(k, self._n_kept), self._n_kept), rows, self._pushing, keys)
+
+    def _first_explanations(self, evidence: Evidence | None) -> list[Explanation]:
+        """Those that ``print(result)`` shows."""
+        shown = range(min(_PRINTED_TESTS, len(self.test_indices)))
+        return list(self._explanations_from(evidence, shown, _PRINTED_K))
 
     def _named_terms(self, row: int, train_indices: Sequence[int]) -> list[dict[str, float]]:
         """What each word adds to the score of a test example with each of some training examples.
@@ -224,9 +246,10 @@ class ExplainedResult(RankedResult):
             example, of_tokens = examples[index], terms[index]
             named: dict[str, float] = defaultdict(float)
             shares = shares_of_words(example.words, example.ids, of_tokens)
-            for word, share in zip(example.words, shares, strict=True):
+            parts, _ = self._reader.parts(example, of_tokens)
+            for word, part, share in zip(example.words, parts, shares, strict=True):
                 if any(example.ids[place] in of_tokens for place in word.places):
-                    named[word.text] += share
+                    named[part] += share
             for token, term in of_tokens.items():
                 if token not in example.ids:
                     named[self._reader.token(token)] += term
@@ -242,26 +265,19 @@ class ExplainedResult(RankedResult):
         return replace(table, target=self.target)
 
     def _explanation(
-        self,
-        row: int,
-        sides: Sequence[TopK],
-        examples: Mapping[int, Example],
-        terms: Mapping[int, TokenTerms],
+        self, row: int, sides: Sides, examples: Mapping[int, Example], terms: Mapping[int, TokenTerms]
     ) -> Explanation:
         """The explanation of one test example.
 
         Args:
             row: its row of the scores.
-            sides: the proponents and the opponents of all test examples.
+            sides: its proponents and its opponents.
             examples: what training examples say, by index.
             terms: of its pair with each training example; empty where there are none.
         """
         proponents, opponents = (
-            tuple(
-                self._influential(row, score, examples[index], terms.get(index))
-                for score, index in zip(top.values[row].tolist(), top.indices[row].tolist(), strict=True)
-            )
-            for top in sides
+            tuple(self._influential(row, entry, examples[entry.index], terms.get(entry.index)) for entry in side)
+            for side in sides
         )
         summed: TokenTerms = defaultdict(float)
         for influential in proponents:
@@ -271,10 +287,14 @@ class ExplainedResult(RankedResult):
         of_words = tuple(shares_of_words(test.words, test.ids, summed)) if terms else ()
         return Explanation(row, test, of_words, proponents, opponents)
 
-    def _influential(self, row: int, score: float, example: Example, terms: TokenTerms | None) -> Influential:
+    def _influential(self, row: int, entry: Entry, example: Example, terms: TokenTerms | None) -> Influential:
         """A training example that pushed a test example, with the terms of its words where those are known."""
-        of_words = () if terms is None else tuple(shares_of_words(example.words, example.ids, terms))
-        return Influential(example, score, self._share(row, score), of_words)
+        share = self._share(row, entry.total)
+        if terms is None:
+            return Influential(example, entry.score, share, equal=entry.equal)
+        of_words = tuple(shares_of_words(example.words, example.ids, terms))
+        parts, stops = self._reader.parts(example, terms)
+        return Influential(example, entry.score, share, of_words, parts, stops, entry.equal)
 
     def _require_test_texts(self, test: Sequence[RawText] | Mapping[str, Sequence[RawText]]) -> None:
         """Check that there is a text for each test example, by the name of its loader where there are several."""
@@ -325,7 +345,7 @@ class ExplainedResult(RankedResult):
 
     @cached_property
     def _reader(self) -> Reader:
-        return Reader(self.words_of_ids, self.label_names, self.tokenizer)
+        return Reader(self.words_of_ids, self.label_names, self.tokenizer, frozenset(self.common_tokens.tolist()))
 
 
 def _require_texts(name: str, texts: Sequence[RawText], needed: int) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from lightning_tracin.report.explanation import Explanation
 from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.scoring.methods import Method, word_part
 from lightning_tracin.scoring.naming import described
 from lightning_tracin.scoring.terms import sites_of
 from lightning_tracin.storage.checkpoint import undrawn
+from lightning_tracin.storage.second_moments import moments_file
+
+#: Where stop words have more than this share of the weight of the words that are listed, it is said.
+_MUCH = 1 / 3
 
 
 def notes_of_result(
@@ -37,7 +43,7 @@ def notes_of_result(
         )
     if word_part(method) is None:
         notes.append(f'{described(method)} does not tell words; method="tracin-we" does.')
-    if words_of_ids and all(word == str(token) for token, word in words_of_ids.items()):
+    if words_of_ids and _are_ids(words_of_ids):
         notes.append(
             "Token ids are shown for words: there is no tokenizer on the module or its datamodule. Name it "
             "self.tokenizer, or override influence_words."
@@ -80,6 +86,32 @@ def notes_of_trace(evidence: Evidence) -> list[str]:
     return notes
 
 
+def notes_of_words(
+    evidence: Evidence, explanations: Sequence[Explanation], words_of_ids: Mapping[int, str]
+) -> list[str]:
+    """That words which say little hide the others, and which setting shows more.
+
+    Args:
+        evidence: what the scores were computed from.
+        explanations: those whose words are weighed, each by the magnitude of its term.
+        words_of_ids: what is printed for token ids.
+    """
+    part = word_part(evidence.method)
+    words = [word for of in explanations for pushed in (*of.proponents, *of.opponents) for word in pushed.named_terms]
+    weight = sum(abs(word.term) for word in words)
+    of_stops = sum(abs(word.term) for word in words if word.is_stop)
+    if part is None or of_stops <= _MUCH * weight:
+        return []
+    named = ["common"] if _are_ids(words_of_ids) else ["special", "common"]
+    adam = 'precondition="adam", ' if _has_moments(evidence) else ""
+    setting = f'TracInWE(normalize="cosine", {adam}exclude_tokens={json.dumps(named)})'
+    return [
+        f"{of_stops / weight:.0%} of what words add to the first scores, or take from them, is of special tokens and "
+        "tokens that more than a tenth of the training examples hold; they are grey, and listed last. "
+        f"method={setting} leaves them out."
+    ]
+
+
 def notes_of_page(*, has_test_texts: bool, has_raw_texts: bool, has_predictions: bool, n_kept: int | None) -> list[str]:
     """What a page could show besides.
 
@@ -108,3 +140,13 @@ def notes_of_page(*, has_test_texts: bool, has_raw_texts: bool, has_predictions:
             "written."
         )
     return notes
+
+
+def _are_ids(words_of_ids: Mapping[int, str]) -> bool:
+    """Whether only the ids of tokens are known, and not what they say."""
+    return all(word == str(token) for token, word in words_of_ids.items())
+
+
+def _has_moments(evidence: Evidence) -> bool:
+    """Whether every checkpoint has Adam's second moments of the word embedding table."""
+    return all(moments_file(term.site) in term.checkpoint.checksums for term in evidence.word_terms)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from lightning_tracin.report.explanation import Example
 from lightning_tracin.report.label_issues import LabelIssues
@@ -16,7 +13,8 @@ from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.excerpt import LISTED_SUSPECTS, LISTED_WORDS, Excerpt, PairTerms, TokenTerms
 from lightning_tracin.results.explained_result import ExplainedResult
 from lightning_tracin.results.label_table import label_issues_of, review_method
-from lightning_tracin.results.notes import notes_of_trace
+from lightning_tracin.results.listing import Entry
+from lightning_tracin.results.notes import notes_of_trace, notes_of_words
 from lightning_tracin.results.packed_examples import PackedExamples
 from lightning_tracin.scoring.label_review import reviewed_labels
 from lightning_tracin.scoring.methods import Method
@@ -87,20 +85,25 @@ class PortableResult(ExplainedResult):
             written = PackedExamples.of((index, self._as_written(example)) for index, example in held.train.items())
             return replace(held, tests=tests, train=written)
         k = min(k, self._n_kept)
-        listed = torch.cat([self.proponents(k).indices, self.opponents(k).indices], 1)
+        rows = range(len(self.test_indices))
+        entries = {row: [*both[0], *both[1]] for row, both in self._listed(evidence, rows, k).items()}
         by = review_method(evidence.checkpoints, self.method)
         review = reviewed_labels(evidence.trace, evidence.checkpoints, by)
         table = self._word_table(evidence, LISTED_WORDS, 0) if self._has_words else None
-        shown = torch.unique(torch.cat([listed.flatten(), review.order[:LISTED_SUSPECTS]])).tolist()
+        shown = {index for of_row in entries.values() for each in of_row for index in (each.index, *each.equal)}
+        shown |= set(review.order[:LISTED_SUSPECTS].tolist())
         return Excerpt(
             k=k,
             tests=tests,
-            train=PackedExamples.of(self._train_of(evidence, shown)),
-            terms=PairTerms.of(self._terms_by_row(evidence, listed)) if self._has_words else None,
+            train=PackedExamples.of(self._train_of(evidence, sorted(shown))),
+            terms=PairTerms.of(_terms_by_row(evidence, entries)) if self._has_words else None,
             review=review,
             review_method=by,
             word_table=table if table is not None and table.values.numel() <= _MOST_CELLS else None,
-            notes=notes_of_trace(evidence),
+            notes=[
+                *notes_of_trace(evidence),
+                *notes_of_words(evidence, self._first_explanations(evidence), self.words_of_ids),
+            ],
         )
 
     def _train_of(self, evidence: Evidence, indices: Sequence[int]) -> Iterator[tuple[int, Example]]:
@@ -108,9 +111,11 @@ class PortableResult(ExplainedResult):
         for start in range(0, len(indices), 8 * _CHUNK):
             yield from self._examples_in(evidence, indices[start : start + 8 * _CHUNK]).items()
 
-    def _terms_by_row(self, evidence: Evidence, listed: Tensor) -> Iterator[dict[int, TokenTerms]]:
-        """The terms of the pairs of each row with the training examples that are listed for it, (n_test, n)."""
-        for start in range(0, len(listed), _CHUNK):
-            rows = range(start, min(start + _CHUNK, len(listed)))
-            found = evidence.terms_of_pairs({row: sorted(set(listed[row].tolist())) for row in rows})
-            yield from (found[row] for row in rows)
+
+def _terms_by_row(evidence: Evidence, entries: Mapping[int, Sequence[Entry]]) -> Iterator[dict[int, TokenTerms]]:
+    """The terms of the pairs of each row with what is listed for it."""
+    rows = list(entries)
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        found = evidence.terms_of_pairs({row: [each.index for each in entries[row]] for row in chunk})
+        yield from (found[row] for row in chunk)

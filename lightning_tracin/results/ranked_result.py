@@ -15,7 +15,10 @@ class RankedResult(StoredResult):
     """A result whose training examples are ranked for each test example, and over all of them."""
 
     def proponents(self, k: int) -> TopK:
-        """The k training examples of largest score for each test example.
+        """The k training examples of largest score for each test example, whatever its sign.
+
+        Where fewer than k examples have a positive score, others fill the place. What is printed or tabulated leaves
+        those out, and lists equal texts once.
 
         Args:
             k: how many; clipped, with a warning, to the number of training examples.
@@ -29,7 +32,10 @@ class RankedResult(StoredResult):
         return self._strongest(k, self.strongest_proponents, largest=True)
 
     def opponents(self, k: int) -> TopK:
-        """The k training examples of smallest (most negative) score for each test example.
+        """The k training examples of smallest (most negative) score for each test example, whatever its sign.
+
+        Where fewer than k examples have a negative score, others fill the place. What is printed or tabulated leaves
+        those out, and lists equal texts once.
 
         Args:
             k: how many; clipped, with a warning, to the number of training examples.
@@ -102,6 +108,22 @@ class RankedResult(StoredResult):
         if k > kept.values.shape[1]:
             raise ValueError(f"Only the {kept.values.shape[1]} strongest were kept: call influence with k={k} or more.")
         return TopK(kept.values[:, :k], kept.indices[:, :k])
+
+    def _pushing(self, row: int, n: int, *, proponents: bool) -> list[tuple[int, float]]:
+        """The n strongest proponents or opponents of a test example, and their scores, as far as they are known.
+
+        An example of the other sign, or that does not push at all, is neither.
+        """
+        kept = self.strongest_proponents if proponents else self.strongest_opponents
+        if self.scores is not None:
+            top = strongest(self._drawn(self.scores[row : row + 1]), min(n, self._n_drawn), largest=proponents)
+            values, indices = top.values[0], self._drawn(torch.arange(self.n_train))[top.indices[0]]
+        else:
+            assert kept is not None
+            values, indices = kept.values[row, :n], kept.indices[row, :n]
+        sign = 1 if proponents else -1
+        pairs = zip(indices.tolist(), values.tolist(), strict=True)
+        return [(index, score) for index, score in pairs if score * sign > 0]
 
     def _drawn(self, values: Tensor) -> Tensor:
         """Values of all training examples, (..., n_train), without those that training never drew."""

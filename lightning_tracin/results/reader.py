@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_tracin.report.explanation import Example, Word
-from lightning_tracin.results.words import Marks, marks_of, spans_of, words_in, words_of
+from lightning_tracin.results.words import Marks, marks_of, shared_part, spans_of, words_in, words_of
 
 #: The raw text of an example, or of its two parts.
 RawText: TypeAlias = str | tuple[str, str]
@@ -24,11 +24,13 @@ class Reader:
         words_of_ids: what to print for each token id.
         label_names: what to print for each label.
         tokenizer: the fast tokenizer that made the ids, where raw texts are to be read with it.
+        common: the ids of tokens that many training examples hold.
     """
 
     words_of_ids: Mapping[int, str]
     label_names: Mapping[int, str]
     tokenizer: Any = None
+    common: frozenset[int] = frozenset()
 
     def example(
         self,
@@ -57,7 +59,29 @@ class Reader:
 
     def words(self, ids: Sequence[int]) -> list[Word]:
         """The words that an example's tokens are joined into."""
-        return words_of([self.token(token) for token in ids], self._marks)
+        words = words_of([self.token(token) for token in ids], self._marks)
+        if not self.common:
+            return words
+        return [replace(word, is_common=all(ids[place] in self.common for place in word.places)) for word in words]
+
+    def parts(self, example: Example, terms: Mapping[int, float]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+        """What to call the words of an example that shares some of its tokens with another, and which say little.
+
+        Args:
+            example: the example.
+            terms: of the token ids that it shares.
+
+        Returns:
+            For each word its name, and whether it shares special and common tokens alone.
+        """
+        parts: list[str] = []
+        stops: list[bool] = []
+        for word in example.words:
+            tokens = [example.ids[place] for place in word.places]
+            shared = [token in terms for token in tokens]
+            parts.append(shared_part(word, shared))
+            stops.append(word.special or self.common.issuperset(token for token in tokens if token in terms))
+        return tuple(parts), tuple(stops)
 
     def token(self, token: int) -> str:
         """What to print for a token id: the id itself where nothing else is known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +12,15 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from lightning_tracin.gradients.printable import printable
+from lightning_tracin.report.explanation import Explanation
 from lightning_tracin.report.page import Page, write_page
-from lightning_tracin.report.pairs import Row, dataset_of_pairs, rows_of_pairs
+from lightning_tracin.report.pairs import Row, dataset_of_pairs, rows_of_pairs, table_of_pairs
 from lightning_tracin.report.plots import Kind, plot_labels, plot_scores, plot_self_influence, plot_words, pyplot
-from lightning_tracin.report.rich_repr import RichRepr, data_frame
+from lightning_tracin.report.rich_repr import RichRepr
 from lightning_tracin.report.tables import explained
 from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.excerpt import LISTED_SUSPECTS, LISTED_WORDS
-from lightning_tracin.results.notes import notes_of_page, notes_of_result, notes_of_trace
+from lightning_tracin.results.notes import notes_of_page, notes_of_result, notes_of_trace, notes_of_words
 from lightning_tracin.results.portable_result import PortableResult
 from lightning_tracin.scoring.naming import described
 
@@ -28,9 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PRINTED_TESTS = 3  # print(result) shows this many test examples.
-
-_PRINTED_K = 3  # Of each it shows this many proponents, and as many opponents.
+#: Those of :meth:`InfluenceResult.to_pandas`.
 
 
 @dataclass(repr=False, eq=False)
@@ -55,24 +55,24 @@ class InfluenceResult(RichRepr, PortableResult):
         return f"InfluenceResult(n_test={len(self.test_indices)}, n_train={self.n_train}{kept}, method={self.method})"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        evidence = Evidence.find(self)
         n_test = len(self.test_indices)
         scored = "candidates, not trained on" if self.candidates else "training examples"
         yield Text(f"{printable(str(self.method))}, {n_test} test and {self._n_drawn} {scored}, {self._checkpoints}")
         if self.target != "label":
             yield Text(f"target {printable(self.target)}: training on proponents made it likelier")
-        yield from (Text(printable(note), style="italic") for note in self._notes_given(evidence))
-        shown = min(_PRINTED_TESTS, n_test)
-        for explanation in self._explanations_from(evidence, range(shown), _PRINTED_K):
-            yield explained(explanation)
-        left = n_test - shown
+        evidence = Evidence.find(self)
+        first = self._first_explanations(evidence)
+        yield from (Text(printable(note), style="italic") for note in self._notes_given(evidence, first))
+        yield from map(explained, first)
+        left = n_test - len(first)
         if left:
             yield f"... and {left} more test example{'s' * (left > 1)}: result.show(index), index up to {n_test - 1}"
 
     @property
     def notes(self) -> list[str]:
-        """What is missing here, why, and what would bring it."""
-        return self._notes_given(Evidence.find(self))
+        """What is missing here or hides the rest, why, and what would bring it."""
+        evidence = Evidence.find(self)
+        return self._notes_given(evidence, self._first_explanations(evidence))
 
     def show(self, test_index: int, k: int = 5, *, console: Console | None = None) -> None:
         """Print one test example with its k strongest proponents and opponents.
@@ -100,6 +100,9 @@ class InfluenceResult(RichRepr, PortableResult):
     def to_pandas(self, k: int = 10) -> pd.DataFrame:
         """The k strongest proponents and opponents of each test example, a row each.
 
+        Proponents have positive scores, opponents negative ones. Training examples with the same token ids and label
+        are one row, that of the strongest of them.
+
         Returns:
             Columns ``test_loader`` (its name, where there were several), ``test_index`` (row of the scores),
             ``test_text``, ``test_label``, ``prediction``, ``confidence``, ``target`` (what is explained), ``role``
@@ -110,7 +113,7 @@ class InfluenceResult(RichRepr, PortableResult):
         Raises:
             ModuleNotFoundError: without pandas: ``pip install lightning-tracin[pandas]``.
         """
-        return data_frame(self.rows(k))
+        return table_of_pairs(self.rows(k))
 
     def to_dataset(self, k: int = 10) -> datasets.Dataset:
         """The rows of :meth:`to_pandas` as a data set of Hugging Face, which lies in Arrow.
@@ -211,7 +214,7 @@ class InfluenceResult(RichRepr, PortableResult):
             title=f"What {n_test:,} predictions were learned from" if title is None else title,
             facts=[described(self.method), *counts, *([] if self.target == "label" else [f"target {self.target}"])],
             notes=[
-                *self._notes_given(evidence),
+                *self._notes_given(evidence, self._first_explanations(evidence)),
                 *notes_of_page(
                     has_test_texts=self.raw_test is not None or len(self.test_texts.ids) > 0,
                     has_raw_texts=self.raw_train is not None and self.raw_test is not None,
@@ -234,7 +237,8 @@ class InfluenceResult(RichRepr, PortableResult):
         of_steps = f" (step{'s' * (len(steps) > 1)} {' to '.join(map(str, steps))})" if steps else ""
         return _counted(len(self.checkpoint_ids), "checkpoint") + of_steps
 
-    def _notes_given(self, evidence: Evidence | None) -> list[str]:
+    def _notes_given(self, evidence: Evidence | None, first: Sequence[Explanation]) -> list[str]:
+        """All notes; what the first explanations show stands for all of them."""
         held = self.excerpt
         notes = notes_of_result(
             self.method,
@@ -243,7 +247,7 @@ class InfluenceResult(RichRepr, PortableResult):
             k_held=None if held is None else held.k,
         )
         if evidence is not None:
-            return [*notes, *notes_of_trace(evidence)]
+            return [*notes, *notes_of_trace(evidence), *notes_of_words(evidence, first, self.words_of_ids)]
         return notes if held is None else [*notes, *held.notes]
 
     def _words_of(self, row: int | None, train_index: int | None, k: int) -> tuple[list[tuple[str, float]], str]:
@@ -255,7 +259,8 @@ class InfluenceResult(RichRepr, PortableResult):
             return self.words(row, train_index), f"training example {train_index}"
         self._require_words()
         named: dict[str, float] = defaultdict(float)
-        for of_pair in self._named_terms(row, self.proponents(k).indices[row].tolist()):
+        proponents, _ = self._listed(Evidence.find(self), [row], k)[row]
+        for of_pair in self._named_terms(row, [entry.index for entry in proponents]):
             for word, term in of_pair.items():
                 named[word] += term
         return list(named.items()), f"the {k} strongest proponents"
@@ -267,9 +272,10 @@ class InfluenceResult(RichRepr, PortableResult):
 
     def _labels_of(self, row: int | None, k: int) -> tuple[list[str], list[str]]:
         """The labels of the k strongest proponents and opponents of one test example, or of each."""
-        rows = slice(None) if row is None else slice(row, row + 1)
-        sides = [top.indices[rows].flatten().tolist() for top in (self.proponents(k), self.opponents(k))]
-        examples = self._train_examples(sorted({index for side in sides for index in side}))
+        evidence = Evidence.find(self)
+        of_rows = self._listed(evidence, range(len(self.test_indices)) if row is None else [row], k).values()
+        sides = [[entry.index for both in of_rows for entry in both[number]] for number in (0, 1)]
+        examples = self._examples_in(evidence, sorted({index for side in sides for index in side}))
         labels = [[examples[index].label or "(not known)" for index in side] for side in sides]
         return labels[0], labels[1]
 

@@ -152,9 +152,10 @@ def _check(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor]) 
     require_within("texts.ids", tensors["texts.ids"], 0, 2**31 - 1)
     require_number_or_nan("texts.labels", tensors["texts.labels"])
     require_number_or_nan("predictions", tensors["predictions"])
-    if "undrawn" in tensors:
-        require_within("undrawn", tensors["undrawn"], 0, header.n_train - 1)
-        require_ascending("undrawn", tensors["undrawn"], strictly=True)
+    for name, largest in (("undrawn", header.n_train - 1), ("common_tokens", 2**31 - 1)):
+        if name in tensors:
+            require_within(name, tensors[name], 0, largest)
+            require_ascending(name, tensors[name], strictly=True)
     for name in ("totals", "scores"):
         if name in tensors:
             require_within(name, tensors[name], -math.inf, math.inf)
@@ -219,8 +220,7 @@ def _forms(header: ResultHeader, tensors: Mapping[str, Tensor], n_test: int) -> 
     }
     if "test_loaders" in tensors:
         forms["test_loaders"] = (torch.int64, (n_test,))
-    if "undrawn" in tensors:
-        forms["undrawn"] = (torch.int64, ("undrawn",))
+    forms |= {name: (torch.int64, (name,)) for name in ("undrawn", "common_tokens") if name in tensors}
     if "totals" in tensors:
         forms["totals"] = (torch.float64, (n_test, 2))
     if "scores" in tensors:

@@ -53,6 +53,8 @@ class StoredResult:
         target_names: what that came to for each test example; empty where it is their labels.
         excerpt: what a file that the result was loaded from holds of the trace: texts, labels and words of all that it
             lists.
+        common_tokens: (n,) int64, the ids of tokens that more than a tenth of the training examples hold, ascending;
+            none for a method without words.
     """
 
     method: Method
@@ -77,35 +79,14 @@ class StoredResult:
     target: str = "label"
     target_names: list[str] = field(default_factory=list)
     excerpt: Excerpt | None = None
+    common_tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def write(self, path: Path) -> Path:
         """Write what there is to one safetensors file, with the place of the trace, absolute and relative."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            "test_indices": self.test_indices,
-            "texts.examples": self.test_texts.examples,
-            "texts.ids": self.test_texts.ids,
-            "texts.labels": self.test_texts.labels,
-            "predictions": self.predictions,
-        }
-        if self.totals is not None:
-            tensors["totals"] = self.totals
-        if self.scores is not None:
-            tensors["scores"] = self.scores
-        if len(self.undrawn):
-            tensors["undrawn"] = self.undrawn
-        if self.test_loaders is not None:
-            tensors["test_loaders"] = self.test_loaders
-        for name, top in (("proponents", self.strongest_proponents), ("opponents", self.strongest_opponents)):
-            if top is not None:
-                tensors |= {f"{name}.values": top.values, f"{name}.indices": top.indices}
-        for block, of_block in enumerate(self.test_gradients):
-            for number, gradients in enumerate(of_block):
-                own = {name: column for name, column in gradients.columns.items() if name in WORD_TENSORS}
-                tensors |= {f"gradients.{block}.{number}.{name}": column for name, column in own.items()}
+        tensors = self._tensors()
         used = set(self.test_texts.ids.tolist())
         if self.excerpt is not None:
-            tensors |= tensors_of(self.excerpt)
             used |= {token for example in self.excerpt.train.values() for token in example.ids}
         header = ResultHeader(
             version=FORMAT_VERSION,
@@ -129,6 +110,27 @@ class StoredResult:
         text = header.to_json()
         write_tensors(path, tensors, {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)})
         return path
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of the file, by name."""
+        tensors = {
+            "test_indices": self.test_indices,
+            "texts.examples": self.test_texts.examples,
+            "texts.ids": self.test_texts.ids,
+            "texts.labels": self.test_texts.labels,
+            "predictions": self.predictions,
+        }
+        kept = {name: getattr(self, name) for name in ("totals", "scores", "test_loaders")}
+        tensors |= {name: tensor for name, tensor in kept.items() if tensor is not None}
+        tensors |= {name: getattr(self, name) for name in ("undrawn", "common_tokens") if len(getattr(self, name))}
+        for name, top in (("proponents", self.strongest_proponents), ("opponents", self.strongest_opponents)):
+            if top is not None:
+                tensors |= {f"{name}.values": top.values, f"{name}.indices": top.indices}
+        for block, of_block in enumerate(self.test_gradients):
+            for number, gradients in enumerate(of_block):
+                own = {name: column for name, column in gradients.columns.items() if name in WORD_TENSORS}
+                tensors |= {f"gradients.{block}.{number}.{name}": column for name, column in own.items()}
+        return tensors if self.excerpt is None else tensors | tensors_of(self.excerpt)
 
     @classmethod
     def load(cls, path: str | Path, trace: str | Path | None = None) -> Self:
@@ -181,6 +183,7 @@ class StoredResult:
             target=header.target,
             target_names=header.target_names,
             excerpt=None if header.excerpt is None else excerpt_from(header.excerpt, tensors, path),
+            common_tokens=tensors.get("common_tokens", torch.empty(0, dtype=torch.int64)),
         )
 
 

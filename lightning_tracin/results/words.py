@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
@@ -69,6 +69,17 @@ def is_special(token: str) -> bool:
     return bool(_SPECIAL.fullmatch(token))
 
 
+def word_of_token(token: str, marks: Marks) -> str:
+    """The word that a token prints as by itself; a piece that the marks bind to another stays as it is called.
+
+    Example:
+        >>> [word_of_token(token, "Ġ") for token in ("Ġthe", "the")], word_of_token("##ing", "##")
+        (['the', 'the'], '##ing')
+    """
+    is_piece = (marks == "##" and token.startswith("##")) or (marks == "@@" and token.endswith("@@"))
+    return token if is_piece or is_special(token) else _read(token, marks)[1].decode(errors="replace")
+
+
 def words_of(tokens: Sequence[str], marks: Marks) -> list[Word]:
     """Join an example's tokens into words.
 
@@ -87,26 +98,25 @@ def words_of(tokens: Sequence[str], marks: Marks) -> list[Word]:
     open_word = False  # This says whether the next token may go on with the last word.
     for place, token in enumerate(tokens):
         if is_special(token):
-            words.append(_Growing(token.encode(), " ", [place], special=True))
+            words.append(_Growing(" ", special=True).with_token(token.encode(), place))
             open_word = False
             continue
         spaced, content, open_after = _read(token, marks)
         if marks is not None and content.isspace():  # A token of spaces alone belongs to the word that follows.
-            if words and not words[-1].content:
-                words[-1].places.append(place)
-            else:
-                words.append(_Growing(b"", " ", [place]))
+            if not words or words[-1].content:
+                words.append(_Growing(" "))
+            words[-1].with_token(b"", place)
             open_word = True
             continue
         last = words[-1] if words else None
         if last is not None and open_word and (not last.content or (not spaced and _goes_on(last, content, marks))):
-            last.content += content
-            last.places.append(place)
+            last.with_token(content, place)
         else:
-            words.append(_Growing(content, " " if spaced or not open_word else "", [place]))
+            words.append(_Growing(" " if spaced or not open_word else "").with_token(content, place))
         open_word = open_after
     if len(words) > 1 and not words[-1].content and not words[-2].special:  # The text ends with spaces.
-        words[-2].places += words.pop().places
+        for place in words.pop().places:
+            words[-1].with_token(b"", place)
     return _tidied([each.finished() for each in words], spell=marks == "##")
 
 
@@ -130,7 +140,9 @@ def words_in(raw: str, spans: Sequence[Span], words: Sequence[Word]) -> list[Wor
         before = raw[end:start] + text[: len(text) - len(text.lstrip())]
         if not before and found and found[-1].special:
             before = " "
-        found.append(replace(word, text=text.lstrip() or word.text, before=before))
+        own = [spans[place] for place in word.places]
+        pieces = [raw[slice(*span)].strip() if span else piece for span, piece in zip(own, word.pieces, strict=True)]
+        found.append(replace(word, text=text.lstrip() or word.text, before=before, pieces=tuple(pieces)))
         end = max(end, stop)
     return found
 
@@ -168,6 +180,24 @@ def spans_of(tokenizer: Any, text: str | tuple[str, str], ids: Sequence[int]) ->
     return "\n".join(parts), spans
 
 
+def shared_part(word: Word, is_shared: Sequence[bool]) -> str:
+    """What to call a word of which only some tokens are shared with another example: the rest becomes "…".
+
+    Args:
+        word: the word.
+        is_shared: for each of its tokens.
+
+    Example:
+        >>> shared_part(Word("£900", " ", (3, 4), pieces=("£", "900")), (True, False))
+        '£…'
+    """
+    if all(is_shared) or not any(is_shared) or not word.pieces:
+        return word.text
+    parts = [piece if shared else "…" for piece, shared in zip(word.pieces, is_shared, strict=True)]
+    name = "".join(part for place, part in enumerate(parts) if part != "…" or parts[place - 1 : place] != ["…"])
+    return name if name.strip("…") else f"␣{word.text}"  # it shares the space before it alone
+
+
 def shares_of_words(words: Sequence[Word], ids: Sequence[int], terms: Mapping[int, float]) -> list[float]:
     """Each word's part of the terms of an example's token ids; over all words they add up to all terms.
 
@@ -188,13 +218,22 @@ def shares_of_words(words: Sequence[Word], ids: Sequence[int], terms: Mapping[in
 class _Growing:
     """A word to which tokens are added, in bytes: a token may hold half a character."""
 
-    content: bytes
     before: str
-    places: list[int]
     special: bool = False
+    content: bytes = b""
+    places: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    def with_token(self, content: bytes, place: int) -> _Growing:
+        """Itself, longer by a token."""
+        self.content += content
+        self.places.append(place)
+        self.pieces.append(content.decode(errors="replace"))
+        return self
 
     def finished(self) -> Word:
-        return Word(self.content.decode(errors="replace"), self.before, tuple(self.places), self.special)
+        text = self.content.decode(errors="replace")
+        return Word(text, self.before, tuple(self.places), self.special, tuple(self.pieces))
 
 
 def _read(token: str, marks: Marks) -> tuple[bool, bytes, bool]:

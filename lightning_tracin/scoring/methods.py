@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -21,6 +20,7 @@ from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.rows import unit_rows
 from lightning_tracin.gradients.sites import Site, last_site, words_site
 from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.scoring.excluded_tokens import ExcludedTokens
 from lightning_tracin.scoring.linear_products import dot_factors, dot_matrices, dot_weighted_factors
 from lightning_tracin.scoring.word_products import dot_words
 from lightning_tracin.storage.second_moments import SecondMoments
@@ -85,7 +85,10 @@ class TracInWE:
     Args:
         top_words: keep only each example's k words of largest gradient norm at each checkpoint, on both sides, and
             multiply the words that both have (TracIn-WE-Topk).
-        exclude_tokens: token ids to exclude, such as those of [CLS] and [SEP] (TracIn-WE-NoC).
+        exclude_tokens: what to leave out (TracIn-WE-NoC), in any mixture: token ids; words, each of which stands for
+            every token that prints as that word, case as in the vocabulary; "special", the tokenizer's special tokens;
+            "common", the tokens that more than a tenth of the training examples hold. All but ids are looked up in the
+            trace when influence is computed.
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
             checkpoint. Norms are taken after excluding tokens, preconditioning and selecting top words.
         precondition: "adam" divides each product by the root of Adam's bias-corrected second moment of that weight.
@@ -94,12 +97,12 @@ class TracInWE:
         ValueError: if an option has another value.
 
     Example:
-        >>> TracInWE(top_words=10, normalize="train")
-        TracInWE(top_words=10, exclude_tokens=(), normalize='train', precondition=None)
+        >>> TracInWE(top_words=10, exclude_tokens=("special", "common"))
+        TracInWE(top_words=10, exclude_tokens=('special', 'common'), normalize=None, precondition=None)
     """
 
     top_words: int | None = None
-    exclude_tokens: Sequence[int] = ()
+    exclude_tokens: Sequence[int | str] = ()
     normalize: Normalize = None
     precondition: Precondition = None
 
@@ -107,13 +110,14 @@ class TracInWE:
         _check_options(self)
         fits = self.top_words is None or 1 <= self.top_words < _MOST
         _require(fits, "top_words", "None or at least 1", self.top_words)
-        try:
-            tokens = tuple(index(token) for token in self.exclude_tokens)
-        except TypeError as error:
-            ids = "token ids, such as tokenizer.all_special_ids"
-            raise ValueError(f"exclude_tokens must be {ids}, but got {self.exclude_tokens!r}.") from error
-        _require(all(abs(token) < _MOST for token in tokens), "exclude_tokens", "token ids", self.exclude_tokens)
-        object.__setattr__(self, "exclude_tokens", tokens)
+        if not isinstance(self.exclude_tokens, ExcludedTokens):
+            object.__setattr__(self, "exclude_tokens", ExcludedTokens(self.exclude_tokens))
+
+    @property
+    def excluded(self) -> ExcludedTokens:
+        """``exclude_tokens``, with the token ids that they stand for where those have been looked up."""
+        assert isinstance(self.exclude_tokens, ExcludedTokens)
+        return self.exclude_tokens
 
     @property
     def summands(self) -> tuple[Summand, ...]:
@@ -125,9 +129,18 @@ class TracInWE:
         return words_site(sites)
 
     def prepare(self, words: WordGradients, moments: SecondMoments | None, side: Side) -> WordGradients:
-        """The rows of a block of examples, prepared for multiplication and sorted by token."""
-        if self.exclude_tokens:
-            words = words.without(self.exclude_tokens)
+        """The rows of a block of examples, prepared for multiplication and sorted by token.
+
+        Raises:
+            ValueError: if tokens to exclude have not been looked up.
+        """
+        if self.excluded.ids is None:
+            raise ValueError(
+                f"exclude_tokens={self.exclude_tokens} names tokens that are yet to be looked up in a trace: use the "
+                "method of a result, which has their ids."
+            )
+        if self.excluded.ids:
+            words = words.without(self.excluded.ids)
         if moments is not None:
             words = _preconditioned(words, moments)
         if self.top_words is not None:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from lightning_tracin.gradients.printable import storable
 from lightning_tracin.gradients.sites import Site
+from lightning_tracin.scoring.excluded_tokens import ExcludedTokens
 from lightning_tracin.scoring.methods import (
     Method,
     SiteMethod,
@@ -21,6 +23,14 @@ from lightning_tracin.scoring.methods import (
 )
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (TracInWE, TracInLast, TracInLayer, TracInSum)}
+
+
+class _Named(msgspec.Struct, forbid_unknown_fields=True):
+    """Excluded tokens of which some were asked for by name."""
+
+    asked: list[int | str]
+    ids: list[int]
+
 
 # The methods that need no argument, by the name that users pass.
 _BY_NAME: dict[str, type[TracInWE | TracInLast]] = {"tracin-we": TracInWE, "tracin-last": TracInLast}
@@ -97,6 +107,8 @@ def recorded_site(method: SiteMethod, sites: Sequence[Site]) -> Site:
 def method_to_json(method: Method) -> dict[str, Any]:
     """The method as a JSON object, for :func:`method_from_json`."""
     options: dict[str, Any] = {option.name: getattr(method, option.name) for option in fields(method)}
+    if isinstance(method, TracInWE):
+        options["exclude_tokens"] = _excluded_to_json(method.excluded)
     if isinstance(method, TracInSum):
         options["parts"] = [method_to_json(part) for part in method.parts]
     return {"method": type(method).__name__, **options}
@@ -117,10 +129,27 @@ def method_from_json(content: dict[str, Any]) -> Method:
         if kind is TracInSum:
             parts = [method_from_json(part) for part in msgspec.convert(options.get("parts"), list[Any])]
             return TracInSum(parts, msgspec.convert(options.get("mix"), list[float] | None))  # type: ignore[arg-type]
+        if kind is TracInWE:
+            excluded = _excluded_from_json(options.pop("exclude_tokens", []))
+            return replace(msgspec.convert(options, TracInWE), exclude_tokens=excluded)
         method: Method = msgspec.convert(options, kind)
     except (ValueError, msgspec.ValidationError) as error:
         raise ValueError(f"{str(content)[:200]} is no method: {error}") from error
     return method
+
+
+def _excluded_to_json(excluded: ExcludedTokens) -> Any:
+    """The ids alone where nothing else was asked for, as results of all versions have them."""
+    if not excluded.words:
+        return list(excluded)
+    return {"asked": [storable(each) if isinstance(each, str) else each for each in excluded], "ids": excluded.ids}
+
+
+def _excluded_from_json(content: Any) -> ExcludedTokens:
+    if not isinstance(content, dict):
+        return ExcludedTokens(msgspec.convert(content, list[int]))
+    named = msgspec.convert(content, _Named)
+    return ExcludedTokens(named.asked, named.ids)
 
 
 def is_constant_on_itself(method: Method) -> bool:
@@ -149,11 +178,13 @@ def without_normalizing(method: Method) -> Method:
 
 
 def described(method: Method) -> str:
-    """A method in words, with the number of excluded tokens in place of their list.
+    """A method in words, with the number of excluded words and token ids in place of their list.
 
     Example:
         >>> described(TracInWE(normalize="cosine", exclude_tokens=range(200)))
         'TracIn-WE, cosine, without 200 tokens'
+        >>> described(TracInWE(exclude_tokens=("special", "common", "said")))
+        'TracIn-WE, without special tokens and common tokens and 1 word'
         >>> described(TracInSum((TracInWE(), TracInLayer("encoder.0", normalize="cosine")), mix=(1, 0.5)))
         '(TracIn-WE) + 0.5 × (TracIn at encoder.0, cosine)'
     """
@@ -163,7 +194,7 @@ def described(method: Method) -> str:
         return " + ".join(
             name if factor == 1 else f"{factor:g} × {name}" for name, factor in zip(names, factors, strict=True)
         )
-    n_excluded = len(getattr(method, "exclude_tokens", ()))
+    excluded = method.excluded.described() if isinstance(method, TracInWE) else ""
     top_words = getattr(method, "top_words", None)
     kind = {TracInWE: "TracIn-WE", TracInLast: "TracIn-Last"}.get(type(method))
     phrases = [
@@ -171,6 +202,6 @@ def described(method: Method) -> str:
         {"train": "normalised by the training example", "cosine": "cosine", None: ""}[method.normalize],
         "preconditioned by Adam" if method.precondition else "",
         f"{top_words} top words" if top_words else "",
-        f"without {n_excluded} token{'s' * (n_excluded > 1)}" if n_excluded else "",
+        f"without {excluded}" if excluded else "",
     ]
     return ", ".join(phrase for phrase in phrases if phrase)

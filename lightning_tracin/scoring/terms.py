@@ -100,18 +100,27 @@ def terms_at(checkpoint: Checkpoint, method: Method) -> list[Term]:
     for summand in method.summands:
         site_method = summand.method
         site = recorded_site(site_method, checkpoint.sites)
-        if site.top_words is not None and (getattr(site_method, "top_words", None) or 0) > site.top_words:
-            raise ValueError(f"The trace keeps {site.top_words} words of each example; {site_method} asks for more.")
-        if site.projection is not None and site_method.precondition is not None:
-            sizes = " and ".join(map(str, site.projection))
-            raise ValueError(
-                f"The trace keeps {'word ' * site.has_words}gradients projected to {sizes} numbers, which Adam's "
-                'second moments cannot be applied to. Fit without projection for precondition="adam".'
-            )
+        require_stored(site_method, site)
         moments = checkpoint.second_moments(site) if site_method.precondition == "adam" else None
         weight = summand.factor * checkpoint.learning_rate_of(site)
         terms.append(Term(site_method, site, weight, moments, checkpoint))
     return terms
+
+
+def require_stored(method: SiteMethod, site: Site) -> None:
+    """Check that enough is stored at a site for what a method does with it.
+
+    Raises:
+        ValueError: if words were left out, or gradients projected, that it needs.
+    """
+    if site.top_words is not None and (getattr(method, "top_words", None) or 0) > site.top_words:
+        raise ValueError(f"The trace keeps {site.top_words} words of each example; {method} asks for more.")
+    if site.projection is not None and method.precondition is not None:
+        sizes = " and ".join(map(str, site.projection))
+        raise ValueError(
+            f"The trace keeps {'word ' * site.has_words}gradients projected to {sizes} numbers, which Adam's "
+            'second moments cannot be applied to. Fit without projection for precondition="adam".'
+        )
 
 
 def sites_of(method: Method, sites: Sequence[Site]) -> list[Site]:

@@ -306,8 +306,8 @@ def test_a_collate_function_that_always_adds_or_drops_is_refused_before_training
         (lambda: TracInCallback(every_n_epochs=0), "every_n_epochs must be at least 1, but got 0"),
         (lambda: TracInCallback(every_n_train_steps=0), "every_n_train_steps must be None or at least 1, but got 0"),
         (
-            lambda: TracInWE(exclude_tokens=["[CLS]"]),
-            r"exclude_tokens must be token ids.*all_special_ids, but got \['\[CLS\]'\]",
+            lambda: TracInWE(exclude_tokens=[1.5]),
+            r"exclude_tokens must be token ids.*all_special_ids, words, .*, but got \[1\.5\]",
         ),
         (lambda: TracInWE(exclude_tokens=3), "exclude_tokens must be token ids, such as tokenizer.all_special_ids"),
         (lambda: TracInWE(top_words=0), "top_words must be None or at least 1, but got 0"),

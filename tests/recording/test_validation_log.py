@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from toy import EPOCHS, N_TEST, STEPS_PER_EPOCH, Toy, loader, quiet, test_texts, texts
 from variants import Plain, Reproducible
 
-from lightning_tracin import Trace, TracInCallback
+from lightning_tracin import Trace, TracInCallback, TracInWE
 from lightning_tracin.recording import loggers
 from lightning_tracin.recording.validation_log import is_suspected, summary
 
@@ -366,7 +366,9 @@ def test_log_examples_on_the_command_line(tmp_path, monkeypatch, examples):
             return loader(test_texts())
 
     monkeypatch.chdir(tmp_path)
-    arguments = {"dirpath": f"{tmp_path}/trace", "log_examples": examples, "log_k": 2}
+    method = {"class_path": "lightning_tracin.TracInWE", "init_args": {"exclude_tokens": ["common", 3]}}
+    asked = {} if examples == 1 else {"log_method": method}
+    arguments = {"dirpath": f"{tmp_path}/trace", "log_examples": examples, "log_k": 2, **asked}
     callback = {"class_path": "lightning_tracin.TracInCallback", "init_args": arguments}
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
     options = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "enable_checkpointing": False}
@@ -376,6 +378,7 @@ def test_log_examples_on_the_command_line(tmp_path, monkeypatch, examples):
     rows = logged(cli.trainer)
     assert {row["rank"] for row in rows} == {1, 2}
     assert len(examples_of(rows)) == 1 if examples == 1 else examples_of(rows) == [(0, 0), (0, 3)]
+    assert cli.trainer.callbacks[0].plan.log.method == (TracInWE(exclude_tokens=("common", 3)) if asked else None)
 
 
 @pytest.mark.parametrize(

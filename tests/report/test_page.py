@@ -171,7 +171,7 @@ def test_a_training_example_is_followed_to_all_test_examples_that_it_pushed(page
     tops = torch.cat([result.proponents(K).indices, result.opponents(K).indices], dim=1)
 
     def expected_of(index):
-        rows = [row for row in range(N_TEST) if index in tops[row]]
+        rows = [row for row in range(N_TEST) if index in tops[row] and result.scores[row, index]]
         return sorted(rows, key=lambda row: -abs(float(result.scores[row, index])))
 
     index = next(each for each in range(N_TRAIN) if expected_of(each) != sorted(expected_of(each)))

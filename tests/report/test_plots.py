@@ -130,8 +130,11 @@ def test_labels(result, kept, row):
         fig, ax = each
         names = [label.get_text() for label in ax.get_yticklabels()]
         assert [text.get_text() for text in ax.get_legend().get_texts()] == ["proponents", "opponents"]
-        for container, top in zip(ax.containers, (result.proponents(3), result.opponents(3)), strict=True):
-            counts = Counter(str(int(label)) for label in labels[top.indices[rows].flatten()])
+        for container, top, sign in zip(
+            ax.containers, (result.proponents(3), result.opponents(3)), (1, -1), strict=True
+        ):
+            pushed = top.indices[rows][top.values[rows] * sign > 0]
+            counts = Counter(str(int(label)) for label in labels[pushed])
             assert [bar.get_width() for bar in container] == [counts[name] for name in names]
         drawn(fig)
 

@@ -43,7 +43,7 @@ def test_piped_output_has_no_colour_and_names_the_words():
     assert "\x1b" not in shown
     assert "Test example 7, label sport, prediction art (71%)" in shown
     assert "+2  train 7  25.0% of all proponents  label sport" in shown
-    assert "words: cup 90%, world 25%, the -15%" in shown  # repeated words are added up
+    assert "words: cup 69%, world 19%, the −12%" in shown  # repeated words are added up; all make 100 %
 
 
 def test_words_are_shaded_by_their_share_and_direction():

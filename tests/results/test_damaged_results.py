@@ -152,6 +152,7 @@ def forged(file, change_header=None, change_tensors=None):
         ("method", {"method": "TracInWE", "top_words": 2**70}),
         ("method", {"method": "TracInWE", "exclude_tokens": [2**64]}),
         ("method", {"method": "TracInWE", "exclude_tokens": "abc"}),
+        ("method", {"method": "TracInWE", "exclude_tokens": {"asked": ["the"], "ids": None}}),
         ("method", {"method": "TracInWE", "normalize": "other"}),
         ("method", {"method": "TracInWE", "more": 1}),
         ("method", {"method": "TracInLast"}),

@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_tracin import InfluenceResult, TracInCallback, TracInLast, TracInWE, Trainer
 from lightning_tracin.report.word_table import WordTable
+from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.word_sums import groups_of
+from lightning_tracin.results.words import shares_of_words
 
 TOKENS = ["[PAD]", "[CLS]", *(f"w{number}" for number in range(2, 15)), *(f"##p{n}" for n in range(15, VOCABULARY))]
 
@@ -59,12 +61,17 @@ def by_class_and_label(result, train_labels) -> torch.Tensor:
 
 
 def word_sums(result, train_labels) -> dict[tuple[str, str, str], float]:
-    """The words of all pairs, summed by word, class and label."""
+    """The terms of the whole words of all pairs, summed by word, class and label."""
+    evidence = Evidence.require(result)
+    examples = result._train_examples(range(len(train_labels)))
     sums: dict[tuple[str, str, str], float] = defaultdict(float)
     for row, said in enumerate(result.predictions[:, 0].long().tolist()):
-        for index, label in enumerate(train_labels.tolist()):
-            for word, term in result.words(row, index):
-                sums[word, str(said), str(label)] += term
+        for index, terms in evidence.terms_of_pairs({row: range(len(train_labels))})[row].items():
+            example, label = examples[index], str(int(train_labels[index]))
+            for word, term in zip(example.words, shares_of_words(example.words, example.ids, terms), strict=True):
+                sums[word.text, str(said), label] += term
+            for token in terms.keys() - set(example.ids):
+                sums[result.words_of_ids[token], str(said), label] += terms[token]
     return sums
 
 

@@ -1,0 +1,33 @@
+"""The tokens that many training examples hold, counted from a trace's texts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_tracin.storage.trace import Trace
+
+#: A token is common if more than this share of the training examples hold it.
+COMMON_SHARE = 0.1
+
+
+def common_tokens(trace: Trace) -> Tensor:
+    """The ids, int64 and ascending, of the tokens that more than a tenth of the training examples hold.
+
+    An example counts once for each token, however often it holds it, and only if training has drawn it. The texts are
+    read shard by shard; nothing is found where none are stored.
+
+    Raises:
+        ValueError: if a file of the texts is damaged.
+    """
+    is_drawn = torch.ones(trace.n_train, dtype=torch.bool)
+    is_drawn[trace.undrawn] = False
+    tokens = counts = torch.empty(0, dtype=torch.long)
+    for start in range(0, trace.n_train, trace.shard_examples):
+        examples = range(start, min(start + trace.shard_examples, trace.n_train))
+        texts = trace.texts(examples)
+        held = torch.unique((texts.ids * len(examples) + texts.examples)[is_drawn[texts.examples + start]])
+        of_shard, n_examples = torch.unique_consecutive(held // len(examples), return_counts=True)
+        tokens, place = torch.unique(torch.cat([tokens, of_shard]), return_inverse=True)
+        counts = torch.zeros(len(tokens), dtype=torch.long).index_add_(0, place, torch.cat([counts, n_examples]))
+    return tokens[counts > COMMON_SHARE * int(is_drawn.sum())]
