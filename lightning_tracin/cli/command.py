@@ -209,6 +209,7 @@ def _trace_content(trace: lightning_tracin.Trace) -> dict[str, Any]:
             "step": each.step,
             "epoch": each.epoch,
             "learning_rates": {site.name: each.learning_rate_of(site) for site in trace.sites},
+            "keeps_weights": each.keeps_weights,
             "gradients": [site.name for site in trace.sites if each.has_gradients(site)],
             "bytes": {
                 "weights": _bytes(each.path / "weights.safetensors"),
@@ -248,7 +249,8 @@ def _checkpoint_table(content: dict[str, Any]) -> Table:
         sizes = {name: decimal(size) for name, size in each["bytes"].items()}
         stored = [sizes[name] if name in each["gradients"] else "not stored" for name in names]
         rate = f"{each['learning_rates'][names[0]]:.3g}"
-        table.add_row(str(each["step"]), str(each["epoch"]), rate, sizes["weights"], sizes["second_moments"], *stored)
+        weights = sizes["weights"] if each["keeps_weights"] else "not kept"
+        table.add_row(str(each["step"]), str(each["epoch"]), rate, weights, sizes["second_moments"], *stored)
     return table
 
 

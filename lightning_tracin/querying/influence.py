@@ -37,7 +37,7 @@ from lightning_tracin.scoring.naming import method_of
 from lightning_tracin.scoring.score import self_influences
 from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.scoring.terms import sites_of
-from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.checkpoint import Checkpoint, require_weights
 from lightning_tracin.storage.scratch import Scratch
 from lightning_tracin.storage.trace import Trace
 
@@ -78,8 +78,8 @@ def influence(
 
     Raises:
         ValueError: if the model or the training set is not that of the trace, if a loader is empty or there are
-            several, if gradients are not finite, if there is nothing to score from, or if the trainer is in the middle
-            of a fit. The message says what to do.
+            several, if gradients are not finite, if there is nothing to score from (no checkpoint, or none with
+            weights), or if the trainer is in the middle of a fit. The message says what to do.
         BlockingIOError: if gradients are missing, and a fit or another query is writing into the trace.
     """
     chosen = method_of(method)
@@ -91,6 +91,7 @@ def influence(
         with processes.synchronized():
             module = module_asked(trainer, model)
             opened = trace_asked(trainer, trace)
+            require_weights(opened.checkpoints)
             if dataloaders is None and datamodule is not None:
                 dataloaders = loader_of_datamodule(trainer, datamodule, "test", processes)
             loader = only_test_loader(dataloaders)

@@ -36,6 +36,7 @@ class RecordingPlan:
     log_k: int
     on_error: OnError
     overwrite: bool
+    keep_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.cache not in ("checkpoint", "training", "on_demand"):
@@ -62,6 +63,21 @@ class RecordingPlan:
             raise ValueError(
                 'log_examples needs gradients that are stored while the fit runs, but cache="on_demand" stores none. '
                 'Use cache="checkpoint" or cache="training".'
+            )
+        if not self.keep_weights:
+            self._check_without_weights()
+
+    def _check_without_weights(self) -> None:
+        """Check that nothing needs the weights later."""
+        if self.cache == "on_demand":
+            raise ValueError(
+                'keep_weights=False leaves gradients without weights, but cache="on_demand" stores no gradients while '
+                'the fit runs. Use cache="checkpoint" or cache="training", or keep_weights=True.'
+            )
+        if self.log_examples:
+            raise ValueError(
+                "log_examples scores validation examples at the weights of every checkpoint so far, but "
+                "keep_weights=False drops these. Use log_examples=0, or keep_weights=True."
             )
 
 
