@@ -12,11 +12,13 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_tracin.bridge.extents import Extent, extent_of
 from lightning_tracin.bridge.fingerprint import fingerprint_of, hash_of, lengths_of, number_hash, seeded
 from lightning_tracin.bridge.loaders import (
     _batch_size,
     batches_over,
     hands_out_batches,
+    items_of,
     loader_of_batches,
     loader_options,
     loader_over,
@@ -68,6 +70,7 @@ class TrainingSet:
         if not self.iterable:
             hands_out_batches(loader)
         self._looked: dict[int, Look] = {}
+        self._extents: dict[int, Extent] = {}
         self._first_indices: list[int] | None = None
         self._given: int | None = None
         self._lengths: tuple[Sequence[int], Tensor | None] | None = None
@@ -208,9 +211,11 @@ class TrainingSet:
 
         Of the number only, where the data set is a stream or gives other examples each time that they are read.
         """
-        found, self._looked = number_hash(len(self)), {}
+        found, noted = number_hash(len(self)), dict[int, tuple[Look, Extent]]()
         if not self.iterable:
-            found, self._looked = fingerprint_of(self.loader, look_of)
+            found, noted = fingerprint_of(self.loader, _look_and_extent)
+        self._looked = {index: look for index, (look, _) in noted.items()}
+        self._extents = {index: extent for index, (_, extent) in noted.items()}
         self._looked.setdefault(len(self) - 1, UNSEEN)
         return found
 
@@ -223,6 +228,23 @@ class TrainingSet:
         if not self._looked:
             self.fingerprint()
         return self._looked
+
+    def extents(self) -> tuple[dict[int, Extent], list[Extent]]:
+        """How much examples hold: those of the first batch, by their place in it, as far as they were read, and others.
+
+        The others are spread evenly over the data set; of a stream none is known.
+        """
+        first = dict(enumerate([] if self.iterable else self.first_indices))
+        known = {place: self._extents[index] for place, index in first.items() if index in self._extents}
+        if len(known) < min(2, len(first)):
+            with random_state_kept():  # a data set may draw at random
+                read = list(items_of(self.loader, list(first.values()), extent_of, seeded))
+            known = dict(zip(first, read, strict=True))
+        return known, list(self._extents.values())
+
+
+def _look_and_extent(item: Any) -> tuple[Look, Extent]:
+    return look_of(item), extent_of(item)
 
 
 @dataclass(frozen=True)

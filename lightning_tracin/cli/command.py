@@ -26,6 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 import lightning_tracin
+from lightning_tracin.cli.estimate import NOTES, add_arguments, as_json, estimated, size_table
 from lightning_tracin.gradients.printable import STEERING, in_a_cell, printable
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def _parser() -> ArgumentParser:
 
     verify = command("verify", _verify, "Check every file of a trace against its checksum.", _VERIFY_NOTES)
     verify.add_argument("trace", metavar="TRACE", help="folder that TracInCallback wrote")
+
+    add_arguments(command("estimate", _estimate, "What a trace will take on disk, before a fit.", NOTES))
     return parser
 
 
@@ -213,6 +216,7 @@ def _trace_content(trace: lightning_tracin.Trace) -> dict[str, Any]:
             "step": each.step,
             "epoch": each.epoch,
             "learning_rates": {site.name: each.learning_rate_of(site) for site in trace.sites},
+            "keeps_weights": each.keeps_weights,
             "gradients": [site.name for site in trace.sites if each.has_gradients(site)],
             "bytes": {
                 "weights": _bytes(each.path / "weights.safetensors"),
@@ -254,7 +258,8 @@ def _checkpoint_table(content: dict[str, Any]) -> Table:
         sizes = {name: decimal(size) for name, size in each["bytes"].items()}
         stored = [sizes[name] if name in each["gradients"] else "not stored" for name in names]
         rate = f"{each['learning_rates'][names[0]]:.3g}"
-        table.add_row(str(each["step"]), str(each["epoch"]), rate, sizes["weights"], sizes["second_moments"], *stored)
+        weights = sizes["weights"] if each["keeps_weights"] else "not kept"
+        table.add_row(str(each["step"]), str(each["epoch"]), rate, weights, sizes["second_moments"], *stored)
     return table
 
 
@@ -350,6 +355,16 @@ def _verify(arguments: Namespace) -> int:
     sys.stdout.write(
         f"{printable(str(trace.path))}: all {n_files} files ({decimal(n_bytes)}) are as they were written.\n"
     )
+    return 0
+
+
+def _estimate(arguments: Namespace) -> int:
+    """Print what a trace will take."""
+    size = estimated(arguments)
+    if arguments.json:
+        sys.stdout.write(_json(as_json(size), indent=2) + "\n")
+    else:
+        _print(size_table(size), f"\n{size}")
     return 0
 
 

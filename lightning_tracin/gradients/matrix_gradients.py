@@ -49,16 +49,6 @@ class MatrixGradients(DirectedRows):
         _, directions = unit_rows(matrices[examples])
         return cls(factors.n_examples, examples, norms[examples], directions.float())
 
-    @classmethod
-    def outline(cls, factors: FactorGradients, projection: tuple[int, ...] | None) -> MatrixGradients:
-        """What :meth:`from_factors` would give, with sizes and types but without values: its directions are "meta"."""
-        examples = torch.nonzero(factors.rows_by_example())[:, 0]
-        sizes = (factors.deltas.shape[1], factors.inputs.shape[1])
-        if projection is not None:
-            sizes = (min(sizes[0], projection[0]), min(sizes[1], projection[1]))
-        directions = torch.empty(len(examples), sizes[0] * sizes[1], device="meta")
-        return cls(factors.n_examples, examples, torch.empty(len(examples)), directions)
-
     def weighted_norms(self, weights: Tensor) -> Tensor:
         """(n_examples,) float32, the root of Σ weights · G² for each example's gradient G, with weights (out, in)."""
         squares = (self.directions.double() ** 2) @ weights.double().flatten()

@@ -35,7 +35,7 @@ from lightning_tracin.past.trainer_folder import read_folder
 from lightning_tracin.querying.asked import given_module, loader_of_datamodule
 from lightning_tracin.querying.passes import predict_by
 from lightning_tracin.querying.undisturbed import left_as_found
-from lightning_tracin.recording.first_batch import FirstBatch, bytes_per_example, look_at_first_batch, stored_sites
+from lightning_tracin.recording.first_batch import FirstBatch, layer_sizes, look_at_first_batch, stored_sites
 from lightning_tracin.recording.plan import local_path, methods_to_record
 from lightning_tracin.storage.assembled_trace import assembled_trace
 from lightning_tracin.storage.encoding import StorageOptions
@@ -110,14 +110,16 @@ def _begun(
     notes = doubts if source is None else [*source.header.notes, *doubts]
     if source is not None and source.incomplete is not None:
         notes.append(f"The trace of these checkpoints is incomplete. {source.incomplete} Scores lack what came later.")
+    sizes = layer_sizes(first, training_set)
+    per_example = sum(_OPTIONS.nbytes(size) for size in sizes.values())
     header = TraceHeader(
         n_train=len(training_set),
         data_fingerprint=fingerprint,
         model_fingerprint=model_fingerprint(full_state_dict(module)),
         model_class=type(module).__name__,
-        sites=stored_sites(first, _OPTIONS),
+        sites=stored_sites(first, _OPTIONS, sizes),
         dtype=_OPTIONS.dtype,
-        shard_examples=fitting_shard_examples(bytes_per_example(first, _OPTIONS), len(training_set), ALONE),
+        shard_examples=fitting_shard_examples(per_example, len(training_set)),
         candidates=not is_own or (source is not None and source.header.candidates),
         notes=tuple(notes),
     )

@@ -25,7 +25,7 @@ from lightning_tracin.querying.passes import Pass, Query, attribute_set, run_pas
 from lightning_tracin.querying.steps import GradientStep
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.terms import sites_of, terms_at
-from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.checkpoint import Checkpoint, require_weights
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import remove_temporary, require_own
 from lightning_tracin.storage.trace import Trace
@@ -59,6 +59,7 @@ def ready_checkpoints(
                 trace.check_model(state, type(module).__name__)
             _check_layers(trace, module)
         missing = [each for each in checkpoints if not all(map(each.has_gradients, sites))]
+        require_weights(missing)
         training_set = _training_set(query, datamodule, train_dataloaders, needed=bool(missing))
         if training_set is not None:
             stack.enter_context(unmoved(training_set.loader))

@@ -40,7 +40,7 @@ from lightning_tracin.scoring.naming import method_of, require_not_constant
 from lightning_tracin.scoring.score import self_influences
 from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.scoring.terms import sites_of
-from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
+from lightning_tracin.storage.checkpoint import Checkpoint, require_weights, undrawn
 from lightning_tracin.storage.scratch import Scratch
 from lightning_tracin.storage.trace import Trace
 
@@ -97,7 +97,8 @@ def influence(
         TypeError: if the target is no name, number or pair of them, or positions are not whole numbers.
         ValueError: if the model or the training set is not that of the trace, if the target does not fit what the
             model says, or labels are missing, if a loader is empty or there are several, if gradients are not finite,
-            if there is nothing to score from, or if the trainer is in the middle of a fit. The message says what to do.
+            if there is nothing to score from (no checkpoint, or none with weights), or if the trainer is in the middle
+            of a fit. The message says what to do.
         BlockingIOError: if gradients are missing, and a fit or another query is writing into the trace.
     """
     chosen, explained = method_of(method), Target.of(target, positions)
@@ -111,6 +112,7 @@ def influence(
             opened = trace_asked(trainer, trace)
             require_known(explained, module)
             counted = chosen_checkpoints(opened.checkpoints, checkpoints)
+            require_weights(counted)
             n_kept = None if k is None else clipped_k(k, opened.n_train - len(undrawn(counted)))
             hooks = datamodule or attached_datamodule(trainer, module)
             query = Query(trainer, module, opened, chosen, hooks, processes, checkpoints)

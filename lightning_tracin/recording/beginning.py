@@ -20,8 +20,9 @@ from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, require_automatic_optimization, require_spread
 from lightning_tracin.parallel.processes import Processes, wait_until_visible
+from lightning_tracin.recording.cost import cost_of, say_cost
 from lightning_tracin.recording.drawn import DrawnExamples
-from lightning_tracin.recording.first_batch import FirstBatch, bytes_per_example, look_at_first_batch, stored_sites
+from lightning_tracin.recording.first_batch import FirstBatch, look_at_first_batch, stored_sites
 from lightning_tracin.recording.loggers import logger_folder
 from lightning_tracin.recording.new_labels import NewLabels
 from lightning_tracin.recording.plan import RecordingPlan, local_path
@@ -79,13 +80,15 @@ def begin(
         processes.require_same("training sets", fingerprint)
         check_order(training_set.loader, "training", training_set.looked)
         first = look_at_first_batch(trainer, module, training_set, plan.methods, compared=plan.cache != "training")
-        sites = stored_sites(first, plan.options)
+        state = full_state_dict(module)
+        cost = cost_of(trainer, plan, state, first, training_set)
+        sites = stored_sites(first, plan.options, cost.layers)
         plan.log.check(sites, module, trainer.optimizers, len(training_set))
         if plan.cache == "training":
             form = _training_form(trainer, module, first)
-        state = full_state_dict(module)
         if processes.first:
-            require_space(trainer, plan, path, state, first, training_set)
+            require_space(trainer, plan, path, cost, training_set)
+        say_cost(plan, path, cost, first)
     n_raw = 0 if source is None else resumed.get("raw_steps", 0)  # which Lightning does not count
     with processes.synchronized():
         if source is not None:
@@ -99,7 +102,7 @@ def begin(
             elif processes.first:
                 trace.branch(path, trainer.global_step + n_raw)
         elif processes.first:
-            per_example = bytes_per_example(first, plan.options)
+            per_example = sum(cost.size.gradients.values())
             header = TraceHeader(
                 n_train=len(training_set),
                 data_fingerprint=fingerprint,

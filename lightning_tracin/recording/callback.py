@@ -79,6 +79,9 @@ class TracInCallback(DualCallback):
             callback; a single example without a finite gradient counts zero there, is named, and ends nothing. "raise"
             ends the fit. What is refused before the first step is an error in either case.
         overwrite: whether a trace that is already in ``dirpath`` may be replaced.
+        keep_weights: False stores no weights, only gradients: ``trainer.self_influence`` (label errors) then works as
+            ever, but ``trainer.influence``, which takes the gradients of test examples at each checkpoint's weights, is
+            refused, as are gradients at layers that ``methods`` did not name.
 
     Gradients are of the model as it computes: in the precision of training (16 bits, FSDP's ``mixed_precision``) where
     the fit stores them, in that of the trainer that is asked for test examples. What is done with them is done in full.
@@ -125,6 +128,7 @@ class TracInCallback(DualCallback):
         log_texts: Sequence[RawText] | Mapping[str, Sequence[RawText]] | None = None,
         on_error: OnError = "warn",
         overwrite: bool = False,
+        keep_weights: bool = True,
     ) -> None:
         self.plan = RecordingPlan(
             dirpath=None if dirpath is None else local_path(dirpath, "dirpath"),
@@ -138,6 +142,7 @@ class TracInCallback(DualCallback):
             log=LogPlan.of(log_method, log_texts),
             on_error=on_error,
             overwrite=overwrite,
+            keep_weights=keep_weights,
         )
         self.recorded_fit: RecordedFit | None = None
         self._recorder: Recorder | None = None

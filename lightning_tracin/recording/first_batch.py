@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_tracin.bridge.compat import batch_to_device
+from lightning_tracin.bridge.extents import rows_of_all
 from lightning_tracin.bridge.loaders import batches_over
 from lightning_tracin.bridge.looks import differing
 from lightning_tracin.bridge.mixin import embedding_layer_of, last_layer_of, losses_of
@@ -35,7 +36,8 @@ from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import is_fsdp
 from lightning_tracin.recording.plan import LAST, WORDS
 from lightning_tracin.recording.training_form import warn_of_another_loss
-from lightning_tracin.storage.encoding import StorageOptions, stored_bytes
+from lightning_tracin.storage.encoding import StorageOptions, size_of_captured
+from lightning_tracin.storage.sizes import LayerSize
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,32 @@ def look_at_first_batch(
     return FirstBatch(batch, captured, gradients)
 
 
-def stored_sites(first: FirstBatch, options: StorageOptions) -> tuple[Site, ...]:
+def layer_sizes(first: FirstBatch, training_set: TrainingSet) -> dict[str, LayerSize]:
+    """How large the gradients of training examples are at each site, by its key, as a first batch tells."""
+    captured = {key: size_of_captured(block) for key, block in first.captured.gradients.items()}
+    return {key: replace(size, rows=_rows_of_all(size.rows, training_set)) for key, size in captured.items()}
+
+
+def text_lengths(first: FirstBatch, training_set: TrainingSet) -> Sequence[float]:
+    """How many tokens some training examples have, as a first batch tells."""
+    return _rows_of_all(first.captured.texts(None).rows_by_example().tolist(), training_set)
+
+
+def _rows_of_all(rows: Sequence[float], training_set: TrainingSet) -> Sequence[float]:
+    """What a first batch has of each example, as estimates for examples from all over the training set."""
+    first, others = training_set.extents()
+    if not first or not others:
+        return rows
+    return rows_of_all([rows[place] for place in first], list(first.values()), others)
+
+
+def stored_sites(first: FirstBatch, options: StorageOptions, sizes: Mapping[str, LayerSize]) -> tuple[Site, ...]:
     """The sites, each storing what options ask for.
+
+    Args:
+        first: what a first batch told.
+        options: the options.
+        sizes: of the gradients at each site, by its key.
 
     Raises:
         ValueError: if a projection is of no site, or saves nothing.
@@ -114,14 +140,7 @@ def stored_sites(first: FirstBatch, options: StorageOptions) -> tuple[Site, ...]
     if asked is not None and not any(site.has_words is isinstance(asked, int) for site in sites):
         what = "word gradients (a number)" if isinstance(asked, int) else "linear layers (a pair of numbers)"
         raise ValueError(f"projection={asked} is for {what}, but methods={tuple(site.name for site in sites)}.")
-    return tuple(options.applied(site, first.captured.gradients[site.key]) for site in sites)
-
-
-def bytes_per_example(first: FirstBatch, options: StorageOptions) -> float:
-    """Bytes that a checkpoint stores for each training example, as a first batch tells."""
-    taken = first.captured.gradients
-    sites = [options.applied(site, taken[site.key]) for site in first.gradients.sites]
-    return sum(stored_bytes(site, taken[site.key], options.dtype) for site in sites) / len(first.captured)
+    return tuple(options.applied(site, sizes[site.key]) for site in sites)
 
 
 def _check_batching(

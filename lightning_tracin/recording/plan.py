@@ -42,6 +42,7 @@ class RecordingPlan:
     log: LogPlan
     on_error: OnError
     overwrite: bool
+    keep_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.cache not in ("checkpoint", "training", "on_demand"):
@@ -62,6 +63,12 @@ class RecordingPlan:
             raise ValueError(f"every_n_epochs must be at least 1, but got {self.every_n_epochs}.")
         if self.on_error not in ("warn", "raise"):
             raise ValueError(f"on_error must be 'warn' or 'raise', but got {self.on_error!r}.")
+        self._check_log()
+        if not self.keep_weights:
+            self._check_without_weights()
+
+    def _check_log(self) -> None:
+        """Check that validations can be logged as they are asked for."""
         if self.log_k < 1:
             raise ValueError(f"log_k must be at least 1, but got {self.log_k}.")
         if not self.log_examples and not self.log.is_default:
@@ -70,6 +77,19 @@ class RecordingPlan:
             raise ValueError(
                 'log_examples needs gradients that are stored while the fit runs, but cache="on_demand" stores none. '
                 'Use cache="checkpoint" or cache="training".'
+            )
+
+    def _check_without_weights(self) -> None:
+        """Check that nothing needs the weights later."""
+        if self.cache == "on_demand":
+            raise ValueError(
+                'keep_weights=False leaves gradients without weights, but cache="on_demand" stores no gradients while '
+                'the fit runs. Use cache="checkpoint" or cache="training", or keep_weights=True.'
+            )
+        if self.log_examples:
+            raise ValueError(
+                "log_examples scores validation examples at the weights of every checkpoint so far, but "
+                "keep_weights=False drops these. Use log_examples=0, or keep_weights=True."
             )
 
 

@@ -20,7 +20,7 @@ from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
 from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.layers import sites_on_module
-from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches, unwrapped_name
+from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.new_labels import NewLabels
@@ -287,6 +287,7 @@ class Recorder:
             previous=self._previous,
             steps=self.steps,
             drawn=self._drawn.of_all(),
+            keep_weights=self._plan.keep_weights,
             processes=processes,
         ) as checkpoint:
             if by_pass:
@@ -308,7 +309,7 @@ class Recorder:
         with (
             training_pass(trace, checkpoint, trace.sites, order, processes, tolerant=tolerant, known=known) as filled,
             progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
-            _buffers_of(checkpoint, module, processes),
+            _buffers_of_first(module, processes),
             unmoved(training_set.loader),
             inside_fit(trainer, module),
         ):
@@ -327,15 +328,16 @@ class Recorder:
 
 
 @contextmanager
-def _buffers_of(checkpoint: Checkpoint, module: torch.nn.Module, processes: Processes) -> Iterator[None]:
-    """Lend a module the buffers that were recorded: under DDP those of the processes differ between forward passes."""
+def _buffers_of_first(module: torch.nn.Module, processes: Processes) -> Iterator[None]:
+    """Lend a module the first process's buffers, which are recorded: under DDP they differ between forward passes."""
     own: list[tuple[Tensor, Tensor]] = []
-    if not processes.first and any(True for _ in module.buffers()):
-        recorded = checkpoint.weights()
-        for name, buffer in module.named_buffers():
-            if unwrapped_name(name) in recorded:
-                own.append((buffer, buffer.clone()))
-                buffer.copy_(recorded[unwrapped_name(name)])
+    if processes.size > 1:
+        named = dict(module.named_buffers())
+        own_buffers = {name: buffer.cpu() for name, buffer in named.items()} if processes.first else {}
+        of_first = processes.gather(own_buffers)[0]
+        for name in () if processes.first else named.keys() & of_first.keys():
+            own.append((named[name], named[name].clone()))
+            named[name].copy_(of_first[name])
     try:
         yield
     finally:

@@ -41,6 +41,7 @@ class Checkpoint:
         checksums: of the files of weights, of second moments and of the examples that were drawn, by name; see
             :meth:`file`.
         header: what the trace says of all checkpoints.
+        keeps_weights: whether weights are stored (``keep_weights`` of the callback).
         frozen_sites: the keys of the sites that no step of the whole trace moved.
     """
 
@@ -53,6 +54,7 @@ class Checkpoint:
     groups: list[list[list[str]]]
     checksums: dict[str, str]
     header: TraceHeader
+    keeps_weights: bool = True
     frozen_sites: frozenset[str] = frozenset()
 
     @classmethod
@@ -130,8 +132,9 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: if a file of weights is missing.
-            ValueError: if one is not as it was written.
+            ValueError: if one is not as it was written, or if the fit was to keep none.
         """
+        require_weights([self])
         tensors: dict[str, Tensor] = {}
         for name, checksum in self.shared.items():
             tensors |= read_tensors(self.file(name), checksum, within=self.trace_path)[0]
@@ -203,6 +206,22 @@ class Checkpoint:
         """
         shards = Shards.open(self.path / site.key, within=self.trace_path)
         return shards.checked(site.shape, self.header)
+
+
+def require_weights(checkpoints: Sequence[Checkpoint]) -> None:
+    """Check that checkpoints have what gradients of other examples are computed from.
+
+    Raises:
+        ValueError: if a fit with ``keep_weights=False`` has recorded some of them.
+    """
+    without = [checkpoint.step for checkpoint in checkpoints if not checkpoint.keeps_weights]
+    if without:
+        raise ValueError(
+            f"{len(without)} of {len(checkpoints)} checkpoints in {checkpoints[0].trace_path} have no weights (the "
+            f"first is that of step {without[0]}): the fit recorded them with keep_weights=False. Gradients of other "
+            "examples, or at other layers, cannot be taken there. self_influence answers from what is stored; for "
+            "influence on test examples fit with keep_weights=True."
+        )
 
 
 def undrawn(checkpoints: Sequence[Checkpoint]) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.gradients.factor_gradients import FactorGradients
-from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.ragged import Ragged
 from lightning_tracin.gradients.rows import Dtype, unit_rows
 from lightning_tracin.gradients.sites import BLOCKS, Gradients, Site
 from lightning_tracin.gradients.word_gradients import WordGradients
+from lightning_tracin.storage.sizes import LayerSize
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,31 @@ class StorageOptions:
     top_words: int | None = None
     projection: int | tuple[int, int] | None = None
 
-    def applied(self, site: Site, sample: Gradients) -> Site:
+    def applied(self, site: Site, size: LayerSize) -> Site:
         """The site in the smallest form that these options allow.
 
         Args:
             site: the site as it was captured.
-            sample: the gradients of a few examples there, which show what each form would take on disk.
+            size: of the gradients there.
 
         Raises:
             ValueError: if a projection would not make word gradients smaller.
         """
-        if isinstance(sample, WordGradients):
-            hidden = sample.directions.shape[1]
-            size = self.projection if isinstance(self.projection, int) else None
-            if size is not None and size >= hidden:
+        if size.has_words:
+            (hidden,) = size.widths
+            width = self.projection if isinstance(self.projection, int) else None
+            if width is not None and width >= hidden:
                 raise ValueError(
-                    f"projection={size} saves nothing: word gradients have {hidden} numbers for each word."
+                    f"projection={width} saves nothing: word gradients have {hidden} numbers for each word."
                 )
-            return replace(site, top_words=self.top_words, projection=None if size is None else (size,))
-        pair = self.projection if isinstance(self.projection, tuple) else None
-        forms = [replace(site, shape="factors"), replace(site, shape="matrix", projection=pair)]
-        return min(forms, key=lambda form: stored_bytes(form, sample, self.dtype))
+            return replace(site, top_words=self.top_words, projection=None if width is None else (width,))
+        shape = size.shape(self.dtype, self.projection)
+        pair = self.projection if isinstance(self.projection, tuple) and shape == "matrix" else None
+        return replace(site, shape=shape, projection=pair)
+
+    def nbytes(self, size: LayerSize) -> float:
+        """Bytes of an example's gradient on disk."""
+        return size.nbytes(self.dtype, self.top_words, self.projection)
 
 
 def encode(block: Ragged) -> dict[str, Tensor]:
@@ -91,14 +95,10 @@ def encoded_bytes(block: Ragged, dtype: Dtype) -> int:
     return sum(tensor.nbytes for tensor in encode(block.as_dtype(dtype)).values())
 
 
-def stored_bytes(site: Site, gradients: Gradients, dtype: Dtype) -> int:
-    """The number of bytes that gradients take on disk in a site's form, with directions of the given type.
-
-    Matrices are measured without being formed: those of a few examples at a language model's head take gigabytes.
-    """
-    if isinstance(gradients, FactorGradients) and site.shape == "matrix":
-        return encoded_bytes(MatrixGradients.outline(gradients, site.projection), dtype)
-    return encoded_bytes(site.stored(gradients), dtype)
+def size_of_captured(gradients: Gradients) -> LayerSize:
+    """How large the gradients of a few examples are, as they were captured: words, or factors."""
+    columns = [gradients.deltas, gradients.inputs] if isinstance(gradients, FactorGradients) else [gradients.directions]
+    return LayerSize(gradients.rows_by_example().tolist(), tuple(column.shape[1] for column in columns))
 
 
 def integers_in_32_bits(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:

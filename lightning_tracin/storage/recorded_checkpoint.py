@@ -1,4 +1,4 @@
-"""Recording a checkpoint: weights, Adam's second moments, and the learning rates since the previous checkpoint."""
+"""Recording a checkpoint: its weights, Adam's second moments, and the learning rates since the previous checkpoint."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def new_checkpoint(
     previous: str | None,
     steps: list[Step],
     drawn: Tensor | None = None,
+    keep_weights: bool = True,
     processes: Processes = ALONE,
 ) -> Iterator[Checkpoint]:
     """Record a checkpoint; it becomes part of the trace when all processes leave the context without an exception.
@@ -47,6 +48,7 @@ def new_checkpoint(
         previous: id of the checkpoint before; None for the first one.
         steps: the optimizer steps since the previous checkpoint.
         drawn: (n_train,) bool, the examples that were trained on since then; None if all were, or if it is not known.
+        keep_weights: whether to store the weights.
         processes: the processes of the fit; every one of them must enter the context.
 
     Raises:
@@ -80,31 +82,35 @@ def new_checkpoint(
         "previous": previous,
         "steps": steps,
         "groups": groups,
+        "keeps_weights": keep_weights,
     }
     with atomic_folder(trace.path / "checkpoints" / f"step-{step:09d}", processes) as folder:
-        content["checksums"] = _write_weights_and_moments(trace, folder, module, optimizers, shared, processes)
+        state = full_state_dict(module)
+        content["checksums"] = _write_moments(trace, folder, module, optimizers, state, processes)
         if processes.first:
+            if keep_weights:
+                content["checksums"] |= write_weights(folder, trace.path, state, frozen_names(module), shared)
             if drawn is not None:
                 content["checksums"][DRAWN] = write_tensors(folder / DRAWN, {"drawn": drawn})
             write(folder / "checkpoint.json", CheckpointFile(**content))
+        del state  # of sharded weights it is a copy
         content = processes.gather(content)[0]
         yield Checkpoint(path=folder, header=trace.header, **content)
 
 
-def _write_weights_and_moments(
+def _write_moments(
     trace: Trace,
     folder: Path,
     module: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
-    shared: Mapping[str, str],
+    state: Mapping[str, Any],
     processes: Processes,
 ) -> dict[str, str]:
-    """Write the weights and the sites' second moments, in the first process.
+    """Write the sites' second moments, in the first process.
 
     Returns:
         The checksum of each file by its name; an empty dictionary in the other processes.
     """
-    state = full_state_dict(module)
     holders = processes if is_fsdp(module) else ALONE
     moments_by_file = {
         moments_file(site): second_moments_at(site, module, optimizers, state, holders)
@@ -113,11 +119,7 @@ def _write_weights_and_moments(
     }
     if not processes.first:
         return {}
-    checksums = write_weights(folder, trace.path, state, frozen_names(module), shared)
-    for name, moments in moments_by_file.items():
-        if moments is not None:
-            checksums[name] = moments.write(folder / name)
-    return checksums
+    return {name: moments.write(folder / name) for name, moments in moments_by_file.items() if moments is not None}
 
 
 def write_weights(
@@ -135,13 +137,13 @@ def write_weights(
     Returns:
         The checksum of each file by its name.
     """
-    tensors, tied = _untied(state)
+    tensors, tied = untied(state)
     checksums = share_frozen(folder, trace, tensors, frozen, shared)
     checksums[WEIGHTS] = write_tensors(folder / WEIGHTS, tensors, tied)
     return checksums
 
 
-def _untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A state dict's tensors, tied ones once, and of each further name of a tied one that under which it stands."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}

@@ -104,7 +104,10 @@ class TraceFile(TraceHeader, frozen=True, kw_only=True):
 
 
 class CheckpointFile(JsonFile, frozen=True, kw_only=True):
-    """``checkpoint.json``; the attributes are those of :class:`~lightning_tracin.storage.checkpoint.Checkpoint`."""
+    """``checkpoint.json``; the attributes are those of :class:`~lightning_tracin.storage.checkpoint.Checkpoint`.
+
+    A checkpoint without weights says so itself: where only their file is gone, that is noticed.
+    """
 
     id: Identity
     step: StepNumber
@@ -113,10 +116,14 @@ class CheckpointFile(JsonFile, frozen=True, kw_only=True):
     steps: list[Step]
     groups: list[list[list[str]]]
     checksums: dict[Annotated[str, Meta(pattern=_FILES_OF_CHECKPOINT)], Checksum]
+    keeps_weights: bool = True
 
     def __post_init__(self) -> None:
-        if "weights.safetensors" not in self.checksums:
+        if self.keeps_weights and "weights.safetensors" not in self.checksums:
             raise ValueError("there is no checksum of weights.safetensors in it")
+        weights = [name for name in self.checksums if name.startswith(("weights", "frozen"))]
+        if weights and not self.keeps_weights:
+            raise ValueError(f"it keeps no weights, but names {weights[0]}")
 
 
 class IndexFile(JsonFile, frozen=True, kw_only=True):

@@ -280,7 +280,13 @@ class Trace:
         if model_fingerprint(state) == self.model_fingerprint:
             return
         shapes = shapes_of(state)
-        recorded = shapes_of(self.checkpoints[0].weights()) if self.checkpoints else {}
+        with_weights = next((each for each in self.checkpoints if each.keeps_weights), None)
+        if with_weights is None:
+            raise ValueError(
+                f"The trace in {self.path} is of another model ({self.model_class}) than {model_class}: the names or "
+                "shapes of their parameters differ. It has no weights that could tell which."
+            )
+        recorded = shapes_of(with_weights.weights())
         differing = sorted(name for name in shapes.keys() | recorded.keys() if shapes.get(name) != recorded.get(name))
         raise ValueError(
             f"The trace in {self.path} is of another model ({self.model_class}) than {model_class}: "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from brute_force import relative_error, with_bias
@@ -17,8 +15,9 @@ from lightning_tracin.gradients.linear_layers import as_matrix
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.scoring.methods import TracInLayer
-from lightning_tracin.storage.encoding import StorageOptions, encoded_bytes, stored_bytes
+from lightning_tracin.storage.encoding import StorageOptions, encoded_bytes, size_of_captured
 from lightning_tracin.storage.second_moments import SecondMoments
+from lightning_tracin.storage.sizes import LayerSize
 
 B, T, IN, OUT = 3, 7, 4, 6
 SEQUENCE, IMAGE, TOKENS = (B, IN, T), (B, IN, 5, 6), (B, T, IN)
@@ -125,24 +124,25 @@ def test_tiny_gradients_keep_their_norms(scale):
 def test_what_takes_less_space_is_stored(dtype):
     site = Site("linear-0", "layer", "layer", "factors")
     few, many = ragged([1, 1, 1], 40, 30)[0], ragged([50, 60, 70], 40, 30)[0]
-    assert StorageOptions(dtype).applied(site, few).shape == "factors"
-    assert StorageOptions(dtype).applied(site, many).shape == "matrix"
-    assert StorageOptions(dtype, projection=(8, 9)).applied(site, few).shape == "factors"
-    chosen = StorageOptions(dtype, projection=(8, 9)).applied(site, many)
+    assert StorageOptions(dtype).applied(site, size_of_captured(few)).shape == "factors"
+    assert StorageOptions(dtype).applied(site, size_of_captured(many)).shape == "matrix"
+    assert StorageOptions(dtype, projection=(8, 9)).applied(site, size_of_captured(few)).shape == "factors"
+    chosen = StorageOptions(dtype, projection=(8, 9)).applied(site, size_of_captured(many))
     assert (chosen.shape, chosen.projection) == ("matrix", (8, 9))
     stored = chosen.stored(many)
-    for form in (replace(site, shape="factors"), replace(site, shape="matrix"), chosen):
+    for options in (StorageOptions(dtype), StorageOptions(dtype, projection=(8, 9))):
         for block in (few, many, ragged([0, 2, 0], 40, 30)[0]):
-            assert stored_bytes(form, block, dtype) == encoded_bytes(form.stored(block), dtype)
+            size = size_of_captured(block)
+            written = encoded_bytes(options.applied(site, size).stored(block), dtype)
+            assert options.nbytes(size) * block.n_examples == pytest.approx(written)
     assert stored.directions.shape == (3, 72)
     torch.testing.assert_close(stored.norms, many.example_norms())
 
 
 def test_no_matrix_is_formed_to_find_out_what_it_would_take():
-    site = Site("linear-0", "layer", "layer", "factors")
-    wide = FactorGradients.from_positions(1, torch.tensor([0]), torch.ones(1, 2**19), torch.ones(1, 2**19))
-    assert StorageOptions("float16").applied(site, wide).shape == "factors"
-    assert stored_bytes(replace(site, shape="matrix"), wide, "float16") > 2**39  # half a terabyte
+    wide = LayerSize([2**19], (2**19, 2**19))
+    assert wide.shape("float16") == "matrix"
+    assert wide.nbytes("float16") > 2**39  # half a terabyte
 
 
 def test_projections_keep_angles_as_well_as_their_size_lets_them():

@@ -9,7 +9,7 @@ from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import TracInCallback, TracInWE
 from lightning_tracin.gradients.sites import Site
-from lightning_tracin.storage.encoding import StorageOptions, encoded_bytes
+from lightning_tracin.storage.encoding import StorageOptions, encoded_bytes, size_of_captured
 
 
 def recall_at_10(found, exact):
@@ -41,7 +41,7 @@ def test_errors_are_within_what_is_expected(kept, error, recall, share):
         prepared = [method.prepare(of(block).sorted(), None, "test") for block in (test, train)]
         return method.dot(*prepared, None)
 
-    site = kept.applied(Site("words", "tracin-we", "embedding", "words"), train)
+    site = kept.applied(Site("words", "tracin-we", "embedding", "words"), size_of_captured(train))
     exact, found = scores(lambda block: block), scores(lambda block: site.stored(block).as_dtype(kept.dtype))
     norms = test.example_norms()[:, None] * train.example_norms()
     assert ((found - exact) / norms).square().mean().sqrt() < error
