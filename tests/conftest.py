@@ -10,7 +10,7 @@ torch.set_num_threads(1)  # the models are tiny: threads cost more than they giv
 # An example fits and asks, which takes some tenths of a second: making a small one of one that fails takes minutes.
 settings.register_profile(
     "quick",
-    max_examples=12,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     database=None,

@@ -44,6 +44,7 @@ def test_the_planted_word_is_the_first_of_the_table_and_the_cause(tmp_path):
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_mistakes_fade_without_their_proponents_and_not_without_random_examples(tmp_path):
     figures = sentiment.main(["--small", "--output", str(tmp_path)])
     before, without_proponents, without_random = figures["sure"]

@@ -25,6 +25,19 @@ from lightning_tracin import Trace, TracInCallback
 from lightning_tracin.recording import space, training_cache
 from lightning_tracin.storage import runs
 
+# One of each way that losses come by; the others are run by `make test-slow`.
+QUICK = {
+    *("bert-classes", "bert-tokens", "bert-masked", "gpt2-padded-on-the-left", "t5", "lora", "lstm-time-first"),
+    *(
+        "embedding-called-twice",
+        "frozen-embedding",
+        "bag-weighted",
+        "bert-choices",
+        "preferences-interleaved",
+        "images",
+    ),
+}
+
 LOADERS = {
     "in order": lambda: loader(),
     "shuffled": lambda: loader(shuffle=True),
@@ -231,7 +244,13 @@ def test_of_several_backward_passes_of_one_batch_the_last_counts(tmp_path, expec
     assert_expected(fit, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"bert-dropout", "cnn", "without-mixin"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(FAMILIES.keys() - {"bert-dropout", "cnn", "without-mixin"})
+    ],
+)
 def test_every_family_of_models(tmp_path, monkeypatch, name):
     family = FAMILIES[name]
     monkeypatch.setattr("families.EMBEDDING_RATE", 1e-12)
@@ -406,7 +425,7 @@ def test_a_forward_pass_without_gradients_in_a_step_does_not_count(tmp_path, exp
     assert_expected(fitted(tmp_path / "trace", build(Measuring), cache="training"), expected, epochs=2)
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 10])
+@pytest.mark.parametrize("epochs", [1, 2, pytest.param(10, marks=pytest.mark.slow)])
 def test_many_epochs_between_checkpoints_take_no_more_space_than_was_asked_for(tmp_path, monkeypatch, epochs):
     """Scores are those of one epoch before the checkpoint."""
     monkeypatch.setattr(runs, "_RUN_BYTES", 3000)
