@@ -26,9 +26,10 @@ from lightning_tracin.bridge.own_batches import own_batch_sampler
 from lightning_tracin.bridge.queries import weights_kept
 from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.bridge.unmoved import module_unmoved, unmoved
+from lightning_tracin.gradients.printable import storable
 from lightning_tracin.parallel.fsdp import full_state_dict
 from lightning_tracin.parallel.processes import ALONE
-from lightning_tracin.past.checkpoints import PastCheckpoint, in_order, read_checkpoint
+from lightning_tracin.past.checkpoints import PastCheckpoint, first_line, in_order, read_checkpoint
 from lightning_tracin.past.known import KnownRun
 from lightning_tracin.past.rates import Configured
 from lightning_tracin.past.trainer_folder import read_folder
@@ -121,7 +122,7 @@ def _begun(
         dtype=_OPTIONS.dtype,
         shard_examples=fitting_shard_examples(per_example, len(training_set)),
         candidates=not is_own or (source is not None and source.header.candidates),
-        notes=tuple(notes),
+        notes=tuple(storable(note) for note in notes),
     )
     drawn = [drawable if each.recorded is None or not is_own else each.recorded.drawn() for each in found]
     return assembled_trace(folder, header, run.known(header.sites, drawn))
@@ -214,7 +215,7 @@ def _configured(module: pl.LightningModule) -> Configured | str:
     try:
         optimizers, schedulers = configured_optimizers(module)
     except Exception as error:  # it may need what only a fit sets up
-        return f"configure_optimizers of {name} raises {type(error).__name__}: {error}".rstrip(".")
+        return f"configure_optimizers of {name} raises {type(error).__name__}: {first_line(error)}"
     return Configured(optimizers, schedulers, module.automatic_optimization)
 
 

@@ -157,7 +157,7 @@ def torch_content(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)|class (\S+)|(?:function|type) ([\w.]+\.\w+)", str(error))
         if named is None:
-            raise ValueError(f"{path} is damaged, or is no checkpoint: {_first_line(error)}.") from error
+            raise ValueError(f"{path} is damaged, or is no checkpoint: {first_line(error)}.") from error
         name = printable(next(each for each in named.groups() if each)).rstrip(".,")
         raise ValueError(
             f"{path} holds an object of {name}, which only unpickling would give, and that may run any code: it is "
@@ -167,7 +167,7 @@ def torch_content(path: Path) -> Any:
     except Exception as error:  # what torch raises on a damaged file is of many kinds
         if isinstance(error, MemoryError):
             raise
-        raise ValueError(f"{path} is damaged, or is no checkpoint: {_first_line(error)}.") from error
+        raise ValueError(f"{path} is damaged, or is no checkpoint: {first_line(error)}.") from error
 
 
 def safe_tensors(path: Path) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ def safe_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return open_tensors(path)[0]
     except ValueError as error:
-        raise ValueError(f"{path} is damaged, or is no safetensors file: {_first_line(error.__cause__)}.") from error
+        raise ValueError(f"{path} is damaged, or is no safetensors file: {first_line(error.__cause__)}.") from error
 
 
 def tensors_of_state(content: Any, name: str) -> dict[str, Tensor]:
@@ -271,6 +271,7 @@ def _listed(names: Sequence[Any]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
-def _first_line(error: BaseException | None) -> str:
+def first_line(error: BaseException | None) -> str:
+    """What an error says, in a line of limited length."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return printable(lines[0]).rstrip(".")[:300]

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from lightning_tracin.past.checkpoints import PastCheckpoint
+from lightning_tracin.past.checkpoints import PastCheckpoint, first_line
 
 #: Of each optimizer, the mean rate of each parameter group.
 MeanRates: TypeAlias = list[list[float]]
@@ -100,7 +100,7 @@ def _replayed(
     try:
         rates = np.array(list(_schedule(configured, checkpoints[-1].number, steps_per_epoch)))
     except Exception as error:  # a scheduler of the user's own may need what only a fit has
-        return f"the schedule cannot be made again ({type(error).__name__}: {error})"
+        return f"the schedule cannot be made again ({type(error).__name__}: {first_line(error)})"
     for each, (own,) in zip(checkpoints, saved, strict=True):
         if len(own) != rates.shape[1] or not np.allclose(rates[each.number], own, rtol=_CLOSE, atol=0):
             return (

@@ -73,6 +73,7 @@ def assembled_trace(path: Path, header: TraceHeader, checkpoints: Iterable[Known
         remove_temporary(path)
         remove_trace(path)
         raise
+    remove_temporary(path)  # of one that was killed here
     return Trace(path)
 
 

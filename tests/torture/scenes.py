@@ -14,7 +14,8 @@ from torch.utils.data import Sampler
 from toy import N_TRAIN, loader, quiet, test_texts, texts
 from variants import Reproducible
 
-from lightning_tracin import InfluenceResult, TracInCallback
+from lightning_tracin import InfluenceResult, Trace, TracInCallback
+from lightning_tracin.storage.own_files import has_trace
 
 EPOCHS = 3
 _RESULT = "result.safetensors"
@@ -219,5 +220,17 @@ def _queries() -> Iterator[Scene]:
     yield Scene("filling query", lambda folder: fit(folder, "on_demand"), ask, ask, foreign=inside)
 
 
+def _past() -> Iterator[Scene]:
+    def make(folder: Path) -> None:
+        files = sorted((folder / "run" / "trace" / "checkpoints").glob("epoch=*.ckpt"))
+        Trace.from_checkpoints(folder / "past" / "trace", files, Reproducible(), loader())
+
+    def make_unless_made(folder: Path) -> None:
+        if not has_trace(folder / "past" / "trace"):
+            make(folder)
+
+    yield Scene("past run", lambda f: fit(f, "on_demand"), make, make_unless_made, "past/trace", untouched="run")
+
+
 SCENES = {scene.name: scene for cache in CACHES for scene in _fits(cache)}
-SCENES |= {scene.name: scene for scene in (*_frozen(), *_queries())}
+SCENES |= {scene.name: scene for scene in (*_frozen(), *_queries(), *_past())}
