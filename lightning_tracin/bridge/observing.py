@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, losses_of, with_labels_of
+from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, last_layer_of, losses_of, with_labels_of
 from lightning_tracin.gradients.batches import batch_size, tensors_of
+from lightning_tracin.gradients.layers import layer_name
 from lightning_tracin.gradients.losses import called_with, hugging_face_model, writes_tokens
 from lightning_tracin.gradients.outputs import Output, output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
-from lightning_tracin.parallel.fsdp import call_in_forward_pass
+from lightning_tracin.parallel.fsdp import call_in_forward_pass, is_fsdp
 
 
 class Observer:
@@ -69,11 +71,14 @@ class Observer:
         if answers is not None:
             return Output("answer", answers)
         logits = self._probe.logits(n_examples)
+        if logits is None and not self._probe.knows_last_layer and not is_fsdp(self.module):
+            self._find_last_layer(batch)
+            logits = self._probe.logits(self._run(batch))
         if logits is None:
             raise ValueError(
                 f"What {type(self.module).__name__} says cannot be seen. It is seen where the loss comes from one "
-                'linear layer that the trace knows (methods=("tracin-we", "tracin-last")), or where the module returns '
-                'an object with logits, one row for each example. target="label" does not need it.'
+                "linear layer, with one row for each example, or where the module returns an object with logits. "
+                'target="label" does not need it.'
             )
         model = hugging_face_model(self.module) if self._probe.from_hugging_face else None
         labels = self.labels(batch)
@@ -86,6 +91,12 @@ class Observer:
                 "config.problem_type, or give the test examples labels in the form of training's."
             )
         return output
+
+    def _find_last_layer(self, batch: Any) -> None:
+        """Let the probe observe the one linear layer that feeds the loss, if there is one."""
+        labelled = batch if self.takes(batch) else with_labels_of(self.module, batch, self.labels_of(batch, 0))
+        with suppress(ValueError), torch.enable_grad():
+            self._probe.look_at(layer_name(self.module, last_layer_of(self.module, lambda: self.losses(labelled))))
 
     def _run(self, batch: Any) -> int:
         """A forward pass of a batch, seen by the probe; the number of its examples."""

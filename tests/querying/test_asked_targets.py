@@ -166,6 +166,15 @@ def test_without_labels_the_error_names_what_explains_the_prediction(toy, trace)
         asked(toy, trace, unlabelled())
 
 
+def test_the_last_layer_is_found_where_the_trace_does_not_know_it(tmp_path):
+    fit = fitted(tmp_path / "trace", methods=("tracin-we",), trainer={"max_epochs": 1})
+    with torch.no_grad():
+        labels = fit.lightning_module.eval()(IDS).argmax(1)
+    expected = fit.influence(relabelled(labels)).scores
+    for data in (loader(test_texts()), unlabelled()):
+        assert torch.equal(fit.influence(data, target="prediction").scores, expected)
+
+
 class Taught(Toy):
     """A batch whose form does not tell where labels are."""
 
