@@ -132,7 +132,7 @@ class TargetLosses:
                 names = TargetNames(self._module, output)
                 self._classes = tuple(names.number(each) for each in self.target.classes)
                 self._require_fitting(output, names)
-                self._output, self._names = output, names
+                self._output, self._names = output.without_examples, names
                 if output.kind != "value":
                     self._require_labels_are_read(batch)
         return self._output, self._names
