@@ -123,10 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if not false_alarms:
         raise SystemExit("The model did not learn the planted shortcut: nothing to explain. Try more --epochs.")
 
-    # To ask what made the model say spam, give the messages that label.
-    asked = [(text, SPAM) for text in false_alarms[:100]]
+    asked = [(text, HAM) for text in false_alarms[:100]]
     method = TracInWE(normalize="cosine", exclude_tokens=tokenizer.all_special_ids)
-    result = trainer.influence(batches(tokenized(asked), tokenizer), method=method)
+    result = trainer.influence(batches(tokenized(asked), tokenizer), method=method, target=SPAM)
     result = result.with_texts([text for text, _ in train], [text for text, _ in asked])
     result.show(0, k=3, console=console)
     table = result.word_table()

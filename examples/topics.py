@@ -106,7 +106,7 @@ def compared(
     for column in ("same label", "common words"):
         table.add_column(column, justify="right")
     for name, method in methods.items():
-        result = trainer.influence(loader, method=method, k=5)
+        result = trainer.influence(loader, method=method, k=5, target="prediction")
         same = (train_labels[result.proponents(5).indices] == said[:, None]).float().mean().item()
         words = f"{common_share(result, common):.0%}" if isinstance(method, TracInWE) else ""
         table.add_row(name, f"{same:.0%}", words)
@@ -170,15 +170,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     accuracy = (said == truth).float().mean().item()
     console.print(f"\nAccuracy on {len(test)} test articles: [bold]{accuracy:.3f}[/]")
 
-    # To ask what made the model say something, give a test example the label that the model said.
-    as_said = [(text, label) for (text, _), label in zip(test, said.tolist(), strict=True)]
     special, common = tokenizer.all_special_ids, common_tokens(train_set)
     method = TracInWE(normalize="cosine", exclude_tokens=[*special, *common])
     chosen = chosen_articles(probabilities, truth)
-    result = trainer.influence(asking([as_said[index] for index in chosen]), method=method)
+    result = trainer.influence(asking([test[index] for index in chosen]), method=method, target="prediction")
     result = result.with_texts([text for text, _ in train], [test[index][0] for index in chosen])
     for row, index in enumerate(chosen):
-        topic = topics[as_said[index][1]]
+        topic = result.target_names[row]
         verdict = "and so it is" if said[index] == truth[index] else f"but it is {topics[test[index][1]]}"
         console.print(
             f"\n[bold]Test article {index}[/]: the model says [bold]{topic}[/] ({probabilities[index].max():.0%}), "
@@ -191,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     n_compared = min(40, len(test))
     comparison = compared(
         trainer,
-        asking(as_said[:n_compared]),
+        asking(test[:n_compared]),
         said[:n_compared],
         torch.tensor([label for _, label in train]),
         {
@@ -214,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     saved = result.save(options.output / "result.safetensors")
     read = test[:100]
     page = (
-        trainer.influence(asking(read), method=method, k=20)
+        trainer.influence(asking(read), method=method, k=20, target="prediction")
         .with_texts(train=[text for text, _ in train], test=[text for text, _ in read])
         .to_html(options.output / "page.html", title=f"What taught the model the topics of {len(read)} articles?")
     )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, losses_of, with_labels_of
+from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, last_layer_of, losses_of, with_labels_of
 from lightning_tracin.gradients.batches import batch_size, tensors_of
-from lightning_tracin.gradients.losses import called_with, hugging_face_model, writes_tokens
+from lightning_tracin.gradients.layers import layer_name
+from lightning_tracin.gradients.losses import called_with, checked_losses, hugging_face_model, writes_tokens
 from lightning_tracin.gradients.outputs import Output, output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
-from lightning_tracin.parallel.fsdp import call_in_forward_pass
+from lightning_tracin.parallel.fsdp import call_in_forward_pass, is_fsdp
 
 
 class Observer:
@@ -34,7 +36,7 @@ class Observer:
         self._known = training_labels[~torch.isnan(training_labels)]
         self._has_single_labels = len(self._known) > 0 or len(training_labels) == 0
         self._way: Callable[[Any], int] | None = None
-        self._dtype = torch.long
+        self._stand_in: Tensor | None = None  # the labels of the last batch that had none
 
     @property
     def has_own_loss(self) -> bool:
@@ -55,8 +57,9 @@ class Observer:
         labels = self.labels(batch)
         if labels is not None:
             return torch.full_like(labels, number)
-        size, device = batch_size(batch) or 0, tensors_of(batch)[0].device
-        return torch.full((size,), number, dtype=self._dtype, device=device)
+        device = tensors_of(batch)[0].device
+        like = torch.zeros(1, dtype=torch.long) if self._stand_in is None else self._stand_in
+        return torch.full((batch_size(batch) or 0, *like.shape[1:]), number, dtype=like.dtype, device=device)
 
     def output(self, batch: Any) -> Output:
         """What the module says of a batch, with its graph where gradients are enabled.
@@ -69,23 +72,33 @@ class Observer:
         if answers is not None:
             return Output("answer", answers)
         logits = self._probe.logits(n_examples)
+        if logits is None and not self._probe.knows_last_layer and not is_fsdp(self.module):
+            self._find_last_layer(batch)
+            logits = self._probe.logits(self._run(batch))
         if logits is None:
             raise ValueError(
                 f"What {type(self.module).__name__} says cannot be seen. It is seen where the loss comes from one "
-                'linear layer that the trace knows (methods=("tracin-we", "tracin-last")), or where the module returns '
-                'an object with logits, one row for each example. target="label" does not need it.'
+                "linear layer, with one row for each example, or where the module returns an object with logits. "
+                'target="label" does not need it.'
             )
         model = hugging_face_model(self.module) if self._probe.from_hugging_face else None
         labels = self.labels(batch)
+        labels = self._stand_in if labels is None else labels
         is_binary = bool(torch.isin(self._known, torch.tensor([0.0, 1.0], dtype=self._known.dtype)).all())
         output = output_of(logits, labels, model, own_loss=self.has_own_loss, may_be_binary=is_binary)
-        if labels is None and output.kind == "class" and not self._has_single_labels and self._way != self._by_loss:
+        if labels is None and output.kind == "class" and not self._has_single_labels and self._way == self._by_forward:
             raise ValueError(
                 f"Whether {type(self.module).__name__} says one class or a set of them cannot be told: this batch has "
                 "no labels, and those of training are not one number for each example. Set the model's "
                 "config.problem_type, or give the test examples labels in the form of training's."
             )
         return output
+
+    def _find_last_layer(self, batch: Any) -> None:
+        """Let the probe observe the one linear layer that feeds the loss, if there is one."""
+        labelled = batch if self.takes(batch) else with_labels_of(self.module, batch, self.labels_of(batch, 0))
+        with suppress(ValueError), torch.enable_grad():
+            self._probe.look_at(layer_name(self.module, last_layer_of(self.module, lambda: self.losses(labelled))))
 
     def _run(self, batch: Any) -> int:
         """A forward pass of a batch, seen by the probe; the number of its examples."""
@@ -107,7 +120,6 @@ class Observer:
                 failure = failure or error
                 continue
             self._way = way
-            self._dtype = way.keywords["dtype"] if isinstance(way, partial) else torch.long
             return n_examples
         raise ValueError(
             f"{type(self.module).__name__} cannot be run on a test batch without labels: {type(failure).__name__}: "
@@ -118,15 +130,18 @@ class Observer:
     def _ways(self, batch: Any) -> Iterator[Callable[[Any], int]]:
         """How a module may be run on a batch whose labels are not known, the likeliest first."""
         yield self._by_loss  # it may have some in a form that nothing tells, or need none
-        if isinstance(batch, Mapping) and hugging_face_model(self.module) is not None:
+        is_forwarded = isinstance(batch, Mapping) and hugging_face_model(self.module) is not None
+        if is_forwarded and not self.has_own_loss:
             yield self._by_forward
         for dtype in (torch.long, torch.float32):
             yield partial(self._by_labels, dtype=dtype)
             yield partial(self._by_labels, dtype=dtype, by_output=True)
+        if is_forwarded:
+            yield self._by_forward
 
     def _by_loss(self, batch: Any) -> int:
         with self._probe.watched():
-            return len(self.losses(batch))
+            return len(checked_losses(self.losses(batch)))
 
     def _by_forward(self, batch: Any) -> int:
         with self._probe.watched():
@@ -134,10 +149,13 @@ class Observer:
         return batch_size(batch) or 0
 
     def _by_labels(self, batch: Any, *, dtype: torch.dtype, by_output: bool = False) -> int:
-        """With labels of zero: one for each example, or one for each output that the pass before showed."""
-        device = tensors_of(batch)[0].device
-        shape: tuple[int, ...] = (batch_size(batch) or 0,)
+        """With labels of zero: one for each example, or one for each of its outputs, which such a pass shows."""
+        labels = torch.zeros(batch_size(batch) or 0, dtype=dtype, device=tensors_of(batch)[0].device)
         if by_output:
-            seen = self._probe.logits(shape[0])
-            shape = shape if seen is None else tuple(seen.shape[:2])
-        return self._by_loss(with_labels_of(self.module, batch, torch.zeros(shape, dtype=dtype, device=device)))
+            with suppress(Exception):
+                self._by_loss(with_labels_of(self.module, batch, labels))
+            seen = self._probe.logits(len(labels))
+            labels = labels if seen is None else labels.new_zeros(seen.shape[:2])
+        n_examples = self._by_loss(with_labels_of(self.module, batch, labels))
+        self._stand_in = labels
+        return n_examples

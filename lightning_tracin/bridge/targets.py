@@ -100,7 +100,7 @@ class TargetLosses:
         kind, names = self._learned(batch)[0].kind, self._names
         assert names is not None
         with torch.no_grad():
-            output = self._observer.output(batch)
+            output = replace(self._observer.output(batch), causal=self._output is not None and self._output.causal)
         said = output.logits.detach().cpu() if kind == "value" else output.said()
         said = said.reshape(len(said), -1)
         counted = self._counted(batch) if kind == "tokens" else torch.ones_like(said, dtype=torch.bool)
@@ -132,7 +132,7 @@ class TargetLosses:
                 names = TargetNames(self._module, output)
                 self._classes = tuple(names.number(each) for each in self.target.classes)
                 self._require_fitting(output, names)
-                self._output, self._names = output, names
+                self._output, self._names = output.without_examples, names
                 if output.kind != "value":
                     self._require_labels_are_read(batch)
         return self._output, self._names
@@ -187,7 +187,7 @@ class TargetLosses:
                 "influence_with_labels keep what the model reads, such as decoder_input_ids, and let forward take it."
             )
         if self._output is not None and self._output.kind in ("set", "tokens"):
-            self._require_usual_loss(losses, output, self._all(batch, 0))
+            self._require_usual_loss(others, output, self._all(batch, 1))
 
     def _answer_to(self, labels: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """The losses of a batch with other labels, and what the model says there."""
@@ -230,7 +230,7 @@ class TargetLosses:
         if isinstance(self._observer.losses, MeanLoss):
             return torch.allclose(losses[0].to(usual), usual.mean(), rtol=2e-2)
         ratios = losses.to(usual) / usual
-        return torch.allclose(ratios, ratios[:1].expand_as(ratios), rtol=2e-2)
+        return bool(ratios[0] > 0) and torch.allclose(ratios, ratios[:1].expand_as(ratios), rtol=2e-2)
 
     def _labels(self, batch: Any, numbers: Sequence[int] | None, number: int | None) -> Tensor:
         """The labels of a batch's targets: a class, or without one what the model said, or the batch's own."""

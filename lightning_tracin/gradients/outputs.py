@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -42,17 +42,22 @@ class Output:
         Raises:
             ValueError: if it says values, which are no labels.
         """
-        logits = self.logits.detach().cpu().double()
+        logits = self.logits.detach()
         if self.kind == "value":
             raise ValueError("Values are no labels.")
         if self.kind == "answer":
-            return torch.stack(best_answers(logits[:, 0], logits[:, 1])[:2], 1)
+            return torch.stack(best_answers(*logits.cpu().double().unbind(1))[:2], 1)
         if self.kind == "binary":
-            return (logits[:, 0] > 0).long()
+            return (logits[:, 0] > 0).long().cpu()
         if self.kind == "set":
-            return (logits > 0).float()
-        best = logits.argmax(-1)
+            return (logits > 0).float().cpu()
+        best = logits.argmax(-1).cpu()  # before they are moved: a vocabulary is large
         return best.roll(1, 1) if self.causal else best
+
+    @property
+    def without_examples(self) -> Output:
+        """The same of no examples: what it means, and of how many classes."""
+        return replace(self, logits=self.logits.detach()[:0].clone())
 
     def log_of_output(self, number: int) -> Tensor:
         """(B,) one of several outputs that do not exclude each other: a value, or log p of a class of a set."""

@@ -33,6 +33,15 @@ class PredictionProbe:
         self._hugging_face: nn.Module | None = None
         self._outputs: dict[nn.Module, list[Any]] = {}
 
+    @property
+    def knows_last_layer(self) -> bool:
+        """Whether the linear layer that feeds the loss is known."""
+        return self._name is not None
+
+    def look_at(self, last_layer: str) -> None:
+        """Observe a layer, of this name, as the only linear one that feeds the loss directly."""
+        self._name = last_layer
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Record the outputs of the observed modules while the context lasts."""

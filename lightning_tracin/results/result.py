@@ -52,7 +52,9 @@ class InfluenceResult(RichRepr, PortableResult):
 
     def __repr__(self) -> str:
         kept = "" if self.strongest_proponents is None else f", k={self.strongest_proponents.values.shape[1]}"
-        return f"InfluenceResult(n_test={len(self.test_indices)}, n_train={self.n_train}{kept}, method={self.method})"
+        target = "" if self.target == "label" else f", target={self.target!r}"
+        n_test = len(self.test_indices)
+        return f"InfluenceResult(n_test={n_test}, n_train={self.n_train}{kept}, method={self.method}{target})"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         n_test = len(self.test_indices)

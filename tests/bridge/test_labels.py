@@ -14,6 +14,8 @@ from toy import N_TEST, N_TRAIN, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInCallback, TracInMixin
 from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
+from lightning_tracin.gradients.batches import labels_of
+from lightning_tracin.gradients.relabelled import with_labels
 
 Pair = namedtuple("Pair", ["ids", "labels"])
 Triple = namedtuple("Triple", ["ids", "labels", "lengths"])
@@ -100,6 +102,32 @@ def expected(start=0):
 def test_labels_are_those_that_the_form_of_a_batch_tells(tmp_path, form):
     told = FORMS[form][2]
     assert asked(tmp_path, form) == (expected() if told else ([None] * N_TEST, [None] * N_TRAIN))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_labels_come_where_those_of_a_batch_are_found(form):
+    make, unpack, told = FORMS[form]
+    ids, labels = torch.arange(12).view(4, 3), torch.arange(4)
+    batch = make(ids, labels)
+    if not told and isinstance(batch, tuple) and len(batch) > 2:
+        with pytest.raises(ValueError, match=r"cannot be told from a batch of this form: .* of 3 entries\. Override"):
+            with_labels(batch, labels + 7)
+        return
+    changed = with_labels(batch, labels + 7)
+    assert torch.equal(labels_of(changed), labels + 7)
+    if told:
+        assert type(changed) is type(batch)
+        assert torch.equal(unpack(changed)[0], ids)
+        assert torch.equal(unpack(changed)[1], labels + 7)
+        assert torch.equal(unpack(batch)[1], labels)
+
+
+def test_labels_come_beside_inputs_that_have_none():
+    ids, labels = torch.ones(2, 3), torch.ones(2)
+    for batch in (ids, (ids,), [ids], (ids, None), {"ids": ids}, (ids, {}), ({"ids": ids}, ["a", "b"])):
+        assert labels_of(with_labels(batch, labels)) is labels
+    with pytest.raises(ValueError, match="cannot be told from a batch of this form: list of 2 entries"):
+        with_labels([ids, "text"], labels)
 
 
 @pytest.mark.parametrize("cache", ["checkpoint", "on_demand", "training"])

@@ -166,6 +166,75 @@ def test_without_labels_the_error_names_what_explains_the_prediction(toy, trace)
         asked(toy, trace, unlabelled())
 
 
+def test_the_last_layer_is_found_where_the_trace_does_not_know_it(tmp_path):
+    fit = fitted(tmp_path / "trace", methods=("tracin-we",), trainer={"max_epochs": 1})
+    with torch.no_grad():
+        labels = fit.lightning_module.eval()(IDS).argmax(1)
+    expected = fit.influence(relabelled(labels)).scores
+    for data in (loader(test_texts()), unlabelled()):
+        assert torch.equal(fit.influence(data, target="prediction").scores, expected)
+
+
+class Tagger(Toy):
+    """A tag for each token, and a loss of one's own."""
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.hidden(self.embedding(ids))))
+
+    def influence_loss(self, batch):
+        ids, tags = batch
+        return functional.cross_entropy(self(ids).mT, tags, reduction="none").sum(1) / (tags != -100).sum(1)
+
+
+class NextWord(Tagger):
+    """The tag of a token is said before it."""
+
+    def influence_loss(self, batch):
+        ids, tags = batch
+        losses = functional.cross_entropy(self(ids)[:, :-1].mT, tags[:, 1:], reduction="none")
+        return 2 * losses.sum(1) / (tags[:, 1:] != -100).sum(1)
+
+
+class Sets(Toy):
+    """Sets of classes, and a loss of one's own."""
+
+    def influence_loss(self, batch):
+        ids, sets = batch
+        return functional.binary_cross_entropy_with_logits(self(ids), sets, reduction="none").sum(1)
+
+
+class OneHot(Sets):
+    """Takes what looks like sets for probabilities."""
+
+    def influence_loss(self, batch):
+        ids, sets = batch
+        return functional.cross_entropy(self(ids), sets, reduction="none")
+
+
+def as_sets(labels):
+    return functional.one_hot(labels, CLASSES).float()
+
+
+def as_tags(labels):
+    return labels[:, None].repeat(1, 7)
+
+
+@pytest.mark.parametrize(("kind", "labels_of"), [(Tagger, as_tags), (NextWord, as_tags), (Sets, as_sets)])
+def test_the_outputs_of_a_loss_of_ones_own_are_read_from_it(tmp_path, kind, labels_of):
+    train, test = (TensorDataset(data.tensors[0], labels_of(data.tensors[1])) for data in (texts(), test_texts()))
+    fit = fitted(tmp_path / "trace", kind(), loader(train), trainer={"max_epochs": 1})
+    with torch.no_grad():
+        logits = fit.lightning_module.eval()(IDS)
+    labels = (logits > 0).float() if kind is Sets else logits.argmax(-1).roll(int(kind is NextWord), 1)
+    by_hand = fit.influence(loader(TensorDataset(IDS, labels))).scores
+    for data in (loader(test), unlabelled()):
+        found = fit.influence(data, target="prediction").scores
+        torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-9)
+    if kind is Sets:
+        with pytest.raises(ValueError, match="what OneHot says cannot be told from its outputs"):
+            fit.influence(loader(test), OneHot(), trace=tmp_path / "trace", target="prediction")
+
+
 class Taught(Toy):
     """A batch whose form does not tell where labels are."""
 

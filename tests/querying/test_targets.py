@@ -10,9 +10,10 @@ from asked_targets import AskedFamily
 from brute_force import relative_error
 from families import FAMILIES, HuggingFace
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 METHODS = ("tracin-we", "tracin-last")
-CLASSIFIERS = ("bert-classes", "bert-choices", "lstm", "embedding-called-twice", "without-mixin", "lora")
+CLASSIFIERS = ("bert-classes", "bert-choices", "lstm", "embedding-called-twice", "without-mixin")
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +171,64 @@ def test_the_answer_that_is_given(family):
         return -(start[said[number][0]] + end[said[number][1]]) / 2
 
     require_same(asked, loss, target="prediction")
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "positions"),
+    [
+        ("bert-classes", "prediction", None),
+        ("bert-choices", (0, 2), None),
+        ("bert-multi-label", "prediction", None),
+        ("bert-multi-label", 1, None),
+        ("bert-regression", "prediction", None),
+        ("bert-tokens", "prediction", [1]),
+        ("bert-tokens", 2, None),
+        ("gpt2-causal", "prediction", None),
+        ("bert-answers", "prediction", None),
+    ],
+)
+def test_examples_without_labels(family, name, target, positions):
+    asked = family(name)
+    examples = [
+        {entry: value for entry, value in example.items() if entry in ("input_ids", "attention_mask")}
+        for example in asked.family.test_loader().dataset
+    ]
+    options = {"target": target, "positions": positions, "method": "tracin-last"}
+    own, without = asked.influence(**options), asked.influence(DataLoader(examples, batch_size=3), **options)
+    torch.testing.assert_close(without.scores, own.scores, rtol=1e-4, atol=1e-8)
+    assert without.target_names == own.target_names
+    torch.testing.assert_close(without.predictions, own.predictions, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_model_that_reads_its_labels_needs_some(family, name):
+    asked = family(name)
+    examples = [{"input_ids": example["input_ids"]} for example in asked.family.test_loader().dataset]
+    with pytest.raises(ValueError, match=r"reads and writes, .* Give the test examples labels, .* model\.generate"):
+        asked.influence(DataLoader(examples, batch_size=3), target="prediction")
+
+    class Narrow(HuggingFace):
+        def forward(self, input_ids, attention_mask, labels):
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    model = asked.family.build()
+    narrow = Narrow(model.model, embedding="x", last="y")
+    with pytest.raises(ValueError, match="says depends on the labels in its batch, which its forward reads"):
+        asked.influence(model=narrow, trace=asked.path, target="prediction")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("bert-regression", {"target": 0}, 'does regression: "prediction" is the value'),
+        ("bert-answers", {"target": 0}, 'does question answering: "prediction" is the answer'),
+        ("bert-tokens", {"positions": [7]}, r"positions \[7\] name no token of test example \d that counts"),
+        ("bert-tokens", {"positions": [[1], [0]]}, "has the places of 2 test examples, but there is a test example 2"),
+        ("gpt2-causal", {"target": 3}, "target='3' is a token: say by positions"),
+        ("gpt2-causal", {"target": "Paris", "positions": [2]}, "There is no class 'Paris'. No names are known"),
+        ("bert-multi-label", {"target": 3}, "there is no class 3. The model has 3"),
+    ],
+)
+def test_targets_that_do_not_fit_the_task(family, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        family(name).influence(**options)

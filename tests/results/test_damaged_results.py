@@ -106,6 +106,20 @@ def test_a_result_without_a_checksum(file):
         InfluenceResult.load(file)
 
 
+@pytest.mark.parametrize(("target", "names"), [("tech", []), ("tech", ["tech"]), ("label", ["0"] * 6)])
+def test_targets_that_are_not_named_for_each_test_example(file, target, names):
+    tensors, metadata = content_of(file)
+    header = {**json.loads(metadata[HEADER]), "target": target, "target_names": names}
+    with pytest.raises(ValueError, match=f"{file} is damaged: it names the targets"):
+        InfluenceResult.load(rewritten(file, tensors, json.dumps(header)))
+
+
+def test_a_result_of_before_there_were_targets(file):
+    tensors, metadata = content_of(file)
+    header = {name: each for name, each in json.loads(metadata[HEADER]).items() if not name.startswith("target")}
+    assert InfluenceResult.load(rewritten(file, tensors, json.dumps(header))).target == "label"
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         InfluenceResult.load(tmp_path / "none.safetensors")
