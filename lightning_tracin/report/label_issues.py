@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -139,13 +139,15 @@ class LabelIssues(RichRepr):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with output_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            for row in self.rows():
-                writer.writerow(
-                    {name: in_a_cell(each) if isinstance(each, str) else each for name, each in row.items()}
-                )
+            self.write_csv(file)
         return path
+
+    def write_csv(self, file: TextIO) -> None:
+        """Write what :meth:`to_csv` does to an open file."""
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in self.rows():
+            writer.writerow({name: in_a_cell(each) if isinstance(each, str) else each for name, each in row.items()})
 
 
 def _printed(issues: Sequence[LabelIssue]) -> Table:
