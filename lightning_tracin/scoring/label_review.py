@@ -1,10 +1,11 @@
 """What speaks against a training example's label: its influence on itself, and what the model said of it meanwhile.
 
 A trace that has the gradients of a classifier's head as factors has the head's input for every training example at
-every checkpoint, and the head's weights. So it has what the model said of each, without a forward pass. Early
-checkpoints saw the example before it was learned by heart: the mean over all of them says more than the last one
-(dataset cartography, Swayamdipta et al. 2020). From these means, confident learning (Northcutt et al. 2021) decides
-which labels are wrong, with a threshold for each class that follows from the data.
+every checkpoint, and the head's weights. So it has what the model said of each, without a forward pass. Networks learn
+what labels have in common before they learn wrong ones by heart (Liu et al. 2020, early-learning regularization): the
+mean over the first half of an example's checkpoints tells more of its label than the last one. From these means,
+confident learning (Northcutt et al. 2021) decides which labels are wrong, with a threshold for each class that follows
+from the data.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class LabelReview:
     Attributes:
         self_influence: (n_train,) float32, each example's influence on itself.
         given: (n_train,) float64, its label; NaN without one.
-        predicted: (n_train,) float64, the likeliest class by the mean over the checkpoints; NaN where it is not known.
+        predicted: (n_train,) float64, the likeliest class by the mean over its early checkpoints; NaN where it is not
+            known.
         scores: (n_train,) float32, from 0 to 1, lower is worse: the mean probability of its label, cleanlab's
             self-confidence; where no probabilities are known at all, the share of the training examples that influence
             themselves at least as much. NaN for examples that training never drew, or whose probabilities are missing.
@@ -137,7 +139,9 @@ def confidently_wrong(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def _mean_probabilities(checkpoints: Sequence[Checkpoint], given: Tensor, processes: Processes) -> Tensor | None:
-    """The probability that the model gave each class, on the mean over the checkpoints that an example came before.
+    """The probability that the model gave each class, on the mean over the first half of an example's checkpoints.
+
+    An example's checkpoints are those that training drew it before; of an odd number, the one in the middle counts.
 
     Args:
         checkpoints: of the trace.
@@ -178,17 +182,21 @@ def _of_shard(shards: Sequence[Shards], heads: Sequence[Tensor | None], shard: i
     """What :func:`_mean_probabilities` returns, of one shard, given each checkpoint's gradients and head."""
     assert heads[0] is not None
     start, stop = shards[0].bounds(shard)
-    sums, counts = torch.zeros(stop - start, len(heads[0])), torch.zeros(stop - start)
-    for stored, head in zip(shards, heads, strict=True):
-        if not stored.holds(shard):
-            continue
-        block = stored.read(shard)
+    held = [(stored.read(shard), head) for stored, head in zip(shards, heads, strict=True) if stored.holds(shard)]
+    for block, head in held:
         if not isinstance(block, FactorGradients) or head is None or block.widths != head.shape[::-1]:
             return None
         if int(block.rows_by_example().max()) > 1:
             return None  # several positions: tokens, not texts, are classified
-        sums[block.examples] += (block.scaled_inputs @ head.T).softmax(1)
-        counts[block.examples] += 1  # others training did not draw, or their gradient was not finite
+    # An example has no row where training did not draw it, or its gradient was not finite.
+    n_rows = sum((block.rows_by_example() for block, _ in held), torch.zeros(stop - start, dtype=torch.int64))
+    sums, counts = torch.zeros(stop - start, len(heads[0])), torch.zeros(stop - start)
+    for block, head in held:
+        assert head is not None
+        is_early = 2 * counts[block.examples] < n_rows[block.examples]
+        examples = block.examples[is_early]
+        sums[examples] += (block.scaled_inputs[is_early] @ head.T).softmax(1)
+        counts[examples] += 1
     is_known = (counts > 0) & ~given[start:stop].isnan()
     return sums / torch.where(is_known, counts, math.nan)[:, None]
 
