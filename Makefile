@@ -9,7 +9,7 @@ REVIEWS := vaderSentiment==3.3.2
 # Tests run in two processes, a file in one of them: fixtures that start processes of their own are made once.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo spam sentiment picture test test-slow torture lint bench oldest clean
+.PHONY: demo spam sentiment labels picture test test-slow torture lint bench oldest clean
 
 demo: $(VENV)/demo.done  ## fine-tune MiniLM-L6 on BBC News and explain its predictions
 	$(BIN)/python -m examples.topics
@@ -19,6 +19,9 @@ spam: $(VENV)/demo.done  ## find the word that a spam filter has learned by mist
 
 sentiment: $(VENV)/demo.done  ## explain confident mistakes on movie reviews, and undo them
 	$(BIN)/python -m examples.sentiment
+
+labels: $(VENV)/demo.done  ## review flipped labels, correct them, and train again
+	$(BIN)/python -m examples.label_review
 
 picture: $(VENV)/demo.done  ## the same, and make the pictures of the README (of the page with Chromium)
 	$(BIN)/python -m examples.topics --picture docs/terminal.svg

@@ -26,6 +26,7 @@ from toy import Toy, fitted, loader, quiet, test_texts
 from lightning_tracin import InfluenceResult, Trace, TracInLast, TracInLayer, TracInSum, TracInWE
 from lightning_tracin.cli.command import main
 from lightning_tracin.gradients.printable import STEERING
+from lightning_tracin.scoring.naming import without_normalizing
 from lightning_tracin.storage.verification import verify
 
 #: What reading a bad file may end in.
@@ -192,8 +193,15 @@ def _query(copies: Path, original: Original) -> str | None:
 
 
 def _self_influence(copies: Path, original: Original) -> str | None:
-    scores = quiet().self_influence(trace=copies / "trace", method=original.method)
+    scores = quiet().self_influence(trace=copies / "trace", method=without_normalizing(original.method))
     return None if scores.isfinite().all() else "self-influence"
+
+
+def _label_issues(copies: Path, original: Original) -> str | None:
+    issues = quiet().label_issues(trace=copies / "trace", method=without_normalizing(original.method))
+    str(issues)
+    known = [each.label_score for each in issues.issues if each.label_score is not None]
+    return None if all(0 <= score <= 1 for score in known) else "label scores"
 
 
 def _read_result(copies: Path, original: Original) -> str | None:
@@ -247,6 +255,7 @@ _OF_TRACES: list[tuple[str, Callable[[Path, Original], str | None]]] = [
     ("Trace", _read_trace),
     ("influence", _query),
     ("self_influence", _self_influence),
+    ("label_issues", _label_issues),
     ("verify", _verify),
     ("info", _command("info", "TRACE")),
     ("info --json", _command("info", "TRACE", "--json")),

@@ -27,6 +27,14 @@ from rich.table import Table
 
 import lightning_tracin
 from lightning_tracin.cli.estimate import NOTES, add_arguments, as_json, estimated, size_table
+from lightning_tracin.cli.help_notes import (
+    EXPORT_NOTES,
+    HTML_NOTES,
+    INFO_NOTES,
+    LABELS_NOTES,
+    TOP_NOTES,
+    VERIFY_NOTES,
+)
 from lightning_tracin.gradients.printable import STEERING, in_a_cell, printable
 
 if TYPE_CHECKING:
@@ -109,11 +117,11 @@ def _parser() -> ArgumentParser:
         added.set_defaults(run=run, usage_error=added.error)
         return added
 
-    info = command("info", _info, "What a trace holds, and how much space it takes.", _INFO_NOTES)
+    info = command("info", _info, "What a trace holds, and how much space it takes.", INFO_NOTES)
     info.add_argument("trace", metavar="TRACE", help="folder that TracInCallback wrote")
     info.add_argument("--json", action="store_true", help="print one JSON object; sizes are in bytes")
 
-    top = command("top", _top, "The training examples that pushed test examples most.", _TOP_NOTES)
+    top = command("top", _top, "The training examples that pushed test examples most.", TOP_NOTES)
     top.add_argument("path", metavar="RESULT | TRACE", help="file of a result; with --result, folder of its trace")
     top.add_argument("--result", metavar="FILE", help="file of the result, where its trace has moved to TRACE")
     _add_k(top, 10)
@@ -121,12 +129,12 @@ def _parser() -> ArgumentParser:
         "--test", metavar="I", type=int, nargs="+", action="extend", help="rows of the scores, from 0; all by default"
     )
 
-    html = command("html", _html, "Write a result as a page for reading.", _HTML_NOTES)
+    html = command("html", _html, "Write a result as a page for reading.", HTML_NOTES)
     _add_result(html)
     html.add_argument("-o", "--output", metavar="FILE", required=True, help="the page, usually *.html")
     _add_k(html, 20)
 
-    export = command("export", _export, "Write the strongest pairs of a result as a table.", _EXPORT_NOTES)
+    export = command("export", _export, "Write the strongest pairs of a result as a table.", EXPORT_NOTES)
     _add_result(export)
     forms = export.add_mutually_exclusive_group(required=True)
     forms.add_argument("--csv", metavar="FILE", help="write CSV with a header; - is stdout")
@@ -134,49 +142,16 @@ def _parser() -> ArgumentParser:
     forms.add_argument("--parquet", metavar="FILE", help="write Parquet; needs lightning-tracin[parquet]")
     _add_k(export, 10)
 
-    verify = command("verify", _verify, "Check every file of a trace against its checksum.", _VERIFY_NOTES)
+    labels = command("labels", _labels, "Training examples whose labels may be wrong.", LABELS_NOTES)
+    _add_result(labels)
+    labels.add_argument("--csv", metavar="FILE", help="write all as CSV, to review and correct; - is stdout")
+    labels.add_argument("-n", type=_positive, help="only the first so many")
+
+    verify = command("verify", _verify, "Check every file of a trace against its checksum.", VERIFY_NOTES)
     verify.add_argument("trace", metavar="TRACE", help="folder that TracInCallback wrote")
 
     add_arguments(command("estimate", _estimate, "What a trace will take on disk, before a fit.", NOTES))
     return parser
-
-
-_INFO_NOTES = """\
-example:
-  lightning-tracin info lightning_logs/version_0/trace
-  lightning-tracin info trace --json | jq .checkpoints[-1].learning_rates"""
-
-_TOP_NOTES = """\
-example:
-  lightning-tracin top result.safetensors -k 3 --test 0 7
-  lightning-tracin top moved/trace --result result.safetensors
-  lightning-tracin top result.safetensors | awk -F '\\t' '$2 == "opponent"'
-
-On a terminal it prints tables. Otherwise it prints a line for each pair, with these columns between tabs and no header:
-test (row of the scores), role (proponent or opponent), rank (from 1), training example, score, share of all scores of
-its sign that the test example has, label and text of the training example, its strongest words as word=term, and the
-target: what of the test example is explained. Proponents have positive scores, opponents negative ones; training
-examples that say the same are one line."""
-
-_HTML_NOTES = """\
-example:
-  lightning-tracin html result.safetensors -o page.html -k 10"""
-
-_EXPORT_NOTES = """\
-example:
-  lightning-tracin export result.safetensors --csv pairs.csv
-  lightning-tracin export result.safetensors --json - | jq '.[0]'
-
-The columns are those of InfluenceResult.to_pandas: test_index, test_text, test_label, prediction, confidence, target,
-role, rank, train_index, score, share, train_text, train_label, words (in CSV on one line, else a list)."""
-
-_VERIFY_NOTES = """\
-example:
-  lightning-tracin verify trace && lightning-tracin top result.safetensors
-
-It names each file that is damaged, missing, or was left behind by a fit that was broken off, and ends with 1 if there
-is any. Every JSON file holds the checksum of its own content, and index.json and checkpoint.json those of the files
-beside them."""
 
 
 def _info(arguments: Namespace) -> int:
@@ -330,6 +305,17 @@ def _export(arguments: Namespace) -> int:
                 writer.writerow({name: _cell(value) for name, value in cells.items()})
         else:
             file.write("[\n" + ",\n".join(map(_json, rows)) + "\n]\n")
+    return 0
+
+
+def _labels(arguments: Namespace) -> int:
+    """Print the training examples whose labels may be wrong, or write them."""
+    issues = _result(arguments.result, arguments.trace).label_issues(n=arguments.n)
+    if arguments.csv is None:
+        _print(issues)
+        return 0
+    with _opened(arguments.csv) as file:
+        issues.write_csv(file)
     return 0
 
 

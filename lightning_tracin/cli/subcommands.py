@@ -41,7 +41,7 @@ _PRINTED = 20
 
 
 class InfluenceCLIMixin:
-    """The subcommands ``influence`` and ``self_influence`` for a subclass of any LightningCLI.
+    """The subcommands ``influence``, ``self_influence`` and ``label_issues`` for a subclass of any LightningCLI.
 
     Its trainer class must have the methods of :class:`~lightning_tracin.querying.trainer.InfluenceTrainerMixin`.
 
@@ -68,13 +68,18 @@ class InfluenceCLIMixin:
     @classmethod
     def subcommands(cls) -> dict[str, set[str]]:
         """The subcommands, and the arguments of the trainer's methods that are no options."""
-        return {**super().subcommands(), "influence": _SKIPPED, "self_influence": _SKIPPED}  # type: ignore[misc]
+        skipped: dict[str, set[str]] = super().subcommands()  # type: ignore[misc]
+        return {**skipped, "influence": _SKIPPED, "self_influence": _SKIPPED, "label_issues": {*_SKIPPED, "texts"}}
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
     ) -> None:
         """Set up the parsers; :meth:`init_parser` is told which are for the subcommands that are added here."""
-        added = {"influence": _add_influence_arguments, "self_influence": _add_self_influence_arguments}
+        added = {
+            "influence": _add_influence_arguments,
+            "self_influence": _add_self_influence_arguments,
+            "label_issues": _add_label_issues_arguments,
+        }
         for subcommand, add_arguments in added.items():
             given = subparser_kwargs.get(subcommand, {})
             subparser_kwargs = {**subparser_kwargs, subcommand: {**given, "add_arguments": add_arguments}}
@@ -93,7 +98,7 @@ class InfluenceCLIMixin:
         """Parse the command line, and check the method and the target before anything is loaded."""
         super().parse_arguments(parser, args)  # type: ignore[misc]
         subcommand = self.config.get("subcommand")
-        if subcommand not in ("influence", "self_influence"):
+        if subcommand not in ("influence", "self_influence", "label_issues"):
             return
         options = self.config[subcommand]
         options.ckpt_path = None  # the model's arguments would be taken from it
@@ -162,6 +167,18 @@ class InfluenceCLIMixin:
         )
         return trace, None
 
+    def label_issues(self, model: pl.LightningModule, **options: Any) -> None:
+        """Find training examples whose labels may be wrong, and write all as CSV, or print some."""
+        asked = self.config_init["label_issues"]
+        trace = asked.trace or self._recorded_trace("label_issues")
+        issues = self.trainer.label_issues(model, trace=trace, method=_method(asked.method), **options)
+        if not self.trainer.is_global_zero:
+            return
+        if asked.output is not None:
+            issues.to_csv(asked.output)
+        else:
+            Console().print(issues)
+
     def _recorded_trace(self, subcommand: str) -> Path | None:
         """Where the callback of the configuration wrote its trace, if it tells."""
         callbacks = [each for each in self.trainer.callbacks if isinstance(each, TracInCallback)]
@@ -174,7 +191,7 @@ class InfluenceCLIMixin:
 
 
 class TracInCLI(InfluenceCLIMixin, LightningCLI):
-    """LightningCLI with the subcommands ``influence`` and ``self_influence``.
+    """LightningCLI with the subcommands ``influence``, ``self_influence`` and ``label_issues``.
 
     Weights come from the trace's checkpoints; no other checkpoint is loaded. Without ``--trace``, the trace is where
     the TracInCallback of the configuration wrote it: in its ``dirpath``, or beside the configuration file that the
@@ -215,7 +232,14 @@ def _add_self_influence_arguments(parser: LightningArgumentParser) -> None:
     )
 
 
-def _add_common_arguments(parser: LightningArgumentParser) -> None:
+def _add_label_issues_arguments(parser: LightningArgumentParser) -> None:
+    _add_common_arguments(parser, method="tracin-last")
+    parser.add_argument(
+        "--output", type=str | None, help="Write the table to this CSV file, to review and correct; do not print it."
+    )
+
+
+def _add_common_arguments(parser: LightningArgumentParser, method: str = "tracin-we") -> None:
     parser.add_argument(
         "--trace",
         type=str | None,
@@ -225,7 +249,7 @@ def _add_common_arguments(parser: LightningArgumentParser) -> None:
         "--method",
         # not the classes themselves: jsonargparse takes dataclasses of a union for each other
         type=str | dict[str, Any],
-        default="tracin-we",
+        default=method,
         help='"tracin-we", "tracin-last", or class_path and init_args of lightning_tracin.TracInWE, .TracInLast, '
         ".TracInLayer or .TracInSum, whose parts are given in the same way.",
     )

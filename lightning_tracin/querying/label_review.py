@@ -34,14 +34,17 @@ def label_issues(
 ) -> LabelIssues:
     """Training examples whose labels may be wrong, highest self-influence first.
 
-    What the model said of each training example is read off the gradients at a classifier's head, which are its
-    probabilities less the label: nothing is run. Its mean over the checkpoints is not of a model that has not seen the
-    example, but the first ones have hardly learned it. ``label_score`` is the mean probability of the given label, and
-    ``is_label_issue`` follows from the means by confident learning (Northcutt et al. 2021): the model says another
-    class, at least as surely as it says that of the class's own examples. No threshold is set by hand. Where the head's
-    gradients are not those of one label's cross-entropy (regression, several labels, tokens, a single logit) or were
-    not recorded, ``predicted_label`` and ``is_label_issue`` are empty, and ``label_score`` is the share of the training
-    examples that influence themselves at least as much.
+    What the model said of each training example follows from the inputs of the classifier's head, which are stored with
+    its gradients, and the head's weights: nothing is run. Networks learn what labels have in common before they learn
+    wrong ones by heart, so its mean over the first half of the checkpoints counts; it is no prediction of a model that
+    has not seen the example. ``label_score`` is the mean probability of the given label. ``is_label_issue`` follows
+    from the means by confident learning (Northcutt et al. 2021): the model says another class, at least as surely as it
+    says that of the class's own examples. No threshold is set by hand; what it names is mostly wrong, but it does not
+    name all, and few where labels were learned by heart from the first epoch on: look at the first of the table, too.
+
+    Where no such head was recorded (regression, several labels, tokens, a single logit), ``predicted_label`` and
+    ``is_label_issue`` are empty, and ``label_score`` is the share of the training examples that influence themselves at
+    least as much. With ``cache="training"`` the inputs are those of training, with dropout.
 
     Args:
         trainer: as for :func:`influence`, like the five that follow.

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -21,7 +21,7 @@ from lightning_tracin.storage.files import output_file
 if TYPE_CHECKING:
     import pandas as pd
 
-_PRINTED = 20
+_PRINTED, _LABEL_WIDTH = 20, 14
 
 #: The columns, in their order; the page writes the same.
 COLUMNS = (
@@ -139,29 +139,33 @@ class LabelIssues(RichRepr):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with output_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            for row in self.rows():
-                writer.writerow(
-                    {name: in_a_cell(each) if isinstance(each, str) else each for name, each in row.items()}
-                )
+            self.write_csv(file)
         return path
+
+    def write_csv(self, file: TextIO) -> None:
+        """Write what :meth:`to_csv` does to an open file."""
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in self.rows():
+            writer.writerow({name: in_a_cell(each) if isinstance(each, str) else each for name, each in row.items()})
 
 
 def _printed(issues: Sequence[LabelIssue]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("rank", "train", "score"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("given", "predicted"):
-        table.add_column(name, no_wrap=True, max_width=14)
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+    labels = [[each.example.label or "" for each in issues], [each.predicted_label or "" for each in issues]]
+    for name, shown in zip(("given", "predicted"), labels, strict=True):
+        width = max(len(name), min(_LABEL_WIDTH, max(map(len, shown), default=0)))
+        table.add_column(name, no_wrap=True, min_width=width, max_width=_LABEL_WIDTH)
     table.add_column("text", no_wrap=True, overflow="ellipsis")
-    for issue in issues:
+    for issue, given, predicted in zip(issues, *labels, strict=True):
         table.add_row(
             str(issue.rank),
             str(issue.example.index),
             "" if issue.label_score is None else f"{issue.label_score:.2f}",
-            Text(printable(issue.example.label or "")),
-            Text(printable(issue.predicted_label or ""), style="bold" if issue.is_label_issue else ""),
+            Text(printable(given)),
+            Text(printable(predicted), style="bold" if issue.is_label_issue else ""),
             Text(printable(issue.example.text)),
         )
     return table

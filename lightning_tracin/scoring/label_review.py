@@ -1,10 +1,11 @@
 """What speaks against a training example's label: its influence on itself, and what the model said of it meanwhile.
 
-The gradient of a cross-entropy at the logits is p - y, the probabilities less the one-hot label. A trace that has the
-factors of a classifier's head therefore has what the model said of every training example at every checkpoint, exactly
-and without a forward pass. Early checkpoints saw the example before it was learned by heart, so the mean over all of
-them says more than the last one (dataset cartography, Swayamdipta et al. 2020). From these means, confident learning
-(Northcutt et al. 2021) decides which labels are wrong, with a threshold for each class that the data set.
+A trace that has the gradients of a classifier's head as factors has the head's input for every training example at
+every checkpoint, and the head's weights. So it has what the model said of each, without a forward pass. Networks learn
+what labels have in common before they learn wrong ones by heart (Liu et al. 2020, early-learning regularization): the
+mean over the first half of an example's checkpoints tells more of its label than the last one. From these means,
+confident learning (Northcutt et al. 2021) decides which labels are wrong, with a threshold for each class that follows
+from the data.
 """
 
 from __future__ import annotations
@@ -21,11 +22,9 @@ from lightning_tracin.gradients.sites import Site, last_site
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.score import self_influences
-from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
+from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint, undrawn
+from lightning_tracin.storage.shards import Shards
 from lightning_tracin.storage.trace import Trace
-
-# How far rounding may take a probability, and the sum of all, in what a trace stores.
-_TOLERANCES = {"float32": 1e-4, "float16": 5e-3, "int8": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class LabelReview:
     Attributes:
         self_influence: (n_train,) float32, each example's influence on itself.
         given: (n_train,) float64, its label; NaN without one.
-        predicted: (n_train,) float64, the likeliest class by the mean over the checkpoints; NaN where it is not known.
+        predicted: (n_train,) float64, the likeliest class by the mean over its early checkpoints; NaN where it is not
+            known.
         scores: (n_train,) float32, from 0 to 1, lower is worse: the mean probability of its label, cleanlab's
             self-confidence; where no probabilities are known at all, the share of the training examples that influence
             themselves at least as much. NaN for examples that training never drew, or whose probabilities are missing.
@@ -139,7 +139,9 @@ def confidently_wrong(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def _mean_probabilities(checkpoints: Sequence[Checkpoint], given: Tensor, processes: Processes) -> Tensor | None:
-    """The probability that the model gave each class, on the mean over the checkpoints that an example came before.
+    """The probability that the model gave each class, on the mean over the first half of an example's checkpoints.
+
+    An example's checkpoints are those that training drew it before; of an odd number, the one in the middle counts.
 
     Args:
         checkpoints: of the trace.
@@ -147,59 +149,56 @@ def _mean_probabilities(checkpoints: Sequence[Checkpoint], given: Tensor, proces
         processes: those that share the shards.
 
     Returns:
-        (n_train, n_classes) float32, NaN for an example without any; None if the gradients at the last layer are not
-        there, or are not those of one label's cross-entropy for each example.
+        (n_train, n_classes) float32, NaN for an example without any; None if the head's inputs are not there, or are
+        not one for each text, or if labels are no classes of it.
     """
     site = last_site(checkpoints[0].sites)
     if site is None or site.shape != "factors" or not all(each.has_gradients(site) for each in checkpoints):
         return None
-    shards = checkpoints[0].gradients(site)
-    bounds = [slice(*shards.bounds(shard)) for shard in range(len(shards))]
-    own = [_of_shard(checkpoints, site, shard, given[bounds[shard]]) for shard in processes.share(len(shards))]
+    heads = [_head(checkpoint, site) for checkpoint in checkpoints]
+    known = given[~given.isnan()]
+    n_classes = 0 if heads[0] is None else len(heads[0])
+    if n_classes < 2 or not len(known) or bool(((known != known.round()) | (known < 0) | (known >= n_classes)).any()):
+        return None
+    shards = [checkpoint.gradients(site) for checkpoint in checkpoints]
+    own = [_of_shard(shards, heads, shard, given) for shard in processes.share(len(shards[0]))]
     parts = [part for of_process in processes.gather(own) for part in of_process]
-    if any(part is None for part in parts):
-        return None
-    widths = {part.shape[1] for part in parts if part.shape[1]}
-    if len(widths) != 1:
-        return None
-    n_classes = widths.pop()
-    return torch.cat([part if part.shape[1] else part.new_full((len(part), n_classes), math.nan) for part in parts])
+    return None if any(part is None for part in parts) else torch.cat(parts)
 
 
-def _of_shard(checkpoints: Sequence[Checkpoint], site: Site, shard: int, given: Tensor) -> Tensor | None:
-    """What :func:`_mean_probabilities` returns, of one shard; without columns if no checkpoint has the shard."""
-    sums, counts = torch.zeros(len(given), 0), torch.zeros(len(given))
-    for checkpoint in checkpoints:
-        shards = checkpoint.gradients(site)
-        if not shards.holds(shard):
-            continue
-        block = shards.read(shard)
-        if not isinstance(block, FactorGradients) or int(block.rows_by_example().max()) > 1:
-            return None  # several positions: tokens, not texts, are classified
-        if not sums.shape[1]:
-            sums = torch.zeros(len(given), block.deltas.shape[1])
-        found = _probabilities(block, given, _TOLERANCES[shards.dtype])
-        if found is None or found.shape != sums.shape:
+def _head(checkpoint: Checkpoint, site: Site) -> Tensor | None:
+    """(n_classes, n_inputs) the head's weight at a checkpoint, its bias as a last column; None if it has more parts."""
+    if WEIGHTS not in checkpoint.checksums:
+        return None
+    prefix = f"{site.layer}."
+    parts = {name.removeprefix(prefix): each for name, each in checkpoint.weights().items() if name.startswith(prefix)}
+    if parts.keys() not in ({"weight"}, {"weight", "bias"}) or parts["weight"].dim() != 2:
+        return None
+    weight = parts["weight"].float()
+    return torch.cat([weight, parts["bias"].float()[:, None]], 1) if "bias" in parts else weight
+
+
+def _of_shard(shards: Sequence[Shards], heads: Sequence[Tensor | None], shard: int, given: Tensor) -> Tensor | None:
+    """What :func:`_mean_probabilities` returns, of one shard, given each checkpoint's gradients and head."""
+    assert heads[0] is not None
+    start, stop = shards[0].bounds(shard)
+    held = [(stored.read(shard), head) for stored, head in zip(shards, heads, strict=True) if stored.holds(shard)]
+    for block, head in held:
+        if not isinstance(block, FactorGradients) or head is None or block.widths != head.shape[::-1]:
             return None
-        counted = torch.zeros(len(given), dtype=torch.bool)
-        counted[block.examples] = True  # others training did not draw, or their gradient was not finite
-        counted &= ~given.isnan()
-        sums[counted] += found[counted]
-        counts += counted
-    return sums / torch.where(counts > 0, counts, math.nan)[:, None]
-
-
-def _probabilities(block: FactorGradients, given: Tensor, tolerance: float) -> Tensor | None:
-    """(n_examples, n_classes) probabilities, gradient plus label; None if they are none: the loss is another."""
-    n_classes = block.deltas.shape[1]
-    labels = given.nan_to_num(0.0)
-    if n_classes < 2 or bool(((labels != labels.round()) | (labels < 0) | (labels >= n_classes)).any()):
-        return None
-    found = torch.nn.functional.one_hot(labels.long(), n_classes).float()
-    found[block.examples] += block.scaled_deltas
-    judged = found[~given.isnan()]
-    is_distribution = (judged >= -tolerance).all() and ((judged.sum(1) - 1).abs() <= tolerance).all()
-    return found if bool(is_distribution) else None
+        if int(block.rows_by_example().max()) > 1:
+            return None  # several positions: tokens, not texts, are classified
+    # An example has no row where training did not draw it, or its gradient was not finite.
+    n_rows = sum((block.rows_by_example() for block, _ in held), torch.zeros(stop - start, dtype=torch.int64))
+    sums, counts = torch.zeros(stop - start, len(heads[0])), torch.zeros(stop - start)
+    for block, head in held:
+        assert head is not None
+        is_early = 2 * counts[block.examples] < n_rows[block.examples]
+        examples = block.examples[is_early]
+        sums[examples] += (block.scaled_inputs[is_early] @ head.T).softmax(1)
+        counts[examples] += 1
+    is_known = (counts > 0) & ~given[start:stop].isnan()
+    return sums / torch.where(is_known, counts, math.nan)[:, None]
 
 
 def _parts(trace: Trace) -> list[range]:

@@ -113,6 +113,16 @@ def test_fit_then_influence_from_the_configuration_that_fit_saved(recorded):
     assert [each.step for each in Trace(trace).checkpoints] == [4, 8]  # the callback has done nothing
 
 
+def test_label_issues_are_written_or_printed(project, capsys):
+    TracInCLI(Toy, Data, args=["label_issues", "-c", SAVED, "--n", "5", "--output", "written/review.csv"])
+    with Path("written/review.csv").open(newline="", encoding="utf-8") as file:
+        found = [int(row["train_index"]) for row in csv.DictReader(file)]
+    trace = "lightning_logs/version_0/trace"
+    assert found == [each.example.index for each in quiet().label_issues(Toy(), trace=trace, n=5).issues]
+    TracInCLI(Toy, Data, args=["label_issues", "-c", SAVED, "--method", "tracin-we"])
+    assert str(quiet().label_issues(Toy(), trace=trace, method="tracin-we")) in capsys.readouterr().out
+
+
 def test_the_result_is_printed_where_no_file_is_asked_for(project, capsys):
     influence()
     printed = capsys.readouterr().out
