@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
 
 from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.gradients.sites import Site
@@ -18,7 +19,7 @@ from lightning_tracin.recording.expected_moments import moments_bytes
 from lightning_tracin.recording.first_batch import FirstBatch, layer_sizes, text_lengths
 from lightning_tracin.recording.plan import RecordingPlan
 from lightning_tracin.storage.encoding import StorageOptions
-from lightning_tracin.storage.recorded_checkpoint import frozen_names, untied
+from lightning_tracin.storage.recorded_checkpoint import frozen_names, tied_names
 from lightning_tracin.storage.sizes import LABEL_BYTES, TOKEN_BYTES, LayerSize, TraceSize
 
 
@@ -61,10 +62,11 @@ def cost_of(
     module, sites, n_train = first.gradients.module, first.gradients.sites, len(training_set)
     expected = expected_of(trainer, plan, training_set)
     layers = layer_sizes(first, training_set)
-    frozen = frozen_names(module)
+    frozen, tied = frozen_names(module), tied_names(state)
     sizes = {False: 0, True: 0}
-    for name, value in untied(state)[0].items():
-        sizes[name in frozen] += value.nbytes
+    for name, value in state.items():
+        if isinstance(value, Tensor) and name not in tied:
+            sizes[name in frozen] += value.nbytes
     drawn = n_train * expected.drawn_in_the_middle
     blocks = first.captured.gradients
     moments = {
@@ -74,7 +76,7 @@ def cost_of(
             state,
             site,
             blocks[site.key],
-            n_drawn=drawn * mean(layers[site.key].rows),
+            n_drawn=drawn * fmean(layers[site.key].rows),
         )
         for site in sites
     }
@@ -86,7 +88,7 @@ def cost_of(
         frozen=plan.keep_weights * sizes[True],
         moments=sum(moments.values()),
         gradients={site.name: plan.options.nbytes(layers[site.key]) for site in sites},
-        texts=n_train * share * (LABEL_BYTES + TOKEN_BYTES * mean(text_lengths(first, training_set))),
+        texts=n_train * share * (LABEL_BYTES + TOKEN_BYTES * fmean(text_lengths(first, training_set))),
         n_train=n_train,
         drawn=n_train * expected.drawn,
         checkpoints=expected.checkpoints,

@@ -104,10 +104,12 @@ def _savers(plan: RecordingPlan, cost: Cost) -> Iterator[tuple[str, TraceSize, C
         yield "keep_weights=False", replace(cost.size, weights=0, frozen=0), plan.cache
     for methods, chosen in _fewer_methods(plan, sites):
         yield methods, cost.sized(options, chosen), plan.cache
-    if any(site.has_words for site in sites) and options.top_words is None:
-        yield f"top_words=10{named}", cost.sized(replace(narrow, top_words=10), sites), plan.cache
-    if not all(site.has_words for site in sites) and options.projection is None:
-        yield f"projection=(32, 128){named}", cost.sized(replace(narrow, projection=(32, 128)), sites), plan.cache
+    plain = cost.sized(narrow, sites)
+    for name, fewer in (("top_words=10", {"top_words": 10}), ("projection=(32, 128)", {"projection": (32, 128)})):
+        if all(getattr(options, option) is None for option in fewer):
+            size = cost.sized(replace(narrow, **fewer), sites)
+            if size.checkpoint < plain.checkpoint:
+                yield f"{name}{named}", size, plan.cache
     if plan.cache != "on_demand" and plan.keep_weights and not plan.log_examples:
         yield 'cache="on_demand", until influence is asked for', cost.size, "on_demand"
 

@@ -137,30 +137,35 @@ def write_weights(
     Returns:
         The checksum of each file by its name.
     """
-    tensors, tied = untied(state)
+    tensors, tied = _untied(state)
     checksums = share_frozen(folder, trace, tensors, frozen, shared)
     checksums[WEIGHTS] = write_tensors(folder / WEIGHTS, tensors, tied)
     return checksums
 
 
-def untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A state dict's tensors, tied ones once, and of each further name of a tied one that under which it stands."""
+    tied = tied_names(state)
     tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    name_at: dict[Any, str] = {}
     storages: set[int] = set()  # safetensors refuses two tensors in one storage, so the second is cloned
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            continue
-        place = (value.device, value.data_ptr(), value.shape, value.stride())
-        if value.numel() and place in name_at:
-            tied[name] = name_at[place]
-        else:
-            name_at[place] = name
+        if isinstance(value, Tensor) and name not in tied:
             storage = value.untyped_storage().data_ptr()
             tensors[name] = value.detach().cpu() if storage not in storages else value.detach().cpu().clone()
             storages.add(storage)
     return tensors, tied
+
+
+def tied_names(state: Mapping[str, Any]) -> dict[str, str]:
+    """The further names of a state dict's tied tensors, with the name that each first stands under."""
+    tied: dict[str, str] = {}
+    name_at: dict[Any, str] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.numel():
+            first = name_at.setdefault((value.device, value.data_ptr(), value.shape, value.stride()), name)
+            if first != name:
+                tied[name] = first
+    return tied
 
 
 def frozen_names(module: nn.Module) -> set[str]:

@@ -179,7 +179,7 @@ def zipf_exponent(vocabulary: int, drawn: float, distinct: float) -> float:
         distinct: how many different ones.
     """
     low, high = -1.0, 3.0
-    for _ in range(30):
+    for _ in range(20):
         middle = (low + high) / 2
         if distinct_words(vocabulary, drawn, middle) > distinct:
             low = middle
