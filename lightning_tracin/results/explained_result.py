@@ -254,9 +254,17 @@ class ExplainedResult(RankedResult):
     def _test_example(self, row: int) -> Example:
         """What a test example says, and what the model says of it."""
         prediction, confidence = (None if math.isnan(each) else each for each in self.predictions[row].tolist())
-        ids, label = self.test_texts.ids_of(row), self.test_texts.label_of(row)
-        index = int(self.test_indices[row])
-        return self._reader.example(index, ids, label, self.raw_test, prediction=prediction, confidence=confidence)
+        texts = self.test_texts
+        return self._reader.example(
+            int(self.test_indices[row]),
+            texts.ids_of(row),
+            texts.label_of(row),
+            self.raw_test,
+            marks=texts.marks_of(row),
+            label_set=texts.label_set_of(row),
+            prediction=prediction,
+            confidence=confidence,
+        )
 
     def _train_examples(self, indices: Sequence[int]) -> dict[int, Example]:
         """What training examples say, by index; nothing where the trace is gone."""
@@ -267,9 +275,11 @@ class ExplainedResult(RankedResult):
         if evidence is None or not indices:
             return {index: Example(index, (), None) for index in indices}
         texts = evidence.trace.texts(indices)
+        labels = [(texts.label_of(place), texts.label_set_of(place)) for place in range(len(indices))]
+        said = zip(indices, texts.ids_by_example(), texts.marks_by_example(), labels, strict=True)
         return {
-            index: self._reader.example(index, ids, texts.label_of(place), self.raw_train)
-            for place, (index, ids) in enumerate(zip(indices, texts.ids_by_example(), strict=True))
+            index: self._reader.example(index, ids, label, self.raw_train, marks=marks, label_set=label_set)
+            for index, ids, marks, (label, label_set) in said
         }
 
     @cached_property

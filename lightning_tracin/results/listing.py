@@ -55,8 +55,10 @@ class TextKeys:
             self._keys.update(zip(missing, missing, strict=True))
         elif missing and self._evidence is not None:
             texts = self._evidence.trace.texts(missing)
-            for place, (index, ids) in enumerate(zip(missing, texts.ids_by_example(), strict=True)):
-                self._keys[index] = (*ids, texts.label_of(place)) if ids else index
+            said = zip(missing, texts.ids_by_example(), texts.marks_by_example(), strict=True)
+            for place, (index, ids, marks) in enumerate(said):
+                label = texts.label_of(place), texts.label_set_of(place), *marks
+                self._keys[index] = (*ids, label) if ids else index
         return self._keys
 
 
