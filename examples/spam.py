@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     # To ask what made the model say spam, give the messages that label.
     asked = [(text, SPAM) for text in false_alarms[:100]]
-    method = TracInWE(normalize="cosine", exclude_tokens=tokenizer.all_special_ids)
+    method = TracInWE(normalize="cosine", exclude_tokens="special")
     result = trainer.influence(batches(tokenized(asked), tokenizer), method=method)
     result = result.with_texts([text for text, _ in train], [text for text, _ in asked])
     result.show(0, k=3, console=console)
