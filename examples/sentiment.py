@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     mistakes = confidence.masked_fill(~is_wrong, 0).topk(min(options.mistakes, int(is_wrong.sum()))).indices.tolist()
     asked = Tokenized([test[index] for index in mistakes], tokenizer, options.max_length)
-    method = TracInWE(normalize="cosine", exclude_tokens=tokenizer.all_special_ids)
+    method = TracInWE(normalize="cosine", exclude_tokens="special")
     result = trainer.influence(batches(asked, tokenizer), method=method, target="prediction")
     result = result.with_texts([text for text, _ in train], [test[index][0] for index in mistakes])
     wrongly, rightly = (names[label] for label in (int(said[mistakes[0]]), test[mistakes[0]][1]))

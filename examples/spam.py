@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         raise SystemExit("The model did not learn the planted shortcut: nothing to explain. Try more --epochs.")
 
     asked = [(text, HAM) for text in false_alarms[:100]]
-    method = TracInWE(normalize="cosine", exclude_tokens=tokenizer.all_special_ids)
+    method = TracInWE(normalize="cosine", exclude_tokens="special")
     result = trainer.influence(batches(tokenized(asked), tokenizer), method=method, target=SPAM)
     result = result.with_texts([text for text, _ in train], [text for text, _ in asked])
     result.show(0, k=3, console=console)

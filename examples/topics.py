@@ -15,6 +15,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     accuracy = (said == truth).float().mean().item()
     console.print(f"\nAccuracy on {len(test)} test articles: [bold]{accuracy:.3f}[/]")
 
-    special, common = tokenizer.all_special_ids, common_tokens(train_set)
-    method = TracInWE(normalize="cosine", exclude_tokens=[*special, *common])
+    common = common_tokens(train_set)
+    method = TracInWE(normalize="cosine", precondition="adam", exclude_tokens=("special", "common"))
     chosen = chosen_articles(probabilities, truth)
     result = trainer.influence(asking([test[index] for index in chosen]), method=method, target="prediction")
     result = result.with_texts([text for text, _ in train], [test[index][0] for index in chosen])
@@ -193,10 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         said[:n_compared],
         torch.tensor([label for _, label in train]),
         {
-            "tracin-we": TracInWE(exclude_tokens=special),
-            "tracin-we, cosine": TracInWE(normalize="cosine", exclude_tokens=special),
-            "tracin-we, cosine, adam": TracInWE(normalize="cosine", precondition="adam", exclude_tokens=special),
-            "tracin-we, cosine, common words left out": method,
+            "tracin-we": TracInWE(exclude_tokens="special"),
+            "tracin-we, cosine": TracInWE(normalize="cosine", exclude_tokens="special"),
+            "tracin-we, cosine, adam": TracInWE(normalize="cosine", precondition="adam", exclude_tokens="special"),
+            "tracin-we, cosine, common words left out": replace(method, precondition=None),
+            "tracin-we, cosine, adam, common words left out": method,
             "tracin-last": TracInLast(),
         },
         set(tokenizer.convert_ids_to_tokens(common)),

@@ -125,7 +125,8 @@ class TracInMixin:
     def influence_label_names(self) -> dict[int, str]:
         """What to print for each label, by its number.
 
-        The default is ``id2label`` of a Hugging Face configuration; without one, the numbers are printed.
+        The default is ``id2label`` of a Hugging Face configuration; without one, and for a regression, the numbers are
+        printed.
         """
         return _configured_label_names(self)  # type: ignore[arg-type]
 
@@ -271,11 +272,13 @@ def tokenizer_of(module: Any) -> Any:
 
 
 def _configured_label_names(module: nn.Module) -> dict[int, str]:
-    """The names of a Hugging Face classifier's labels."""
+    """The names of a Hugging Face classifier's labels; none of a regression, whose labels are numbers."""
     for part in module.modules():
-        names = getattr(getattr(part, "config", None), "id2label", None)
+        config = getattr(part, "config", None)
+        names = getattr(config, "id2label", None)
         if isinstance(names, dict):
-            return {int(number): str(name) for number, name in names.items()}
+            is_regression = len(names) == 1 or getattr(config, "problem_type", None) == "regression"
+            return {} if is_regression else {int(number): str(name) for number, name in names.items()}
     return {}
 
 

@@ -30,8 +30,33 @@ from lightning_tracin.gradients.layouts import Layout, find_layouts, new_layers
 from lightning_tracin.gradients.losses import Losses, checked_losses
 from lightning_tracin.gradients.positions import linear_positions, word_positions
 from lightning_tracin.gradients.sites import Gradients
-from lightning_tracin.gradients.texts import Texts
+from lightning_tracin.gradients.texts import IN_SECOND, NO_LABEL, Texts, label_sets_of
 from lightning_tracin.gradients.word_gradients import WordGradients
+
+
+@dataclass(frozen=True)
+class ReadPositions:
+    """Where an embedding layer read P positions.
+
+    Attributes:
+        calls: (P,) the call of the layer.
+        places: (P,) the place among the ids of that call.
+        shapes: of the ids of each call.
+    """
+
+    calls: Tensor
+    places: Tensor
+    shapes: Sequence[torch.Size]
+
+    def marks(self, labels: Tensor | None) -> Tensor:
+        """(P,) the mark of each position, see :class:`Texts`; labels (B, T) of the only call's ids (B, T) count."""
+        if len(self.shapes) == 2:
+            return torch.where(self.calls == 1, IN_SECOND, NO_LABEL)
+        marks = torch.full_like(self.places, NO_LABEL)
+        if labels is None or labels.is_floating_point() or list(self.shapes) != [labels.shape] or labels.dim() < 2:
+            return marks
+        own = labels.detach().cpu().reshape(-1)[self.places].long()
+        return torch.where(own >= 0, own, marks)
 
 
 @dataclass(frozen=True)
@@ -43,12 +68,14 @@ class Captured:
         token_owners: (P,) the example of each position that the embedding layer read, without padding.
         token_ids: (P,) the token id at each of these positions, in reading order inside an example.
         gradients: the gradients by the key of their site: one row for each word, or factors at linear layers.
+        read: where the embedding layer read these positions; None where nothing is known of them.
     """
 
     losses: Tensor
     token_owners: Tensor
     token_ids: Tensor
     gradients: Mapping[str, Gradients]
+    read: ReadPositions | None = None
 
     def __len__(self) -> int:
         return len(self.losses)
@@ -81,12 +108,16 @@ class Captured:
         return replace(self, losses=self.losses - other.losses, gradients=gradients)
 
     def texts(self, labels: Tensor | None) -> Texts:
-        """The examples' token ids and labels; labels that are not one number for each example, (B,), become NaN."""
+        """The examples' token ids and labels: one of each, (B,), one of each token, or a set, (B, C) of 0 and 1."""
         if labels is not None and labels.shape == (len(self),):
             numbers = labels.detach().cpu().double()
         else:
             numbers = torch.full((len(self),), torch.nan, dtype=torch.float64)
-        return Texts(len(self), self.token_owners, self.token_ids, numbers)
+        if self.read is None:
+            return Texts(len(self), self.token_owners, self.token_ids, numbers)
+        marks = self.read.marks(labels)
+        sets = label_sets_of(None if bool((marks >= 0).any()) else labels, len(self))
+        return Texts(len(self), self.token_owners, self.token_ids, numbers, marks, sets)
 
 
 def capture(
@@ -179,23 +210,26 @@ def captured_from_calls(
         return [layouts[call.layer].owners(len(losses), call.positions) for call in layer_calls]
 
     token_owners = token_ids = torch.empty(0, dtype=torch.long)
+    read: ReadPositions | None = None
     gradients: dict[str, Gradients] = {}
     for site_layers in sites:
         key = site_layers.site.key
         site_calls = _differentiated([call for call in calls if call.layer in site_layers.layers])
         if site_layers.site.has_words:
-            token_owners, token_ids, rows = word_positions(site_calls, owners_of(site_calls), batch)
+            token_owners, token_ids, rows, of_calls, places = word_positions(site_calls, owners_of(site_calls), batch)
+            read = ReadPositions(of_calls, places, [call.inputs.shape for call in site_calls])
             gradients[key] = WordGradients.from_positions(len(losses), token_owners, token_ids, rows)
         else:
-            positions = linear_positions(site_calls, owners_of(site_calls))
-            gradients[key] = FactorGradients.from_positions(len(losses), *positions)
+            owners, inputs, deltas = linear_positions(site_calls, owners_of(site_calls))
+            gradients[key] = FactorGradients.from_positions(len(losses), owners, inputs, deltas)
     if reading_calls:
         # One feature is enough to find the tokens, and takes less memory.
         narrow = [
             replace(call, output=call.output[..., :1], gradient=call.output[..., :1].detach()) for call in reading_calls
         ]
-        token_owners, token_ids, _ = word_positions(narrow, owners_of(reading_calls), batch)
-    return Captured(losses, token_owners, token_ids, gradients)
+        token_owners, token_ids, _, of_calls, places = word_positions(narrow, owners_of(reading_calls), batch)
+        read = ReadPositions(of_calls, places, [call.inputs.shape for call in narrow])
+    return Captured(losses, token_owners, token_ids, gradients, read)
 
 
 def learn_layouts(

@@ -12,7 +12,7 @@ from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.linear_layers import factors_of_call
 
 
-def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: Any) -> tuple[Tensor, ...]:
     """The positions, without padding, of all calls of the layers that read the word embedding table.
 
     Args:
@@ -21,13 +21,14 @@ def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: 
         batch: the batch; attention masks in it mark padding, as does the layer's ``padding_idx``.
 
     Returns:
-        The example (P,), token id (P,) and gradient (P, H) of each position, on the CPU.
+        The example (P,), token id (P,) and gradient (P, H) of each position, the call (P,) that it is in, and its place
+        (P,) among the ids of that call, on the CPU.
 
     Raises:
         ValueError: if a call maps token ids (B, T) neither to vectors (B, T, H) nor, as nn.EmbeddingBag, to (B, H).
     """
-    call_positions = []
-    for call, owners in zip(calls, owners_of_calls, strict=True):
+    call_positions: list[tuple[Tensor, ...]] = []
+    for number, (call, owners) in enumerate(zip(calls, owners_of_calls, strict=True)):
         ids, output, owners = call.inputs, call.output, owners.reshape(-1)
         padding = getattr(
             getattr(call.layer, "base_layer", call.layer), "padding_idx", None
@@ -49,11 +50,12 @@ def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: 
             owners, gradient = owners[bags], gradient[bags] * call.bags.shares.cpu()[places, None]
         elif len(places) < len(gradient):  # without padding, indexing would copy all rows for nothing
             owners, gradient = owners[places], gradient[places]
-        call_positions.append((owners, ids.cpu().reshape(-1)[places].long(), gradient))
+        tokens = ids.cpu().reshape(-1)[places].long()
+        call_positions.append((owners, tokens, gradient, torch.full_like(places, number), places))
     return _by_example(call_positions)
 
 
-def linear_positions(calls: Sequence[Call], owners_of_calls: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def linear_positions(calls: Sequence[Call], owners_of_calls: list[Tensor]) -> tuple[Tensor, ...]:
     """The positions of all calls of a linear layer.
 
     Args:
@@ -64,20 +66,24 @@ def linear_positions(calls: Sequence[Call], owners_of_calls: list[Tensor]) -> tu
         The example (P,), the input (P, in), with a 1 appended if the layer has a bias, and the gradient at the output
         (P, out) of each position, on the CPU.
     """
-    call_positions = []
+    call_positions: list[tuple[Tensor, ...]] = []
     for call, owners in zip(calls, owners_of_calls, strict=True):
         delta = call.gradient_by_position.float().cpu()
         call_positions.append(factors_of_call(call.layer, call.inputs.float().cpu(), delta, owners))
     return _by_example(call_positions)
 
 
-def _by_example(call_positions: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """The positions of all calls sorted by example; inside of an example, in the order of the calls and positions."""
+def _by_example(call_positions: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The positions of all calls sorted by example; inside of an example, in the order of the calls and positions.
+
+    Args:
+        call_positions: for each call several columns, of which the first says the example.
+    """
     if len(call_positions) == 1 and bool((call_positions[0][0].diff() >= 0).all()):
         return call_positions[0]
-    owners, first, second = (torch.cat(columns) for columns in zip(*call_positions, strict=True))
-    order = torch.argsort(owners, stable=True)
-    return owners[order], first[order], second[order]
+    columns = [torch.cat(pieces) for pieces in zip(*call_positions, strict=True)]
+    order = torch.argsort(columns[0], stable=True)
+    return tuple(column[order] for column in columns)
 
 
 def _attention_mask(batch: Any, ids: Tensor) -> Tensor | None:

@@ -148,6 +148,8 @@ class Word:
         special: whether it is a token that the tokenizer has added, such as [CLS].
         pieces: what each of its tokens says; empty where that is not known.
         is_common: whether many training examples hold each of its tokens.
+        is_prompt: whether it is of a prompt, whose tokens have no label, before a completion, whose tokens have.
+        tag: what to print for the label of its first token that has one, where labels are of tokens.
     """
 
     text: str
@@ -156,6 +158,8 @@ class Word:
     special: bool = False
     pieces: tuple[str, ...] = ()
     is_common: bool = False
+    is_prompt: bool = False
+    tag: str | None = None
 
     @property
     def is_stop(self) -> bool:

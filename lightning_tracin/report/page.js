@@ -3,7 +3,7 @@ const page = JSON.parse(document.getElementById("data").textContent);
 const { tests, train, vocabulary, suspects } = page;
 const LEVELS = [0.01, 0.03, 0.07, 0.14, 0.25]; // shares of the sum of the terms' magnitudes
 const ROW = 92; // height of a row of the list, as in the style sheet
-const SPECIAL = 1; // what a word is: a special token; 2 is a word that many training examples hold
+const SPECIAL = 1, COMMON = 2, PROMPT = 4; // what a word is: a special token, in many training texts, of a prompt
 const LONG = 160; // words of a training example that are shown at once
 const byId = (id) => document.getElementById(id);
 
@@ -49,7 +49,7 @@ function bar(part) {
 const textOf = (words) =>
   words
     .map((number) => vocabulary[number])
-    .map(([text, , before = " ", kind = 0]) => (kind === SPECIAL ? "" : before + text))
+    .map(([text, , before = " ", kind = 0]) => (kind & SPECIAL ? "" : before + text))
     .join("")
     .trim();
 const startOf = (test) => (textOf(test.words.slice(0, 40)) || test.unread).slice(0, 160) || "(no text stored)";
@@ -79,18 +79,19 @@ function shaded(words, unread, terms, { score = 1, limit = Infinity, every = fal
   const part = (from, to) => {
     const pieces = document.createDocumentFragment();
     for (let place = from; place < to; place++) {
-      const [content, , before = " ", kind = 0] = vocabulary[words[place]];
+      const [content, , before = " ", kind = 0, tag = null] = vocabulary[words[place]];
       pieces.append(before);
       const term = terms.get(place);
-      const { name = content, stop = kind } = parts.get(place) || {};
-      if (kind === SPECIAL || term !== undefined || every) {
+      const { name = content, stop = kind & (SPECIAL | COMMON) } = parts.get(place) || {};
+      if (kind & (SPECIAL | PROMPT) || term !== undefined || every) {
         const level = sum ? levelOf(Math.abs(term || 0) / sum) : 0;
         const shade = term === undefined || !level ? "" : `${term * score >= 0 ? "for" : "against"} level-${level}`;
-        const little = kind === SPECIAL ? "special" : stop && shade ? "stop" : "";
+        const little = kind & SPECIAL ? "special" : stop && shade ? "stop" : kind & PROMPT ? "prompt" : "";
         const element = make("span", { class: `${little} word ${shade}`, tabindex: "-1" }, content);
         Object.assign(element, { number: words[place], term: term === undefined ? null : term, sum, of, name, stop });
         pieces.append(element);
       } else pieces.append(content);
+      if (tag !== null) pieces.append(make("span", { class: "tag" }, tag));
     }
     return pieces;
   };

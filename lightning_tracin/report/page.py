@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -36,6 +36,10 @@ _TERM_STEPS = 9999  # The largest term of a pair is this many of the steps that 
 _UNREAD = 160  # So many characters are shown of the part of a text that the model was not given.
 
 _UNKNOWN = 2000  # So many characters are shown of a text whose words are not known.
+
+
+#: What a word is on the page: its text, its token ids, what stands before it, what it is (:func:`_kind`), and its tag.
+_WordOnPage: TypeAlias = tuple[str, tuple[int, ...], str, int, str | None]
 
 
 @dataclass(frozen=True)
@@ -128,19 +132,12 @@ def _cleaned(content: Any) -> Any:
 class _Collected:
     """What examples have in common, each once: words and training examples."""
 
-    vocabulary: dict[tuple[str, tuple[int, ...], str, int], int] = field(default_factory=dict)
+    vocabulary: dict[_WordOnPage, int] = field(default_factory=dict)
     train: dict[int, list[Any]] = field(default_factory=dict)
 
     def words(self, example: Example) -> list[int]:
         """The numbers of an example's words."""
-        ids = example.ids
-        return [
-            self.vocabulary.setdefault(
-                (word.text, tuple(ids[place] for place in word.places) if ids else (), word.before, _kind(word)),
-                len(self.vocabulary),
-            )
-            for word in example.words
-        ]
+        return [self.vocabulary.setdefault(_on_page(word, example.ids), len(self.vocabulary)) for word in example.words]
 
     def pair(self, influential: Influential) -> list[Any]:
         """The training example's index, the score, the share, its equals, the parts of words, and the terms."""
@@ -227,9 +224,14 @@ def _unread(example: Example) -> str:
     return example.unread if len(example.unread) <= limit else example.unread[:limit] + "…"
 
 
+def _on_page(word: Word, ids: Sequence[int]) -> _WordOnPage:
+    own = tuple(ids[place] for place in word.places) if ids else ()
+    return word.text, own, word.before, _kind(word), word.tag
+
+
 def _kind(word: Word) -> int:
-    """What a word is: 1 a special token, 2 a common one, else 0."""
-    return 1 if word.special else 2 * word.is_common
+    """What a word is: 1 a special token, 2 a common one, 4 one of a prompt, and sums of these."""
+    return word.special + 2 * word.is_common + 4 * word.is_prompt
 
 
 def _parts(of: Influential) -> list[Any]:
@@ -256,11 +258,11 @@ def _packed(terms: Sequence[float]) -> list[Any]:
     return packed
 
 
-def _without_defaults(word: tuple[str, tuple[int, ...], str, int]) -> list[Any]:
-    """Most words come after a space and are neither special nor common."""
-    text, ids, before, kind = word
-    if kind:
-        return [text, ids, before, kind]
+def _without_defaults(word: _WordOnPage) -> list[Any]:
+    """Most words come after a space, are plain, and have no tag."""
+    text, ids, before, kind, tag = word
+    if kind or tag is not None:
+        return [text, ids, before, kind, *([] if tag is None else [tag])]
     return [text, ids] if before == " " else [text, ids, before]
 
 

@@ -57,7 +57,9 @@ def shaded(
         style = _style(abs(term) / total if total else 0.0, with_score=term * score >= 0)
         if word.special or (style and (stops[number] if stops else word.is_stop)):
             style = "dim underline" if style else "dim"
-        text.append(printable(word.text), style=style)
+        text.append(printable(word.text), style=style or ("dim" if word.is_prompt else ""))
+        if word.tag is not None:
+            text.append(f"/{printable(word.tag)}", style="dim")
     if shown.stop < len(example.words):
         text.append(" …", style="dim")
     elif room is None and example.unread:

@@ -313,11 +313,17 @@ class ExplainedResult(RankedResult):
         prediction, confidence = (None if math.isnan(each) else each for each in self.predictions[row].tolist())
         if self.raw_test is None and self.excerpt is not None:
             return self.excerpt.tests[row]
-        ids, label = self.test_texts.ids_of(row), self.test_texts.label_of(row)
-        index = int(self.test_indices[row])
-        loader = self._loader_of(row)
-        raw = self.raw_test.get(loader or "") if isinstance(self.raw_test, Mapping) else self.raw_test
-        example = self._reader.example(index, ids, label, raw, prediction=prediction, confidence=confidence)
+        loader, texts = self._loader_of(row), self.test_texts
+        example = self._reader.example(
+            int(self.test_indices[row]),
+            texts.ids_of(row),
+            texts.label_of(row),
+            self.raw_test.get(loader or "") if isinstance(self.raw_test, Mapping) else self.raw_test,
+            marks=texts.marks_of(row),
+            label_set=texts.label_set_of(row),
+            prediction=prediction,
+            confidence=confidence,
+        )
         return replace(example, loader=loader, target=self.target_names[row] if self.target_names else None)
 
     def _train_examples(self, indices: Sequence[int]) -> dict[int, Example]:
@@ -332,16 +338,16 @@ class ExplainedResult(RankedResult):
         if evidence is None or not others:
             return found | {index: Example(index, (), None) for index in others}
         texts = evidence.trace.texts(others)
+        labels = [(texts.label_of(place), texts.label_set_of(place)) for place in range(len(others))]
+        said = zip(others, texts.ids_by_example(), texts.marks_by_example(), labels, strict=True)
         return found | {
-            index: self._reader.example(index, ids, texts.label_of(place), self.raw_train)
-            for place, (index, ids) in enumerate(zip(others, texts.ids_by_example(), strict=True))
+            index: self._reader.example(index, ids, label, self.raw_train, marks=marks, label_set=label_set)
+            for index, ids, marks, (label, label_set) in said
         }
 
     def _as_written(self, example: Example) -> Example:
         """A training example of an excerpt, as the raw texts spell it if they were given since."""
-        if self.raw_train is None:
-            return example
-        return replace(self._reader.example(example.index, example.ids, None, self.raw_train), label=example.label)
+        return example if self.raw_train is None else self._reader.respelled(example, self.raw_train[example.index])
 
     @cached_property
     def _reader(self) -> Reader:

@@ -55,12 +55,17 @@ class TextKeys:
         missing = sorted(set(indices) - self._keys.keys())
         if isinstance(self._texts, Trace):
             texts = self._texts.texts(missing)
-            for place, (index, ids) in enumerate(zip(missing, texts.ids_by_example(), strict=True)):
-                self._keys[index] = (*ids, texts.label_of(place)) if ids else index
+            said = zip(missing, texts.ids_by_example(), texts.marks_by_example(), strict=True)
+            for place, (index, ids, marks) in enumerate(said):
+                label = texts.label_of(place), texts.label_set_of(place), *marks
+                self._keys[index] = (*ids, label) if ids else index
             return self._keys
         for index in missing:
             example = self._texts.get(index)
-            self._keys[index] = (*example.ids, example.label) if example is not None and example.ids else index
+            if example is None or not example.ids:
+                self._keys[index] = index
+            else:
+                self._keys[index] = (*example.ids, example.label, *(word.tag for word in example.words))
         return self._keys
 
 

@@ -89,7 +89,7 @@ def notes_of_trace(evidence: Evidence) -> list[str]:
 def notes_of_words(
     evidence: Evidence, explanations: Sequence[Explanation], words_of_ids: Mapping[int, str]
 ) -> list[str]:
-    """That words which say little hide the others, and which setting shows more.
+    """That words which say little hide the others, and which setting shows more; or that no words are left.
 
     Args:
         evidence: what the scores were computed from.
@@ -98,6 +98,11 @@ def notes_of_words(
     """
     part = word_part(evidence.method)
     words = [word for of in explanations for pushed in (*of.proponents, *of.opponents) for word in pushed.named_terms]
+    if part is not None and part[0].excluded and explanations and not words:
+        return [
+            "The first test examples share no words with any training example but those that "
+            f"exclude_tokens={part[0].exclude_tokens} leaves out, so that no word adds to a score: leave out fewer."
+        ]
     weight = sum(abs(word.term) for word in words)
     of_stops = sum(abs(word.term) for word in words if word.is_stop)
     if part is None or of_stops <= _MUCH * weight:

@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_tracin.gradients.texts import IN_SECOND
 from lightning_tracin.report.explanation import Example, Word
+from lightning_tracin.results.marked_words import marked
 from lightning_tracin.results.words import Marks, marks_of, shared_part, spans_of, words_in, words_of
 
 #: The raw text of an example, or of its two parts.
@@ -39,6 +41,8 @@ class Reader:
         label: float | None,
         raw_texts: Sequence[RawText] | None,
         *,
+        marks: Sequence[int] = (),
+        label_set: Sequence[int] | None = None,
         prediction: float | None = None,
         confidence: float | None = None,
     ) -> Example:
@@ -49,17 +53,30 @@ class Reader:
             ids: its token ids.
             label: its label, if it has one.
             raw_texts: the raw text of each example of its data set, if they are at hand.
+            marks: of its token ids, see :class:`~lightning_tracin.gradients.texts.Texts`; none where nothing is marked.
+            label_set: its labels, if it has a set of them.
             prediction: what the model says of it, if that is known.
             confidence: the probability that the model gives to that.
         """
-        words, unread = self.words(ids), ""
+        words, unread = self.words(ids, marks), ""
         if raw_texts is not None:
             words, unread = self._words_of_raw_text(raw_texts[index], index, ids, words)
-        return Example(index, tuple(words), self.label(label), self.label(prediction), confidence, unread, tuple(ids))
+        words = marked(words, ids, marks, self.label_names)
+        named = self.label(label) if label_set is None else self.label_set(label_set)
+        return Example(index, tuple(words), named, self.label(prediction), confidence, unread, tuple(ids))
 
-    def words(self, ids: Sequence[int]) -> list[Word]:
-        """The words that an example's tokens are joined into."""
-        words = words_of([self.token(token) for token in ids], self._marks)
+    def respelled(self, example: Example, raw_text: RawText) -> Example:
+        """An example as a raw text spells it."""
+        words, unread = self._words_of_raw_text(raw_text, example.index, example.ids, list(example.words))
+        return replace(example, words=tuple(words), unread=unread)
+
+    def words(self, ids: Sequence[int], marks: Sequence[int] = ()) -> list[Word]:
+        """The words that an example's tokens are joined into, none across the border of two texts."""
+        border = marks.index(IN_SECOND) if IN_SECOND in marks else 0
+        tokens = [self.token(token) for token in ids]
+        words = words_of(tokens[:border], self._marks)
+        for word in words_of(tokens[border:], self._marks):
+            words.append(replace(word, places=tuple(place + border for place in word.places)))
         if not self.common:
             return words
         return [replace(word, is_common=all(ids[place] in self.common for place in word.places)) for word in words]
@@ -92,6 +109,10 @@ class Reader:
         if value is None:
             return None
         return self.label_names.get(int(value), str(int(value))) if value.is_integer() else f"{value:.3g}"
+
+    def label_set(self, numbers: Sequence[int]) -> str:
+        """What to print for a set of labels."""
+        return ", ".join(str(self.label(float(number))) for number in numbers) or "none"
 
     def _words_of_raw_text(
         self, raw_text: RawText, index: int, ids: Sequence[int], words: list[Word]

@@ -12,6 +12,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from lightning_tracin.gradients.texts import IN_SECOND
 from lightning_tracin.results.excerpt_file import ExcerptHeader, check_excerpt, forms_of
 from lightning_tracin.results.packed_examples import REPAIR
 from lightning_tracin.scoring.methods import Method, word_part
@@ -28,6 +29,7 @@ from lightning_tracin.storage.layouts import (
     Form,
     require_ascending,
     require_forms,
+    require_label_sets,
     require_number_or_nan,
     require_unit,
     require_within,
@@ -39,6 +41,8 @@ HEADER, FILE_CHECKSUM = "lightning_tracin.result", "lightning_tracin.checksum"
 
 #: The tensors of each block of word gradients.
 WORD_TENSORS = ("examples", "tokens", "norms", "directions")
+
+_MOST_ID = 2**31 - 1
 
 
 class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -149,16 +153,22 @@ def _check(header: ResultHeader, method: Method, tensors: Mapping[str, Tensor]) 
     _check_loaders(header, tensors)
     require_within("texts.examples", tensors["texts.examples"], 0, n_test - 1)
     require_ascending("texts.examples", tensors["texts.examples"], strictly=False)
-    require_within("texts.ids", tensors["texts.ids"], 0, 2**31 - 1)
+    require_within("texts.ids", tensors["texts.ids"], 0, _MOST_ID)
     require_number_or_nan("texts.labels", tensors["texts.labels"])
     require_number_or_nan("predictions", tensors["predictions"])
-    for name, largest in (("undrawn", header.n_train - 1), ("common_tokens", 2**31 - 1)):
-        if name in tensors:
-            require_within(name, tensors[name], 0, largest)
-            require_ascending(name, tensors[name], strictly=True)
-    for name in ("totals", "scores"):
-        if name in tensors:
-            require_within(name, tensors[name], -math.inf, math.inf)
+    ranges = {
+        "texts.marks": (IN_SECOND, _MOST_ID),
+        "undrawn": (0, header.n_train - 1),
+        "common_tokens": (0, _MOST_ID),
+        "totals": (-math.inf, math.inf),
+        "scores": (-math.inf, math.inf),
+    }
+    for name in ranges.keys() & tensors.keys():
+        require_within(name, tensors[name], *ranges[name])
+    if "texts.label_sets" in tensors:
+        require_label_sets("texts.label_sets", tensors["texts.label_sets"])
+    for name in {"undrawn", "common_tokens"} & tensors.keys():
+        require_ascending(name, tensors[name], strictly=True)
     for name, falling in (("proponents", -1), ("opponents", 1)):
         if f"{name}.values" in tensors:
             values = tensors[f"{name}.values"]
@@ -218,9 +228,14 @@ def _forms(header: ResultHeader, tensors: Mapping[str, Tensor], n_test: int) -> 
         "texts.labels": (torch.float64, (n_test,)),
         "predictions": (torch.float64, (n_test, 2)),
     }
-    if "test_loaders" in tensors:
-        forms["test_loaders"] = (torch.int64, (n_test,))
-    forms |= {name: (torch.int64, (name,)) for name in ("undrawn", "common_tokens") if name in tensors}
+    later: dict[str, Form] = {  # than the first version of the format
+        "texts.marks": (torch.int64, ("tokens",)),
+        "texts.label_sets": (torch.float64, (n_test,)),
+        "test_loaders": (torch.int64, (n_test,)),
+        "undrawn": (torch.int64, ("undrawn",)),
+        "common_tokens": (torch.int64, ("common_tokens",)),
+    }
+    forms |= {name: form for name, form in later.items() if name in tensors}
     if "totals" in tensors:
         forms["totals"] = (torch.float64, (n_test, 2))
     if "scores" in tensors:
@@ -268,7 +283,7 @@ def _check_gradients(header: ResultHeader, method: Method, tensors: Mapping[str,
                 tensors[f"gradients.{block}.{number}.{name}"] for name in WORD_TENSORS
             )
             require_within("examples of gradients", examples, 0, size - 1)
-            require_within("tokens of gradients", tokens, 0, 2**31 - 1)
+            require_within("tokens of gradients", tokens, 0, _MOST_ID)
             require_within("norms of gradients", norms, 0, math.inf)
             require_unit("directions of gradients", directions)
             require_ascending("rows of gradients", tokens * size + examples, strictly=True)

@@ -115,9 +115,7 @@ class StoredResult:
         """The tensors of the file, by name."""
         tensors = {
             "test_indices": self.test_indices,
-            "texts.examples": self.test_texts.examples,
-            "texts.ids": self.test_texts.ids,
-            "texts.labels": self.test_texts.labels,
+            **{f"texts.{name}": column for name, column in self.test_texts.columns.items()},
             "predictions": self.predictions,
         }
         kept = {name: getattr(self, name) for name in ("totals", "scores", "test_loaders")}
@@ -161,7 +159,7 @@ class StoredResult:
             method=method,
             n_train=header.n_train,
             test_indices=tensors["test_indices"],
-            test_texts=Texts(n_test, tensors["texts.examples"], tensors["texts.ids"], tensors["texts.labels"]),
+            test_texts=_texts(tensors, n_test),
             test_gradients=[
                 [_word_gradients(tensors, f"gradients.{block}.{number}", n) for number, n in enumerate(of_block)]
                 for block, of_block in enumerate(header.gradients)
@@ -185,6 +183,11 @@ class StoredResult:
             excerpt=None if header.excerpt is None else excerpt_from(header.excerpt, tensors, path),
             common_tokens=tensors.get("common_tokens", torch.empty(0, dtype=torch.int64)),
         )
+
+
+def _texts(tensors: Mapping[str, Tensor], n_examples: int) -> Texts:
+    columns = {name.removeprefix("texts."): column for name, column in tensors.items() if name.startswith("texts.")}
+    return Texts(n_examples, **columns)
 
 
 def _word_gradients(tensors: Mapping[str, Tensor], prefix: str, n_examples: int) -> WordGradients:

@@ -132,8 +132,9 @@ class _Tally:
             (P,) the entry of each position of the texts.
         """
         entry_of: list[int] = []
-        for ids, label in zip(texts.ids_by_example(), labels.tolist(), strict=True):
-            entry_of += self._entries_of(ids, label)
+        said = zip(texts.ids_by_example(), texts.marks_by_example(), labels.tolist(), strict=True)
+        for ids, marks, label in said:
+            entry_of += self._entries_of(ids, label, marks)
         found = torch.tensor(entry_of, dtype=torch.long)
         held = torch.unique(torch.stack([texts.examples, found]), dim=1)[1]
         self._grow()
@@ -197,10 +198,10 @@ class _Tally:
             n_left=int((strengths > 0).sum()) - len(listed),
         )
 
-    def _entries_of(self, ids: Sequence[int], label: int) -> list[int]:
+    def _entries_of(self, ids: Sequence[int], label: int, marks: Sequence[int] = ()) -> list[int]:
         """The entry of each token of an example; words that have none yet are given one."""
         entry_of = [0] * len(ids)
-        for word in self.reader.words(ids):
+        for word in self.reader.words(ids, marks):
             entry = self.entries.setdefault((word.text, label), len(self.entries))
             for place in word.places:
                 entry_of[place] = entry

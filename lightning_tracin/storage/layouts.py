@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.gradients.rows import DTYPES, Dtype
+from lightning_tracin.gradients.texts import IN_SECOND, MOST_LABELS
 
 #: The type of a tensor, and its sizes: numbers, or names of sizes that must agree with those of other tensors.
 Form: TypeAlias = tuple[torch.dtype, tuple[int | str, ...]]
@@ -45,7 +46,9 @@ class ShardLayout:
 
     def check(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Check the tensors of a shard, see :class:`~lightning_tracin.storage.files.Layout`."""
-        require_forms(tensors, self._forms())
+        earlier = {"marks", "label_sets"} - tensors.keys() if self.kind == "texts" else set()
+        # Texts of earlier versions lack what came later.
+        require_forms(tensors, {name: form for name, form in self._forms().items() if name not in earlier})
         examples = tensors["examples"].long()
         require_within("examples", examples, 0, self.n_examples - 1)
         for name in ("norms", "input_norms", "delta_norms"):
@@ -60,6 +63,10 @@ class ShardLayout:
         if self.kind == "texts":
             require_within("ids", tensors["ids"], 0, math.inf)
             require_number_or_nan("labels", tensors["labels"])
+            if "marks" in tensors:
+                require_within("marks", tensors["marks"], IN_SECOND, math.inf)
+            if "label_sets" in tensors:
+                require_label_sets("label_sets", tensors["label_sets"])
         if self.kind == "words":
             examples = examples + _tokens_of_rows(tensors) * self.n_examples
         # Each word, or matrix, of an example has one row; it has several positions of which others are.
@@ -69,7 +76,9 @@ class ShardLayout:
         directions = DTYPES[self.dtype]
         forms: dict[str, Form] = {"examples": (torch.int32, ("rows",))}
         if self.kind == "texts":
-            return {**forms, "ids": (torch.int32, ("rows",)), "labels": (torch.float64, (self.n_examples,))}
+            of_tokens: Form = (torch.int32, ("rows",))
+            of_examples: Form = (torch.float64, (self.n_examples,))
+            return {**forms, "ids": of_tokens, "labels": of_examples, "marks": of_tokens, "label_sets": of_examples}
         if self.kind == "factors":
             norms: Form = (torch.float32, ("rows",))
             return {
@@ -199,6 +208,18 @@ def require_number_or_nan(name: str, values: Tensor) -> None:
         ValueError: if one is.
     """
     require_within(name, values.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf), -math.inf, math.inf)
+
+
+def require_label_sets(name: str, values: Tensor) -> None:
+    """Check that each number is the sum of some powers of two, or NaN.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    known = values[~torch.isnan(values)]
+    require_within(name, known, 0, 2.0**MOST_LABELS - 1)
+    if bool((known != known.round()).any()):
+        raise ValueError(f"{name} holds a number that is no set of labels")
 
 
 def require_ascending(name: str, values: Tensor, *, strictly: bool) -> None:

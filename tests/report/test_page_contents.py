@@ -148,6 +148,23 @@ def test_words_that_say_little_are_grey_and_parts_are_named(browser, tmp_path):
         )
 
 
+def test_prompts_are_grey_and_tags_stand_beside_their_words(browser, tmp_path):
+    words = (Word("Ask", "", (0,), is_prompt=True), Word("Paris", " ‖ ", (1,), tag="<b>LOC"), Word("now", " ", (2,)))
+    train = Example(4, words, "news", ids=(1, 2, 3))
+    test = Example(0, words, "news", ids=(1, 2, 3))
+    pair = Influential(train, 1.0, 0.9, (0.0, 0.7, 0.3))
+    with opened(browser, write_page(page_of([explanation(0, test, pair)]), tmp_path / "page.html")) as page:
+        for text in (page.locator(".card .text"), page.locator(".subject .text")):
+            assert text.inner_text() == "Ask ‖ Paris<b>LOC now"
+            assert text.locator(".prompt").inner_text() == "Ask"
+            assert text.locator(".tag").inner_text() == "<b>LOC"
+        page.fill("#search", "ask ‖ paris now")
+        assert shown(page) == [0]
+        page.locator(".card .word >> text=Paris").hover()
+        assert page.inner_text("#tip b") == "Paris"
+        assert "all that it shares" not in page.inner_text("#tip")
+
+
 def test_a_text_whose_words_are_not_known_is_shown_as_it_was_given(browser, tmp_path):
     test = Example(0, (), "sport", unread="A cup final " * 100)
     pair = Influential(Example(1, (), "sport", unread="A league"), 1.0, 0.5)

@@ -181,6 +181,12 @@ def test_where_common_words_weigh_most_it_is_said_what_shows_more(fit, result, t
     assert str(loaded) == str(result)
 
 
+def test_where_no_word_is_left_it_is_said(fit):
+    tokens = range(len(TOKENS))
+    (note,) = fit.influence(batches(TEST), method=TracInWE(exclude_tokens=tokens)).notes
+    assert f"but those that exclude_tokens=(<{len(TOKENS)} token ids>) leaves out, so that no word adds" in note
+
+
 def test_the_advice_fits_a_trace_without_words_or_moments(tmp_path):
     class Plain(Toy):
         def configure_optimizers(self):
