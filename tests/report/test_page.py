@@ -9,7 +9,7 @@ import pytest
 import torch
 from chromium import PHONE, opened
 from pages import K, data_of, example, explanation, hostile_page, number, page_of, shown
-from toy import N_TEST, N_TRAIN, loader, test_texts
+from toy import N_TEST, N_TRAIN, loader, test_texts, texts
 
 from lightning_tracin import TracInWE
 from lightning_tracin.report.explanation import Example, Influential, Word
@@ -212,6 +212,18 @@ def test_csv_is_what_pandas_has(page, result):
         assert [row[name] for row in of_all] == frame[name].astype(str).tolist()
     for name in ("score", "share"):
         assert [float(row[name]) for row in of_all] == pytest.approx(frame[name].tolist(), rel=1e-5)
+
+
+def test_examples_of_several_loaders_are_named_by_them(browser, toy, tmp_path):
+    result = toy.influence({"=news": loader(test_texts()), "<b>": loader(texts(2))})
+    with opened(browser, result.to_html(tmp_path / "page.html", k=K)) as page:
+        assert page.inner_text("#row-5 .number") == "5 of =news"
+        page.fill("#search", "#1 of <b>")
+        page.click("#row-7")
+        assert page.inner_text("#detail h2") == "Test example 1 of <b>"
+        rows = downloaded(page, "#csv-all")
+    assert list(rows[0]) == list(result.to_pandas(K).columns)
+    assert [row["test_loader"] for row in rows] == ["'=news"] * 6 * 2 * K + ["<b>"] * 2 * 2 * K
 
 
 def test_csv_holds_no_formulas_and_every_text(browser, tmp_path):
