@@ -60,7 +60,9 @@ def influence(
 
     Args:
         trainer: runs the test examples through the model, on its own device and precision.
-        dataloaders: one loader of test examples, in batches that ``training_step`` takes, or a datamodule.
+        dataloaders: the test examples: a loader of batches that ``training_step`` takes, or several in a list or a
+            mapping; a datamodule; or texts, rows, a data set, which are tokenised and collated as in training. By
+            default those of ``datamodule``, or of the fit's own.
         model: the trained module; by default that of the last fit in this process.
         datamodule: gives ``test_dataloader`` and ``train_dataloader`` where loaders are not passed.
         train_dataloaders: one loader of the training set of the fit. It is needed only where gradients are not
@@ -72,12 +74,13 @@ def influence(
             the training set.
 
     Returns:
-        Scores, one row for each test example in the order of the test data set.
+        Scores, one row for each test example in the order of the test data set; of several, one after the other.
 
     Raises:
-        ValueError: if the model or the training set is not that of the trace, if a loader is empty or there are
-            several, if gradients are not finite, if there is nothing to score from, or if the trainer is in the middle
-            of a fit. The message says what to do.
+        TypeError: if one of them is not of its kind.
+        ValueError: if the model or the training set is not that of the trace, if a loader is empty, if it is not known
+            how to make batches of test examples, if gradients are not finite, if there is nothing to score from, or if
+            the trainer is in the middle of a fit. The message says what to do.
         BlockingIOError: if gradients are missing, and a fit or another query is writing into the trace.
     """
     chosen = method_of(method)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from lightning_tracin.bridge.fingerprint import hash_of, seeded
 from lightning_tracin.bridge.loaders import items_of
 from lightning_tracin.bridge.unmoved import random_state_kept, unmoved
 from lightning_tracin.gradients.batches import described_batch
@@ -29,6 +31,8 @@ _IDS = "input_ids"
 
 _BATCH_SIZE = 32  # where training's is not known
 
+_LOOKED_AT = 8  # training examples
+
 _IGNORED = -100  # the label by which transformers marks a position without a loss
 
 
@@ -39,12 +43,12 @@ class Collation:
     Attributes:
         collate: makes one.
         batch_size: of how many examples.
-        item: a training example as it is given to that function; None where no training loader is known.
+        items: a few training examples as they are given to that function; none where no training loader is known.
     """
 
     collate: Callable[[Any], Any]
     batch_size: int = _BATCH_SIZE
-    item: Any = None
+    items: tuple[Any, ...] = ()
 
     @classmethod
     def of_loader(cls, loader: DataLoader[Any]) -> Collation | None:
@@ -53,10 +57,17 @@ class Collation:
             return None
         with unmoved(loader), random_state_kept():
             if isinstance(loader.dataset, IterableDataset):
-                item = next(iter(loader.dataset))
+                items = tuple(islice(loader.dataset, _LOOKED_AT))
             else:
-                item = next(items_of(loader, [0], _itself, _nothing))
-        return cls(loader.collate_fn, loader.batch_size or _BATCH_SIZE, item)
+                n_examples = len(loader.dataset)  # type: ignore[arg-type]
+                few = range(0, n_examples, max(1, n_examples // _LOOKED_AT))[:_LOOKED_AT]
+                items = tuple(items_of(loader, few, _itself, _nothing))
+        return cls(loader.collate_fn, loader.batch_size or _BATCH_SIZE, items)
+
+    @property
+    def item(self) -> Any:
+        """The first of the training examples; None where none is known."""
+        return self.items[0] if self.items else None
 
     @property
     def n_padded(self) -> int | None:
@@ -108,6 +119,8 @@ class RawExamples(Dataset[Any]):
         self._is_labelled = _has_label(rows[0])
         self._lends_labels = False
         self.collate([self[0]])
+        if self._lends_labels:
+            self._check_lent()
 
     def __len__(self) -> int:
         return len(self.own)
@@ -118,7 +131,7 @@ class RawExamples(Dataset[Any]):
             which, other = ("has no label", "has one") if self._is_labelled else ("has a label", "has none")
             raise ValueError(f"Test example {index} {which}, but the first one {other}. Ask about them one by one.")
         item = self._item(row)
-        return self._labelled(item, row) if isinstance(item, Mapping) else item
+        return self._labelled(item, row, self._collation.item) if isinstance(item, Mapping) else item
 
     def cut_at(self, n_tokens: int | None) -> None:
         """Let no text have more tokens than the longest of training, if that is known."""
@@ -150,9 +163,8 @@ class RawExamples(Dataset[Any]):
         try:
             batch = self._collation.collate(items)
         except Exception as error:  # whatever a collate function of the user's raises
-            name = getattr(self.function, "__qualname__", type(self.function).__name__)
             raise ValueError(
-                f"The collate function of training, {name}, makes no batch of these test examples: "
+                f"The collate function of training, {self._name}, makes no batch of these test examples: "
                 f"{type(error).__name__}: {error}. {self._both_forms}. {BY_HAND}"
             ) from error
         if not self._lends_labels:
@@ -166,6 +178,28 @@ class RawExamples(Dataset[Any]):
         for name in _LABELS:
             without.pop(name, None)  # type: ignore[attr-defined]
         return without
+
+    def _check_lent(self) -> None:
+        """Check that a label leaves nothing in a batch but itself, whichever is lent.
+
+        Raises:
+            ValueError: if it does, as decoder inputs that are made of it.
+        """
+        item = self._item(self.own[0])
+        hashes = []
+        with random_state_kept():
+            for like in (self._collation.item, *self._collation.items):
+                seeded()  # the collate function may draw at random
+                hashes.append(hash_of(self.collate([self._labelled(item, self.own[0], like)])))
+        if hashes[0] == hashes[1] and len(set(hashes)) > 1:
+            raise ValueError(
+                f"The collate function of training, {self._name}, makes more of an example's label than the labels of "
+                f"a batch, so that examples without one have no batch. Pass rows with labels. Or: {BY_HAND}"
+            )
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.function, "__qualname__", type(self.function).__name__)
 
     @property
     def function(self) -> Callable[[Any], Any]:
@@ -214,9 +248,8 @@ class RawExamples(Dataset[Any]):
         )
         return dict(encoded)
 
-    def _labelled(self, item: Mapping[str, Any], row: Any) -> Mapping[str, Any]:
-        """An example with what training's have, its label under their name for it, or with one that is lent."""
-        like = self._collation.item
+    def _labelled(self, item: Mapping[str, Any], row: Any, like: Any) -> Mapping[str, Any]:
+        """An example with what a training example has, its label under that's name for it, or with its label lent."""
         given = {name: row[name] for name in _LABELS if self._is_labelled and row.get(name) is not None}
         if not isinstance(like, Mapping):
             others = {name: value for name, value in item.items() if name not in _LABELS and not isinstance(value, str)}

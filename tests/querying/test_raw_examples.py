@@ -307,6 +307,20 @@ def test_labels_that_are_not_known_or_not_all_there(fit):
         ask(trainer, [*rows(TEST[:1]), {"text": "a"}])
 
 
+def test_a_label_that_is_lent_leaves_nothing_in_a_batch(tmp_path):
+    """As a collator of transformers would leave decoder inputs."""
+
+    def shifting(some):
+        batch = padding(some)
+        return {**batch, "decoder_input_ids": batch["labels"][:, None] + 1}
+
+    load = partial(DataLoader, batch_size=8, collate_fn=shifting)
+    trainer = fitted(tmp_path, Bag(needs_labels=False), load(tokenised(TRAIN)), trainer={"max_epochs": 1})
+    with pytest.raises(ValueError, match=r"shifting, makes more of an example's label.*Pass rows with labels"):
+        ask(trainer, TEST)
+    assert torch.equal(ask(trainer, rows(TEST)).scores, ask(trainer, load(tokenised(TEST))).scores)
+
+
 def test_data_sets_of_hugging_face(fit):
     datasets = pytest.importorskip("datasets")
     trainer, made, load = fit
