@@ -20,8 +20,9 @@ from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.losses import hugging_face_model
 from lightning_tracin.querying.asked import has_loader, last_fits, loader_of_datamodule
+from lightning_tracin.querying.example_forms import is_pair
 from lightning_tracin.querying.passes import Query
-from lightning_tracin.querying.raw_examples import Collation, RawExamples, is_pair
+from lightning_tracin.querying.raw_examples import Collation, RawExamples
 from lightning_tracin.results.result import InfluenceResult
 
 _MOST_TOKENS = 10**6  # a tokenizer without a limit tells a number of thirty digits

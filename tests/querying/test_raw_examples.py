@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -305,6 +306,22 @@ def test_labels_that_are_not_known_or_not_all_there(fit):
             ask(trainer, [{"text": "a", "label": "huge"}])
     with pytest.raises(ValueError, match="Test example 1 has no label, but the first one has one"):
         ask(trainer, [*rows(TEST[:1]), {"text": "a"}])
+
+
+def test_rows_of_two_texts_that_training_reads(tmp_path):
+    def pairing(some):
+        texts = [[row[name] for row in some] for name in ("premise", "hypothesis")]
+        batch = TOKENIZER(*texts, padding=True, return_tensors="pt")
+        return {**batch, "labels": torch.tensor([row["label"] for row in some])}
+
+    def pairs(label):
+        return [{"premise": a, "hypothesis": b, **label} for a, b in itertools.pairwise(TEST)]
+
+    load = partial(DataLoader, batch_size=8, collate_fn=pairing)
+    trainer = fitted(tmp_path, Bag(needs_labels=False), load(pairs({"label": 1})), trainer={"max_epochs": 1})
+    assert torch.equal(ask(trainer, pairs({})).scores, ask(trainer, load(pairs({"label": 0}))).scores)
+    with pytest.raises(ValueError, match="cannot be brought into the form of training's"):
+        ask(trainer, TEST)
 
 
 def test_a_label_that_is_lent_leaves_nothing_in_a_batch(tmp_path):
