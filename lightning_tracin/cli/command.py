@@ -162,7 +162,8 @@ example:
   lightning-tracin export result.safetensors --csv pairs.csv
   lightning-tracin export result.safetensors --json - | jq '.[0]'
 
-The columns are those of InfluenceResult.to_pandas: test_index, role, rank, train_index, score, share, label, text."""
+The columns are those of InfluenceResult.to_pandas: test_index, role, rank, train_index, score, share, label, text.
+Where test examples came in several loaders, test_loader comes before them."""
 
 _VERIFY_NOTES = """\
 example:
