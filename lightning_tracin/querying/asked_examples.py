@@ -116,6 +116,8 @@ def _parts(given: Any) -> dict[str, Any]:
     given = getattr(given, "iterables", given)  # Lightning's CombinedLoader
     if isinstance(given, Mapping):
         parts = {str(name): part for name, part in given.items()}
+        if len(parts) < len(given):
+            raise ValueError(f"The names of test loaders must differ in print, but got {list(given)}.")
         if not all(map(_gives_examples, parts.values())):
             raise TypeError(
                 f"The test examples are a {type(given).__name__} with {', '.join(parts)}, whose values are neither "

@@ -250,6 +250,8 @@ def test_a_language_model_is_its_own_label(tmp_path):
         ([{"text": "a"}], "is a dict with text, but that of training is a tuple"),
         ([test_texts().tensors], r"is a tuple of 2 \(Tensor, Tensor\), but that of training is a tuple"),
         (list(loader(test_texts())), r"is a list of 2 \(Tensor, Tensor\), but that of training"),
+        ({"a text", "another"}, r"got set, which gives them once, or in no order\. Pass a list"),
+        (iter(["a text"]), "got list_iterator, which gives them once"),
         ([], "list of test examples is empty"),
         ([[]], "list of 0"),
         (["a", 3], "some are texts"),
