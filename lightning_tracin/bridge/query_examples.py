@@ -28,7 +28,7 @@ def checked_test_loader(loader: Any, name: str = "") -> Any:
     """
     if hasattr(loader, "__next__") or isinstance(loader, (set, frozenset)):
         raise TypeError(
-            f"The test examples must come in an order, at each checkpoint again, but got {type(loader).__name__}, which "
+            f"The test examples must come in one order, at each checkpoint, but got {type(loader).__name__}, which "
             "gives them once, or in no order. Pass a list, list(...), of texts or rows, or a DataLoader."
         )
     is_data = hasattr(loader, "__getitem__") and not isinstance(loader, DataLoader)  # a tensor, a table
