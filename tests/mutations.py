@@ -72,7 +72,8 @@ def originals(folder: Path) -> list[Original]:
     for number, (options, method, k, methods) in enumerate(settings):
         place = folder / str(number)
         trainer = fitted(place / "trace", **options)
-        result = trainer.influence(loader(test_texts()), method=method, k=k).save(place / "result.safetensors")
+        asked = {"a": loader(test_texts()), "b": loader(test_texts())} if number % 2 else loader(test_texts())
+        result = trainer.influence(asked, method=method, k=k).save(place / "result.safetensors")
         found.append(Original(place / "trace", result, method, (method, *methods)))
     return found
 

@@ -69,6 +69,8 @@ def main(folder: Path, fault: str = "") -> None:
             results[f"{cache} {method} opponents"] = strongest.opponents(3).indices
         results[f"{cache} draws nothing"] = torch.tensor(torch.equal(drawn, torch.get_rng_state()))
         if cache == "checkpoint":
+            several = fit.influence({"loader": loader(test_texts(), batch_size=4), "data set": test_texts()})
+            results["in two loaders"], results["whose"] = several.scores, several.test_loaders
             results["words"] = torch.tensor([score for _, score in result_of_words(fit)])
     other = quiet(**TWO).influence(loader(test_texts()), Toy(), trace=folder / "alone")
     results["of one process"] = other.scores

@@ -23,9 +23,14 @@ def checked_test_loader(loader: Any, name: str = "") -> Any:
         name: its own, where there are several.
 
     Raises:
-        TypeError: if it is not a data loader.
+        TypeError: if it is not a data loader, or can be read but once.
         ValueError: if it does not batch, or is empty.
     """
+    if hasattr(loader, "__next__") or isinstance(loader, (set, frozenset)):
+        raise TypeError(
+            f"The test examples must come in one order, at each checkpoint, but got {type(loader).__name__}, which "
+            "gives them once, or in no order. Pass a list, list(...), of texts or rows, or a DataLoader."
+        )
     is_data = hasattr(loader, "__getitem__") and not isinstance(loader, DataLoader)  # a tensor, a table
     is_data = is_data or any(kind.__name__ == "IterableDataset" for kind in type(loader).__mro__)  # either library's
     if is_data or not hasattr(loader, "__iter__"):

@@ -27,7 +27,8 @@ example:
   lightning-tracin export result.safetensors --json - | jq '.[0]'
 
 The columns are those of InfluenceResult.to_pandas: test_index, test_text, test_label, prediction, confidence, target,
-role, rank, train_index, score, share, train_text, train_label, words (in CSV on one line, else a list)."""
+role, rank, train_index, score, share, train_text, train_label, words (in CSV on one line, else a
+list). Where test examples came in several loaders, test_loader comes before them."""
 
 LABELS_NOTES = """\
 example:

@@ -20,8 +20,9 @@ from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.losses import hugging_face_model
 from lightning_tracin.querying.asked import has_loader, last_fits, loader_of_datamodule
+from lightning_tracin.querying.example_forms import is_pair
 from lightning_tracin.querying.passes import Query
-from lightning_tracin.querying.raw_examples import Collation, RawExamples, is_pair
+from lightning_tracin.querying.raw_examples import Collation, RawExamples
 from lightning_tracin.results.result import InfluenceResult
 
 _MOST_TOKENS = 10**6  # a tokenizer without a limit tells a number of thirty digits
@@ -115,6 +116,8 @@ def _parts(given: Any) -> dict[str, Any]:
     given = getattr(given, "iterables", given)  # Lightning's CombinedLoader
     if isinstance(given, Mapping):
         parts = {str(name): part for name, part in given.items()}
+        if len(parts) < len(given):
+            raise ValueError(f"The names of test loaders must differ in print, but got {list(given)}.")
         if not all(map(_gives_examples, parts.values())):
             raise TypeError(
                 f"The test examples are a {type(given).__name__} with {', '.join(parts)}, whose values are neither "

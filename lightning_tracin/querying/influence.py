@@ -68,7 +68,9 @@ def influence(
 
     Args:
         trainer: runs the test examples through the model, on its own device and precision.
-        dataloaders: one loader of test examples, in batches that ``training_step`` takes, or a datamodule.
+        dataloaders: the test examples: a loader of batches that ``training_step`` takes, or several in a list or a
+            mapping; a datamodule; or texts, rows, a data set, which are tokenised and collated as in training. By
+            default those of ``datamodule``, or of the fit's own.
         model: the trained module, or a Hugging Face model; by default that of the last fit in this process.
         datamodule: gives ``test_dataloader`` and ``train_dataloader`` where loaders are not passed.
         train_dataloaders: one loader of the training set of the fit. It is needed only where gradients are not
@@ -91,14 +93,14 @@ def influence(
             of them is no training example there.
 
     Returns:
-        Scores, one row for each test example in the order of the test data set.
+        Scores, one row for each test example in the order of the test data set; of several, one after the other.
 
     Raises:
-        TypeError: if the target is no name, number or pair of them, or positions are not whole numbers.
+        TypeError: if one of them is not of its kind.
         ValueError: if the model or the training set is not that of the trace, if the target does not fit what the
-            model says, or labels are missing, if a loader is empty or there are several, if gradients are not finite,
-            if there is nothing to score from (no checkpoint, or none with weights), or if the trainer is in the middle
-            of a fit. The message says what to do.
+            model says, or labels are missing, if a loader is empty, if it is not known how to make batches of test
+            examples, if gradients are not finite, if there is nothing to score from (no checkpoint, or none with
+            weights), or if the trainer is in the middle of a fit. The message says what to do.
         BlockingIOError: if gradients are missing, and a fit or another query is writing into the trace.
     """
     chosen, explained = method_of(method), Target.of(target, positions)

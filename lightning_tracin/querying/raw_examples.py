@@ -6,16 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from lightning_tracin.bridge.fingerprint import hash_of, seeded
 from lightning_tracin.bridge.loaders import items_of
 from lightning_tracin.bridge.unmoved import random_state_kept, unmoved
 from lightning_tracin.gradients.batches import described_batch
+from lightning_tracin.querying.example_forms import (
+    IDS,
+    LABELS,
+    described,
+    has_label,
+    is_alike,
+    is_own_label,
+    lent,
+    text_columns,
+    text_of,
+    typed,
+)
 from lightning_tracin.results.reader import RawText
 
 BY_HAND = (
@@ -23,13 +34,9 @@ BY_HAND = (
     "trainer.influence(DataLoader(data, batch_size=8, collate_fn=...))."
 )
 
-_LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
-
-_IDS = "input_ids"
-
 _BATCH_SIZE = 32  # where training's is not known
 
-_IGNORED = -100  # the label by which transformers marks a position without a loss
+_LOOKED_AT = 8  # training examples
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,12 @@ class Collation:
     Attributes:
         collate: makes one.
         batch_size: of how many examples.
-        item: a training example as it is given to that function; None where no training loader is known.
+        items: a few training examples as they are given to that function; none where no training loader is known.
     """
 
     collate: Callable[[Any], Any]
     batch_size: int = _BATCH_SIZE
-    item: Any = None
+    items: tuple[Any, ...] = ()
 
     @classmethod
     def of_loader(cls, loader: DataLoader[Any]) -> Collation | None:
@@ -53,16 +60,23 @@ class Collation:
             return None
         with unmoved(loader), random_state_kept():
             if isinstance(loader.dataset, IterableDataset):
-                item = next(iter(loader.dataset))
+                items = tuple(islice(loader.dataset, _LOOKED_AT))
             else:
-                item = next(items_of(loader, [0], _itself, _nothing))
-        return cls(loader.collate_fn, loader.batch_size or _BATCH_SIZE, item)
+                n_examples = len(loader.dataset)  # type: ignore[arg-type]
+                few = range(0, n_examples, max(1, n_examples // _LOOKED_AT))[:_LOOKED_AT]
+                items = tuple(items_of(loader, few, _itself, _nothing))
+        return cls(loader.collate_fn, loader.batch_size or _BATCH_SIZE, items)
+
+    @property
+    def item(self) -> Any:
+        """The first of the training examples; None where none is known."""
+        return self.items[0] if self.items else None
 
     @property
     def n_padded(self) -> int | None:
         """The number of tokens that training's examples are padded to before they come; None if they are not."""
-        fixed = self.collate is default_collate and isinstance(self.item, Mapping) and _IDS in self.item
-        return len(self.item[_IDS]) if fixed else None
+        fixed = self.collate is default_collate and isinstance(self.item, Mapping) and IDS in self.item
+        return len(self.item[IDS]) if fixed else None
 
 
 class RawExamples(Dataset[Any]):
@@ -71,6 +85,10 @@ class RawExamples(Dataset[Any]):
     Strings, pairs of strings, and rows that hold a text which training's examples hold as token ids are tokenised.
     Anything else is given to training's collate function as it is. That may need labels, which texts lack: it is lent
     those of a training example, and the batch loses them again.
+
+    Attributes:
+        own: the test examples, as they were passed.
+        tokenizer: of the module or its datamodule; None without one.
 
     Args:
         rows: the test examples, as they were passed.
@@ -105,20 +123,22 @@ class RawExamples(Dataset[Any]):
         self._collation = collation
         self._label_numbers = {name: number for number, name in label_names.items()}
         self._most_tokens = most_tokens
-        self._is_labelled = _has_label(rows[0])
+        self._is_labelled = has_label(rows[0])
         self._lends_labels = False
         self.collate([self[0]])
+        if self._lends_labels:
+            self._check_lent()
 
     def __len__(self) -> int:
         return len(self.own)
 
     def __getitem__(self, index: int) -> Any:
         row = self.own[index]
-        if _has_label(row) != self._is_labelled:
+        if has_label(row) != self._is_labelled:
             which, other = ("has no label", "has one") if self._is_labelled else ("has a label", "has none")
             raise ValueError(f"Test example {index} {which}, but the first one {other}. Ask about them one by one.")
         item = self._item(row)
-        return self._labelled(item, row) if isinstance(item, Mapping) else item
+        return self._labelled(item, row, self._collation.item) if isinstance(item, Mapping) else item
 
     def cut_at(self, n_tokens: int | None) -> None:
         """Let no text have more tokens than the longest of training, if that is known."""
@@ -127,15 +147,16 @@ class RawExamples(Dataset[Any]):
 
     def loader(self) -> DataLoader[Any]:
         """A loader of all."""
-        return DataLoader(self, batch_size=self._collation.batch_size, collate_fn=Collated(self))
+        collate = Collated(self._collation.collate, self)
+        return DataLoader(self, batch_size=self._collation.batch_size, collate_fn=collate)
 
     def texts(self) -> list[RawText] | None:
         """The texts of all examples as they were written; None where they are not known."""
         found: list[RawText] = []
         for index in range(len(self)):
             row = self.own[index]
-            is_tokenised = isinstance(row, Mapping) and _IDS in row
-            text = row.get("text") if is_tokenised else _text_of(row)
+            is_tokenised = isinstance(row, Mapping) and IDS in row
+            text = row.get("text") if is_tokenised else text_of(row)
             if text is None:
                 return None
             found.append(text)
@@ -150,9 +171,8 @@ class RawExamples(Dataset[Any]):
         try:
             batch = self._collation.collate(items)
         except Exception as error:  # whatever a collate function of the user's raises
-            name = getattr(self.function, "__qualname__", type(self.function).__name__)
             raise ValueError(
-                f"The collate function of training, {name}, makes no batch of these test examples: "
+                f"The collate function of training, {self._name}, makes no batch of these test examples: "
                 f"{type(error).__name__}: {error}. {self._both_forms}. {BY_HAND}"
             ) from error
         if not self._lends_labels:
@@ -163,35 +183,60 @@ class RawExamples(Dataset[Any]):
                 f'cannot be made. Pass rows with labels, {{"text": ..., "label": ...}}. Or: {BY_HAND}'
             )
         without = copy(batch)
-        for name in _LABELS:
+        for name in LABELS:
             without.pop(name, None)  # type: ignore[attr-defined]
         return without
 
+    def _check_lent(self) -> None:
+        """Check that a label leaves nothing in a batch but itself, whichever is lent.
+
+        Raises:
+            ValueError: if it does, as decoder inputs that are made of it.
+        """
+        item = self._item(self.own[0])
+        hashes = []
+        with random_state_kept():
+            for like in (self._collation.item, *self._collation.items):
+                seeded()  # the collate function may draw at random
+                hashes.append(hash_of(self.collate([self._labelled(item, self.own[0], like)])))
+        if hashes[0] == hashes[1] and len(set(hashes)) > 1:
+            raise ValueError(
+                f"The collate function of training, {self._name}, makes more of an example's label than the labels of "
+                f"a batch, so that examples without one have no batch. Pass rows with labels. Or: {BY_HAND}"
+            )
+
     @property
-    def function(self) -> Callable[[Any], Any]:
-        """What makes batches."""
+    def _name(self) -> str:
         own = self._collation.collate
-        return own.func if isinstance(own, partial) else own
+        function: Any = own.func if isinstance(own, partial) else own
+        return str(getattr(function, "__qualname__", type(function).__name__))
 
     @property
     def _both_forms(self) -> str:
         """What the examples are, and what those of training are."""
         like = self._collation.item
-        of_training = "" if like is None else f", but that of training is {_described(like)}"
-        return f"The first test example is {_described(self.own[0])}{of_training}"
+        of_training = "" if like is None else f", but that of training is {described(like)}"
+        return f"The first test example is {described(self.own[0])}{of_training}"
 
     def _item(self, row: Any) -> Any:
         """A test example in the form of training's, without regard to its label."""
         like = self._collation.item
-        if like is not None and _is_alike(row, like):
+        if like is not None and is_alike(row, like):
             return row
-        text = None if isinstance(row, Mapping) and _IDS in row else _text_of(row)
-        if text is not None and (like is None or (isinstance(like, Mapping) and _IDS in like)):
+        is_row = isinstance(row, Mapping)
+        text = None if is_row and IDS in row else text_of(row)
+        reads_ids = like is None or (isinstance(like, Mapping) and IDS in like)
+        if text is not None and reads_ids:
             return self._encoded(text)
-        columns = _text_columns(like) if isinstance(like, Mapping) else []
-        if text is not None and len(columns) == 1:
-            return {columns[0]: text}
-        if text is None and isinstance(row, Mapping) and (like is None or isinstance(like, Mapping)):
+        columns = text_columns(row)
+        if is_row and IDS not in row and reads_ids and columns:
+            raise ValueError(
+                f"The rows hold several texts ({', '.join(columns)}), and which of them training read is not known. "
+                f"Pass the texts themselves, as in [row[{columns[0]!r}] for row in rows], or pairs of them."
+            )
+        if text is not None and len(text_columns(like)) == 1:
+            return {text_columns(like)[0]: text}
+        if text is None and is_row and (like is None or isinstance(like, Mapping)):
             return row
         raise ValueError(
             f"The test examples cannot be brought into the form of training's. {self._both_forms}. {BY_HAND}"
@@ -214,14 +259,13 @@ class RawExamples(Dataset[Any]):
         )
         return dict(encoded)
 
-    def _labelled(self, item: Mapping[str, Any], row: Any) -> Mapping[str, Any]:
-        """An example with what training's have, its label under their name for it, or with one that is lent."""
-        like = self._collation.item
-        given = {name: row[name] for name in _LABELS if self._is_labelled and row.get(name) is not None}
+    def _labelled(self, item: Mapping[str, Any], row: Any, like: Any) -> Mapping[str, Any]:
+        """An example with what a training example has, its label under that's name for it, or with its label lent."""
+        given = {name: row[name] for name in LABELS if self._is_labelled and row.get(name) is not None}
         if not isinstance(like, Mapping):
-            others = {name: value for name, value in item.items() if name not in _LABELS and not isinstance(value, str)}
+            others = {name: value for name, value in item.items() if name not in LABELS and not isinstance(value, str)}
             return others | {"labels" if name == "label" else name: self._label(given[name], 0) for name in given}
-        wanted = [name for name in _LABELS if name in like]
+        wanted = [name for name in LABELS if name in like]
         if item.keys() == like.keys() and all(isinstance(item[name], type(like[name])) for name in like):
             return item
         named = dict.fromkeys(wanted, next(iter(given.values()))) | given if len(wanted) == 1 and given else given
@@ -229,13 +273,13 @@ class RawExamples(Dataset[Any]):
         for name in wanted:
             if name in named:
                 labels[name] = self._label(named[name], like[name])
-            elif _is_own_label(like, name):  # a language model's
-                labels[name] = item[_IDS]
+            elif is_own_label(like, name):  # a language model's
+                labels[name] = item[IDS]
             else:
-                labels[name] = _lent(like, name, item)
+                labels[name] = lent(like, name, item)
                 self._lends_labels = True
-        known = [name for name in item if name in like and name not in _LABELS]
-        return {name: _typed(item[name], like[name]) for name in known} | labels
+        known = [name for name in item if name in like and name not in LABELS]
+        return {name: typed(item[name], like[name]) for name in known} | labels
 
     def _label(self, value: Any, like: Any) -> Any:
         """A label as training has it: a number where it is a class's name."""
@@ -244,116 +288,24 @@ class RawExamples(Dataset[Any]):
                 known = ", ".join(map(repr, self._label_numbers)) or "no names of labels (influence_label_names)"
                 raise ValueError(f"The label {value!r} is none of the model's, which tells {known}.")
             value = self._label_numbers[value]
-        return _typed(value, like)
+        return typed(value, like)
 
 
 @dataclass(frozen=True)
 class Collated:
-    """Makes batches of raw examples; what is training's own of it can be found there.
+    """Makes batches of raw examples.
 
     Attributes:
+        own: training's function.
         examples: the examples.
     """
 
+    own: Callable[[Any], Any]
     examples: RawExamples
-
-    @property
-    def own(self) -> Callable[[Any], Any]:
-        """Training's function."""
-        return self.examples.function
 
     def __call__(self, items: Any) -> Any:
         """A batch."""
         return self.examples.collate(items)
-
-
-def _text_of(row: Any) -> RawText | None:
-    """What an example says, if it is a text, a pair of texts, or a row with one; None otherwise.
-
-    Raises:
-        ValueError: if a row has several, of which none is named "text".
-    """
-    if isinstance(row, str) or is_pair(row):
-        return row  # type: ignore[no-any-return]
-    if not isinstance(row, Mapping):
-        return None
-    columns = _text_columns(row)
-    if len(columns) > 1 and "text" not in columns:
-        raise ValueError(
-            f"The rows hold several texts ({', '.join(columns)}), and which of them training read is not known. Pass "
-            f"the texts themselves, as in [row[{columns[0]!r}] for row in rows], or pairs of them."
-        )
-    return (row["text"] if "text" in columns else row[columns[0]]) if columns else None
-
-
-def _text_columns(row: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in row.items() if isinstance(value, str) and name not in _LABELS]
-
-
-def is_pair(row: Any) -> bool:
-    """Whether an example is a pair of texts."""
-    return isinstance(row, tuple) and len(row) == 2 and all(isinstance(each, str) for each in row)
-
-
-def _has_label(row: Any) -> bool:
-    return isinstance(row, Mapping) and any(row.get(name) is not None for name in _LABELS)
-
-
-def _is_alike(row: Any, like: Any) -> bool:
-    """Whether an example has all that another has, in as many dimensions, but for labels by name."""
-    if isinstance(like, Mapping):
-        names = [name for name in like if name not in _LABELS]
-        return isinstance(row, Mapping) and all(name in row and _is_alike(row[name], like[name]) for name in names)
-    if isinstance(like, (tuple, list)) and not _is_numbers(like):
-        same = isinstance(row, (tuple, list)) and len(row) == len(like)
-        return same and all(_is_alike(one, other) for one, other in zip(row, like, strict=True))
-    return _dimensions(row) == _dimensions(like)
-
-
-def _is_numbers(value: Any) -> bool:
-    return all(isinstance(each, (int, float)) for each in value)
-
-
-def _dimensions(value: Any) -> int | str:
-    """In how many dimensions a value has numbers; otherwise its kind."""
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return value.ndim
-    if isinstance(value, (tuple, list)) and _is_numbers(value):
-        return 1
-    return 0 if isinstance(value, (int, float)) else type(value).__name__
-
-
-def _typed(value: Any, like: Any) -> Any:
-    """A number, or numbers, in the type of another value: a tensor, an array, or as they are."""
-    if isinstance(value, str):
-        return value
-    if isinstance(like, Tensor):
-        return torch.as_tensor(value, dtype=like.dtype)
-    return np.asarray(value, dtype=like.dtype) if isinstance(like, (np.ndarray, np.generic)) else value
-
-
-def _is_own_label(like: Mapping[str, Any], name: str) -> bool:
-    """Whether training's labels are the token ids themselves, as a language model's are."""
-    labels, ids = like[name], like.get(_IDS)
-    return _dimensions(labels) == 1 and ids is not None and list(map(int, labels)) == list(map(int, ids))
-
-
-def _lent(like: Mapping[str, Any], name: str, item: Mapping[str, Any]) -> Any:
-    """A label for the collate function: that of a training example; of tokens, one for each, without a loss."""
-    label = like[name]
-    of_tokens = _dimensions(label) == 1 and _IDS in like and len(label) == len(like[_IDS])
-    return _typed([_IGNORED] * len(item[_IDS]), label) if of_tokens else label
-
-
-def _described(item: Any) -> str:
-    """An example, in words for an error message."""
-    if isinstance(item, Mapping):
-        return f"a {type(item).__name__} with {', '.join(map(str, item))}"
-    if isinstance(item, (tuple, list)):
-        return f"a {type(item).__name__} of {len(item)} ({', '.join(type(each).__name__ for each in item[:4])})"
-    if isinstance(item, (Tensor, np.ndarray)):
-        return f"a {type(item).__name__} of shape {tuple(item.shape)}"
-    return f"a {type(item).__name__}"
 
 
 def _itself(item: Any) -> Any:

@@ -48,7 +48,7 @@ class InfluenceTrainerMixin:
         """Score every training example's influence on every test example; see :func:`influence`.
 
         Args:
-            dataloaders: one loader of test examples, in batches that ``training_step`` takes, or a datamodule.
+            dataloaders: the test examples: loaders, a data set, rows, texts, or a datamodule.
             model: the trained module, or a Hugging Face model; by default that of the last fit in this process.
             datamodule: gives ``test_dataloader`` and ``train_dataloader`` where loaders are not passed.
             train_dataloaders: one loader of the training set, where gradients are not stored yet.

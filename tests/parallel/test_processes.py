@@ -54,6 +54,13 @@ def test_a_query_draws_no_random_number(two, cache):
     assert all(bool(found[f"{cache} draws nothing"]) for found in two[1:])
 
 
+def test_several_loaders_and_a_data_set_among_them(two):
+    for found in two[1:]:
+        alone = found["checkpoint tracin-we"]
+        torch.testing.assert_close(found["in two loaders"], torch.cat([alone, alone]), rtol=1e-5, atol=1e-9)
+        assert found["whose"].tolist() == [0] * len(alone) + [1] * len(alone)
+
+
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("method", ASKED, ids=str)
 def test_one_process_finds_in_the_trace_of_two_what_they_found(two, cache, method):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -249,6 +250,8 @@ def test_a_language_model_is_its_own_label(tmp_path):
         ([{"text": "a"}], "is a dict with text, but that of training is a tuple"),
         ([test_texts().tensors], r"is a tuple of 2 \(Tensor, Tensor\), but that of training is a tuple"),
         (list(loader(test_texts())), r"is a list of 2 \(Tensor, Tensor\), but that of training"),
+        ({"a text", "another"}, r"got set, which gives them once, or in no order\. Pass a list"),
+        (iter(["a text"]), "got list_iterator, which gives them once"),
         ([], "list of test examples is empty"),
         ([[]], "list of 0"),
         (["a", 3], "some are texts"),
@@ -305,6 +308,36 @@ def test_labels_that_are_not_known_or_not_all_there(fit):
             ask(trainer, [{"text": "a", "label": "huge"}])
     with pytest.raises(ValueError, match="Test example 1 has no label, but the first one has one"):
         ask(trainer, [*rows(TEST[:1]), {"text": "a"}])
+
+
+def test_rows_of_two_texts_that_training_reads(tmp_path):
+    def pairing(some):
+        texts = [[row[name] for row in some] for name in ("premise", "hypothesis")]
+        batch = TOKENIZER(*texts, padding=True, return_tensors="pt")
+        return {**batch, "labels": torch.tensor([row["label"] for row in some])}
+
+    def pairs(label):
+        return [{"premise": a, "hypothesis": b, **label} for a, b in itertools.pairwise(TEST)]
+
+    load = partial(DataLoader, batch_size=8, collate_fn=pairing)
+    trainer = fitted(tmp_path, Bag(needs_labels=False), load(pairs({"label": 1})), trainer={"max_epochs": 1})
+    assert torch.equal(ask(trainer, pairs({})).scores, ask(trainer, load(pairs({"label": 0}))).scores)
+    with pytest.raises(ValueError, match="cannot be brought into the form of training's"):
+        ask(trainer, TEST)
+
+
+def test_a_label_that_is_lent_leaves_nothing_in_a_batch(tmp_path):
+    """As a collator of transformers would leave decoder inputs."""
+
+    def shifting(some):
+        batch = padding(some)
+        return {**batch, "decoder_input_ids": batch["labels"][:, None] + 1}
+
+    load = partial(DataLoader, batch_size=8, collate_fn=shifting)
+    trainer = fitted(tmp_path, Bag(needs_labels=False), load(tokenised(TRAIN)), trainer={"max_epochs": 1})
+    with pytest.raises(ValueError, match=r"shifting, makes more of an example's label.*Pass rows with labels"):
+        ask(trainer, TEST)
+    assert torch.equal(ask(trainer, rows(TEST)).scores, ask(trainer, load(tokenised(TEST))).scores)
 
 
 def test_data_sets_of_hugging_face(fit):

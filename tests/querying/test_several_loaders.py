@@ -180,6 +180,11 @@ def test_a_file_from_before_there_were_several(toy, tmp_path):
     assert InfluenceResult.load(path).test_loaders is None
 
 
+def test_names_that_print_alike_are_refused(toy):
+    with pytest.raises(ValueError, match=r"must differ in print, but got \[1, '1'\]"):
+        toy.influence({1: first(), "1": second()})
+
+
 def test_an_empty_one_among_them_is_named(toy):
     with pytest.raises(ValueError, match="test loader 'none' is empty"):
         toy.influence({"news": first(), "none": loader([])})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from chromium import PHONE, opened
 from pages import K, data_of, example, explanation, hostile_page, number, page_of, shown
-from toy import N_TEST, N_TRAIN, fitted, loader, test_texts
+from toy import N_TEST, N_TRAIN, fitted, loader, test_texts, texts
 
 from lightning_tracin import TracInWE
 from lightning_tracin.report.explanation import Example, Influential, Word
@@ -258,6 +258,18 @@ def test_csv_is_what_pandas_has(page, result):
     for found, expected in zip(words, frame["words"], strict=True):
         terms = {each["word"]: each["term"] for each in expected}
         assert {word: float(term) for word, term in found.items()} == pytest.approx(terms, rel=1e-2)
+
+
+def test_examples_of_several_loaders_are_named_by_them(browser, toy, tmp_path):
+    result = toy.influence({"=news": loader(test_texts()), "<b>": loader(texts(2))})
+    with opened(browser, result.to_html(tmp_path / "page.html", k=K)) as page:
+        assert page.inner_text("#row-5 .number") == "5 of =news"
+        page.fill("#search", "#1 of <b>")
+        page.click("#row-7")
+        assert page.inner_text("#detail h2") == "Test example 1 of <b>"
+        rows = downloaded(page, "#csv-all")
+    assert list(rows[0]) == list(result.to_pandas(K).columns)
+    assert [row["test_loader"] for row in rows] == ["'=news"] * 6 * 2 * K + ["<b>"] * 2 * 2 * K
 
 
 def test_csv_holds_no_formulas_and_every_text(browser, tmp_path):

@@ -1,0 +1,102 @@
+"""What an example looks like before it is collated: its text, its labels, and whether it is like another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_tracin.results.reader import RawText
+
+#: The names of labels in an example, and of its token ids.
+LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
+IDS = "input_ids"
+
+_IGNORED = -100  # the label by which transformers marks a position without a loss
+
+
+def text_of(row: Any) -> RawText | None:
+    """What an example says, if it is a text, a pair of texts, or a row with one or with one named "text"; else None."""
+    if isinstance(row, str) or is_pair(row):
+        return row  # type: ignore[no-any-return]
+    columns = text_columns(row)
+    if "text" in columns:
+        return str(row["text"])
+    return str(row[columns[0]]) if len(columns) == 1 else None
+
+
+def text_columns(row: Any) -> list[str]:
+    """The names of what a row has in texts, but for its label; of anything else none."""
+    if not isinstance(row, Mapping):
+        return []
+    return [name for name, value in row.items() if isinstance(value, str) and name not in LABELS]
+
+
+def is_pair(row: Any) -> bool:
+    """Whether an example is a pair of texts."""
+    return isinstance(row, tuple) and len(row) == 2 and all(isinstance(each, str) for each in row)
+
+
+def has_label(row: Any) -> bool:
+    """Whether an example is a row with a label."""
+    return isinstance(row, Mapping) and any(row.get(name) is not None for name in LABELS)
+
+
+def is_alike(row: Any, like: Any) -> bool:
+    """Whether an example has all that another has, in as many dimensions, but for labels by name."""
+    if isinstance(like, Mapping):
+        names = [name for name in like if name not in LABELS]
+        return isinstance(row, Mapping) and all(name in row and is_alike(row[name], like[name]) for name in names)
+    if isinstance(like, (tuple, list)) and not _is_numbers(like):
+        same = isinstance(row, (tuple, list)) and len(row) == len(like)
+        return same and all(is_alike(one, other) for one, other in zip(row, like, strict=True))
+    return _dimensions(row) == _dimensions(like)
+
+
+def _is_numbers(value: Any) -> bool:
+    return all(isinstance(each, (int, float)) for each in value)
+
+
+def _dimensions(value: Any) -> int | str:
+    """In how many dimensions a value has numbers; otherwise its kind."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.ndim
+    if isinstance(value, (tuple, list)) and _is_numbers(value):
+        return 1
+    return 0 if isinstance(value, (int, float)) else type(value).__name__
+
+
+def typed(value: Any, like: Any) -> Any:
+    """A number, or numbers, in the type of another value: a tensor, an array, or as they are."""
+    if isinstance(value, str):
+        return value
+    if isinstance(like, Tensor):
+        return torch.as_tensor(value, dtype=like.dtype)
+    return np.asarray(value, dtype=like.dtype) if isinstance(like, (np.ndarray, np.generic)) else value
+
+
+def is_own_label(like: Mapping[str, Any], name: str) -> bool:
+    """Whether training's labels are the token ids themselves, as a language model's are."""
+    labels, ids = like[name], like.get(IDS)
+    return _dimensions(labels) == 1 and ids is not None and list(map(int, labels)) == list(map(int, ids))
+
+
+def lent(like: Mapping[str, Any], name: str, item: Mapping[str, Any]) -> Any:
+    """A label for the collate function: that of a training example; of tokens, one for each, without a loss."""
+    label = like[name]
+    of_tokens = _dimensions(label) == 1 and IDS in like and len(label) == len(like[IDS])
+    return typed([_IGNORED] * len(item[IDS]), label) if of_tokens else label
+
+
+def described(item: Any) -> str:
+    """An example, in words for an error message."""
+    if isinstance(item, Mapping):
+        return f"a {type(item).__name__} with {', '.join(map(str, item))}"
+    if isinstance(item, (tuple, list)):
+        return f"a {type(item).__name__} of {len(item)} ({', '.join(type(each).__name__ for each in item[:4])})"
+    if isinstance(item, (Tensor, np.ndarray)):
+        return f"a {type(item).__name__} of shape {tuple(item.shape)}"
+    return f"a {type(item).__name__}"
