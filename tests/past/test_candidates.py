@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+
+import msgspec
 import pytest
 import torch
 from brute_force import BruteForce, dense_gradients
@@ -9,6 +12,8 @@ from rich.console import Console
 from toy import Toy, fitted, loader, mean_rate, quiet, site_of, test_texts, texts
 
 from lightning_tracin import InfluenceResult, Trace, TracInLast, TracInWE
+from lightning_tracin.results.result_file import ResultHeader, read_result
+from lightning_tracin.storage import files
 
 N_CANDIDATES = 9
 
@@ -64,6 +69,21 @@ def test_results_say_that_they_were_not_trained_on(made, tmp_path, capsys):
     assert f"6 test and {N_CANDIDATES} candidates, not trained on, 2 checkpoints" in capsys.readouterr().out
     page = result.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"{N_CANDIDATES} candidates, not trained on" in page
+
+
+def test_a_header_and_a_result_of_before_say_nothing_of_it(made, tmp_path):
+    """Fields that are newer than the format have defaults."""
+    shutil.copytree(made[0].path, tmp_path / "trace")
+    content = files.read_json(tmp_path / "trace" / "trace.json")
+    older = {name: value for name, value in content.items() if name not in ("candidates", "notes")}
+    files.write_json(tmp_path / "trace" / "trace.json", older)
+    header = Trace(tmp_path / "trace").header
+    assert (header.candidates, header.notes) == (False, ())
+    path = asked(made[1], k=1).save(tmp_path / "result.safetensors")
+    content = msgspec.to_builtins(read_result(path)[0])
+    older = {name: value for name, value in content.items() if name not in ("candidates", "checkpoint_steps")}
+    header = msgspec.convert(older, ResultHeader)
+    assert (header.candidates, header.checkpoint_steps) == (False, [])
 
 
 def test_candidates_of_candidates_are_some(made, tmp_path):

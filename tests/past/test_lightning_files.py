@@ -8,6 +8,7 @@ import lightning.pytorch as twin
 import pytest
 import pytorch_lightning as pl
 import torch
+from families import FAMILIES
 from lightning.pytorch.callbacks import ModelCheckpoint as TwinModelCheckpoint
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
@@ -143,6 +144,36 @@ def test_rates_and_moments_are_those_of_the_recorded_fit(tmp_path, kind):
     moments = ("tracin-last",) if kind is TwoOptimizers else METHODS
     require_same_checkpoints(Trace(tmp_path / "trace"), past, moments)
     assert past.header.notes == ()
+
+
+@pytest.mark.parametrize("name", ["without-mixin", "t5", "lora"])
+@pytest.mark.filterwarnings("error:.*approximate")
+def test_models_of_other_kinds(tmp_path, name):
+    family = FAMILIES[name]
+    trainer, files = recorded_and_saved(tmp_path, family.build(), family.train_loader())
+    past = Trace.from_checkpoints(tmp_path / "past", files, family.build(), family.train_loader())
+    for method in METHODS:
+        options = {"trace": past, "train_dataloaders": family.train_loader(), "method": method}
+        found = quiet().influence(family.test_loader(), family.build(), **options)
+        assert torch.equal(found.scores, trainer.influence(family.test_loader(), method=method).scores)
+
+
+class Unfreezing(Constant):
+    """The embedding is trained from the second epoch on."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding.requires_grad_(False)
+
+    def on_train_epoch_start(self):
+        self.embedding.requires_grad_(self.current_epoch > 0)
+
+
+def test_a_layer_that_no_step_has_moved_yet_counts_nothing(tmp_path):
+    _, files = recorded_and_saved(tmp_path, Unfreezing())
+    past = Trace.from_checkpoints(tmp_path / "past", files, Unfreezing(), loader())
+    require_same_checkpoints(Trace(tmp_path / "trace"), past, ("tracin-last",))
+    assert [each.learning_rate for each in past.checkpoints] == [0, pytest.approx(1e-2)]
 
 
 @pytest.mark.filterwarnings("error:.*approximate")

@@ -88,6 +88,7 @@ def test_one_without_training_set_serves_where_gradients_are_stored(toy):
 
 def test_the_order_of_arguments_is_told(toy):
     with pytest.raises(
-        TypeError, match=r"model must be a LightningModule, but got Data.*trainer\.influence\(test_loader"
+        TypeError,
+        match=r"model must be a LightningModule or a Hugging Face model, but got Data.*trainer\.influence\(test_loader",
     ):
         toy.influence(loader(test_texts()), Data())
