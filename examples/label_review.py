@@ -154,10 +154,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="whose word vectors: a Hugging Face name or a folder (default: MiniLM-L6)")
     parser.add_argument("--data", help="a data set on the hub with text and label (default: BBC News)")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--train-size", type=int, default=1600)
-    parser.add_argument("--test-size", type=int, default=500)
-    parser.add_argument("--max-length", type=int, default=64, help="tokens of each article")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--train-size", type=int, default=600)
+    parser.add_argument("--test-size", type=int, default=1000)
+    parser.add_argument("--max-length", type=int, default=48, help="tokens of each article")
     parser.add_argument("--flip", type=float, default=0.2, help="share of training labels flipped on purpose")
     parser.add_argument("--review", type=float, default=0.25, help="share of the training set that is reviewed")
     parser.add_argument("--seeds", type=int, default=5)
@@ -166,7 +166,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a quick look, at other defaults")
     options = parser.parse_args(arguments)
     if options.small:
-        parser.set_defaults(train_size=600, test_size=300, max_length=32, seeds=2)
+        parser.set_defaults(train_size=300, test_size=500, max_length=32, seeds=2)
         options = parser.parse_args(arguments)
     return options
 

@@ -11,7 +11,7 @@ import transformers
 from lightning_utilities.core import rank_zero
 from nbclient import NotebookClient
 
-from examples import sentiment, spam, topics
+from examples import label_review, sentiment, spam, topics
 
 FOLDER = Path(__file__).parents[2] / "examples"
 
@@ -51,6 +51,17 @@ def test_mistakes_fade_without_their_proponents_and_not_without_random_examples(
     assert before - without_proponents > 2 * abs(before - without_random)
     assert figures["changed"][1] > figures["changed"][2]
     assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_reviewing_label_issues_finds_flipped_labels_and_helps(tmp_path):
+    figures = label_review.main(["--small", "--output", str(tmp_path)])
+    for found in figures["found"]:
+        assert found["among the reviewed"] > 0.6 * found["flipped"]  # by chance: 0.25
+    before, _, reviewed, clean = map(sum, zip(*figures["accuracies"], strict=True))
+    assert before < reviewed
+    assert before < clean
+    assert (tmp_path / "reviewed.csv").exists()
 
 
 @pytest.mark.slow
