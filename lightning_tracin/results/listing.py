@@ -53,20 +53,22 @@ class TextKeys:
     def of(self, indices: Sequence[int]) -> Mapping[int, Hashable]:
         """The keys by index, of these and of all that were asked for before."""
         missing = sorted(set(indices) - self._keys.keys())
-        if isinstance(self._texts, Trace):
+        if missing and isinstance(self._texts, Trace):
             texts = self._texts.texts(missing)
             said = zip(missing, texts.ids_by_example(), texts.marks_by_example(), strict=True)
             for place, (index, ids, marks) in enumerate(said):
                 label = texts.label_of(place), texts.label_set_of(place), *marks
                 self._keys[index] = (*ids, label) if ids else index
-            return self._keys
-        for index in missing:
-            example = self._texts.get(index)
-            if example is None or not example.ids:
-                self._keys[index] = index
-            else:
-                self._keys[index] = (*example.ids, example.label, *(word.tag for word in example.words))
+        elif missing and not isinstance(self._texts, Trace):
+            self._keys.update((index, _key_of(self._texts.get(index), index)) for index in missing)
         return self._keys
+
+
+def _key_of(example: Example | None, index: int) -> Hashable:
+    """What an example says, as a key; where that is not known, its index."""
+    if example is None or not example.ids:
+        return index
+    return *example.ids, example.label, *(word.tag for word in example.words)
 
 
 def listed(k: int, rows: Sequence[int], pushing: Pushing, keys: TextKeys) -> dict[int, Sides]:

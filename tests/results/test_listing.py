@@ -12,7 +12,6 @@ from spelled_fits import TEST, TOKENS, TRAIN, batches, spelled
 from toy import Toy, fitted, loader, test_texts, texts
 
 from lightning_tracin import InfluenceResult, TracInLast, TracInWE
-from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.listing import TextKeys, listed
 
 REPEATED = [*TRAIN, TRAIN[0], TRAIN[1], TRAIN[0], *TRAIN[:4]]
@@ -84,12 +83,11 @@ def test_only_as_many_are_looked_at_as_it_takes(result):
         asked.append(n)
         return result._pushing(row, n, proponents=proponents)
 
-    evidence = Evidence.require(result)
-    found = listed(1, [0], pushing, TextKeys(evidence))
+    found = listed(1, [0], pushing, TextKeys(result.trace))
     assert max(asked) <= 8
     assert len(found[0][0]) == 1
     asked.clear()
-    alone = listed(2, [0, 1], pushing, TextKeys(None))  # without texts each counts as another
+    alone = listed(2, [0, 1], pushing, TextKeys({}))  # without texts each counts as another
     assert asked == [3] * 4
     assert all(not entry.equal for sides in alone.values() for side in sides for entry in side)
 
@@ -110,16 +108,7 @@ def test_without_opponents_it_is_said(toy):
     assert {row["role"] for row in result.rows()} == {"proponent"}
     result.scores.zero_()
     assert result.to_pandas().empty
-    assert list(result.to_pandas().columns) == [
-        "test_index",
-        "role",
-        "rank",
-        "train_index",
-        "score",
-        "share",
-        "label",
-        "text",
-    ]
+    assert list(result.to_pandas().columns) == list(toy.influence(loader(test_texts())).to_pandas().columns)
     assert "No proponents" in str(result)
 
 

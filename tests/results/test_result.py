@@ -154,7 +154,7 @@ def test_pandas(result):
     (explanation,) = result.explanations([3], k=1)
     test = explanation.test
     assert (first.test_text, first.test_label, first.prediction) == (test.text, test.label, test.prediction)
-    assert (first.confidence, first.target) == (test.confidence, "label")
+    assert (first.confidence, first.target) == (test.confidence, test.label)
     words = sorted(result.words(3, first.train_index), key=lambda word: -abs(word[1]))[:5]
     assert [(each["word"], each["term"]) for each in first.words] == [word for word in words if word[1]]
 
