@@ -174,8 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     common = common_tokens(train_set)
     method = TracInWE(normalize="cosine", precondition="adam", exclude_tokens=("special", "common"))
     chosen = chosen_articles(probabilities, truth)
-    result = trainer.influence(asking([test[index] for index in chosen]), method=method, target="prediction")
-    result = result.with_texts([text for text, _ in train], [test[index][0] for index in chosen])
+    # As a text from production comes: without a label. The tokenizer and the collate function are those of training.
+    result = trainer.influence([test[index][0] for index in chosen], method=method, target="prediction")
+    result = result.with_texts(train=[text for text, _ in train])
     for row, index in enumerate(chosen):
         topic = result.target_names[row]
         verdict = "and so it is" if said[index] == truth[index] else f"but it is {topics[test[index][1]]}"
