@@ -269,7 +269,9 @@ def test_examples_of_several_loaders_are_named_by_them(browser, toy, tmp_path):
         assert page.inner_text("#detail h2") == "Test example 1 of <b>"
         rows = downloaded(page, "#csv-all")
     assert list(rows[0]) == list(result.to_pandas(K).columns)
-    assert [row["test_loader"] for row in rows] == ["'=news"] * 6 * 2 * K + ["<b>"] * 2 * 2 * K
+    names = [row["test_loader"].replace("=news", "'=news") for row in result.rows(K)]
+    assert [row["test_loader"] for row in rows] == names
+    assert set(names) == {"'=news", "<b>"}
 
 
 def test_csv_holds_no_formulas_and_every_text(browser, tmp_path):
