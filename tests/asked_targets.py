@@ -54,8 +54,8 @@ class AskedFamily:
     def influence(self, loader: DataLoader | None = None, **asked: Any):
         return self.trainer.influence(loader or self.family.test_loader(), **asked)
 
-    def scores(self, method: str, loss: Loss) -> torch.Tensor:
-        """(n_test, n_train) by the definition, for the losses of the test examples' targets."""
+    def scores(self, method: str, loss: Loss, **options: Any) -> torch.Tensor:
+        """(n_test, n_train) by the definition, for the losses of the test examples' targets, and a method's options."""
         name = self.module.embedding if method == "tracin-we" else self.module.last
         if name not in self._trained:
             train = self.family.singles(self.family.train_loader())
@@ -63,7 +63,7 @@ class AskedFamily:
                 dense_gradients(module, module.get_submodule(name), train, module.loss) for module in self._modules
             ]
         test = [self._of_tests(module, name, loss) for module in self._modules]
-        return BruteForce(self._rates(name), test, self._trained[name]).scores()
+        return BruteForce(self._rates(name), test, self._trained[name]).scores(**options)
 
     def last_module(self) -> Module:
         """The module at the last checkpoint, in eval mode."""

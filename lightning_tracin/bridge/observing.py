@@ -94,6 +94,26 @@ class Observer:
             )
         return output
 
+    def losses_with(self, batch: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses of a batch with other labels, and what the module says there, one row for each example.
+
+        Raises:
+            ValueError: if it has no losses then.
+        """
+        changed = with_labels_of(self.module, batch, labels)
+        try:
+            with self._probe.watched():
+                losses = checked_losses(self.losses(changed))
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{type(self.module).__name__} has no loss for a batch with other labels: {type(error).__name__}: "
+                f"{str(error).rstrip('.')}. Override influence_with_labels(batch, labels) to return the batch with "
+                "these labels in the place of its own."
+            ) from error
+        answers, logits = self._probe.answer_logits(len(losses)), self._probe.logits(len(losses))
+        said = logits if answers is None else answers
+        return losses, losses if said is None else said
+
     def _find_last_layer(self, batch: Any) -> None:
         """Let the probe observe the one linear layer that feeds the loss, if there is one."""
         labelled = batch if self.takes(batch) else with_labels_of(self.module, batch, self.labels_of(batch, 0))

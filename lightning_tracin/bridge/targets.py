@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lightning_tracin.bridge.mixin import token_ids_of, with_labels_of
 from lightning_tracin.bridge.observing import Observer
+from lightning_tracin.bridge.target_checks import require_fitting, require_labels_are_read
 from lightning_tracin.bridge.target_names import TargetNames
 from lightning_tracin.gradients.batches import tensors_of
-from lightning_tracin.gradients.losses import IGNORED, Losses, elementwise_losses
-from lightning_tracin.gradients.mean_loss import MeanLoss
+from lightning_tracin.gradients.losses import IGNORED, Losses
 from lightning_tracin.gradients.outputs import Output, counted_tokens, named_tokens
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.gradients.targets import Target
@@ -28,15 +28,6 @@ _ANOTHER_ORDER = (
     "The test loader gave other examples at each pass. Use a sampler that yields the same examples each time; their "
     "order does not matter, unless the data set is a stream."
 )
-
-_TASKS = {
-    "class": "classification",
-    "binary": "classification",
-    "value": "regression",
-    "set": "multi-label classification",
-    "tokens": "classification of tokens",
-    "answer": "question answering",
-}
 
 
 class TargetLosses:
@@ -131,106 +122,12 @@ class TargetLosses:
                 output = self._observer.output(batch)
                 names = TargetNames(self._module, output)
                 self._classes = tuple(names.number(each) for each in self.target.classes)
-                self._require_fitting(output, names)
+                require_fitting(self.target, self._classes, output, names)
                 self._output, self._names = output.without_examples, names
                 if output.kind != "value":
-                    self._require_labels_are_read(batch)
+                    labels = self._all(batch, 0), self._all(batch, 1)
+                    self._output = require_labels_are_read(self._observer, self._output, batch, labels)
         return self._output, self._names
-
-    def _require_fitting(self, output: Output, names: TargetNames) -> None:
-        """Check that the module says what the target is about.
-
-        Raises:
-            ValueError: if it does not; the message says what fits.
-        """
-        kind, asked, task = output.kind, f"target={str(self.target)!r}", _TASKS[output.kind]
-        if self.target.has_positions and kind != "tokens":
-            raise ValueError(f"positions goes with labels of tokens, but {type(self._module).__name__} does {task}.")
-        if kind == "value" and output.n_classes > 1 and self.target.what == "prediction":
-            raise ValueError(f"{asked}: the model says {output.n_classes} values; name one of them by its number.")
-        if not self._classes:
-            return
-        if kind == "answer" or (kind == "value" and output.n_classes == 1):
-            which = "the answer that it gives" if kind == "answer" else "the value that it gives"
-            raise ValueError(
-                f'{asked} is a class, but {type(self._module).__name__} does {task}: "prediction" is {which}.'
-            )
-        if len(set(self._classes)) < len(self._classes):
-            raise ValueError(f"{asked} holds class {self._classes[0]} against itself: name two classes.")
-        if max(self._classes) >= output.n_classes:
-            raise ValueError(
-                f"{asked}: there is no class {max(self._classes)}. The model has {output.n_classes}, numbered from 0."
-            )
-        if names.of_vocabulary and not self.target.has_positions:
-            raise ValueError(f"{asked} is a token: say by positions at which places of the text.")
-
-    def _require_labels_are_read(self, batch: Any) -> None:
-        """Check that labels reach the loss where they are put, and change nothing that the model reads.
-
-        Raises:
-            ValueError: if they do not.
-        """
-        name = type(self._module).__name__
-        (losses, output), (others, output_of_others) = (
-            self._answer_to(self._all(batch, number), batch) for number in (0, 1)
-        )
-        if not bool((output != output.flatten()[0]).any()):
-            return  # a head of zeros says the same of all labels
-        if torch.equal(losses, others):
-            raise ValueError(
-                f"The losses of {name} are the same whatever labels influence_with_labels puts into the batch. "
-                "Override influence_with_labels(batch, labels) to put them where influence_loss reads them."
-            )
-        if not torch.allclose(output, output_of_others, rtol=1e-3, atol=1e-5):
-            raise ValueError(
-                f"What {name} says depends on the labels in its batch, which its forward reads. Let "
-                "influence_with_labels keep what the model reads, such as decoder_input_ids, and let forward take it."
-            )
-        if self._output is not None and self._output.kind in ("set", "tokens"):
-            self._require_usual_loss(others, output, self._all(batch, 1))
-
-    def _answer_to(self, labels: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """The losses of a batch with other labels, and what the model says there."""
-        changed = with_labels_of(self._module, batch, labels)
-        try:
-            with self._probe.watched():
-                losses = self._observer.losses(changed)
-        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{type(self._module).__name__} has no loss for a batch with other labels: {type(error).__name__}: "
-                f"{error}. Override influence_with_labels(batch, labels) to return the batch with these labels in the "
-                "place of its own."
-            ) from error
-        said = self._probe.answer_logits(len(losses))
-        said = self._probe.logits(len(losses)) if said is None else said
-        return losses, losses if said is None else said
-
-    def _require_usual_loss(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Check that losses are the usual ones of these logits and labels, so that these mean what they seem to.
-
-        Raises:
-            ValueError: if they are others.
-        """
-        assert self._output is not None
-        labels = labels.float() if self._output.kind == "set" else labels
-        for causal in (self._output.causal, not self._output.causal) if self._output.kind == "tokens" else (False,):
-            values, counted = elementwise_losses(logits.float(), labels, problem_type=None, causal=causal)
-            sums = values.flatten(1).sum(1)
-            means = sums / counted.flatten(1).sum(1).clamp(min=1)
-            if any(self._are_multiples(losses, usual) for usual in (means, sums)):
-                self._output = replace(self._output, causal=causal)
-                return
-        raise ValueError(
-            f"target={str(self.target)!r}: what {type(self._module).__name__} says cannot be told from its outputs, as "
-            f'its losses are not those that are usual in {_TASKS[self._output.kind]}. target="label" does not need it.'
-        )
-
-    def _are_multiples(self, losses: Tensor, usual: Tensor) -> bool:
-        """Whether losses are others times a constant; those of a mean must be the others' mean."""
-        if isinstance(self._observer.losses, MeanLoss):
-            return torch.allclose(losses[0].to(usual), usual.mean(), rtol=2e-2)
-        ratios = losses.to(usual) / usual
-        return bool(ratios[0] > 0) and torch.allclose(ratios, ratios[:1].expand_as(ratios), rtol=2e-2)
 
     def _labels(self, batch: Any, numbers: Sequence[int] | None, number: int | None) -> Tensor:
         """The labels of a batch's targets: a class, or without one what the model said, or the batch's own."""

@@ -11,6 +11,7 @@ from still_fits import Still, build
 from torch.nn import functional
 from torch.utils.data import default_collate
 from toy import N_TEST, N_TRAIN, fitted, loader, quiet, test_texts, texts
+from transformers import BatchEncoding
 
 from lightning_tracin import TracInCallback, TracInMixin
 from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
@@ -126,6 +127,7 @@ def test_labels_come_beside_inputs_that_have_none():
     ids, labels = torch.ones(2, 3), torch.ones(2)
     for batch in (ids, (ids,), [ids], (ids, None), {"ids": ids}, (ids, {}), ({"ids": ids}, ["a", "b"])):
         assert labels_of(with_labels(batch, labels)) is labels
+    assert labels_of(with_labels(BatchEncoding({"input_ids": ids}), labels)) is labels
     with pytest.raises(ValueError, match="cannot be told from a batch of this form: list of 2 entries"):
         with_labels([ids, "text"], labels)
 

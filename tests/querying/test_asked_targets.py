@@ -231,7 +231,7 @@ def test_the_outputs_of_a_loss_of_ones_own_are_read_from_it(tmp_path, kind, labe
         found = fit.influence(data, target="prediction").scores
         torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-9)
     if kind is Sets:
-        with pytest.raises(ValueError, match="what OneHot says cannot be told from its outputs"):
+        with pytest.raises(ValueError, match="What OneHot says cannot be told from its outputs"):
             fit.influence(loader(test), OneHot(), trace=tmp_path / "trace", target="prediction")
 
 

@@ -12,6 +12,8 @@ from families import FAMILIES, HuggingFace
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from lightning_tracin import TracInWE
+
 METHODS = ("tracin-we", "tracin-last")
 CLASSIFIERS = ("bert-classes", "bert-choices", "lstm", "embedding-called-twice", "without-mixin")
 
@@ -58,6 +60,14 @@ def test_classes_pairs_and_predictions(family, name):
     require_same(asked, minus_log(1), target=1)
     require_same(asked, pair(minus_log(2), minus_log(0)), target=(2, 0))
     require_same(asked, lambda *batch: minus_log(said[batch[2]])(*batch), target="prediction")
+
+
+@pytest.mark.parametrize("options", [{"normalize": "cosine", "exclude_tokens": (6,)}, {"top_words": 2}], ids=str)
+def test_options_act_on_the_gradient_of_the_target(family, options):
+    asked = family("bert-classes")
+    expected = asked.scores("tracin-we", pair(minus_log(2), minus_log(0)), **options)
+    scores = asked.influence(method=TracInWE(**options), target=(2, 0)).scores
+    assert relative_error(scores, expected) < 1e-5
 
 
 def of_set(number):
