@@ -202,6 +202,20 @@ def test_another_schedule_than_that_of_the_run_is_found_out(run, tmp_path):
     assert "approximate" in past.header.notes[0]
 
 
+class InOneGo(ByEpoch):
+    """Ends at the rate of two steps of the other, by one."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+        return [optimizer], [StepLR(optimizer, 2, gamma=0.3**2)]
+
+
+def test_another_schedule_that_ends_alike_is_found_out(tmp_path):
+    _, files = recorded_and_saved(tmp_path, ByEpoch())
+    with pytest.warns(UserWarning, match=r"makes another schedule than that of .*: gamma is 0\.3 there, 0\.09 here"):
+        Trace.from_checkpoints(tmp_path / "past", files[-1], InOneGo(), loader())
+
+
 @pytest.mark.filterwarnings("ignore:.*approximate")
 def test_optimizers_that_cannot_be_those_of_the_run(run, tmp_path):
     """Their states are of no use then; the one rate of all groups is."""
