@@ -158,6 +158,21 @@ def test_models_of_other_kinds(tmp_path, name):
         assert torch.equal(found.scores, trainer.influence(family.test_loader(), method=method).scores)
 
 
+@pytest.mark.filterwarnings("ignore:.*approximate", "ignore:Adam's second moments are not known")
+def test_a_bare_hugging_face_model_does_not_tell_which_layers_groups_hold(tmp_path):
+    """Nor how the rate falls; refused where that matters, and said where not."""
+    family = FAMILIES["bert-classes"]
+    _, files = recorded_and_saved(tmp_path, family.build(), family.train_loader())
+    with pytest.raises(ValueError, match="have different learning rates, and which layers they hold is not known"):
+        Trace.from_checkpoints(tmp_path / "past", files, family.build().model, family.train_loader())
+    past = Trace.from_checkpoints(
+        tmp_path / "past", files, family.build().model, family.train_loader(), learning_rates=[1, 2]
+    )
+    (note,) = past.header.notes
+    assert "BertForSequenceClassification has no configure_optimizers" in note
+    assert [each.learning_rate for each in past.checkpoints] == [1, 2]
+
+
 class Unfreezing(Constant):
     """The embedding is trained from the second epoch on."""
 
