@@ -243,7 +243,8 @@ def _add_common_arguments(parser: LightningArgumentParser, method: str = "tracin
     parser.add_argument(
         "--trace",
         type=str | None,
-        help="Folder that the fit recorded; by default that of the configuration's TracInCallback.",
+        help="Folder that the fit recorded, by default that of the configuration's TracInCallback; or where a trace is "
+        "made of the files of --checkpoints.",
     )
     parser.add_argument(
         "--method",

@@ -107,8 +107,25 @@ def _replayed(
                 f"configure_optimizers gives the rates {_short(rates[each.number])} after {each.number} steps, but "
                 f"{each.name} holds {_short(own)}"
             )
+    differing = _differing(
+        checkpoints[-1].schedulers, [config.scheduler.state_dict() for config in configured.schedulers]
+    )
+    if differing is not None:
+        return f"configure_optimizers makes another schedule than that of {checkpoints[-1].name}: {differing}"
     bounds = pairwise([0, *(each.number for each in checkpoints)])
     return [[_means(rates[start:stop])] for start, stop in bounds]
+
+
+def _differing(saved: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]]) -> str | None:
+    """In what schedulers differ, by the numbers in their states; None if they do not."""
+    if len(saved) != len(made):
+        return f"{len(saved)} schedulers there, {len(made)} here"
+    for there, here in zip(saved, made, strict=True):
+        numbers = {name for name, value in here.items() if isinstance(value, (int, float)) and not name.startswith("_")}
+        for name in sorted(numbers & there.keys()):
+            if isinstance(there[name], (int, float)) and not math.isclose(there[name], here[name], rel_tol=_CLOSE):
+                return f"{name} is {there[name]:g} there, {here[name]:g} here"
+    return None
 
 
 def _schedule(configured: Configured, n_steps: int, steps_per_epoch: int | None) -> Iterator[list[float]]:

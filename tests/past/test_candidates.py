@@ -12,6 +12,7 @@ from rich.console import Console
 from toy import Toy, fitted, loader, mean_rate, quiet, site_of, test_texts, texts
 
 from lightning_tracin import InfluenceResult, Trace, TracInLast, TracInWE
+from lightning_tracin.cli.command import main
 from lightning_tracin.results.result_file import ResultHeader, read_result
 from lightning_tracin.storage import files
 
@@ -69,6 +70,11 @@ def test_results_say_that_they_were_not_trained_on(made, tmp_path, capsys):
     assert f"6 test and {N_CANDIDATES} candidates, not trained on, 2 checkpoints" in capsys.readouterr().out
     page = result.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"{N_CANDIDATES} candidates, not trained on" in page
+
+
+def test_the_command_line_says_so_too(made, capsys):
+    assert main(["info", str(made[1].path)]) == 0
+    assert f"{N_CANDIDATES}; candidates, not trained on" in capsys.readouterr().out
 
 
 def test_a_header_and_a_result_of_before_say_nothing_of_it(made, tmp_path):

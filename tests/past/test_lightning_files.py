@@ -158,6 +158,21 @@ def test_models_of_other_kinds(tmp_path, name):
         assert torch.equal(found.scores, trainer.influence(family.test_loader(), method=method).scores)
 
 
+@pytest.mark.filterwarnings("ignore:.*approximate", "ignore:Adam's second moments are not known")
+def test_a_bare_hugging_face_model_does_not_tell_which_layers_groups_hold(tmp_path):
+    """Nor how the rate falls; refused where that matters, and said where not."""
+    family = FAMILIES["bert-classes"]
+    _, files = recorded_and_saved(tmp_path, family.build(), family.train_loader())
+    with pytest.raises(ValueError, match="have different learning rates, and which layers they hold is not known"):
+        Trace.from_checkpoints(tmp_path / "past", files, family.build().model, family.train_loader())
+    past = Trace.from_checkpoints(
+        tmp_path / "past", files, family.build().model, family.train_loader(), learning_rates=[1, 2]
+    )
+    (note,) = past.header.notes
+    assert "BertForSequenceClassification has no configure_optimizers" in note
+    assert [each.learning_rate for each in past.checkpoints] == [1, 2]
+
+
 class Unfreezing(Constant):
     """The embedding is trained from the second epoch on."""
 
@@ -200,6 +215,20 @@ def test_another_schedule_than_that_of_the_run_is_found_out(run, tmp_path):
     with pytest.warns(UserWarning, match=r"configure_optimizers gives the rates 0\.01 after 5 steps"):
         past = Trace.from_checkpoints(tmp_path / "past", files, Constant(), loader())
     assert "approximate" in past.header.notes[0]
+
+
+class InOneGo(ByEpoch):
+    """Ends at the rate of two steps of the other, by one."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+        return [optimizer], [StepLR(optimizer, 2, gamma=0.3**2)]
+
+
+def test_another_schedule_that_ends_alike_is_found_out(tmp_path):
+    _, files = recorded_and_saved(tmp_path, ByEpoch())
+    with pytest.warns(UserWarning, match=r"makes another schedule than that of .*: gamma is 0\.3 there, 0\.09 here"):
+        Trace.from_checkpoints(tmp_path / "past", files[-1], InOneGo(), loader())
 
 
 @pytest.mark.filterwarnings("ignore:.*approximate")
