@@ -249,7 +249,10 @@ def test_the_table_prints_and_reads_back(toy, tmp_path):
     assert issues.to_pandas().to_dict("records") == issues.rows()
     console = Console(width=60, record=True)
     console.print(issues)
-    assert max(map(len, console.export_text().splitlines())) <= 60
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 60
+    numbers = [line.split()[:3] for line in lines if line.strip()[:1].isdecimal()][1:]
+    assert numbers == [[str(each.rank), str(each.example.index), f"{each.label_score:.2f}"] for each in issues.issues]
 
 
 def test_the_command_line(toy, tmp_path, monkeypatch):
