@@ -37,10 +37,10 @@ def label_issues(
     What the model said of each training example follows from the inputs of the classifier's head, which are stored with
     its gradients, and the head's weights: nothing is run. Networks learn what labels have in common before they learn
     wrong ones by heart, so its mean over the first half of the checkpoints counts; it is no prediction of a model that
-    has not seen the example. ``label_score`` is the mean probability of the given label. ``is_label_issue`` follows
-    from the means by confident learning (Northcutt et al. 2021): the model says another class, at least as surely as it
-    says that of the class's own examples. No threshold is set by hand; what it names is mostly wrong, but it does not
-    name all, and few where labels were learned by heart from the first epoch on: look at the first of the table, too.
+    has not seen the example. ``label_score`` is the mean probability of the given label. ``is_label_issue`` says that
+    the model says another class, and that the label's probability is nearer to what examples of other labels are given
+    than to what its own are, on the mean: no threshold is set by hand. What it names is mostly wrong, but it does not
+    name all, and few where labels are learned by heart from the first epoch on: look at the first of the table, too.
 
     Where no such head was recorded (regression, several labels, tokens, a single logit), ``predicted_label`` and
     ``is_label_issue`` are empty, and ``label_score`` is the share of the training examples that influence themselves at

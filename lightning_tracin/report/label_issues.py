@@ -105,7 +105,7 @@ class LabelIssues(RichRepr):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         found = "" if self.n_issues is None else f"; {self.n_issues:,} labels are probably wrong"
         yield Text(f"{self.n_train:,} training examples by self-influence ({printable(self.method)}){found}")
-        yield _printed(self.issues[:_PRINTED])
+        yield _printed(self.issues[:_PRINTED], options.max_width)
         if len(self) > _PRINTED:
             yield f"{_PRINTED} of {len(self):,}; to_csv(path) and to_pandas() have all"
 
@@ -150,24 +150,28 @@ class LabelIssues(RichRepr):
             writer.writerow({name: in_a_cell(each) if isinstance(each, str) else each for name, each in row.items()})
 
 
-def _printed(issues: Sequence[LabelIssue]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("rank", "train", "score"):
-        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
-    labels = [[each.example.label or "" for each in issues], [each.predicted_label or "" for each in issues]]
-    for name, shown in zip(("given", "predicted"), labels, strict=True):
-        width = max(len(name), min(_LABEL_WIDTH, max(map(len, shown), default=0)))
-        table.add_column(name, no_wrap=True, min_width=width, max_width=_LABEL_WIDTH)
-    table.add_column("text", no_wrap=True, overflow="ellipsis")
-    for issue, given, predicted in zip(issues, *labels, strict=True):
-        table.add_row(
+def _printed(issues: Sequence[LabelIssue], width: int) -> Table:
+    """The table of some examples, as wide as a terminal; rich by itself would give up numbers for the texts."""
+    names = ("rank", "train", "score", "given", "predicted")
+    rows = [
+        (
             str(issue.rank),
             str(issue.example.index),
             "" if issue.label_score is None else f"{issue.label_score:.2f}",
-            Text(printable(given)),
-            Text(printable(predicted), style="bold" if issue.is_label_issue else ""),
-            Text(printable(issue.example.text)),
+            printable(issue.example.label or "")[:_LABEL_WIDTH],
+            printable(issue.predicted_label or "")[:_LABEL_WIDTH],
         )
+        for issue in issues
+    ]
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    for name, of_column in zip(names, widths, strict=True):
+        table.add_column(name, justify="left" if name in names[3:] else "right", no_wrap=True, min_width=of_column)
+    room = width - sum(widths) - 2 * len(widths) - 2
+    table.add_column("text", no_wrap=True, overflow="ellipsis", max_width=max(8, room))
+    for issue, cells in zip(issues, rows, strict=True):
+        style = "bold" if issue.is_label_issue else ""
+        table.add_row(*map(Text, cells[:-1]), Text(cells[-1], style=style), Text(printable(issue.example.text)))
     return table
 
 

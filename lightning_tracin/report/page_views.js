@@ -7,7 +7,7 @@ function drawSuspects() {
     return;
   }
   const { by, n, n_issues, columns, rows } = suspects;
-  const flagged = n_issues === null ? "" : ` Of all, ${count(n_issues, "label")} ${n_issues === 1 ? "is" : "are"} probably wrong: the model has said another class, as surely as it does of that class's own examples.`;
+  const flagged = n_issues === null ? "" : ` Of all, ${count(n_issues, "label")} ${n_issues === 1 ? "is" : "are"} probably wrong: the model has said another class, and thought the label about as unlikely as it does for examples of other labels.`;
   view.append(make("p", { class: "intro" }, `A training example that influences itself most is often mislabelled, or unlike all others. These are the ${rows.length} highest of ${count(n, "training example")}, by ${by}.${flagged} Say what is right, download the CSV, and hand it to apply_corrections.`));
   const corrected = new Map(); // what is right, by training example
   const names = [...new Set(rows.flatMap(([index, , , , predicted]) => [train[index][0], predicted]))].filter((name) => name !== null).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));

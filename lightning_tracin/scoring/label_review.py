@@ -3,9 +3,8 @@
 A trace that has the gradients of a classifier's head as factors has the head's input for every training example at
 every checkpoint, and the head's weights. So it has what the model said of each, without a forward pass. Networks learn
 what labels have in common before they learn wrong ones by heart (Liu et al. 2020, early-learning regularization): the
-mean over the first half of an example's checkpoints tells more of its label than the last one. From these means,
-confident learning (Northcutt et al. 2021) decides which labels are wrong, with a threshold for each class that follows
-from the data.
+mean over the first half of an example's checkpoints tells more of its label than the last one. From these means follows
+which labels are probably wrong, by a threshold for each class that the data set.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class LabelReview:
         scores: (n_train,) float32, from 0 to 1, lower is worse: the mean probability of its label, cleanlab's
             self-confidence; where no probabilities are known at all, the share of the training examples that influence
             themselves at least as much. NaN for examples that training never drew, or whose probabilities are missing.
-        is_issue: (n_train,) bool, whether its label is probably wrong, by confident learning; false where that is not
+        is_issue: (n_train,) bool, whether its label is probably wrong (:func:`probably_wrong`); false where that is not
             known.
         order: (n_drawn,) int64, the examples that training drew, highest self-influence first.
     """
@@ -95,7 +94,7 @@ def reviewed_labels(
     predicted[is_known] = known.argmax(1).double()
     scores[is_known] = known.gather(1, labels[:, None])[:, 0].clamp(0, 1)
     is_issue = torch.zeros(len(given), dtype=torch.bool)
-    is_issue[is_known] = confidently_wrong(known, labels)
+    is_issue[is_known] = probably_wrong(known, labels)
     return LabelReview(influence, given, predicted, scores, is_issue, order)
 
 
@@ -110,12 +109,13 @@ def order_of(self_influence: Tensor, undrawn: Tensor) -> Tensor:
     return order[~torch.isin(order, undrawn)]
 
 
-def confidently_wrong(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Which labels are probably wrong, by confident learning (Northcutt et al. 2021).
+def probably_wrong(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Which labels are probably wrong: the model says another class, and speaks of the label as of a stranger's.
 
-    An example counts for a class if the model gives that at least the probability that the examples of the class have
-    for their own label on the mean. Its label is wrong if the likeliest class that it counts for is another one, and
-    that is what the model says.
+    Of each class, the examples that have its label and those that have another are given certain probabilities of it on
+    the mean. A label is wrong if its own is nearer to that of the others than to that of its own kind, and the
+    likeliest class is another. As in confident learning (Northcutt et al. 2021), each class has a threshold that
+    follows from the data, here the one halfway, and nothing is set by hand.
 
     Args:
         probabilities: (n, n_classes) of each class.
@@ -126,16 +126,16 @@ def confidently_wrong(probabilities: Tensor, labels: Tensor) -> Tensor:
 
     Example:
         >>> probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.3, 0.7], [0.85, 0.15]])
-        >>> confidently_wrong(probabilities, torch.tensor([0, 0, 1, 1, 1]))
+        >>> probably_wrong(probabilities, torch.tensor([0, 0, 1, 1, 1]))
         tensor([False, False, False, False,  True])
     """
-    own = probabilities.gather(1, labels[:, None])[:, 0].double()
-    n_classes = probabilities.shape[1]
-    sums = torch.zeros(n_classes, dtype=torch.float64).index_add_(0, labels, own)
-    thresholds = sums / torch.bincount(labels, minlength=n_classes)  # NaN, which nothing reaches, without examples
-    counts_for = probabilities >= thresholds
-    likeliest = torch.where(counts_for, probabilities, -1).argmax(1)
-    return counts_for.any(1) & (likeliest != labels) & (probabilities.argmax(1) != labels)
+    sums = torch.zeros(probabilities.shape[1], dtype=torch.float64)
+    own = probabilities.gather(1, labels[:, None])[:, 0]
+    counts = torch.bincount(labels, minlength=len(sums))
+    of_own = sums.index_add(0, labels, own.double())
+    of_others = probabilities.double().sum(0) - of_own
+    halfway = (of_own / counts + of_others / (len(labels) - counts)) / 2  # NaN, under which nothing is, without either
+    return (own < halfway[labels]) & (probabilities.argmax(1) != labels)
 
 
 def _mean_probabilities(checkpoints: Sequence[Checkpoint], given: Tensor, processes: Processes) -> Tensor | None:

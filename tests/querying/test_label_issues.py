@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from toy import CLASSES, N_TRAIN, VOCABULARY, Toy, environment, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInLast, TracInWE, apply_corrections, label_issues
-from lightning_tracin.scoring.label_review import confidently_wrong
+from lightning_tracin.scoring.label_review import probably_wrong
 
 N, FLIPPED = 150, (3, 11, 20, 34, 41, 55, 70, 88, 99, 103, 126, 140)
 
@@ -115,7 +115,7 @@ def test_label_scores_are_the_mean_probabilities_of_the_model(tmp_path, kind, dt
         index = each.example.index
         assert each.label_score == pytest.approx(float(mean[index, labels[index]]), abs=tolerance)
         assert each.predicted_label == str(int(mean[index].argmax()))
-    wrong = confidently_wrong(mean, labels)
+    wrong = probably_wrong(mean, labels)
     assert {each.example.index for each in issues.issues if each.is_label_issue} == set(wrong.nonzero()[:, 0].tolist())
 
 
@@ -232,7 +232,7 @@ def test_a_review_is_corrected_and_next_to_no_issues_are_left(flipped, tmp_path)
     again = fitted(
         tmp_path / "again", Plain(), loader(corrected, batch_size=10, shuffle=True), trainer={"max_epochs": 4}
     )
-    assert again.label_issues().n_issues <= 1
+    assert again.label_issues().n_issues <= len(FLIPPED) / 4
 
 
 def test_the_table_prints_and_reads_back(toy, tmp_path):
@@ -249,7 +249,10 @@ def test_the_table_prints_and_reads_back(toy, tmp_path):
     assert issues.to_pandas().to_dict("records") == issues.rows()
     console = Console(width=60, record=True)
     console.print(issues)
-    assert max(map(len, console.export_text().splitlines())) <= 60
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 60
+    numbers = [line.split()[:3] for line in lines if line.strip()[:1].isdecimal()][1:]
+    assert numbers == [[str(each.rank), str(each.example.index), f"{each.label_score:.2f}"] for each in issues.issues]
 
 
 def test_the_command_line(toy, tmp_path, monkeypatch):
