@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from dataclasses import dataclass
 from typing import Any
 
 from rich.filesize import decimal
 from rich.table import Table
 
+from lightning_tracin.cli.model_size import TASKS, ModelSize, size_of_model
 from lightning_tracin.gradients.printable import printable
 from lightning_tracin.storage.sizes import (
     LABEL_BYTES,
@@ -39,31 +39,6 @@ _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kKMB]?)")
 _FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _LAYER = re.compile(r"([0-9]+)x([0-9]+)")
 _OF_MODEL = ("parameters", "hidden", "vocab")
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """What the size of a trace needs of a model.
-
-    Attributes:
-        parameters: their number, tied ones once.
-        hidden: numbers in a row of the word embedding table.
-        vocab: rows of that table.
-        outputs: of the last layer.
-        inputs: of the last layer, its bias counted among them.
-        writes: whether the last layer is the head of a language model, which is called at every token.
-        is_tied: whether it has the weight of the word embedding table.
-        labelled: the share of tokens with a label, where the last layer is called at every token.
-    """
-
-    parameters: int
-    hidden: int
-    vocab: int
-    outputs: int
-    inputs: int
-    writes: bool
-    is_tied: bool
-    labelled: float = 1.0
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -103,16 +78,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object; sizes are in bytes")
 
 
-#: The classes of transformers that make a model for a task, by the task's name.
-TASKS = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-}
-
-
 def quantity(text: str) -> int:
     """A number from 1 on, which may end with k, M or B.
 
@@ -135,14 +100,12 @@ def estimated(arguments: Namespace) -> TraceSize:
         ValueError: if a model or trace is not what is needed.
     """
     if arguments.trace is not None:
-        from lightning_tracin.cli.measured_sizes import size_like_trace
+        from lightning_tracin.cli.measured_size import size_like_trace
 
         return size_like_trace(arguments.trace, arguments.examples, arguments.checkpoints)
     if arguments.examples is None:
         arguments.usage_error("--examples is needed: how many training examples there are")
     if arguments.model is not None:
-        from lightning_tracin.cli.measured_sizes import size_of_model
-
         return _size(arguments, size_of_model(arguments.model, arguments.task, arguments.classes))
     missing = [f"--{name}" for name in _OF_MODEL if getattr(arguments, name) is None]
     if missing:
