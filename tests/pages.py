@@ -25,6 +25,9 @@ class Table:
     labels: tuple[str, ...]
     values: torch.Tensor
 
+    def is_stop(self, word):
+        return self.words[word] == "fig"
+
 
 def example(index, words, label="news", **options):
     """Words, each of one token; the first two characters of a word are what its token says."""

@@ -194,6 +194,7 @@ def _content(page: Page) -> dict[str, Any]:
         if table is None
         else {
             "words": table.words,
+            "stops": [table.is_stop(number) for number in range(len(table.words))],
             "classes": table.classes,
             "labels": table.labels,
             "values": [[_rounded(value, 4) or 0 for value in row] for row in table.values.flatten(1).tolist()],

@@ -69,7 +69,7 @@ function drawSuspects() {
 
 // Words over the whole test set
 function drawWords() {
-  const { words, classes, labels, values } = page.word_table;
+  const { words, stops, classes, labels, values } = page.word_table;
   const group = tests.some((test) => test.prediction !== null) ? "Model says" : "Test label"; // as the table was grouped
   const view = byId("words");
   const field = make("input", { type: "search", placeholder: "Search words", "aria-label": "Search words", input: () => draw() });
@@ -111,7 +111,7 @@ function drawWords() {
         kept.map((number) => make("th", { class: "group", colspan: labels.length, scope: "colgroup", dir: "auto" }, `${group} ${named(classes[number])}`))),
       make("tr", {}, columns.map((each) => header(named(labels[each % labels.length]), each, { class: each % labels.length ? "" : "first" }))));
     const body = order.slice(0, limit).map((word) =>
-      make("tr", {}, make("th", { scope: "row", dir: "auto", title: words[word] }, words[word]),
+      make("tr", {}, make("th", { scope: "row", dir: "auto", title: words[word], class: stops[word] ? "little" : "" }, words[word]),
         columns.map((each) => {
           const value = values[word][each];
           const level = most ? levelOf(Math.abs(value) / most) : 0;

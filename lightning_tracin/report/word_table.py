@@ -65,6 +65,8 @@ class WordTable(RichRepr):
         magnitudes: (n_classes,) float32, the sum of all words' magnitudes on each class, listed here or not.
         n_left: how many words with any influence are not listed.
         target: what of the test examples a positive influence speaks for.
+        common: whether many training examples hold each token of each word. It is grey, but keeps its place: a word of
+            so many examples may be a shortcut.
     """
 
     words: tuple[str, ...]
@@ -78,6 +80,7 @@ class WordTable(RichRepr):
     magnitudes: Tensor
     n_left: int
     target: str = "label"
+    common: tuple[bool, ...] = ()
 
     def __repr__(self) -> str:
         return f"WordTable(n_words={len(self.words)}, classes={self.classes}, labels={self.labels})"
@@ -92,6 +95,10 @@ class WordTable(RichRepr):
             yield f"{_PRINTED_WORDS} of {len(self.words)} words; to_pandas() has all"
         if self.n_left:
             yield f"{self.n_left} words of less influence or in too few examples are left out"
+
+    def is_stop(self, word: int) -> bool:
+        """Whether the word of that number is a special token or a common one."""
+        return self.special[word] or bool(self.common and self.common[word])
 
     def shortcuts(self, purity: float = 0.9) -> list[Shortcut]:
         """Words that may stand for a class by themselves, those that carry the largest share of it first.
@@ -171,7 +178,7 @@ def _printed(table: WordTable, net: Tensor, width: int) -> Table:
             Text(printable(table.classes[each])), max_width=max(_CLASS_WIDTH, room // n_shown - 1), no_wrap=True
         )
     for place, numbers in enumerate(net.tolist()):
-        word = Text(printable(table.words[place]), style="dim italic" if table.special[place] else "")
+        word = Text(printable(table.words[place]), style="dim italic" if table.is_stop(place) else "")
         cells = [_cell(table, place, each, numbers[each]) for each in shown]
         printed.add_row(word, str(int(table.examples[place].sum())), *cells)
     if n_shown < len(table.classes):

@@ -113,6 +113,7 @@ def first_words(table: WordTable, n: int | None, min_examples: int) -> WordTable
         table,
         words=table.words[:shown],
         special=table.special[:shown],
+        common=table.common[:shown],
         values=table.values[:shown],
         examples=table.examples[:shown],
         n_left=table.n_left + n_words - shown,

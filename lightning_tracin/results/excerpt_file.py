@@ -45,6 +45,7 @@ class WordTableHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     labels: list[str]
     n_left: Annotated[int, Meta(ge=0, le=2**53)]
     target: Label = "label"
+    common: list[bool] = []
 
 
 class ExcerptHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,6 +76,7 @@ def header_of(excerpt: Excerpt) -> ExcerptHeader:
             labels=[storable(name) for name in table.labels],
             n_left=table.n_left,
             target=storable(table.target),
+            common=list(table.common),
         ),
         notes=[storable(note) for note in excerpt.notes],
     )
@@ -123,6 +125,7 @@ def excerpt_from(header: ExcerptHeader, tensors: Mapping[str, Tensor], path: Pat
             labels=tuple(table.labels),
             n_left=table.n_left,
             target=table.target,
+            common=tuple(table.common),
             **{name: own[f"word_table.{name}"] for name in _WORD_TABLE},
         ),
         notes=header.notes,
@@ -188,10 +191,9 @@ def check_excerpt(header: ExcerptHeader, tensors: Mapping[str, Tensor], n_train:
         _check_terms(PairTerms(**{name: own(f"terms.{name}") for name in _TERMS}), n_train)
     table = header.word_table
     if table is not None:
-        if len(table.special) != len(table.words):
-            raise ValueError(
-                f"its word table has {len(table.words)} words, but says of {len(table.special)} what they are"
-            )
+        for told in (table.special, table.common or table.special):
+            if len(told) != len(table.words):
+                raise ValueError(f"its word table has {len(table.words)} words, but says of {len(told)} what they are")
         require_within("the word table", own("word_table.values"), -math.inf, math.inf)
         for name in ("examples", "class_sizes", "label_sizes", "magnitudes"):
             require_within(f"{name} of the word table", own(f"word_table.{name}"), 0, math.inf)

@@ -153,5 +153,8 @@ def _are_ids(words_of_ids: Mapping[int, str]) -> bool:
 
 
 def _has_moments(evidence: Evidence) -> bool:
-    """Whether every checkpoint has Adam's second moments of the word embedding table."""
-    return all(moments_file(term.site) in term.checkpoint.checksums for term in evidence.word_terms)
+    """Whether every checkpoint has Adam's second moments of the word embedding table, and gradients that they fit."""
+    return all(
+        term.site.projection is None and moments_file(term.site) in term.checkpoint.checksums
+        for term in evidence.word_terms
+    )

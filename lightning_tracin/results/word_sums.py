@@ -113,6 +113,7 @@ class _Tally:
         counts: (n_entries,) int64, the training examples that hold the word and have the label.
         entries: the number of each word's and label's entry.
         special: the words that the tokenizer has added.
+        common: those of tokens that many training examples hold.
     """
 
     reader: Reader
@@ -120,6 +121,7 @@ class _Tally:
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     entries: dict[tuple[str, int], int] = field(default_factory=dict)
     special: set[str] = field(default_factory=set)
+    common: set[str] = field(default_factory=set)
 
     def enter(self, texts: Texts, labels: Tensor) -> Tensor:
         """Count the words of a block of training examples.
@@ -196,6 +198,7 @@ class _Tally:
             label_sizes=labels.sizes,
             magnitudes=self.sums.abs().sum(0).float(),
             n_left=int((strengths > 0).sum()) - len(listed),
+            common=tuple(name in self.common for name in names),
         )
 
     def _entries_of(self, ids: Sequence[int], label: int, marks: Sequence[int] = ()) -> list[int]:
@@ -207,6 +210,8 @@ class _Tally:
                 entry_of[place] = entry
             if word.special:
                 self.special.add(word.text)
+            if word.is_common:
+                self.common.add(word.text)
         return entry_of
 
     def _grow(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 #: Names for many tokens at once; all other strings are words.
 SPECIAL, COMMON = "special", "common"
 
-_PRINTED = 4  # So many ids are printed; of more, their number.
+_PRINTED_WORDS, _PRINTED_IDS = 12, 4  # So many are printed; of more, their number.
 
 _MOST = 2**62  # Larger numbers do not fit into a tensor.
 
@@ -50,10 +50,11 @@ class ExcludedTokens(tuple[int | str, ...]):
         return excluded
 
     def __repr__(self) -> str:
-        n_ids = len(self._numbers)
-        if n_ids <= _PRINTED:
+        n_words, n_ids = len(self.words), len(self._numbers)
+        if n_words <= _PRINTED_WORDS and n_ids <= _PRINTED_IDS:
             return super().__repr__()
-        return f"({', '.join([*map(repr, self.words), f'<{n_ids} token ids>'])})"
+        words = map(repr, self.words) if n_words <= _PRINTED_WORDS else [f"<{n_words} words>"]
+        return f"({', '.join([*words, *([f'<{n_ids} token ids>'] if n_ids else [])])})"
 
     @property
     def words(self) -> tuple[str, ...]:

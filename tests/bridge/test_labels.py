@@ -89,7 +89,7 @@ def asked(path, form, kind=Formed, cache="checkpoint"):
     fit = fitted(path, module, loader(collate_fn=collate), cache=cache, trainer={"max_epochs": 1})
     result = fit.influence(loader(test_texts(), collate_fn=collate))
     explained = list(result.explanations(k=N_TRAIN))
-    trained = {each["train_index"]: each["train_label"] for each in result.rows(N_TRAIN)}
+    trained = {index: each.label for index, each in result._train_examples(range(N_TRAIN)).items()}
     for each in explained:
         assert all(one.example.label == trained[one.example.index] for one in each.proponents)
     return [each.test.label for each in explained], [trained[index] for index in range(N_TRAIN)]

@@ -216,6 +216,7 @@ def test_words_over_the_whole_test_set_are_sorted_by_any_column(browser, tmp_pat
         assert page.locator("#words tbody tr >> nth=0 >> td").all_inner_texts() == ["", "+9.00"]
         page.fill("#words input", "IG")
         assert words.all_inner_texts() == ["fig"]
+        assert words.first.get_attribute("class") == "little"
 
 
 def test_the_word_table_of_a_result(page, result):

@@ -148,6 +148,19 @@ def test_common_words_are_listed_last_and_all_still_add_up(result):
             assert sum(each.terms) == pytest.approx(each.score, rel=1e-4, abs=1e-12)
 
 
+def test_the_word_table_marks_common_words_and_leaves_them_in_their_places(result):
+    table = result.word_table(n=None)
+    strengths = table.values.abs().sum((1, 2)).tolist()
+    assert strengths == sorted(strengths, reverse=True)
+    common = set(result.common_tokens.tolist())
+    examples = result._train_examples(range(len(REPEATED))).values()
+    expected = {
+        word.text for each in examples for word in each.words if all(each.ids[place] in common for place in word.places)
+    }
+    assert {word for word, is_common in zip(table.words, table.common, strict=True) if is_common} <= expected
+    assert all(table.is_stop(number) == (word in expected) for number, word in enumerate(table.words))
+
+
 def test_no_share_of_a_word_is_over_all_of_it(result, capsys):
     for row in range(len(TEST)):
         result.show(row, k=50, console=Console(width=400))

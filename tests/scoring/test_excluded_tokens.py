@@ -17,6 +17,7 @@ def test_a_method_prints_what_was_asked_for_and_never_many_ids():
     assert "exclude_tokens=('common', <300 token ids>)" in repr(TracInWE(exclude_tokens=["common", *range(300)]))
     assert "<300 token ids>" in repr(TracInSum((TracInWE(exclude_tokens=range(300)), TracInLast())))
     assert TracInWE(exclude_tokens="common").exclude_tokens == ("common",)
+    assert "(<100 words>, <5 token ids>)" in repr(TracInWE(exclude_tokens=[*map(str, range(100)), *range(5)]))
 
 
 def test_ids_are_known_at_once_and_names_only_in_a_trace():
