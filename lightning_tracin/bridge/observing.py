@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, last_layer_of, losses_of, with_labels_of
 from lightning_tracin.gradients.batches import batch_size, tensors_of
 from lightning_tracin.gradients.layers import layer_name
-from lightning_tracin.gradients.losses import called_with, checked_losses, hugging_face_model, writes_tokens
+from lightning_tracin.gradients.losses import called_with, checked_losses, hugging_face_model, writes_apart
 from lightning_tracin.gradients.outputs import Output, output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.parallel.fsdp import call_in_forward_pass, is_fsdp
@@ -127,7 +127,7 @@ class Observer:
         if self._way is not None:
             return self._way(batch)
         model = hugging_face_model(self.module)
-        if writes_tokens(model) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if writes_apart(model):
             raise ValueError(
                 f"{type(model).__name__} reads and writes, and what it reads of its own text are labels. Give the test "
                 "examples labels, such as what model.generate writes."

@@ -19,7 +19,7 @@ from lightning_tracin.bridge.observing import Observer
 from lightning_tracin.bridge.target_checks import require_fitting, require_labels_are_read
 from lightning_tracin.bridge.target_names import TargetNames
 from lightning_tracin.gradients.batches import tensors_of
-from lightning_tracin.gradients.losses import IGNORED, Losses
+from lightning_tracin.gradients.losses import IGNORED, Losses, hugging_face_model, writes_apart
 from lightning_tracin.gradients.outputs import Output, counted_tokens, named_tokens
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.gradients.targets import Target
@@ -174,7 +174,8 @@ class TargetLosses:
         if not self.target.has_positions or not numbers:
             return counted
         positions = [self.target.positions_at(number) for number in numbers]
-        named = named_tokens(positions, batch, tuple(counted.shape))
+        read = None if writes_apart(hugging_face_model(self._module)) else batch  # padded in another way than labels
+        named = named_tokens(positions, read, tuple(counted.shape))
         for number, places, reached in zip(numbers, positions, (counted & named).any(1).tolist(), strict=True):
             if not reached:
                 raise ValueError(

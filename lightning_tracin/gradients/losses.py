@@ -194,6 +194,11 @@ def writes_tokens(model: nn.Module | None) -> bool:
     return bool(re.search(r"LM(Head|$)|ConditionalGeneration|DoubleHeads", type(model).__name__))
 
 
+def writes_apart(model: nn.Module | None) -> bool:
+    """Whether a model of transformers reads one text and writes another, its labels."""
+    return writes_tokens(model) and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def is_causal(model: nn.Module | None) -> bool:
     """Whether a model of transformers shifts its labels by one position."""
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)

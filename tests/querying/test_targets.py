@@ -138,6 +138,11 @@ def test_tokens_that_a_language_model_says(family, name, shift):
 
     require_same(asked, loss, target="prediction")
 
+    def of_one(module, batch, _):
+        return -logits_of(module, batch)[1].log_softmax(0)[batch["labels"][0, 1]]
+
+    require_same(asked, of_one, positions=[1])
+
 
 def test_one_token_of_a_causal_model_also_where_texts_are_padded_on_the_left(family):
     def only(place):
