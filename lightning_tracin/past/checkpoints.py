@@ -207,15 +207,31 @@ def states_of(content: Any, name: str, kind: str) -> tuple[Mapping[str, Any], ..
     if not isinstance(states, Sequence) or not all(isinstance(each, Mapping) for each in states):
         raise ValueError(f"{name} is damaged: its {kind} are no list of state dicts.")
     for state in states if kind == "optimizers" else ():
-        groups = state.get("param_groups")
-        fits = isinstance(groups, Sequence) and isinstance(state.get("state"), Mapping)
-        if not fits or not all(
-            isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups
-        ):
-            raise ValueError(f"{name} is damaged: an optimizer's state has no parameter groups.")
-        for group in groups:
-            _finite(group.get("lr"), f"{name} is damaged: the lr of a parameter group")
+        _check_optimizer(state, name)
     return tuple(states)
+
+
+def _check_optimizer(state: Mapping[str, Any], name: str) -> None:
+    """Check the parts of an optimizer's state dict that are used.
+
+    Raises:
+        ValueError: if one is not what it should be.
+    """
+    groups, held = state.get("param_groups"), state.get("state")
+    listed = isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups)
+    if not listed or not isinstance(held, Mapping) or not all(isinstance(g.get("params"), list) for g in groups or ()):
+        raise ValueError(f"{name} is damaged: an optimizer's state has no parameter groups.")
+    for group in groups or ():
+        _finite(group.get("lr"), f"{name} is damaged: the lr of a parameter group")
+        for beta in group.get("betas", ()) if isinstance(group.get("betas", ()), (list, tuple)) else (None,):
+            _finite(beta, f"{name} is damaged: betas of a parameter group")
+    for of_parameter in held.values():
+        if not isinstance(of_parameter, Mapping):
+            raise ValueError(f"{name} is damaged: an optimizer's state of a parameter is no mapping.")
+        _finite(of_parameter.get("step", 0), f"{name} is damaged: the step of an optimizer")
+        moments = of_parameter.get("exp_avg_sq")
+        if moments is not None and not (isinstance(moments, Tensor) and moments.is_floating_point()):
+            raise ValueError(f"{name} is damaged: exp_avg_sq of an optimizer is no tensor of numbers.")
 
 
 def step_of(value: Any, name: str) -> int:
@@ -259,7 +275,7 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def _finite(value: Any, what: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several numbers
         number = math.nan
     if not math.isfinite(number) or abs(number) > 1e30:  # as schemas.Rate
         raise ValueError(f"{what} must be a number, but got {printable(repr(value))[:40]}.")

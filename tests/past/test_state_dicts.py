@@ -181,6 +181,14 @@ def damaged(folder, content):
 STATE = {"state_dict": {"a": torch.ones(1)}, "global_step": 5}
 
 
+def optimizer_with(state=None, **group):
+    """A checkpoint with an optimizer in which something is not as it should be."""
+    return {
+        **STATE,
+        "optimizer_states": [{"state": state or {}, "param_groups": [{"params": [0], "lr": 1.0, **group}]}],
+    }
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -194,9 +202,13 @@ STATE = {"state_dict": {"a": torch.ones(1)}, "global_step": 5}
         ({**STATE, "epoch": -1}, "-1 is no number of steps or epochs"),
         ({**STATE, "optimizer_states": 3}, "its optimizers are no list"),
         ({**STATE, "optimizer_states": [{"state": {}}]}, "has no parameter groups"),
-        ({**STATE, "optimizer_states": [{"state": {}, "param_groups": [{"params": [0], "lr": "x"}]}]}, "lr of a param"),
+        (optimizer_with(lr="x"), "the lr of a parameter group must be a number, but got 'x'"),
+        (optimizer_with(betas=3), "betas of a parameter group must be a number"),
+        (optimizer_with({0: 5}), "state of a parameter is no mapping"),
+        (optimizer_with({0: {"step": torch.ones(2)}}), "the step of an optimizer must be a number"),
+        (optimizer_with({0: {"exp_avg_sq": [1]}}), "exp_avg_sq of an optimizer is no tensor"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_a_damaged_file_is_one_clear_error(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
