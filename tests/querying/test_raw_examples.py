@@ -24,13 +24,12 @@ TOKENIZER = trained("WordPiece")
 
 
 class Bag(TracInMixin, pl.LightningModule):
-    """A bag of words that is as sure as it can be: its loss needs no label."""
+    """A bag of words, with two classes."""
 
-    def __init__(self, tokenizer=TOKENIZER, *, needs_labels: bool = True) -> None:
+    def __init__(self, tokenizer=TOKENIZER) -> None:
         super().__init__()
         if tokenizer is not None:
             self.tokenizer = tokenizer
-        self.needs_labels = needs_labels
         self.embedding = nn.Embedding(len(TOKENIZER), 8, padding_idx=TOKENIZER.pad_token_id)
         self.head = nn.Linear(8, 2)
 
@@ -40,8 +39,7 @@ class Bag(TracInMixin, pl.LightningModule):
     def influence_loss(self, batch):
         read = batch["attention_mask"].sum(1, keepdim=True)
         logits = self.head((self.embedding(batch["input_ids"]).sum(1) / read).tanh())
-        said = logits.detach().argmax(1)
-        return functional.cross_entropy(logits, batch["labels"] if self.needs_labels else said, reduction="none")
+        return functional.cross_entropy(logits, batch["labels"], reduction="none")
 
     def training_step(self, batch, batch_idx):
         return self.influence_loss(batch).mean()
@@ -98,8 +96,9 @@ class Column(Dataset):
         return self.data[index]
 
 
-def ask(trainer, examples, **options):
-    return trainer.influence(examples, **options)
+def ask(trainer, examples, *, target="prediction", **options):
+    """What the model says is explained, which needs no label."""
+    return trainer.influence(examples, target=target, **options)
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -107,7 +106,7 @@ def fit(request, tmp_path_factory):
     """A trainer, and how its loaders are made."""
     made, collate = FORMS[request.param]
     load = partial(DataLoader, batch_size=8, collate_fn=collate)
-    module = Bag(needs_labels=False)
+    module = Bag()
     return fitted(tmp_path_factory.mktemp("fit"), module, load(made(TRAIN), shuffle=True)), made, load
 
 
@@ -156,7 +155,7 @@ def test_rows_and_data_sets_with_labels(fit, form):
     }[form]
     if form in ("named", "other name") and made is rows:
         pytest.skip("training's collate function reads these columns itself")
-    expected, result = ask(trainer, load(made(TEST))), ask(trainer, given)
+    expected, result = (ask(trainer, each, target="label") for each in (load(made(TEST)), given))
     assert torch.equal(result.scores, expected.scores)
     assert torch.equal(result.test_texts.labels, expected.test_texts.labels)
     assert result.test_texts.labels.tolist() == [len(text) % 2 for text in TEST]
@@ -173,7 +172,7 @@ def test_rows_that_are_tokenised_already(fit):
 def test_in_another_process_the_tokenizer_pads(tmp_path):
     """Or the loader that is passed makes the batches, or that of a datamodule, which may have the tokenizer."""
     load = partial(DataLoader, batch_size=8, collate_fn=padding)
-    trainer = fitted(tmp_path / "trace", Bag(needs_labels=False), load(tokenised(TRAIN)))
+    trainer = fitted(tmp_path / "trace", Bag(), load(tokenised(TRAIN)))
     expected = ask(trainer, load(tokenised(TEST))).scores
 
     class News(pl.LightningDataModule):
@@ -183,9 +182,9 @@ def test_in_another_process_the_tokenizer_pads(tmp_path):
             return load(tokenised(TRAIN))
 
     for model, options in (
-        (Bag(needs_labels=False), {}),
-        (Bag(needs_labels=False), {"train_dataloaders": load(tokenised(TRAIN))}),
-        (Bag(None, needs_labels=False), {"datamodule": News()}),
+        (Bag(), {}),
+        (Bag(), {"train_dataloaders": load(tokenised(TRAIN))}),
+        (Bag(None), {"datamodule": News()}),
     ):
         result = ask(quiet(), TEST, model=model, trace=tmp_path / "trace", **options)
         torch.testing.assert_close(result.scores, expected, rtol=1e-6, atol=0)
@@ -199,7 +198,7 @@ def test_in_another_process_the_tokenizer_pads(tmp_path):
 def test_before_gradients_are_stored(tmp_path):
     """The longest training text is known only when they are, and texts are cut at it the first time, too."""
     load = partial(DataLoader, batch_size=8, collate_fn=padding)
-    trainer = fitted(tmp_path / "trace", Bag(needs_labels=False), load(tokenised(TRAIN)), cache="on_demand")
+    trainer = fitted(tmp_path / "trace", Bag(), load(tokenised(TRAIN)), cache="on_demand")
     first = ask(trainer, TEST)
     assert len(first.test_texts.ids_of(0)) == LONGEST
     assert torch.equal(first.scores, ask(trainer, load(tokenised(TEST))).scores)
@@ -320,7 +319,7 @@ def test_rows_of_two_texts_that_training_reads(tmp_path):
         return [{"premise": a, "hypothesis": b, **label} for a, b in itertools.pairwise(TEST)]
 
     load = partial(DataLoader, batch_size=8, collate_fn=pairing)
-    trainer = fitted(tmp_path, Bag(needs_labels=False), load(pairs({"label": 1})), trainer={"max_epochs": 1})
+    trainer = fitted(tmp_path, Bag(), load(pairs({"label": 1})), trainer={"max_epochs": 1})
     assert torch.equal(ask(trainer, pairs({})).scores, ask(trainer, load(pairs({"label": 0}))).scores)
     with pytest.raises(ValueError, match="cannot be brought into the form of training's"):
         ask(trainer, TEST)
@@ -334,10 +333,11 @@ def test_a_label_that_is_lent_leaves_nothing_in_a_batch(tmp_path):
         return {**batch, "decoder_input_ids": batch["labels"][:, None] + 1}
 
     load = partial(DataLoader, batch_size=8, collate_fn=shifting)
-    trainer = fitted(tmp_path, Bag(needs_labels=False), load(tokenised(TRAIN)), trainer={"max_epochs": 1})
+    trainer = fitted(tmp_path, Bag(), load(tokenised(TRAIN)), trainer={"max_epochs": 1})
     with pytest.raises(ValueError, match=r"shifting, makes more of an example's label.*Pass rows with labels"):
         ask(trainer, TEST)
-    assert torch.equal(ask(trainer, rows(TEST)).scores, ask(trainer, load(tokenised(TEST))).scores)
+    labelled = [ask(trainer, each, target="label").scores for each in (rows(TEST), load(tokenised(TEST)))]
+    assert torch.equal(*labelled)
 
 
 def test_data_sets_of_hugging_face(fit):
