@@ -20,6 +20,8 @@ _MOST_BYTES = 64 * 2**20  # of the JSON of one example
 
 _MOST_TOKEN = 2**31 - 1
 
+_REMEMBERED = 4096  # So many examples are remembered as they were read: many test examples list the same.
+
 REPAIR = "Restore the file from a copy, or ask trainer.influence again."
 
 
@@ -43,6 +45,7 @@ class PackedExamples(Mapping[int, Example]):
         self.content = content
         self.path = path
         self._places: dict[int, int] | None = None
+        self._read: dict[int, Example] = {}
 
     @classmethod
     def of(cls, examples: Iterable[tuple[int, Example]]) -> PackedExamples:
@@ -81,9 +84,13 @@ class PackedExamples(Mapping[int, Example]):
             ValueError: if it is none, in a file that somebody made.
         """
         place = self._place_of[number]
-        start, stop = self.offsets[place : place + 2].tolist()
-        with damage_named(self.path or Path("The result"), REPAIR):
-            return _unpacked(self.content[start:stop].numpy().tobytes(), int(self.indices[place]))
+        if place not in self._read:
+            start, stop = self.offsets[place : place + 2].tolist()
+            if len(self._read) >= _REMEMBERED:
+                self._read.clear()
+            with damage_named(self.path or Path("The result"), REPAIR):
+                self._read[place] = _unpacked(self.content[start:stop].numpy().tobytes(), int(self.indices[place]))
+        return self._read[place]
 
     @property
     def _place_of(self) -> dict[int, int]:

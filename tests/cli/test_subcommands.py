@@ -269,8 +269,16 @@ def test_without_a_trace_the_error_says_what_to_pass(project):
         TracInCLI(Toy, Data, args=["influence", "-c", "config.yaml"])
 
 
-def test_the_subcommands_are_those_of_lightning_and_two_more(project, capsys):
-    assert list(TracInCLI.subcommands()) == ["fit", "validate", "test", "predict", "influence", "self_influence"]
+def test_the_subcommands_are_those_of_lightning_and_three_more(project, capsys):
+    assert list(TracInCLI.subcommands()) == [
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "influence",
+        "self_influence",
+        "label_issues",
+    ]
     with pytest.raises(SystemExit):
         TracInCLI(Toy, Data, args=["influence", "--help"])
     printed = " ".join(capsys.readouterr().out.split())

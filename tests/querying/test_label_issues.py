@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 
 import pytest
 import torch
 from rich.console import Console
 from torch.nn import functional
 from torch.utils.data import TensorDataset
-from toy import CLASSES, N_TRAIN, VOCABULARY, Toy, environment, fitted, loader, quiet, test_texts, texts
+from toy import CLASSES, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInLast, TracInWE, apply_corrections, label_issues
+from lightning_tracin.cli.command import main
 from lightning_tracin.scoring.label_review import probably_wrong
 
 N, FLIPPED = 150, (3, 11, 20, 34, 41, 55, 70, 88, 99, 103, 126, 140)
@@ -255,11 +254,10 @@ def test_the_table_prints_and_reads_back(toy, tmp_path):
     assert numbers == [[str(each.rank), str(each.example.index), f"{each.label_score:.2f}"] for each in issues.issues]
 
 
-def test_the_command_line(toy, tmp_path, monkeypatch):
+def test_the_command_line(toy, tmp_path, capsys):
     result = toy.influence(loader(test_texts())).save(tmp_path / "result.safetensors")
-    command = [sys.executable, "-m", "lightning_tracin", "labels", str(result)]
-    run = subprocess.run([*command, "--csv", "-"], capture_output=True, text=True, check=True, env=environment())
-    read = list(csv.DictReader(run.stdout.splitlines()))
+    assert main(["labels", str(result), "--csv", "-"]) == 0
+    read = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [int(row["train_index"]) for row in read] == [each.example.index for each in toy.label_issues().issues]
-    run = subprocess.run([*command, "-n", "3"], capture_output=True, text=True, check=True, env=environment())
-    assert "20 training examples by self-influence (TracIn-Last)" in run.stdout
+    assert main(["labels", str(result), "-n", "3"]) == 0
+    assert "20 training examples by self-influence (TracIn-Last)" in capsys.readouterr().out

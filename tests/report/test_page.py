@@ -11,7 +11,7 @@ from chromium import PHONE, opened
 from pages import K, data_of, example, explanation, hostile_page, number, page_of, shown
 from toy import N_TEST, N_TRAIN, fitted, loader, test_texts, texts
 
-from lightning_tracin import TracInWE
+from lightning_tracin import TracInWE, apply_corrections
 from lightning_tracin.report.explanation import Example, Influential, Word
 from lightning_tracin.report.page import write_page
 
@@ -233,6 +233,11 @@ def test_the_csv_of_suspects_is_a_review_that_corrects_the_data(page, result):
     for name in ("label_score", "self_influence"):
         assert [float(row[name]) for row in rows] == pytest.approx(frame[name].tolist(), rel=1e-5)
     assert [row["corrected_label"] for row in rows] == [right, "drop", *[""] * (len(rows) - 2)]
+    dropped = other.example.index
+    expected = [int(right) if index == first else int(given) for index, (_, given) in enumerate(texts())]
+    assert [int(label) for _, label in apply_corrections(texts(), rows)] == [
+        label for index, label in enumerate(expected) if index != dropped
+    ]
 
 
 def test_suspects_of_cosines_are_those_without_normalising(tmp_path):
