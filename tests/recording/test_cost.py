@@ -236,7 +236,7 @@ def test_what_is_drawn_and_how_often(tmp_path, caplog, sampler, options, trainer
 
 
 def test_training_stores_texts_at_each_checkpoint(tmp_path, caplog):
-    options = {"cache": "training", "every_n_train_steps": 5}
+    options = {"cache": "training", "every_n_train_steps": 3}
     line = fit(tmp_path / "trace", caplog, trainer={"max_epochs": 1}, **options)
     assert " 2 checkpoints x (" in line
     assert_parts_right(line, tmp_path / "trace")
