@@ -17,7 +17,7 @@ from toy import fitted
 
 from lightning_tracin import Trace, TracInMixin
 
-VOCABULARY, HIDDEN, N = 3000, 32, 240
+VOCABULARY, HIDDEN, N = 3000, 32, 160
 UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -223,7 +223,7 @@ def test_frozen_weights_count_once_for_all_checkpoints(tmp_path, caplog):
         (lambda rows: WeightedRandomSampler(torch.ones(N), N), {}, {"max_epochs": 2}, 2),
         (RandomSampler, {}, {"max_epochs": 2, "limit_train_batches": 5}, 2),
         (RandomSampler, {"every_n_train_steps": 4}, {"max_epochs": -1, "max_steps": 10}, 2),
-        (RandomSampler, {"every_n_train_steps": 4}, {"max_epochs": 2, "accumulate_grad_batches": 2}, 3),
+        (RandomSampler, {"every_n_train_steps": 3}, {"max_epochs": 2, "accumulate_grad_batches": 2}, 2),
         (RandomSampler, {"every_n_epochs": 2}, {"max_epochs": 5}, 2),
     ],
 )
@@ -236,7 +236,7 @@ def test_what_is_drawn_and_how_often(tmp_path, caplog, sampler, options, trainer
 
 
 def test_training_stores_texts_at_each_checkpoint(tmp_path, caplog):
-    options = {"cache": "training", "every_n_train_steps": 5}
+    options = {"cache": "training", "every_n_train_steps": 3}
     line = fit(tmp_path / "trace", caplog, trainer={"max_epochs": 1}, **options)
     assert " 2 checkpoints x (" in line
     assert_parts_right(line, tmp_path / "trace")
