@@ -257,9 +257,7 @@ def test_positions_of_several_loaders_stand_by_their_names(family):
     apart = torch.cat([asked.influence(target=(2, 0), positions=positions).scores for positions in own.values()])
     torch.testing.assert_close(together.scores, apart, rtol=1e-5, atol=1e-9)
     assert together.target == "2, not 0 at positions of each"
-    with pytest.raises(
-        ValueError, match="of which there are several: pass a mapping of the loaders' names, 'news'"
-    ):
+    with pytest.raises(ValueError, match="of which there are several: pass a mapping of the loaders' names, 'news'"):
         asked.influence(loaders, target=(2, 0), positions=own["news"])
     with pytest.raises(ValueError, match="positions are of the loaders news, but there are news, sport"):
         asked.influence(loaders, target=(2, 0), positions={"news": [1]})
