@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 #: A class by its number or by its name.
@@ -14,7 +14,10 @@ Class: TypeAlias = int | str
 Asked: TypeAlias = Class | tuple[Class, Class] | list[Class]
 
 #: Places of tokens: the same for all test examples, or some for each, by index in the test data set.
-Positions: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
+PositionsOfLoader: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
+
+#: The same, by the names of several test loaders, whose examples are each numbered from 0.
+Positions: TypeAlias = PositionsOfLoader | Mapping[str, PositionsOfLoader]
 
 _LISTED = 8  # So many positions are printed.
 
@@ -28,12 +31,14 @@ class Target:
         classes: the class, or two: the first, and the one that it is held against.
         positions: of the tokens that count, the same for all examples; None for all that have a label.
         positions_of_each: the same, for each example of the test data set.
+        of_loaders: for each of several test loaders, by name, the target that its own positions make of this.
     """
 
     what: Literal["label", "prediction", "class"] = "label"
     classes: tuple[Class, ...] = ()
     positions: tuple[int, ...] | None = None
     positions_of_each: tuple[tuple[int, ...], ...] | None = None
+    of_loaders: tuple[tuple[str, Target], ...] = ()
 
     @classmethod
     def of(cls, asked: Asked, positions: Positions | None = None) -> Target:
@@ -43,6 +48,11 @@ class Target:
             TypeError: if it is no name, number or pair of them, or if positions are no whole numbers.
             ValueError: if a pair is of one class, or a position is negative.
         """
+        if isinstance(positions, Mapping):
+            if not positions:
+                raise ValueError("positions is empty: name a place, or leave it out.")
+            of_loaders = tuple((str(name), cls.of(asked, part)) for name, part in positions.items())
+            return replace(cls.of(asked), of_loaders=of_loaders)
         common, of_each = _positions(positions)
         if isinstance(asked, str) and asked in ("label", "prediction"):
             return cls(asked, (), common, of_each)  # type: ignore[arg-type]
@@ -62,7 +72,8 @@ class Target:
         if self.positions is not None:
             more = ", ..." if len(self.positions) > _LISTED else ""
             return f"{what} at {', '.join(map(str, self.positions[:_LISTED]))}{more}"
-        return what if self.positions_of_each is None else f"{what} at positions of each"
+        of_each = self.positions_of_each is not None or self.of_loaders
+        return f"{what} at positions of each" if of_each else what
 
     @property
     def is_plain(self) -> bool:
@@ -72,7 +83,30 @@ class Target:
     @property
     def has_positions(self) -> bool:
         """Whether only some tokens count."""
-        return self.positions is not None or self.positions_of_each is not None
+        return self.positions is not None or self.positions_of_each is not None or bool(self.of_loaders)
+
+    def for_loaders(self, names: Sequence[str]) -> list[Target]:
+        """The target of each of several test loaders.
+
+        Args:
+            names: of the loaders; of one, which has none, an empty one.
+
+        Raises:
+            ValueError: if it is not known of which loader's examples the positions are.
+        """
+        if not self.of_loaders:
+            if self.positions_of_each is not None and len(names) > 1:
+                raise ValueError(
+                    "positions of each example are by its index in its data set, of which there are several: pass a "
+                    f"mapping of the loaders' names, {', '.join(map(repr, names))}, to positions."
+                )
+            return [self] * len(names)
+        known = dict(self.of_loaders)
+        if len(names) == 1:
+            raise ValueError(f"positions are of the loaders {', '.join(known)}, but there is one: pass its positions.")
+        if known.keys() != set(names):
+            raise ValueError(f"positions are of the loaders {', '.join(known)}, but there are {', '.join(names)}.")
+        return [known[name] for name in names]
 
     def positions_at(self, number: int) -> tuple[int, ...] | None:
         """The places of the tokens that count in a test example, by its index in the data set; None for all.

@@ -86,8 +86,8 @@ def influence(
             label; or two of them, the first against the second (log p of the one minus log p of the other). All but
             "label" serve examples without labels.
         positions: of the tokens that are explained, counted in an example from 0: the same for all test examples, or
-            a sequence for each by its index in the data set. All that have a label by default. For models that say
-            something of each token.
+            a sequence for each by its index in the data set; with several loaders, a mapping of their names to such.
+            All that have a label by default. For models that say something of each token.
         checkpoints: which of the trace's count: all by default, "last", a step, several steps, or a slice of their
             list. Predictions are those at the last of them. An example that no batch held in the steps that led to one
             of them is no training example there.
@@ -119,6 +119,7 @@ def influence(
             hooks = datamodule or attached_datamodule(trainer, module)
             query = Query(trainer, module, opened, chosen, hooks, processes, checkpoints)
             asked = examples_asked(query, dataloaders, train_dataloaders)
+            explained_of = explained.for_loaders([each.name for each in asked])
         spread_weights(trainer, module, asked[0].loader, datamodule)
         scratch = Scratch()
         answered: list[Queries] = []
@@ -130,13 +131,14 @@ def influence(
             loaders = _blocks(query, ready, asked)
             for number, (owner, loader) in enumerate(loaders, start=1):
                 block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
-                block = _answered(query, ready, loader, n_kept, block_name, explained)
+                block = _answered(query, ready, loader, n_kept, block_name, explained_of[owner])
                 words = block.word_gradients()
                 gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
                 block.drop_gradients()
                 answered.append(block)
                 owners += [owner] * len(block.indices)
-        return told_by_loader(result_of(answered, gradients, scratch), asked, owners)
+        result = replace(result_of(answered, gradients, scratch), target=str(explained))
+        return told_by_loader(result, asked, owners)
 
 
 def self_influence(

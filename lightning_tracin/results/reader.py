@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_tracin.gradients.texts import IN_SECOND
 from lightning_tracin.report.explanation import Example, Word
 from lightning_tracin.results.marked_words import marked
-from lightning_tracin.results.words import Marks, marks_of, shared_part, spans_of, words_in, words_of
+from lightning_tracin.results.words import Marks, is_special, marks_of, shared_part, spans_of, words_in, words_of
 
 #: The raw text of an example, or of its two parts.
 RawText: TypeAlias = str | tuple[str, str]
@@ -96,8 +96,9 @@ class Reader:
         for word in example.words:
             tokens = [example.ids[place] for place in word.places]
             shared = [token in terms for token in tokens]
-            parts.append(shared_part(word, shared))
-            stops.append(word.special or self.common.issuperset(token for token in tokens if token in terms))
+            special = word.special or all(is_special(self.token(token)) for token in tokens)  # [UNK] for any emoji
+            parts.append("".join(map(self.token, tokens)) if special else shared_part(word, shared))
+            stops.append(special or self.common.issuperset(token for token in tokens if token in terms))
         return tuple(parts), tuple(stops)
 
     def token(self, token: int) -> str:

@@ -142,7 +142,8 @@ def words_in(raw: str, spans: Sequence[Span], words: Sequence[Word]) -> list[Wor
             before = " "
         own = [spans[place] for place in word.places]
         pieces = [raw[slice(*span)].strip() if span else piece for span, piece in zip(own, word.pieces, strict=True)]
-        found.append(replace(word, text=text.lstrip() or word.text, before=before, pieces=tuple(pieces)))
+        written = text.lstrip() or word.text
+        found.append(replace(word, text=written, before=before, pieces=tuple(pieces), special=False))
         end = max(end, stop)
     return found
 
@@ -168,7 +169,11 @@ def spans_of(tokenizer: Any, text: str | tuple[str, str], ids: Sequence[int]) ->
     for number, part in enumerate(parts):
         encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         own, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        places = _run_of(ids, special, start, last=number == len(parts) - 1)
+        last = number == len(parts) - 1
+        places = _run_of(ids, special - set(own), start, last=last)  # such as [UNK] may stand in a text, too
+        after = [ids[place] in special for place in places[len(own) :]]
+        if all(after) or not last:
+            places = places[: len(own)]
         held = [ids[place] for place in places]
         first = 0 if own[: len(held)] == held else len(own) - len(held)
         if first < 0 or own[first : first + len(held)] != held:

@@ -247,3 +247,19 @@ def test_a_model_that_reads_its_labels_needs_some(family, name):
 def test_targets_that_do_not_fit_the_task(family, name, options, message):
     with pytest.raises(ValueError, match=message):
         family(name).influence(**options)
+
+
+def test_positions_of_several_loaders_stand_by_their_names(family):
+    asked = family("bert-tokens")
+    loaders = {name: asked.family.test_loader() for name in ("news", "sport")}
+    own = {"news": [[number % 3] for number in range(5)], "sport": [1]}
+    together = asked.influence(loaders, target=(2, 0), positions=own)
+    apart = torch.cat([asked.influence(target=(2, 0), positions=positions).scores for positions in own.values()])
+    torch.testing.assert_close(together.scores, apart, rtol=1e-5, atol=1e-9)
+    assert together.target == "2, not 0 at positions of each"
+    with pytest.raises(ValueError, match="of which there are several: pass a mapping of the loaders' names, 'news'"):
+        asked.influence(loaders, target=(2, 0), positions=own["news"])
+    with pytest.raises(ValueError, match="positions are of the loaders news, but there are news, sport"):
+        asked.influence(loaders, target=(2, 0), positions={"news": [1]})
+    with pytest.raises(ValueError, match="positions are of the loaders news, but there is one"):
+        asked.influence(target=(2, 0), positions={"news": [1]})

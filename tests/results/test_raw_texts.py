@@ -102,3 +102,16 @@ def test_texts_of_other_examples_are_not_shown(asked):
     with pytest.warns(UserWarning, match="text given for example 0 is not what its token ids were made of"):
         first = next(iter(wrong.explanations([0], k=1)))
     assert first.test.text == next(iter(result.explanations([0], k=1))).test.text
+
+
+def test_texts_with_signs_that_the_tokenizer_does_not_know(tmp_path, recwarn):
+    tokenizer = trained("WordPiece")
+    train, test = ["The ☃ fell [SEP] again", "déjà ☂ vu", TEXTS[0]], ["☁ and The ☁ stocks", "lines again [SEP]"]
+    fit = fitted(tmp_path, Bag(tokenizer), loader(tokenizer, train))
+    result = fit.influence(loader(tokenizer, test)).with_texts(train=train, test=test)
+    for row, explanation in enumerate(result.explanations()):
+        trained_on = [(each.example, train[each.example.index]) for each in explanation.proponents]
+        for example, text in [(explanation.test, test[row]), *trained_on]:
+            assert "".join((example.text + example.unread).split()) == "".join(text.split())
+    assert not [each for each in recwarn if "not what its token ids" in str(each.message)]
+    assert "[UNK]" in dict(result.words(0, 0))  # what two different signs share
