@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
+from lightning_tracin.bridge.mixin import tokenizer_of
 from lightning_tracin.bridge.queries import weights_kept
 from lightning_tracin.bridge.strategy import launched
 from lightning_tracin.querying.asked import (
@@ -24,6 +25,7 @@ from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
 from lightning_tracin.querying.filling import ready_checkpoints
 from lightning_tracin.querying.passes import Query
 from lightning_tracin.querying.undisturbed import require_idle
+from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.trace import Trace
@@ -45,7 +47,7 @@ class Training:
     datamodule: pl.LightningDataModule | None
     train_dataloaders: Any
     trace: str | Path | Trace | None
-    checkpoints: CheckpointChoice = None
+    checkpoints: CheckpointChoice
 
 
 def ready_training(trainer: pl.Trainer, method: Method, training: Training) -> tuple[Query, Sequence[Checkpoint]]:
@@ -57,8 +59,8 @@ def ready_training(trainer: pl.Trainer, method: Method, training: Training) -> t
         training: what was passed.
 
     Raises:
-        ValueError: if model or training set are missing or not those of the trace, or if the trainer is in the middle
-            of a fit.
+        ValueError: if model or training set are missing or not those of the trace, if the method names words that the
+            trace does not have, or if the trainer is in the middle of a fit.
         BlockingIOError: if gradients are missing, and a fit or another query is writing into the trace.
     """
     require_idle(trainer)
@@ -73,4 +75,12 @@ def ready_training(trainer: pl.Trainer, method: Method, training: Training) -> t
     hooks = datamodule or (None if module is None else attached_datamodule(trainer, module))
     query = Query(trainer, module, opened, method, hooks, processes, training.checkpoints)
     with weights_kept(module) if module is not None else nullcontext():
-        return query, ready_checkpoints(query, module, datamodule, train_dataloaders)
+        ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
+    return looked_up(query), ready
+
+
+def looked_up(query: Query) -> Query:
+    """The same question, with the ids of the tokens that its method leaves out by name; all texts must be stored."""
+    with query.processes.synchronized():
+        tokenizer = None if query.module is None else tokenizer_of(query.module)
+        return replace(query, method=with_ids_of(query.method, query.trace, tokenizer))

@@ -11,6 +11,7 @@ from lightning_tracin.report.explanation import Example
 from lightning_tracin.report.label_issues import LabelIssues
 from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.excerpt import LISTED_SUSPECTS, LISTED_WORDS, Excerpt, PairTerms, TokenTerms
+from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.results.explained_result import ExplainedResult
 from lightning_tracin.results.label_table import label_issues_of, review_method
 from lightning_tracin.results.listing import Entry
@@ -72,6 +73,7 @@ class PortableResult(ExplainedResult):
             evidence = Evidence.require(self)
             by = chosen or review_method(evidence.checkpoints, self.method)
             require_not_constant(by)
+            by = with_ids_of(by, evidence.trace, self.tokenizer)
             review = reviewed_labels(evidence.trace, evidence.checkpoints, by)
         return label_issues_of(review, by, self._reader, partial(self._examples_in, evidence), n)
 
