@@ -15,7 +15,7 @@ from lightning_tracin.querying.undisturbed import left_as_found
 from lightning_tracin.report.explanation import Example
 from lightning_tracin.report.label_issues import LabelIssues
 from lightning_tracin.results.label_table import label_issues_of
-from lightning_tracin.results.reader import RawText, Reader
+from lightning_tracin.results.reader import RawText, Reader, require_texts
 from lightning_tracin.scoring.label_review import reviewed_labels
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of, require_not_constant
@@ -74,9 +74,8 @@ def label_issues(
     with left_as_found(trainer):
         training = Training(model, datamodule, train_dataloaders, trace, checkpoints)
         query, ready = ready_training(trainer, chosen, training)
-        n_train = query.trace.n_train
-        if texts is not None and len(texts) < n_train:
-            raise ValueError(f"texts must have a text for each of {n_train} training examples, but has {len(texts)}.")
+        if texts is not None:
+            require_texts("texts", texts, query.trace.n_train)
         with query.processes.synchronized():
             review = reviewed_labels(query.trace, ready, query.method, query.processes)
             reader = _reader_of(query.trace, query.module)
