@@ -26,10 +26,10 @@ from lightning_tracin.querying.asked import (
 )
 from lightning_tracin.querying.asked_examples import AskedExamples, examples_asked, told_by_loader
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice, chosen_checkpoints
-from lightning_tracin.querying.filling import ready_checkpoints
+from lightning_tracin.querying.filling import looked_up, ready_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, run_pass
 from lightning_tracin.querying.steps import GradientStep, PredictionStep
-from lightning_tracin.querying.training import Training, looked_up, ready_training
+from lightning_tracin.querying.training import Training, ready_training
 from lightning_tracin.querying.undisturbed import left_as_found, require_idle
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method

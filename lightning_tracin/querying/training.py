@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
-from lightning_tracin.bridge.mixin import tokenizer_of
 from lightning_tracin.bridge.queries import weights_kept
 from lightning_tracin.bridge.strategy import launched
 from lightning_tracin.querying.asked import (
@@ -22,10 +21,9 @@ from lightning_tracin.querying.asked import (
     usable_module,
 )
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
-from lightning_tracin.querying.filling import ready_checkpoints
+from lightning_tracin.querying.filling import looked_up, ready_checkpoints
 from lightning_tracin.querying.passes import Query
 from lightning_tracin.querying.undisturbed import require_idle
-from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.trace import Trace
@@ -77,10 +75,3 @@ def ready_training(trainer: pl.Trainer, method: Method, training: Training) -> t
     with weights_kept(module) if module is not None else nullcontext():
         ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
     return looked_up(query), ready
-
-
-def looked_up(query: Query) -> Query:
-    """The same question, with the ids of the tokens that its method leaves out by name; all texts must be stored."""
-    with query.processes.synchronized():
-        tokenizer = None if query.module is None else tokenizer_of(query.module)
-        return replace(query, method=with_ids_of(query.method, query.trace, tokenizer))
