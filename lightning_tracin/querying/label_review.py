@@ -16,6 +16,7 @@ from lightning_tracin.report.explanation import Example
 from lightning_tracin.report.label_issues import LabelIssues
 from lightning_tracin.results.label_table import label_issues_of
 from lightning_tracin.results.reader import RawText, Reader, require_texts
+from lightning_tracin.results.train_examples import train_examples
 from lightning_tracin.scoring.label_review import reviewed_labels
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of, require_not_constant
@@ -83,8 +84,7 @@ def label_issues(
             def examples(indices: Sequence[int]) -> dict[int, Example]:
                 if texts is not None:
                     return {index: Example(index, (), None, unread=_in_one(texts[index])) for index in indices}
-                ids = query.trace.texts(indices).ids_by_example() if indices else []
-                return {index: reader.example(index, own, None, None) for index, own in zip(indices, ids, strict=True)}
+                return train_examples(query.trace, indices, reader)
 
             return label_issues_of(review, query.method, reader, examples, n)
 

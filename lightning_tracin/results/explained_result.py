@@ -19,6 +19,7 @@ from lightning_tracin.results.excerpt import TokenTerms, first_words
 from lightning_tracin.results.listing import Entry, Sides, TextKeys, listed
 from lightning_tracin.results.ranked_result import RankedResult
 from lightning_tracin.results.reader import RawText, Reader, require_texts
+from lightning_tracin.results.train_examples import train_examples
 from lightning_tracin.results.word_sums import groups_of, word_table_of
 from lightning_tracin.results.words import shares_of_words
 from lightning_tracin.scoring.methods import word_part
@@ -339,13 +340,7 @@ class ExplainedResult(RankedResult):
         others = [index for index in indices if index not in found]
         if evidence is None or not others:
             return found | {index: Example(index, (), None) for index in others}
-        texts = evidence.trace.texts(others)
-        labels = [(texts.label_of(place), texts.label_set_of(place)) for place in range(len(others))]
-        said = zip(others, texts.ids_by_example(), texts.marks_by_example(), labels, strict=True)
-        return found | {
-            index: self._reader.example(index, ids, label, self.raw_train, marks=marks, label_set=label_set)
-            for index, ids, marks, (label, label_set) in said
-        }
+        return found | train_examples(evidence.trace, others, self._reader, self.raw_train)
 
     def _as_written(self, example: Example) -> Example:
         """A training example of an excerpt, as the raw texts spell it if they were given since."""
