@@ -52,3 +52,8 @@ def in_a_cell(text: str) -> str:
 def storable(text: str) -> str:
     """A text that can be written to a file: halves of characters become �, or one character where two fit together."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def storable_if_known(text: str | None) -> str | None:
+    """A text that can be written to a file, where there is one."""
+    return None if text is None else storable(text)
