@@ -158,7 +158,10 @@ def test_k_is_no_flag(toy):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda t: t.self_influence(Data()), r"LightningModule or a Hugging Face model, but got Data\..*is passed as datamodule="),
+        (
+            lambda t: t.self_influence(Data()),
+            r"or a Hugging Face model, but got Data\..*is passed as datamodule=",
+        ),
         (lambda t: t.self_influence(texts()), r"but got TensorDataset\..*self_influence\(model, train_dataloaders="),
         (lambda t: t.influence(loader(), "trace"), r"but got str\..*a folder as trace="),
         (lambda t: t.influence(loader(), Toy), r"but got the class Toy\. Pass one of it: Toy\("),
