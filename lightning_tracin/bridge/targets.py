@@ -111,7 +111,8 @@ class TargetLosses:
 
     def known(self, labels: Tensor | None) -> Tensor | None:
         """A batch's labels, NaN for an example that has none, as far as its classes tell."""
-        if labels is None or self._output is None or self._output.kind != "class" or not lacks_labels(labels):
+        kind = None if self._output is None else self._output.kind
+        if labels is None or kind not in ("binary", "class") or not lacks_labels(labels):
             return labels
         return labels.double().masked_fill(labels < 0, torch.nan)
 

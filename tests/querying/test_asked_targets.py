@@ -372,6 +372,9 @@ def test_one_logit_says_two_classes(tmp_path, kind):
         assert torch.equal(found.predictions, by_hand.predictions)
         pair = fit.influence(data, target=(1, 0)).scores  # log p(1) - log p(0) is the logit
         assert relative_error(pair, expected(lambda output: -output)) < 1e-5
+    none = fit.influence(loader(TensorDataset(test.tensors[0], torch.full_like(labels, -1))), target="prediction")
+    assert torch.equal(none.scores, fit.influence(loader(test), target="prediction").scores)
+    assert none.test_texts.labels.isnan().all()
 
 
 @pytest.mark.parametrize("kind", [Rating, WithoutMixinRating])
