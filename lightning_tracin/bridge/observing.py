@@ -122,8 +122,11 @@ class Observer:
 
     def _run(self, batch: Any) -> int:
         """A forward pass of a batch, seen by the probe; the number of its examples."""
-        if self.labels(batch) is not None:
-            return self._by_loss(batch)
+        labels = self.labels(batch)
+        if labels is not None:
+            return self._by_loss(
+                with_labels_of(self.module, batch, labels.clamp(min=0)) if lacks_labels(labels) else batch
+            )
         if self._way is not None:
             return self._way(batch)
         model = hugging_face_model(self.module)
@@ -179,3 +182,8 @@ class Observer:
         n_examples = self._by_loss(with_labels_of(self.module, batch, labels))
         self._stand_in = labels
         return n_examples
+
+
+def lacks_labels(labels: Tensor) -> bool:
+    """Whether numbers of classes, one for each example, are none for some: data sets write -1 there."""
+    return labels.ndim == 1 and not labels.is_floating_point() and bool((labels < 0).any())

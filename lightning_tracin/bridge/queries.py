@@ -87,7 +87,7 @@ class Queries:
         self._taken.extend(numbers)
         self._captured.append(captured)
         labels = labels_of_module(self.module, batch, len(captured))
-        self._texts.append(captured.texts(labels))
+        self._texts.append(captured.texts(self.targets.known(labels)))
         self._predictions.append(self.probe.predictions(len(captured), self.targets.typed(batch, labels)))
         self._counted = not indices
         if not self.checkpoints:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin.bridge.mixin import token_ids_of, with_labels_of
-from lightning_tracin.bridge.observing import Observer
+from lightning_tracin.bridge.observing import Observer, lacks_labels
 from lightning_tracin.bridge.target_checks import require_fitting, require_labels_are_read
 from lightning_tracin.bridge.target_names import TargetNames
 from lightning_tracin.gradients.batches import tensors_of
@@ -108,6 +108,13 @@ class TargetLosses:
         if self._output.kind == "value" and self._output.n_classes == 1:
             return None if labels is None else labels.float()
         return self._all(batch, 0) if labels is None else labels
+
+    def known(self, labels: Tensor | None) -> Tensor | None:
+        """A batch's labels, NaN for an example that has none, as far as its classes tell."""
+        kind = None if self._output is None else self._output.kind
+        if labels is None or kind not in ("binary", "class") or not lacks_labels(labels):
+            return labels
+        return labels.double().masked_fill(labels < 0, torch.nan)
 
     def name_of(self, number: int) -> str:
         """What to print for the target of a test example."""

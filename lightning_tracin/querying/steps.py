@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_tracin.bridge.mixin import labels_of_module
 from lightning_tracin.bridge.module_gradients import ModuleGradients
+from lightning_tracin.bridge.observing import lacks_labels
 from lightning_tracin.bridge.targets import TargetLosses
 from lightning_tracin.gradients.capture import Captured
 
@@ -76,12 +77,13 @@ class GradientStep:
 
     @contextmanager
     def _missing_labels_named(self, batch: Any) -> Iterator[None]:
-        """Say of an error that the batch has no labels, if it has none, and what explains it without."""
+        """Say of an error that the batch has no labels, if it lacks any, and what explains it without."""
         try:
             yield
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             needs_them = self._targets is not None and self._targets.target.what == "label"
-            if not needs_them or labels_of_module(self.module, batch) is not None:
+            labels = labels_of_module(self.module, batch)
+            if not needs_them or not (labels is None or lacks_labels(labels)):
                 raise
             what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(

@@ -38,7 +38,14 @@ class Example:
         """The words as one text, without what the tokenizer added; without words, the text as it was given."""
         if not self.words:
             return self.unread.strip()
-        return "".join(word.before + word.text for word in self.words if not word.special).strip()
+        text, border = "", ""
+        for word in self.words:
+            if word.special:
+                border = border or word.before.strip()  # between two texts, of which the second begins with it
+            else:
+                text += f" {border} {word.text}" if border else word.before + word.text
+                border = ""
+        return text.strip()
 
     @property
     def explained(self) -> str | None:

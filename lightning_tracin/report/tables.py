@@ -77,13 +77,13 @@ class _Entry:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         each = self.influential
         facts = Text.assemble((f"{each.score:+.3g}", "bold"), f"  train {each.example.index}")
-        if each.equal:
-            facts.append(f" ({len(each.equal) + 1} equal texts: also {', '.join(map(str, each.equal[:_EQUAL]))}")
-            facts.append(", …)" if len(each.equal) > _EQUAL else ")")
         if each.share is not None:
             facts.append(f"  {each.share:.1%} of all {'proponents' if each.score >= 0 else 'opponents'}")
         if each.example.label is not None:
             facts.append(f"  label {printable(each.example.label)}")
+        if each.equal:
+            facts.append(f"  ({len(each.equal) + 1} equal texts: also {', '.join(map(str, each.equal[:_EQUAL]))}")
+            facts.append(", …)" if len(each.equal) > _EQUAL else ")")
         facts.truncate(options.max_width - 2, overflow="ellipsis")
         yield Padding(facts, (0, 0, 0, 2))
         words = _words(each)

@@ -37,7 +37,7 @@ def marked(words: list[Word], ids: Sequence[int], marks: Sequence[int], names: M
 
 def _with_border(words: list[Word], border: int) -> list[Word]:
     """Words, of which the first of the second text stands apart from those before it."""
-    first = next((number for number, word in enumerate(words) if word.places[0] >= border and not word.special), None)
+    first = next((number for number, word in enumerate(words) if word.places[0] >= border), None)
     return [replace(word, before=BETWEEN) if number == first else word for number, word in enumerate(words)]
 
 

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_tracin.gradients.texts import IN_SECOND
 from lightning_tracin.report.explanation import Example, Word
-from lightning_tracin.results.marked_words import marked
+from lightning_tracin.results.marked_words import BETWEEN, marked
 from lightning_tracin.results.words import Marks, is_special, marks_of, shared_part, spans_of, words_in, words_of
 
 #: The raw text of an example, or of its two parts.
@@ -78,7 +78,9 @@ class Reader:
     def respelled(self, example: Example, raw_text: RawText) -> Example:
         """An example as a raw text spells it."""
         words, unread = self._words_of_raw_text(raw_text, example.index, example.ids, list(example.words))
-        return replace(example, words=tuple(words), unread=unread)
+        both = zip(example.words, words, strict=True)
+        kept = (replace(new, before=BETWEEN) if old.before == BETWEEN else new for old, new in both)
+        return replace(example, words=tuple(kept), unread=unread)
 
     def words(self, ids: Sequence[int], marks: Sequence[int] = ()) -> list[Word]:
         """The words that an example's tokens are joined into, none across the border of two texts."""

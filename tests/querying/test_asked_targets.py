@@ -53,6 +53,17 @@ def test_a_class_is_the_label_that_an_example_would_have(toy, trace, method):
         assert torch.equal(of_class.scores, asked(toy, trace, relabelled([number] * N_TEST), method=method).scores)
 
 
+@pytest.mark.parametrize("target", ["prediction", 1, (0, 2)], ids=str)
+def test_labels_of_minus_one_are_none(toy, trace, target):
+    expected = asked(toy, trace, unlabelled(), target=target)
+    found = asked(toy, trace, relabelled([-1, 0, -1, -1, 2, -1]), target=target)
+    assert found.target_names == expected.target_names
+    assert torch.equal(found.scores, expected.scores)
+    assert found.test_texts.labels.isnan().tolist() == [True, False, True, True, False, True]
+    with pytest.raises(ValueError, match=r'Target -1 is out of bounds. If .* no labels, target="prediction" explains'):
+        asked(toy, trace, relabelled([-1] * N_TEST))
+
+
 def test_the_prediction_is_the_class_that_the_model_says_at_the_last_checkpoint(toy, trace):
     labels = said(toy)
     assert len(labels.unique()) > 1
@@ -361,6 +372,9 @@ def test_one_logit_says_two_classes(tmp_path, kind):
         assert torch.equal(found.predictions, by_hand.predictions)
         pair = fit.influence(data, target=(1, 0)).scores  # log p(1) - log p(0) is the logit
         assert relative_error(pair, expected(lambda output: -output)) < 1e-5
+    none = fit.influence(loader(TensorDataset(test.tensors[0], torch.full_like(labels, -1))), target="prediction")
+    assert torch.equal(none.scores, fit.influence(loader(test), target="prediction").scores)
+    assert none.test_texts.labels.isnan().all()
 
 
 @pytest.mark.parametrize("kind", [Rating, WithoutMixinRating])

@@ -12,13 +12,15 @@ from families import FAMILIES, N_TRAIN, Family
 from mutated_files import rehash
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from spellings import trained
 from toy import fitted, quiet
 
 from lightning_tracin import InfluenceResult, Trace
-from lightning_tracin.gradients.texts import Texts, label_sets_of
-from lightning_tracin.report.explanation import Word
+from lightning_tracin.gradients.texts import IN_SECOND, Texts, label_sets_of
+from lightning_tracin.report.explanation import Example, Word
 from lightning_tracin.report.tables import shaded
 from lightning_tracin.results.marked_words import marked
+from lightning_tracin.results.reader import Reader
 from lightning_tracin.storage.verification import verify
 
 
@@ -158,3 +160,23 @@ def test_marks_that_were_forged(asked, tmp_path, column, value):
 def test_texts_of_two_are_printed(asked, capsys):
     asked("t5").show(0, k=1, console=Console(width=200))
     assert capsys.readouterr().out.count("‖") >= 2
+
+
+def test_the_token_that_a_decoder_begins_with_is_of_the_second_text():
+    words = [Word("le", "", (0,)), Word("chat", " ", (1,)), Word("</s>", "", (2,), special=True)]
+    words += [Word("<pad>", "", (3,), special=True), Word("the", "", (4,)), Word("cat", " ", (5,))]
+    shown = Example(0, tuple(marked(words, range(6), [-1, -1, -1, IN_SECOND, -1, -1], {})), None)
+    assert shaded(shown, (), 1.0).plain == "le chat</s> ‖ <pad>the cat"
+    assert shown.text == "le chat ‖ the cat"
+
+
+def test_an_example_that_is_spelled_anew_keeps_its_two_sides():
+    tokenizer = trained("WordPiece")
+    ids = [*tokenizer("Hello again")["input_ids"], *tokenizer("lines and")["input_ids"]]
+    border = len(tokenizer("Hello again")["input_ids"])
+    marks = [IN_SECOND if place == border else -1 for place in range(len(ids))]
+    reader = Reader({number: word for word, number in tokenizer.get_vocab().items()}, {}, tokenizer)
+    shown = reader.example(0, ids, None, None, marks=marks)
+    respelled = reader.respelled(shown, ("HELLO  again", "lines AND"))
+    assert shown.text == "hello again ‖ lines and"
+    assert respelled.text == "HELLO  again ‖ lines AND"
