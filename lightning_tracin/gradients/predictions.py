@@ -88,7 +88,7 @@ class PredictionProbe:
         if logits.shape[1] > 1:
             most_likely = _probabilities(logits).max(1)
             return torch.stack([most_likely.indices.double(), most_likely.values], 1)
-        if not self.from_hugging_face and labels is not None and not labels.is_floating_point():
+        if not self.from_hugging_face and _are_of_two_classes(labels):
             positive = logits[:, 0].sigmoid()
             return torch.stack([(positive > 0.5).double(), torch.maximum(positive, 1 - positive)], 1)
         return torch.stack([logits[:, 0], unknown[:, 1]], 1)
@@ -137,3 +137,8 @@ def _probabilities(logits: Tensor) -> Tensor:
     """The probability of each class; rows that already are probabilities, which add up to 1, stay as they are."""
     is_distribution = bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
     return logits if is_distribution else logits.softmax(1)
+
+
+def _are_of_two_classes(labels: Tensor | None) -> bool:
+    """Whether labels are whole numbers, none of them that of a third class, as those of a rating on a scale are."""
+    return labels is not None and not labels.is_floating_point() and bool(((labels == 0) | (labels == 1)).all())

@@ -96,6 +96,12 @@ def test_one_logit_is_that_of_the_second_class():
     torch.testing.assert_close(found, torch.stack([torch.tensor([1.0, 0.0]).double(), sure], 1))
 
 
+def test_one_number_for_a_rating_on_a_scale_is_a_value():
+    found = predicted(Scorer(torch.tensor([[2.0], [3.5]])), (torch.zeros(2, 3), torch.tensor([1, 4])), "last")
+    assert found[:, 0].tolist() == [2.0, 3.5]
+    assert bool(found[:, 1].isnan().all())
+
+
 def test_probabilities_are_taken_as_they_are():
     module = Scorer(torch.tensor([[0.9, 0.1], [0.3, 0.7]]))
     found = predicted(module, (torch.zeros(2, 3), torch.tensor([1, 1])), "last")
