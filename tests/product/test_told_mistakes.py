@@ -158,7 +158,10 @@ def test_k_is_no_flag(toy):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda t: t.self_influence(Data()), r"LightningModule, but got Data\..*is passed as datamodule="),
+        (
+            lambda t: t.self_influence(Data()),
+            r"LightningModule or a Hugging Face model, but got Data\..*is passed as datamodule=",
+        ),
         (lambda t: t.self_influence(texts()), r"but got TensorDataset\..*self_influence\(model, train_dataloaders="),
         (lambda t: t.influence(loader(), "trace"), r"but got str\..*a folder as trace="),
         (lambda t: t.influence(loader(), Toy), r"but got the class Toy\. Pass one of it: Toy\("),
@@ -231,3 +234,13 @@ def test_two_encoders_without_a_head(tmp_path):
         ValueError, match=r"recorded \('tracin-we',\).*no head.*ask by a method whose layer was recorded"
     ):
         trainer.influence(loader(test_texts()), method="tracin-last")
+
+
+@pytest.mark.parametrize("rows", [[{"text": "a cup", "label": 0}] * 3, ["a cup"] * 3, list(texts(3))])
+def test_examples_for_a_training_loader(tmp_path, rows):
+    fitted(tmp_path, cache="on_demand")
+    with pytest.raises(ValueError, match=r"The training set is a list of 3 examples. Pass a loader.*DataLoader"):
+        quiet().influence(loader(test_texts()), Toy(), trace=tmp_path, train_dataloaders=rows)
+    loaders = [(loader(), loader()), {"a": loader()}]
+    with pytest.raises(ValueError, match="Influence needs one training loader, but got 2"):
+        quiet().influence(loader(test_texts()), Toy(), trace=tmp_path, train_dataloaders=loaders)
