@@ -13,7 +13,7 @@ import argparse
 import io
 import random
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,12 +74,6 @@ def found_table(flipped: set[int], scores: dict[str, Tensor]) -> Table:
         "by chance", *(f"{len(flipped) * percent / 100:.0f} ({percent} %)" for percent in (5, 10, 20)), style="dim"
     )
     return table
-
-
-def common_tokens(train_set: Tokenized) -> list[int]:
-    """The tokens that more than a tenth of the training articles hold: stop words and punctuation."""
-    counts = Counter(token for row in train_set.rows for token in set(row["input_ids"]))
-    return [token for token, count in counts.items() if count > len(train_set) / 10]
 
 
 def common_share(result: InfluenceResult, common: set[str]) -> float:
@@ -171,7 +165,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     accuracy = (said == truth).float().mean().item()
     console.print(f"\nAccuracy on {len(test)} test articles: [bold]{accuracy:.3f}[/]")
 
-    common = common_tokens(train_set)
     method = TracInWE(normalize="cosine", precondition="adam", exclude_tokens=("special", "common"))
     chosen = chosen_articles(probabilities, truth)
     # As a text from production comes: without a label. The tokenizer and the collate function are those of training.
@@ -202,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "tracin-we, cosine, adam, common words left out": method,
             "tracin-last": TracInLast(),
         },
-        set(tokenizer.convert_ids_to_tokens(common)),
+        set(tokenizer.convert_ids_to_tokens(result.common_tokens.tolist())),  # of more than a tenth of the articles
     )
     console.print()
     console.print(flipped_table, comparison)

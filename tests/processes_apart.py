@@ -124,7 +124,8 @@ def in_two(folder, found):
         for gradients in (folder / "damaged").glob("checkpoints/*/words"):
             shutil.rmtree(gradients)
         *_, last = sorted((folder / "damaged" / "texts").glob("*.safetensors"))
-        last.write_bytes(last.read_bytes()[:-1] + b"\xff")
+        content = last.read_bytes()
+        last.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     torch.distributed.barrier()
     again = {"trace": folder / "damaged", "train_dataloaders": loader()}
     found["damaged"] = error_of(fitting.influence, loader(test_texts()), Toy(), **again)

@@ -1,7 +1,8 @@
 """The command line.
 
-``subcommands`` adds ``influence`` and ``self_influence`` to LightningCLI; ``command`` is the program
-``lightning-tracin``, which looks into traces and results without a model. This folder may import every other.
+``subcommands`` adds ``influence``, ``self_influence`` and ``label_issues`` to LightningCLI; ``command`` is the program
+``lightning-tracin``, which looks into traces and results without a model, and estimates what a trace will take. This
+folder may import every other.
 """
 
 from typing import TYPE_CHECKING, Any

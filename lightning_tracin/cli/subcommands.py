@@ -49,8 +49,8 @@ class InfluenceCLIMixin:
 
         import lightning.pytorch as L
         from lightning.pytorch.cli import LightningCLI
+        from lightning_tracin import InfluenceTrainerMixin
         from lightning_tracin.cli import InfluenceCLIMixin
-        from lightning_tracin.trainer import InfluenceTrainerMixin
 
         class Trainer(InfluenceTrainerMixin, L.Trainer):
             pass
@@ -170,8 +170,10 @@ class InfluenceCLIMixin:
     def label_issues(self, model: pl.LightningModule, **options: Any) -> None:
         """Find training examples whose labels may be wrong, and write all as CSV, or print some."""
         asked = self.config_init["label_issues"]
-        trace = asked.trace or self._recorded_trace("label_issues")
-        issues = self.trainer.label_issues(model, trace=trace, method=_method(asked.method), **options)
+        trace, checkpoints = self._trace_and_checkpoints("label_issues", model, options)
+        issues = self.trainer.label_issues(
+            model, trace=trace, method=_method(asked.method), checkpoints=checkpoints, **options
+        )
         if not self.trainer.is_global_zero:
             return
         if asked.output is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 # C0 (escape sequences) but for white space, DEL, C1, and the halves of characters.
 _CONTROL = "\\x00-\\x08\\x0e-\\x1f\\x7f-\\x9f\\ud800-\\udfff"
@@ -52,3 +54,19 @@ def in_a_cell(text: str) -> str:
 def storable(text: str) -> str:
     """A text that can be written to a file: halves of characters become �, or one character where two fit together."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def storable_if_known(text: str | None) -> str | None:
+    """A text that can be written to a file, where there is one."""
+    return None if text is None else storable(text)
+
+
+def enumerated(things: Sequence[Any], most: int) -> str:
+    """Things on one line, and how many more there are than are named.
+
+    Example:
+        >>> enumerated([3, 5, 8], 2), enumerated(["a", "b"], 2)
+        ('3, 5 and 1 more', 'a, b')
+    """
+    named = ", ".join(printable(str(each)) for each in things[:most])
+    return f"{named} and {len(things) - most} more" if len(things) > most else named

@@ -18,13 +18,15 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_tracin.gradients.printable import printable
+from lightning_tracin.gradients.printable import enumerated, printable
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.files import open_tensors, status_of
 from lightning_tracin.storage.own_files import has_trace
 from lightning_tracin.storage.trace import Trace
 
 _MOST_STEPS = 999_999_999
+
+_NAMED = 5  # files that a message names
 
 WHAT_TO_PASS = (
     "Pass .ckpt files of Lightning, checkpoint folders of Hugging Face's Trainer, state dicts (.pt, .safetensors, or "
@@ -120,7 +122,7 @@ def in_order(found: Sequence[PastCheckpoint], learning_rates: Sequence[float] | 
         if len(rates) != len(found):
             raise ValueError(
                 f"learning_rates must give one for each of the {len(found)} checkpoints, but got {len(rates)}: "
-                f"{_listed([each.name for each in found])}."
+                f"{enumerated([each.name for each in found], _NAMED)}."
             )
         found = [replace(each, rate=rate) for each, rate in zip(found, rates, strict=True)]
     silent = [each.name for each in found if each.step is None]
@@ -128,8 +130,8 @@ def in_order(found: Sequence[PastCheckpoint], learning_rates: Sequence[float] | 
         return [replace(each, step=number) for number, each in enumerate(found, start=1)]
     if silent:
         raise ValueError(
-            f"{_listed(silent)} do not tell which step they are of, but others do: their order cannot be known. Pass "
-            "checkpoints of one kind."
+            f"{enumerated(silent, _NAMED)} do not tell which step they are of, but others do: their order cannot be "
+            "known. Pass checkpoints of one kind."
         )
     ordered: list[PastCheckpoint] = []
     for each in sorted(found, key=lambda each: each.number):
@@ -192,7 +194,7 @@ def tensors_of_state(content: Any, name: str) -> dict[str, Tensor]:
         raise ValueError(f"{name} holds no state dict, but {type(content).__name__}. {WHAT_TO_PASS}")
     tensors = {key: value.detach() for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        entries = f", but {_listed(list(content))}" if content else ""
+        entries = f", but {enumerated(list(content), _NAMED)}" if content else ""
         raise ValueError(f"{name} holds no weights{entries}. {WHAT_TO_PASS}")
     return tensors
 
@@ -280,11 +282,6 @@ def _finite(value: Any, what: str) -> float:
     if not math.isfinite(number) or abs(number) > 1e30:  # as schemas.Rate
         raise ValueError(f"{what} must be a number, but got {printable(repr(value))[:40]}.")
     return number
-
-
-def _listed(names: Sequence[Any]) -> str:
-    shown = ", ".join(printable(str(name)) for name in names[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
 def first_line(error: BaseException | None) -> str:

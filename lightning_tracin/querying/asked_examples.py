@@ -70,7 +70,7 @@ def examples_asked(query: Query, given: Any, train_dataloaders: Any) -> list[Ask
         if query.datamodule is None:
             raise ValueError(
                 "There is nothing to explain: pass test examples, as in trainer.influence(test_loader), "
-                'trainer.influence(["some text"]) or trainer.influence(datamodule).'
+                'trainer.influence(["some text"], target="prediction") or trainer.influence(datamodule).'
             )
         given = loader_of_datamodule(query.trainer, query.datamodule, "test", query.processes)
     asked = []

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
 
+from lightning_tracin.gradients.printable import enumerated
 from lightning_tracin.storage.checkpoint import Checkpoint
 
 #: None or "all", "last", a step, several steps, or a slice of the list of checkpoints.
 CheckpointChoice: TypeAlias = str | int | Sequence[int] | slice | None
+
+_NAMED = 20  # steps that a message names
 
 
 def chosen_checkpoints(checkpoints: Sequence[Checkpoint], choice: CheckpointChoice) -> list[Checkpoint]:
@@ -23,7 +26,7 @@ def chosen_checkpoints(checkpoints: Sequence[Checkpoint], choice: CheckpointChoi
         ValueError: if it names none, or one that is not there; the message lists the steps of those that are.
     """
     steps = [checkpoint.step for checkpoint in checkpoints]
-    there = f"There are those of the steps {_listed(steps)}." if steps else "There are none."
+    there = f"There are those of the steps {enumerated(steps, _NAMED)}." if steps else "There are none."
     if choice is None or choice == "all":
         return list(checkpoints)
     if choice == "last":
@@ -41,14 +44,9 @@ def chosen_checkpoints(checkpoints: Sequence[Checkpoint], choice: CheckpointChoi
         )
     missing = sorted({int(step) for step in wanted} - set(steps))
     if missing:
-        raise ValueError(f"The trace has no checkpoint of step {_listed(missing)}. {there}")
+        raise ValueError(f"The trace has no checkpoint of step {enumerated(missing, _NAMED)}. {there}")
     return [checkpoint for checkpoint in checkpoints if checkpoint.step in wanted]
 
 
 def _is_step(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _listed(steps: Sequence[int]) -> str:
-    named = ", ".join(map(str, steps[:20]))
-    return f"{named} and {len(steps) - 20} more" if len(steps) > 20 else named

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_tracin.gradients.losses import IGNORED
 from lightning_tracin.results.reader import RawText
 
 #: The names of labels in an example, and of its token ids.
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 IDS = "input_ids"
-
-_IGNORED = -100  # the label by which transformers marks a position without a loss
 
 
 def text_of(row: Any) -> RawText | None:
@@ -88,7 +87,7 @@ def lent(like: Mapping[str, Any], name: str, item: Mapping[str, Any]) -> Any:
     """A label for the collate function: that of a training example; of tokens, one for each, without a loss."""
     label = like[name]
     of_tokens = _dimensions(label) == 1 and IDS in like and len(label) == len(like[IDS])
-    return typed([_IGNORED] * len(item[IDS]), label) if of_tokens else label
+    return typed([IGNORED] * len(item[IDS]), label) if of_tokens else label
 
 
 def described(item: Any) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
 
 from lightning_tracin.bridge.collated_order import check_order
-from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
+from lightning_tracin.bridge.mixin import labels_of_module, tokenizer_of, words_of_batch
 from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.bridge.strategy import require_results
 from lightning_tracin.bridge.training_set import TrainingSet
@@ -23,6 +24,7 @@ from lightning_tracin.querying.asked import has_loader, last_fits, loader_of_dat
 from lightning_tracin.querying.chosen_checkpoints import chosen_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, attribute_set, run_pass
 from lightning_tracin.querying.steps import GradientStep
+from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.terms import sites_of, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint, require_weights
@@ -79,6 +81,16 @@ def ready_checkpoints(
         require_results(query.trainer)
         _fill(query, missing, sites, training_set)
     return checkpoints
+
+
+def looked_up(query: Query) -> Query:
+    """The same question, with the ids of the tokens that its method leaves out by name.
+
+    It comes after :func:`ready_checkpoints`, when the texts of the training examples are stored.
+    """
+    with query.processes.synchronized():
+        tokenizer = None if query.module is None else tokenizer_of(query.module)
+        return replace(query, method=with_ids_of(query.method, query.trace, tokenizer))
 
 
 def _check_layers(trace: Trace, module: pl.LightningModule) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from lightning_tracin.bridge.mixin import tokenizer_of
 from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.bridge.queries import Queries, result_of, weights_kept
 from lightning_tracin.bridge.query_examples import example_blocks
@@ -28,12 +27,11 @@ from lightning_tracin.querying.asked import (
 )
 from lightning_tracin.querying.asked_examples import AskedExamples, examples_asked, told_by_loader
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice, chosen_checkpoints
-from lightning_tracin.querying.filling import ready_checkpoints
+from lightning_tracin.querying.filling import looked_up, ready_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, run_pass
 from lightning_tracin.querying.steps import GradientStep, PredictionStep
 from lightning_tracin.querying.training import Training, ready_training
 from lightning_tracin.querying.undisturbed import left_as_found, require_idle
-from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of, require_not_constant
@@ -127,7 +125,7 @@ def influence(
         owners: list[int] = []  # of each test example, the number of its loader
         with weights_kept(module):
             ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
-            query = _looked_up(query)
+            query = looked_up(query)
             loaders = _blocks(query, ready, asked)
             for number, (owner, loader) in enumerate(loaders, start=1):
                 block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
@@ -174,16 +172,8 @@ def self_influence(
     training = Training(model, datamodule, train_dataloaders, trace, checkpoints)
     with left_as_found(trainer):
         query, ready = ready_training(trainer, chosen, training)
-        query = _looked_up(query)
         with query.processes.synchronized():
             return self_influences(ready, query.method, query.processes)
-
-
-def _looked_up(query: Query) -> Query:
-    """The same question, with the ids of the tokens that its method leaves out by name."""
-    with query.processes.synchronized():
-        tokenizer = None if query.module is None else tokenizer_of(query.module)
-        return replace(query, method=with_ids_of(query.method, query.trace, tokenizer))
 
 
 def _answered(

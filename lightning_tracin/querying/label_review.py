@@ -9,12 +9,14 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_tracin.bridge.mixin import label_names_of, tokenizer_of
+from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
 from lightning_tracin.querying.training import Training, ready_training
 from lightning_tracin.querying.undisturbed import left_as_found
 from lightning_tracin.report.explanation import Example
 from lightning_tracin.report.label_issues import LabelIssues
 from lightning_tracin.results.label_table import label_issues_of
-from lightning_tracin.results.reader import RawText, Reader
+from lightning_tracin.results.reader import RawText, Reader, require_texts
+from lightning_tracin.results.train_examples import train_examples
 from lightning_tracin.scoring.label_review import reviewed_labels
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of, require_not_constant
@@ -29,6 +31,7 @@ def label_issues(
     train_dataloaders: Any = None,
     trace: str | Path | Trace | None = None,
     method: str | Method = "tracin-last",
+    checkpoints: CheckpointChoice = None,
     n: int | None = None,
     texts: Sequence[RawText] | None = None,
 ) -> LabelIssues:
@@ -47,12 +50,14 @@ def label_issues(
     least as much. With ``cache="training"`` the inputs are those of training, with dropout.
 
     Args:
-        trainer: as for :func:`influence`, like the five that follow.
+        trainer: as for :func:`influence`, like the four that follow.
         model: names labels, and is needed where gradients are not stored yet; by default that of the last fit.
         datamodule: see :func:`influence`.
         train_dataloaders: see :func:`influence`.
         trace: see :func:`influence`.
         method: measures self-influence.
+        checkpoints: which of the trace's count, as for :func:`influence`; what the model said counts at the first half
+            of these.
         n: list only so many, those of highest self-influence; None for all.
         texts: the text of each training example as it was written, or a pair of texts, by index in the training data
             set; without them texts are put together from tokens.
@@ -68,21 +73,20 @@ def label_issues(
     chosen = method_of(method)
     require_not_constant(chosen)
     with left_as_found(trainer):
-        query, checkpoints = ready_training(trainer, chosen, Training(model, datamodule, train_dataloaders, trace))
-        n_train = query.trace.n_train
-        if texts is not None and len(texts) < n_train:
-            raise ValueError(f"texts must have a text for each of {n_train} training examples, but has {len(texts)}.")
+        training = Training(model, datamodule, train_dataloaders, trace, checkpoints)
+        query, ready = ready_training(trainer, chosen, training)
+        if texts is not None:
+            require_texts("texts", texts, query.trace.n_train)
         with query.processes.synchronized():
-            review = reviewed_labels(query.trace, checkpoints, chosen, query.processes)
+            review = reviewed_labels(query.trace, ready, query.method, query.processes)
             reader = _reader_of(query.trace, query.module)
 
             def examples(indices: Sequence[int]) -> dict[int, Example]:
                 if texts is not None:
                     return {index: Example(index, (), None, unread=_in_one(texts[index])) for index in indices}
-                ids = query.trace.texts(indices).ids_by_example() if indices else []
-                return {index: reader.example(index, own, None, None) for index, own in zip(indices, ids, strict=True)}
+                return train_examples(query.trace, indices, reader)
 
-            return label_issues_of(review, chosen, reader, examples, n)
+            return label_issues_of(review, query.method, reader, examples, n)
 
 
 def _reader_of(trace: Trace, module: pl.LightningModule | None) -> Reader:

@@ -58,7 +58,7 @@ class Query:
     method: Method
     datamodule: pl.LightningDataModule | None
     processes: Processes
-    checkpoints: CheckpointChoice = None
+    checkpoints: CheckpointChoice
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ class InfluenceTrainerMixin:
         train_dataloaders: Any = None,
         trace: str | Path | Trace | None = None,
         method: str | Method = "tracin-last",
+        checkpoints: CheckpointChoice = None,
         n: int | None = None,
         texts: Sequence[RawText] | None = None,
     ) -> LabelIssues:
@@ -123,6 +124,7 @@ class InfluenceTrainerMixin:
             train_dataloaders: one loader of the training set, where gradients are not stored yet.
             trace: what the fit recorded, or its folder; by default that of the last fit in this process.
             method: measures self-influence.
+            checkpoints: which of the trace's count: all by default, "last", a step, several, or a slice of their list.
             n: list only so many; None for all.
             texts: the training examples' texts as they were written.
         """
@@ -133,6 +135,7 @@ class InfluenceTrainerMixin:
             train_dataloaders=train_dataloaders,
             trace=trace,
             method=method,
+            checkpoints=checkpoints,
             n=n,
             texts=texts,
         )

@@ -21,7 +21,7 @@ from lightning_tracin.querying.asked import (
     usable_module,
 )
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
-from lightning_tracin.querying.filling import ready_checkpoints
+from lightning_tracin.querying.filling import looked_up, ready_checkpoints
 from lightning_tracin.querying.passes import Query
 from lightning_tracin.querying.undisturbed import require_idle
 from lightning_tracin.scoring.methods import Method
@@ -45,7 +45,7 @@ class Training:
     datamodule: pl.LightningDataModule | None
     train_dataloaders: Any
     trace: str | Path | Trace | None
-    checkpoints: CheckpointChoice = None
+    checkpoints: CheckpointChoice
 
 
 def ready_training(trainer: pl.Trainer, method: Method, training: Training) -> tuple[Query, Sequence[Checkpoint]]:
@@ -57,8 +57,8 @@ def ready_training(trainer: pl.Trainer, method: Method, training: Training) -> t
         training: what was passed.
 
     Raises:
-        ValueError: if model or training set are missing or not those of the trace, or if the trainer is in the middle
-            of a fit.
+        ValueError: if model or training set are missing or not those of the trace, if the method names words that the
+            trace does not have, or if the trainer is in the middle of a fit.
         BlockingIOError: if gradients are missing, and a fit or another query is writing into the trace.
     """
     require_idle(trainer)
@@ -73,4 +73,5 @@ def ready_training(trainer: pl.Trainer, method: Method, training: Training) -> t
     hooks = datamodule or (None if module is None else attached_datamodule(trainer, module))
     query = Query(trainer, module, opened, method, hooks, processes, training.checkpoints)
     with weights_kept(module) if module is not None else nullcontext():
-        return query, ready_checkpoints(query, module, datamodule, train_dataloaders)
+        ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
+    return looked_up(query), ready

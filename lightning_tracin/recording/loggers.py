@@ -46,14 +46,13 @@ def rows_of(
         {"step": step, "epoch": epoch, "dataloader_idx": loader, "loss": loss, **_shown(row, explanation)}
         for explanation, (loader, loss) in zip(explanations, examples, strict=True)
         for row in rows_of_pairs(explanation)
-        if (row["score"] > 0 if row["role"] == "proponent" else row["score"] < 0)
     ]
 
 
 def _shown(row: Row, explanation: Explanation) -> Row:
     """A row of the table of pairs, as it can be shown, with the index of the example in its data set."""
     cut = {name: shorten(printable(row[name]), _CHARACTERS, placeholder=" ...") for name in ("test_text", "train_text")}
-    labels = {name: _printable(row[name]) for name in ("test_label", "prediction", "train_label")}
+    labels = {name: _printable(row[name]) for name in ("test_label", "prediction", "target", "train_label")}
     words = printable(words_in_a_line(row["words"]))
     return {**row, **cut, **labels, "test_index": explanation.test.index, "words": words}
 

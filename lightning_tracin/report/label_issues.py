@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from lightning_tracin.gradients.printable import in_a_cell, printable, storable
+from lightning_tracin.gradients.printable import in_a_cell, printable, storable, storable_if_known
 from lightning_tracin.report.explanation import Example
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
 from lightning_tracin.storage.files import output_file
@@ -67,8 +67,8 @@ class LabelIssue:
             "train_index": self.example.index,
             "is_label_issue": self.is_label_issue,
             "label_score": self.label_score,
-            "given_label": _storable(self.example.label),
-            "predicted_label": _storable(self.predicted_label),
+            "given_label": storable_if_known(self.example.label),
+            "predicted_label": storable_if_known(self.predicted_label),
             "corrected_label": None,
             "self_influence": self.self_influence,
             "rank": self.rank,
@@ -173,7 +173,3 @@ def _printed(issues: Sequence[LabelIssue], width: int) -> Table:
         style = "bold" if issue.is_label_issue else ""
         table.add_row(*map(Text, cells[:-1]), Text(cells[-1], style=style), Text(printable(issue.example.text)))
     return table
-
-
-def _storable(text: str | None) -> str | None:
-    return None if text is None else storable(text)

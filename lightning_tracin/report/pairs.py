@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lightning_tracin.gradients.printable import storable
+from lightning_tracin.gradients.printable import storable, storable_if_known
 from lightning_tracin.report.explanation import Explanation
 from lightning_tracin.report.rich_repr import data_frame
 
@@ -52,10 +52,10 @@ def rows_of_pairs(explanation: Explanation) -> Iterator[Row]:
     of_test |= {
         "test_index": explanation.row,
         "test_text": storable(test.text),
-        "test_label": _storable(test.label),
-        "prediction": _storable(test.prediction),
+        "test_label": storable_if_known(test.label),
+        "prediction": storable_if_known(test.prediction),
         "confidence": test.confidence,
-        "target": _storable(test.explained),
+        "target": storable_if_known(test.explained),
     }
     for role, influentials in (("proponent", explanation.proponents), ("opponent", explanation.opponents)):
         for rank, each in enumerate(influentials, start=1):
@@ -66,7 +66,7 @@ def rows_of_pairs(explanation: Explanation) -> Iterator[Row]:
                 "score": each.score,
                 "share": each.share,
                 "train_text": storable(each.example.text),
-                "train_label": _storable(each.example.label),
+                "train_label": storable_if_known(each.example.label),
                 "words": [{"word": storable(word), "term": term} for word, term in each.strongest_words()],
             }
 
@@ -111,7 +111,3 @@ def dataset_of_pairs(rows: Sequence[Row]) -> datasets.Dataset:
     features = Features({name: words if name == "words" else Value(types[name]) for name in names})
     columns = {name: [row[name] for row in rows] for name in names}
     return Dataset.from_dict(columns, features=features)
-
-
-def _storable(text: str | None) -> str | None:
-    return None if text is None else storable(text)

@@ -18,7 +18,8 @@ from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.excerpt import TokenTerms, first_words
 from lightning_tracin.results.listing import Entry, Sides, TextKeys, listed
 from lightning_tracin.results.ranked_result import RankedResult
-from lightning_tracin.results.reader import RawText, Reader
+from lightning_tracin.results.reader import RawText, Reader, require_texts
+from lightning_tracin.results.train_examples import train_examples
 from lightning_tracin.results.word_sums import groups_of, word_table_of
 from lightning_tracin.results.words import shares_of_words
 from lightning_tracin.scoring.methods import word_part
@@ -34,7 +35,7 @@ _PRINTED_TESTS = 3  # print(result) shows this many test examples.
 
 _PRINTED_K = 3  # Of each it shows this many proponents, and as many opponents.
 
-_CHUNK = 32  # The pairs of this many test examples are explained at once, so memory does not grow with their number.
+CHUNK = 32  # The pairs of this many test examples are explained at once, so memory does not grow with their number.
 
 
 @dataclass(repr=False, eq=False)
@@ -82,7 +83,7 @@ class ExplainedResult(RankedResult):
                 f"{type(tokenizer).__name__}. Pass tokenizer=..."
             )
         if train is not None:
-            _require_texts("train", train, self.n_train)
+            require_texts("train", train, self.n_train)
         if test is not None:
             self._require_test_texts(test)
         return replace(
@@ -155,7 +156,8 @@ class ExplainedResult(RankedResult):
 
         Raises:
             ValueError: if the method is not TracIn-WE, or n is under 1.
-            FileNotFoundError: if the trace that the scores were computed from is gone.
+            FileNotFoundError: if the trace that the scores were computed from is gone, and the file of the result holds
+                fewer words.
         """
         self._require_words()
         if n is not None and n < 1:
@@ -173,7 +175,8 @@ class ExplainedResult(RankedResult):
 
         Raises:
             ValueError: if it is the same for every example, as with ``normalize="cosine"``.
-            FileNotFoundError: if the trace that the scores were computed from is gone.
+            FileNotFoundError: if the trace that the scores were computed from is gone, and the file of the result holds
+                that of another method.
         """
         require_not_constant(self.method)
         evidence = Evidence.find(self)
@@ -195,8 +198,8 @@ class ExplainedResult(RankedResult):
 
     def _explanations_from(self, evidence: Evidence | None, rows: Sequence[int], k: int) -> Iterator[Explanation]:
         """Explanations without texts of training examples where there is no evidence, nor terms of words."""
-        for start in range(0, len(rows), _CHUNK):
-            listed = self._listed(evidence, rows[start : start + _CHUNK], k)
+        for start in range(0, len(rows), CHUNK):
+            listed = self._listed(evidence, rows[start : start + CHUNK], k)
             pairs = {row: [entry.index for side in sides for entry in side] for row, sides in listed.items()}
             examples = self._examples_in(evidence, sorted({index for of_row in pairs.values() for index in of_row}))
             terms = self._terms_of_pairs(evidence, pairs)
@@ -306,7 +309,7 @@ class ExplainedResult(RankedResult):
             raise ValueError(f"test must {wanted}, as its examples came in {len(names) or 1} loader, but got {got}.")
         for name, texts in by_name.items():
             own = self.test_indices if not names else self.test_indices[self.test_loaders == names.index(name)]
-            _require_texts(f"test[{name!r}]" if names else "test", texts, int(own.max()) + 1)
+            require_texts(f"test[{name!r}]" if names else "test", texts, int(own.max()) + 1)
 
     def _test_example(self, row: int) -> Example:
         """What a test example says, and what the model says of it."""
@@ -337,13 +340,7 @@ class ExplainedResult(RankedResult):
         others = [index for index in indices if index not in found]
         if evidence is None or not others:
             return found | {index: Example(index, (), None) for index in others}
-        texts = evidence.trace.texts(others)
-        labels = [(texts.label_of(place), texts.label_set_of(place)) for place in range(len(others))]
-        said = zip(others, texts.ids_by_example(), texts.marks_by_example(), labels, strict=True)
-        return found | {
-            index: self._reader.example(index, ids, label, self.raw_train, marks=marks, label_set=label_set)
-            for index, ids, marks, (label, label_set) in said
-        }
+        return found | train_examples(evidence.trace, others, self._reader, self.raw_train)
 
     def _as_written(self, example: Example) -> Example:
         """A training example of an excerpt, as the raw texts spell it if they were given since."""
@@ -352,9 +349,3 @@ class ExplainedResult(RankedResult):
     @cached_property
     def _reader(self) -> Reader:
         return Reader(self.words_of_ids, self.label_names, self.tokenizer, frozenset(self.common_tokens.tolist()))
-
-
-def _require_texts(name: str, texts: Sequence[RawText], needed: int) -> None:
-    """Check that there are so many texts."""
-    if len(texts) < needed:
-        raise ValueError(f"{name} must have a text for each of {needed} examples, but has {len(texts)}.")

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from lightning_tracin.gradients.printable import enumerated
 from lightning_tracin.report.explanation import Explanation
 from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.scoring.methods import Method, word_part
@@ -80,9 +81,8 @@ def notes_of_trace(evidence: Evidence) -> list[str]:
         counts.update({example for site in sites for example in checkpoint.gradients(site).not_finite})
     if counts:
         n_checkpoints = len(evidence.checkpoints)
-        named = ", ".join(f"{example} (at {n} of {n_checkpoints} checkpoints)" for example, n in counts.most_common(10))
-        more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
-        notes.append(f"Training examples without a finite gradient count zero: {named}{more}.")
+        named = [f"{example} (at {n} of {n_checkpoints} checkpoints)" for example, n in counts.most_common()]
+        notes.append(f"Training examples without a finite gradient count zero: {enumerated(named, 10)}.")
     return notes
 
 

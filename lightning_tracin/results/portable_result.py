@@ -11,7 +11,8 @@ from lightning_tracin.report.explanation import Example
 from lightning_tracin.report.label_issues import LabelIssues
 from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.excerpt import LISTED_SUSPECTS, LISTED_WORDS, Excerpt, PairTerms, TokenTerms
-from lightning_tracin.results.explained_result import ExplainedResult
+from lightning_tracin.results.excluded_words import with_ids_of
+from lightning_tracin.results.explained_result import CHUNK, ExplainedResult
 from lightning_tracin.results.label_table import label_issues_of, review_method
 from lightning_tracin.results.listing import Entry
 from lightning_tracin.results.notes import notes_of_trace, notes_of_words
@@ -19,8 +20,6 @@ from lightning_tracin.results.packed_examples import PackedExamples
 from lightning_tracin.scoring.label_review import reviewed_labels
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of, require_not_constant
-
-_CHUNK = 32  # The pairs of this many test examples are looked up at once, so memory does not grow with their number.
 
 _MOST_CELLS = 4_000_000  # A word table of more, as with thousands of classes and labels, stays with the trace.
 
@@ -72,6 +71,7 @@ class PortableResult(ExplainedResult):
             evidence = Evidence.require(self)
             by = chosen or review_method(evidence.checkpoints, self.method)
             require_not_constant(by)
+            by = with_ids_of(by, evidence.trace, self.tokenizer)
             review = reviewed_labels(evidence.trace, evidence.checkpoints, by)
         return label_issues_of(review, by, self._reader, partial(self._examples_in, evidence), n)
 
@@ -108,14 +108,14 @@ class PortableResult(ExplainedResult):
 
     def _train_of(self, evidence: Evidence, indices: Sequence[int]) -> Iterator[tuple[int, Example]]:
         """Training examples by index, some at a time, so that memory does not grow with their number."""
-        for start in range(0, len(indices), 8 * _CHUNK):
-            yield from self._examples_in(evidence, indices[start : start + 8 * _CHUNK]).items()
+        for start in range(0, len(indices), 8 * CHUNK):
+            yield from self._examples_in(evidence, indices[start : start + 8 * CHUNK]).items()
 
 
 def _terms_by_row(evidence: Evidence, entries: Mapping[int, Sequence[Entry]]) -> Iterator[dict[int, TokenTerms]]:
     """The terms of the pairs of each row with what is listed for it."""
     rows = list(entries)
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
         found = evidence.terms_of_pairs({row: [each.index for each in entries[row]] for row in chunk})
         yield from (found[row] for row in chunk)

@@ -18,6 +18,16 @@ from lightning_tracin.results.words import Marks, is_special, marks_of, shared_p
 RawText: TypeAlias = str | tuple[str, str]
 
 
+def require_texts(name: str, texts: Sequence[RawText], needed: int) -> None:
+    """Check that there are as many raw texts as there are examples.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    if len(texts) < needed:
+        raise ValueError(f"{name} must have a text for each of {needed} examples, but has {len(texts)}.")
+
+
 @dataclass(frozen=True)
 class Reader:
     """Knows what to print for token ids and labels.

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Those of :meth:`InfluenceResult.to_pandas`.
-
 
 @dataclass(repr=False, eq=False)
 class InfluenceResult(RichRepr, PortableResult):

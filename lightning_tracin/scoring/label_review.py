@@ -81,7 +81,7 @@ def reviewed_labels(
     """
     influence = self_influences(checkpoints, method, processes)
     order = order_of(influence, undrawn(checkpoints))
-    given = torch.cat([trace.texts(part).labels for part in _parts(trace)])
+    given = torch.cat([trace.texts(part).labels for part in trace.parts()])
     probabilities = _mean_probabilities(checkpoints, given, processes)
     if probabilities is None:
         scores = torch.full_like(influence, math.nan)
@@ -199,9 +199,3 @@ def _of_shard(shards: Sequence[Shards], heads: Sequence[Tensor | None], shard: i
         counts[examples] += 1
     is_known = (counts > 0) & ~given[start:stop].isnan()
     return sums / torch.where(is_known, counts, math.nan)[:, None]
-
-
-def _parts(trace: Trace) -> list[range]:
-    """All training examples, as many at a time as a shard has."""
-    step = trace.shard_examples
-    return [range(start, min(start + step, trace.n_train)) for start in range(0, trace.n_train, step)]

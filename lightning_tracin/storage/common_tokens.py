@@ -23,10 +23,9 @@ def common_tokens(trace: Trace) -> Tensor:
     is_drawn = torch.ones(trace.n_train, dtype=torch.bool)
     is_drawn[trace.undrawn] = False
     tokens = counts = torch.empty(0, dtype=torch.long)
-    for start in range(0, trace.n_train, trace.shard_examples):
-        examples = range(start, min(start + trace.shard_examples, trace.n_train))
+    for examples in trace.parts():
         texts = trace.texts(examples)
-        held = torch.unique((texts.ids * len(examples) + texts.examples)[is_drawn[texts.examples + start]])
+        held = torch.unique((texts.ids * len(examples) + texts.examples)[is_drawn[texts.examples + examples.start]])
         of_shard, n_examples = torch.unique_consecutive(held // len(examples), return_counts=True)
         tokens, place = torch.unique(torch.cat([tokens, of_shard]), return_inverse=True)
         counts = torch.zeros(len(tokens), dtype=torch.long).index_add_(0, place, torch.cat([counts, n_examples]))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from lightning_tracin.gradients.printable import enumerated
 from lightning_tracin.gradients.sites import KEY_PATTERN
 from lightning_tracin.storage.files import PARTIAL, write_json
 from lightning_tracin.storage.schemas import FORMAT, HeaderOfAnyVersion, header_of_any_version
@@ -114,8 +115,7 @@ def require_only_own(folder: Path, parts: Sequence[Path]) -> None:
 
 
 def _listed(folder: Path, paths: Sequence[Path]) -> str:
-    named = ", ".join(path.relative_to(folder).as_posix() for path in paths[:3])
-    return named if len(paths) <= 3 else f"{named} and {len(paths) - 3} more"
+    return enumerated([path.relative_to(folder).as_posix() for path in paths], 3)
 
 
 def own_temporary(folder: Path) -> list[Path]:

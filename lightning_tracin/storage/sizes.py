@@ -17,8 +17,8 @@ from rich.filesize import decimal
 #: Bytes of a number, by the name of its type.
 NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
-#: Of a text on disk: a token id and the number of its example; a label.
-TOKEN_BYTES, LABEL_BYTES = 8, 8
+#: Of a text on disk: a token id, its mark and the number of its example; a label, and a set of labels.
+TOKEN_BYTES, LABEL_BYTES = 12, 16
 
 #: Ranks up to which words follow Zipf's law. Beyond, their frequency falls with a power that is larger by one, as
 #: Ferrer i Cancho and Solé (2001, "Two regimes in the frequency of words") found.

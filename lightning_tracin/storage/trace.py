@@ -133,6 +133,11 @@ class Trace:
         """Number of training examples in each shard."""
         return self.header.shard_examples
 
+    def parts(self) -> list[range]:
+        """All training examples, as many at a time as a shard has."""
+        step = self.shard_examples
+        return [range(start, min(start + step, self.n_train)) for start in range(0, self.n_train, step)]
+
     @property
     def incomplete(self) -> str | None:
         """Why the recording ended before the fit, if it did."""

@@ -16,6 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_tracin.gradients.capture import Captured
+from lightning_tracin.gradients.printable import enumerated
 from lightning_tracin.gradients.rows import unique_tokens
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.gradients.texts import Texts
@@ -310,7 +311,7 @@ def all_not_finite(own: Iterable[int], n_recorded: int, step: int, processes: Pr
     found = sorted({example for of_process in processes.gather(list(own)) for example in of_process})
     if not found:
         return []
-    named = ", ".join(map(str, found[:10])) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
+    named = enumerated(found, 10)
     what = f"The loss or gradient of {len(found)} of {n_recorded} training examples is NaN or infinite at step {step}"
     if 2 * len(found) > n_recorded:
         raise ValueError(f"{what} (example {named}). Look at the learning rate; what was stored before is complete.")

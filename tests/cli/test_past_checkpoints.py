@@ -53,6 +53,15 @@ def test_a_list_in_the_configuration(project, monkeypatch, tmp_path):
     assert int(first.split(",")[0]) == int(scores.argmax())
 
 
+def test_label_issues_are_those_of_the_checkpoints_that_are_asked_for(project, monkeypatch, tmp_path):
+    output = tmp_path / "review.csv"
+    arguments = ["--trace", "trace", "--output", str(output), "--checkpoints", "last"]
+    asked(project, monkeypatch, "label_issues", *arguments)
+    issues = quiet().label_issues(Toy(), trace=project / "trace", checkpoints="last")
+    assert output.read_bytes() == issues.to_csv(tmp_path / "expected.csv").read_bytes()
+    assert issues.rows() != quiet().label_issues(Toy(), trace=project / "trace").rows()
+
+
 def test_files_of_a_run_that_is_over(project, monkeypatch, tmp_path):
     files = sorted(str(path) for path in Path(project / "files").glob("*.ckpt"))
     output, method = (

@@ -133,7 +133,8 @@ def test_scores_are_those_of_the_recorded_fit(run, method):
     found = quiet().influence(loader(test_texts()), Toy(), **options)
     assert torch.equal(found.scores, expected.scores)
     assert found.notes == expected.notes
-    assert torch.equal(quiet().self_influence(Toy(), **options), trainer.self_influence(method=method))
+    if method.normalize is None:  # else it is 1 for all
+        assert torch.equal(quiet().self_influence(Toy(), **options), trainer.self_influence(method=method))
 
 
 @pytest.mark.parametrize("kind", [Constant, ByEpoch, OneCycle, Groups, TwoOptimizers], ids=lambda kind: kind.__name__)

@@ -160,7 +160,7 @@ def test_k_is_no_flag(toy):
     [
         (
             lambda t: t.self_influence(Data()),
-            r"LightningModule or a Hugging Face model, but got Data\..*is passed as datamodule=",
+            r"or a Hugging Face model, but got Data\..*is passed as datamodule=",
         ),
         (lambda t: t.self_influence(texts()), r"but got TensorDataset\..*self_influence\(model, train_dataloaders="),
         (lambda t: t.influence(loader(), "trace"), r"but got str\..*a folder as trace="),

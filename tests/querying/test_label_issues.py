@@ -7,6 +7,7 @@ import csv
 import pytest
 import torch
 from rich.console import Console
+from spelled_fits import TEST, batches, spelled
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 from toy import CLASSES, N_TRAIN, VOCABULARY, Toy, fitted, loader, quiet, test_texts, texts
@@ -191,10 +192,29 @@ def test_a_self_influence_that_is_the_same_for_all_is_an_error_that_says_what_to
         ask(toy, method)
 
 
+@pytest.mark.parametrize("names", [("special", "common"), ("the",)], ids=str)
+def test_tokens_that_a_method_leaves_out_by_name_are_looked_up(tmp_path, names):
+    fit, method = spelled(tmp_path / "trace"), TracInWE(exclude_tokens=names)
+    result = fit.influence(batches(TEST), method=method)
+    by_ids = fit.label_issues(method=TracInWE(exclude_tokens=result.method.excluded.ids)).rows()
+    for issues in (fit.label_issues(method=method), result.label_issues(method)):
+        assert issues.rows() == by_ids
+        assert issues.method.startswith("TracIn-WE, without ")
+    whole = fit.label_issues(method=TracInWE()).rows()
+    assert [row["self_influence"] for row in whole] != [row["self_influence"] for row in by_ids]
+
+
+def test_only_the_checkpoints_that_are_asked_for_count(toy):
+    scores = toy.self_influence(method="tracin-last", checkpoints="last")
+    issues = label_issues(toy, checkpoints="last").issues
+    assert [each.self_influence for each in issues] == [float(scores[each.example.index]) for each in issues]
+    assert [each.label_score for each in issues] != [each.label_score for each in toy.label_issues().issues]
+
+
 def test_other_wrong_arguments(toy):
     with pytest.raises(ValueError, match="n must be None or at least 0, but got -1"):
         toy.label_issues(n=-1)
-    with pytest.raises(ValueError, match="texts must have a text for each of 20 training examples, but has 2"):
+    with pytest.raises(ValueError, match="texts must have a text for each of 20 examples, but has 2"):
         toy.label_issues(texts=["a", "b"])
 
 

@@ -69,7 +69,10 @@ def test_an_empty_training_set(toy, trace):
     [
         (lambda: loader(empty()), "test loader is empty"),
         (lambda: [loader(), 3], "some are loaders or data sets, others are not"),
-        (lambda: None, r'nothing to explain: pass test examples, as in.*influence\(\["some text"\]\)'),
+        (
+            lambda: None,
+            r'nothing to explain: pass test examples, as in.*influence\(\["some text"\], target="prediction"\)',
+        ),
         (lambda: DataLoader(test_texts(), batch_size=None), "does not batch"),
         (lambda: 3, "must come in a DataLoader, but got int"),
         (

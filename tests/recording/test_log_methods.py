@@ -38,9 +38,9 @@ def test_the_log_says_what_influence_says_after_the_fit(tmp_path, method):
     named = {word.split(" ")[0] for row in rows for word in row["words"].split(", ")}
     assert named.isdisjoint({"[CLS]", "the", "cup"} if method is METHODS[0] else {"[CLS]"})
     for of in result.explanations([index for _, index in examples_of(rows)], k=3):
-        own = [row for row in rows if row["index"] == of.test.index]
+        own = [row for row in rows if row["test_index"] == of.test.index]
         for row, each in zip(own, (*of.proponents, *of.opponents), strict=True):
-            assert row["words"] == ", ".join(f"{word} {term:+.2g}" for word, term in each.strongest_words())
+            assert row["words"] == ", ".join(f"{word} {term:+.3g}" for word, term in each.strongest_words())
 
 
 RAW = [text.replace(" ##", "").upper() for text in TRAIN]
@@ -54,7 +54,7 @@ def test_texts_are_logged_as_they_were_written(tmp_path, both):
     assert rows
     for row in rows:
         assert row["train_text"] == RAW[row["train_index"]]
-        assert row["text"] == (val[row["index"]] if both else val[row["index"]].lower())
+        assert row["test_text"] == (val[row["test_index"]] if both else val[row["test_index"]].lower())
 
 
 class LowerCased(Validated):
@@ -71,7 +71,7 @@ def test_texts_of_other_validation_examples_are_not_shown(tmp_path, monkeypatch)
     trainer = fit_spelled(tmp_path, log_texts={"val": TEST[:2]})
     assert len(warned) == 1
     assert 'log_texts has 2 texts of "val"' in warned[0]
-    assert {row["text"] for row in logged(trainer)} <= {text.replace(" ##", "") for text in TEST}
+    assert {row["test_text"] for row in logged(trainer)} <= {text.replace(" ##", "") for text in TEST}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mutated_files import rehash
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from spellings import trained
-from toy import fitted
+from toy import fitted, quiet
 
 from lightning_tracin import InfluenceResult, Trace
 from lightning_tracin.gradients.texts import IN_SECOND, Texts, label_sets_of
@@ -72,6 +72,9 @@ def test_source_and_target_stand_on_two_sides(asked, name):
         assert target.split()[1 : len(read) + 1] == read  # by the decoder, between its first token and padding
         for each in (*of.proponents, *of.opponents):
             assert each.example.text.count("‖") == 1
+    asked_alone = quiet().label_issues(trace=asked(name).trace, method="tracin-we")
+    assert {row["text"].count("‖") for row in asked_alone.rows()} == {1}
+    assert asked_alone.rows() == asked(name).label_issues("tracin-we").rows()
 
 
 def test_tags_are_shown_beside_their_words(asked):
