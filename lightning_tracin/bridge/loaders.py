@@ -155,13 +155,18 @@ def only_training_loader(loaders: Any) -> Any:
     """The one loader in what Lightning takes for loaders, where it must stand by itself.
 
     Raises:
-        ValueError: if there are several, none, or one in a list or dict.
+        ValueError: if there are several, none, one in a list or dict, or examples without a loader.
     """
     loaders = getattr(loaders, "iterables", loaders)  # Lightning's CombinedLoader
     container = type(loaders).__name__
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     if isinstance(loaders, (list, tuple)):
+        if loaders and all(map(_is_example, loaders)):
+            raise ValueError(
+                f"The training set is a {container} of {len(loaders)} examples. Pass a loader that puts them into "
+                "batches, as for the fit: DataLoader(data, batch_size=..., collate_fn=...)."
+            )
         if len(loaders) != 1:
             raise ValueError(
                 f"Influence needs one training loader, but got {len(loaders)} of them. Join the data sets "
@@ -174,3 +179,9 @@ def only_training_loader(loaders: Any) -> Any:
     if loaders is None:
         raise ValueError("There is no training loader: pass one.")
     return loaders
+
+
+def _is_example(part: Any) -> bool:
+    """Whether something is an example as people write it, a text or a row, rather than a loader or several."""
+    parts = part.values() if isinstance(part, Mapping) else part if isinstance(part, tuple) else ()
+    return isinstance(part, (str, Mapping, tuple)) and not any(hasattr(each, "dataset") for each in parts)

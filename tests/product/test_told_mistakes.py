@@ -234,3 +234,13 @@ def test_two_encoders_without_a_head(tmp_path):
         ValueError, match=r"recorded \('tracin-we',\).*no head.*ask by a method whose layer was recorded"
     ):
         trainer.influence(loader(test_texts()), method="tracin-last")
+
+
+@pytest.mark.parametrize("rows", [[{"text": "a cup", "label": 0}] * 3, ["a cup"] * 3, list(texts(3))])
+def test_examples_for_a_training_loader(tmp_path, rows):
+    fitted(tmp_path, cache="on_demand")
+    with pytest.raises(ValueError, match=r"The training set is a list of 3 examples. Pass a loader.*DataLoader"):
+        quiet().influence(loader(test_texts()), Toy(), trace=tmp_path, train_dataloaders=rows)
+    loaders = [(loader(), loader()), {"a": loader()}]
+    with pytest.raises(ValueError, match="Influence needs one training loader, but got 2"):
+        quiet().influence(loader(test_texts()), Toy(), trace=tmp_path, train_dataloaders=loaders)
