@@ -140,5 +140,8 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 def _are_of_two_classes(labels: Tensor | None) -> bool:
-    """Whether labels are whole numbers, none of them that of a third class, as those of a rating on a scale are."""
-    return labels is not None and not labels.is_floating_point() and bool(((labels == 0) | (labels == 1)).all())
+    """Whether labels are whole numbers, none of them that of a third class, as those of a rating on a scale are.
+
+    Negative ones mark what has no label.
+    """
+    return labels is not None and not labels.is_floating_point() and bool((labels <= 1).all())
