@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     accuracy = (said == truth).float().mean().item()
     console.print(f"\nAccuracy on {len(test)} test articles: [bold]{accuracy:.3f}[/]")
 
-    method = TracInWE(normalize="cosine", precondition="adam", exclude_tokens=("special", "common"))
+    method = TracInWE(normalize="cosine", exclude_tokens=("special", "common"))
     chosen = chosen_articles(probabilities, truth)
     # As a text from production comes: without a label. The tokenizer and the collate function are those of training.
     result = trainer.influence([test[index][0] for index in chosen], method=method, target="prediction")
@@ -191,8 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "tracin-we": TracInWE(exclude_tokens="special"),
             "tracin-we, cosine": TracInWE(normalize="cosine", exclude_tokens="special"),
             "tracin-we, cosine, adam": TracInWE(normalize="cosine", precondition="adam", exclude_tokens="special"),
-            "tracin-we, cosine, common words left out": replace(method, precondition=None),
-            "tracin-we, cosine, adam, common words left out": method,
+            "tracin-we, cosine, common words left out": method,
+            "tracin-we, cosine, adam, common words left out": replace(method, precondition="adam"),
             "tracin-last": TracInLast(),
         },
         set(tokenizer.convert_ids_to_tokens(result.common_tokens.tolist())),  # of more than a tenth of the articles

@@ -71,7 +71,7 @@ class TracInCallback(DualCallback):
         log_k: how many proponents and opponents of each are logged.
         log_method: what scores them: "tracin-we", "tracin-last" or a method object that needs nothing but what
             ``methods`` records. Words say most with
-            ``TracInWE(normalize="cosine", precondition="adam", exclude_tokens=("special", "common"))``.
+            ``TracInWE(normalize="cosine", exclude_tokens=("special", "common"))``.
         log_texts: the training examples as they were written, by index in the data set, to be shown in the place of
             their tokens; or a dict of the texts of "train" and, where there is one validation loader, of "val".
         on_error: what happens when recording fails in the middle of a fit (a full disk, a folder that is gone). "warn"

@@ -13,7 +13,6 @@ from lightning_tracin.scoring.methods import Method, word_part
 from lightning_tracin.scoring.naming import described
 from lightning_tracin.scoring.terms import sites_of
 from lightning_tracin.storage.checkpoint import undrawn
-from lightning_tracin.storage.second_moments import moments_file
 
 #: Where stop words have more than this share of the weight of the words that are listed, it is said.
 _MUCH = 1 / 3
@@ -108,8 +107,7 @@ def notes_of_words(
     if part is None or of_stops <= _MUCH * weight:
         return []
     named = ["common"] if _are_ids(words_of_ids) else ["special", "common"]
-    adam = 'precondition="adam", ' if _has_moments(evidence) else ""
-    setting = f'TracInWE(normalize="cosine", {adam}exclude_tokens={json.dumps(named)})'
+    setting = f'TracInWE(normalize="cosine", exclude_tokens={json.dumps(named)})'
     return [
         f"{of_stops / weight:.0%} of what words add to the first scores, or take from them, is of special tokens and "
         "tokens that more than a tenth of the training examples hold; they are grey, and listed last. "
@@ -150,11 +148,3 @@ def notes_of_page(*, has_test_texts: bool, has_raw_texts: bool, has_predictions:
 def _are_ids(words_of_ids: Mapping[int, str]) -> bool:
     """Whether only the ids of tokens are known, and not what they say."""
     return all(word == str(token) for token, word in words_of_ids.items())
-
-
-def _has_moments(evidence: Evidence) -> bool:
-    """Whether every checkpoint has Adam's second moments of the word embedding table, and gradients that they fit."""
-    return all(
-        term.site.projection is None and moments_file(term.site) in term.checkpoint.checksums
-        for term in evidence.word_terms
-    )
