@@ -44,15 +44,15 @@ def enough_for_one(monkeypatch, fit) -> float:
 
 def test_a_disk_without_enough_space_for_one_checkpoint(tmp_path, monkeypatch):
     only(monkeypatch, 2000)
-    alone = r'This fits, for one checkpoint: methods=\("tracin-last",\), dtype="int8", keep_weights=False \(1\.5 kB\)'
-    with pytest.raises(OSError, match=rf"needs about 8\.4 kB for 1 checkpoint of 20.*2\.0 kB are free.*{alone}"):
+    alone = r'This fits, for one checkpoint: methods=\("tracin-last",\), dtype="int8", keep_weights=False \(2\.0 kB\)'
+    with pytest.raises(OSError, match=rf"needs about 8\.9 kB for 1 checkpoint of 20.*2\.0 kB are free.*{alone}"):
         fitted(tmp_path / "trace")
     assert not (tmp_path / "trace").exists()
 
 
 def test_a_disk_that_nothing_fits_on(tmp_path, monkeypatch):
     only(monkeypatch, 100)
-    with pytest.raises(OSError, match=r"Not even methods=.*keep_weights=False fits \(1\.5 kB .*Free some space"):
+    with pytest.raises(OSError, match=r"Not even methods=.*keep_weights=False fits \(2\.0 kB .*Free some space"):
         fitted(tmp_path / "trace")
 
 
@@ -217,7 +217,7 @@ def test_batches_that_are_sorted_on_disk_need_space_twice(tmp_path, monkeypatch)
         with pytest.raises(OSError, match="MB for 1 checkpoint ") as error:
             fitted(tmp_path / "trace", data=DataLoader(data, **options), trainer={"max_epochs": 1})
         needed.append(float(re.search(r"needs about ([\d.]+) MB", str(error.value))[1]))
-    assert needed[1] == pytest.approx(2 * needed[0], rel=0.1)
+    assert needed[1] == pytest.approx(2 * needed[0], rel=0.2)  # but for the texts
 
 
 def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):

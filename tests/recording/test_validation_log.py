@@ -407,7 +407,7 @@ def test_curves_leave_out_what_is_not_known():
     }
     regression = explanation_of("0.3", "0.2", [("0.1", 3.0)], confidence=None)
     assert summary([regression]) == {"tracin/concentration": pytest.approx(0.3)}
-    nothing = explanation_of(None, None, [(None, 0.0)], [(None, 0.0)], confidence=None)
+    nothing = explanation_of(None, None, [], confidence=None)
     assert summary([nothing]) == {}
     assert loggers.rows_of([nothing], [(0, 1.0)], step=0, epoch=0) == []
 
