@@ -141,7 +141,7 @@ def test_words_that_say_little_are_grey_and_parts_are_named(browser, tmp_path):
         assert "30 % of what all words add" in page.inner_text("#tip")
         the.hover()
         assert "in more than a tenth of the training texts" in page.inner_text("#tip")
-        assert card.locator(".equal").inner_text() == "3 equal texts"
+        assert card.locator(".equal").text_content() == "3 equal texts"
         assert card.locator(".equal").get_attribute("title") == "also 7, 9"
         assert (
             page.locator("section[aria-label=Opponents]").inner_text().split("\n")[-1].startswith("None: no training")
@@ -155,9 +155,9 @@ def test_prompts_are_grey_and_tags_stand_beside_their_words(browser, tmp_path):
     pair = Influential(train, 1.0, 0.9, (0.0, 0.7, 0.3))
     with opened(browser, write_page(page_of([explanation(0, test, pair)]), tmp_path / "page.html")) as page:
         for text in (page.locator(".card .text"), page.locator(".subject .text")):
-            assert text.inner_text() == "Ask ‖ Paris<b>LOC now"
-            assert text.locator(".prompt").inner_text() == "Ask"
-            assert text.locator(".tag").inner_text() == "<b>LOC"
+            assert text.text_content() == "Ask ‖ Paris<b>LOC now"
+            assert text.locator(".prompt").text_content() == "Ask"
+            assert text.locator(".tag").text_content() == "<b>LOC"
         page.fill("#search", "ask ‖ paris now")
         assert shown(page) == [0]
         page.locator(".card .word >> text=Paris").hover()
