@@ -220,6 +220,8 @@ class Recorder:
     def end(self, trainer: pl.Trainer) -> None:
         """Log the last validation, and say so if the fit was too short for a checkpoint."""
         self.log_validations(trainer)
+        if self.validations is not None:
+            self.validations.log_page(trainer)
         if not self.fit.trace.checkpoints and not self.steps:
             rank_zero_warn(
                 "TracInCallback saw no optimizer step in this fit, so there is no checkpoint and nothing to compute "
