@@ -177,6 +177,21 @@ def test_label_review(known):
     assert {"labels": 2}.items() <= known["corrected"][int(rows[0]["train_index"]) - 1].items()
 
 
+def test_metrics(capsys):
+    """What the page prints stands beside it."""
+    known = {}
+    run("metrics", known)
+    lines = [line for block in blocks("metrics") for line in block.splitlines() if "print(" in line]
+    assert capsys.readouterr().out.splitlines() == [line.partition("#")[2].strip() for line in lines]
+    assert len(lines) == 5
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert f"`within.reliability`, {known['within'].reliability:.2f} here" in page
+    scores, labels = torch.randn(4, 200), torch.zeros(4, dtype=torch.long)
+    trainer = quiet()
+    trainer.test(known["Judged"](), DataLoader([*zip(scores, labels, strict=True)], batch_size=2), verbose=False)
+    assert 0 <= trainer.callback_metrics["same class"] <= 1
+
+
 def named(call: ast.Call) -> object:
     """What an example calls, if it is of this package."""
     function = call.func

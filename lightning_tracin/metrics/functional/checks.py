@@ -1,0 +1,134 @@
+"""What the metrics check of the tensors that they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+from torchmetrics.utilities.prints import rank_zero_warn
+
+
+def check_finite(name: str, values: Tensor, shape: str, dims: tuple[int, ...]) -> None:
+    """Refuses what is no tensor of finite floating-point numbers with the dimensions asked for.
+
+    Args:
+        name: the argument's, for the message.
+        values: what was given.
+        shape: the shape that is expected, in words: ``"(n_test, n_train)"``.
+        dims: how many dimensions it may have.
+
+    Raises:
+        TypeError: what was given is no tensor of floating-point numbers.
+        ValueError: it has other dimensions, is empty, or holds NaN or infinity.
+    """
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        found = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"Argument `{name}` expected to be a tensor of floating-point numbers, but got {found}.")
+    _check_shape(name, values, shape, dims)
+    if not values.isfinite().all():
+        wrong = int((~values.isfinite()).sum())
+        raise ValueError(f"Argument `{name}` expected to be finite, but got {wrong} values of NaN or infinity.")
+
+
+def check_mask(name: str, values: Tensor, shape: str, dims: tuple[int, ...]) -> None:
+    """Refuses what is no tensor of bool with the dimensions asked for.
+
+    Raises:
+        TypeError: what was given is no tensor of bool.
+        ValueError: it has other dimensions, or is empty.
+    """
+    if not isinstance(values, Tensor) or values.dtype.is_floating_point or values.dtype.is_complex:
+        found = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"Argument `{name}` expected to be a tensor of bool, but got {found}.")
+    _check_shape(name, values, shape, dims)
+    if not ((values == 0) | (values == 1)).all():
+        raise ValueError(
+            f"Argument `{name}` expected to be a mask of 0 and 1, but got the value {int(values.max())}: "
+            "of indices make a mask first."
+        )
+
+
+def check_whole(name: str, values: Tensor, shape: str, dims: tuple[int, ...]) -> None:
+    """Refuses what is no tensor of whole numbers, such as labels or indices, with the dimensions asked for.
+
+    Raises:
+        TypeError: what was given is no tensor of integers.
+        ValueError: it has other dimensions, or is empty.
+    """
+    if not isinstance(values, Tensor) or values.is_floating_point() or values.is_complex():
+        found = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"Argument `{name}` expected to be a tensor of integers, but got {found}.")
+    _check_shape(name, values, shape, dims)
+
+
+def check_length(name: str, found: int, expected: int, of: str) -> None:
+    """Refuses a dimension that does not go with another argument's.
+
+    Args:
+        name: the argument's, for the message.
+        found: the size of its dimension.
+        expected: what that should be.
+        of: what is counted, and where that was told: ``"training examples of `scores`"``.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if found != expected:
+        raise ValueError(f"Argument `{name}` expected to have the {expected} {of}, but got {found}.")
+
+
+def check_count(name: str, count: int, least: int = 1, most: int | None = None) -> None:
+    """Refuses a number that is not whole, or below or above what it may be.
+
+    Raises:
+        ValueError: it is.
+    """
+    is_whole = isinstance(count, int) and not isinstance(count, bool)
+    if not is_whole or count < least or (most is not None and count > most):
+        bound = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise ValueError(f"Argument `{name}` expected to be a whole number, {bound}, but got {count}.")
+
+
+def check_ks(ks: Sequence[int], least: int = 1) -> None:
+    """Refuses numbers of removed examples that are not whole, or do not grow.
+
+    Raises:
+        ValueError: they are.
+    """
+    for k in ks:
+        check_count("ks", k, least)
+    if not ks or any(later <= k for k, later in pairwise(ks)):
+        raise ValueError(f"Argument `ks` expected to be growing numbers of removed examples, but got {list(ks)}.")
+
+
+def check_share(name: str, share: float) -> None:
+    """Refuses what is not between 0 and 1.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"Argument `{name}` expected to be between 0 and 1, but got {share}.")
+
+
+def warn_of_constant(name: str, is_constant: Tensor, over: str, then: str) -> None:
+    """Warns where something does not vary, so that it ranks nothing.
+
+    Args:
+        name: the argument's.
+        is_constant: (n_test,) bool, whether a test example's values are all the same.
+        over: what they should vary over: ``"training examples"``.
+        then: what such test examples count.
+    """
+    if constant := int(is_constant.sum()):
+        rank_zero_warn(
+            f"Argument `{name}` expected to vary over the {over}, but got {constant} of {len(is_constant)} test "
+            f"examples with the same value for all: {then}.",
+            UserWarning,
+        )
+
+
+def _check_shape(name: str, values: Tensor, shape: str, dims: tuple[int, ...]) -> None:
+    if values.ndim not in dims or values.numel() == 0:
+        raise ValueError(f"Argument `{name}` expected to be of shape {shape}, but got {tuple(values.shape)}.")
