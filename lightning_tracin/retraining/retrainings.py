@@ -5,26 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of
 from lightning_tracin.bridge.looks import look_of
 from lightning_tracin.retraining.fits import Build, Fit, apart, built, fitted, require_fit
 from lightning_tracin.retraining.folder import Retraining, RetrainingFolder
+from lightning_tracin.retraining.held_out import held_out
 from lightning_tracin.retraining.observed import Observed
 from lightning_tracin.retraining.outcomes import Outcome, Outcomes
 from lightning_tracin.retraining.subsets import checked_subsets
-from lightning_tracin.retraining.tested import batches_of, fingerprint, n_examples
 
 _LARGEST_SEED = 2**32 - 1  # that numpy takes
-_PROBED = 64  # training examples that tell one training set from another
+_FEW = 64  # training examples that tell one training set from another
 _WAIT = 0.5  # seconds between two looks at what other processes have finished
 
 
@@ -38,7 +41,8 @@ class Retrainings:
         folder: where they are kept; it is made if it is missing.
         build: ``build(indices, seed)`` returns a module, freshly initialised by the seed, and the loader of the
             training examples with these indices, in ascending order.
-        test: the loader of the test examples, which have labels; or several, one after the other.
+        test: the loader of the test examples, which have labels, or a data set, which is put into batches as the
+            training examples are; or several in a list or a mapping, one after the other.
         n_train: number of training examples.
         trainer: a number of epochs, for a quiet trainer on one device, or a function that makes a new trainer for each
             fit.
@@ -67,11 +71,17 @@ class Retrainings:
         self.n_train = n_train
         self._build = build
         self._fit = trainer
-        batches = batches_of(test)
-        self.n_test = n_examples(batches)
-        self._observed = Observed(batches)
-        self._task: dict[str, Any] = {"n_train": n_train, "n_test": self.n_test, "test": fingerprint(batches)}
-        self._is_whole_task = False
+        held = held_out(test, lambda: self.built_on_few[1])
+        self.n_test = len(held)
+        self._observed = Observed(held)
+        self._task: dict[str, Any] = {"n_train": n_train, "n_test": self.n_test, "test": held.fingerprint}
+
+    @cached_property
+    def built_on_few(self) -> tuple[pl.LightningModule, DataLoader[Any]]:
+        """A module that is not trained, and a loader of a few training examples from all over the training set."""
+        few = list(range(0, self.n_train, max(1, self.n_train // _FEW)))[:_FEW]
+        with apart():
+            return built(self._build, few, 0, self.n_train)
 
     def missing(self, subsets: Tensor, seeds: Sequence[int] = (0,)) -> int:
         """How many fits :meth:`run` would run.
@@ -101,31 +111,37 @@ class Retrainings:
                 what is trained on does not depend on the indices.
         """
         subsets = checked_subsets(subsets, self.n_train)
-        asked = _asked(subsets, seeds)
-        self.folder.check(self._task)
-        left = [each for each in asked if not self.folder.has(each)]
-        if left:
-            self._know_whole_task()
-            self.folder.claim(self._task)
-            done = [each for each in asked if self.folder.has(each)]
-            self._run_all(left, done)
-        found = [self.folder.read(each) for each in asked]
+        found = self.run_each(_asked(subsets, seeds))
         m = len(subsets)
         return Outcomes.of(subsets, seeds, [found[number::m] for number in range(m)])
 
+    def run_each(self, asked: Sequence[Retraining]) -> list[Outcome]:
+        """Run single retrainings, as far as that has not been done, in their order.
+
+        Args:
+            asked: subsets, each with the seed that goes with it.
+
+        Raises:
+            TypeError: as :meth:`run`.
+            ValueError: as :meth:`run`.
+        """
+        self.folder.check(self._task)
+        left = list({each.key: each for each in asked if not self.folder.has(each)}.values())
+        if left:
+            self._know_whole_task()
+            self.folder.claim(self._task)
+            self._run_all(left, [each for each in asked if self.folder.has(each)])
+        return [self.folder.read(each) for each in asked]
+
     def _know_whole_task(self) -> None:
         """Look at what is built: the training set and the module, which tell one task from another."""
-        if self._is_whole_task:
+        if "module" in self._task:
             return
-        probed = list(range(0, self.n_train, max(1, self.n_train // _PROBED)))[:_PROBED]
-        with apart():
-            module, loader = built(self._build, probed, 0, self.n_train)
-            train, _ = fingerprint_of(loader, look_of)
+        module, loader = self.built_on_few
+        train, _ = fingerprint_of(loader, look_of)
         n_weights = sum(each.numel() for each in module.parameters())
         fit = f"{self._fit} epochs" if isinstance(self._fit, int) else "a trainer of your own"
-        told = {"train": train, "module": f"a {type(module).__name__} of {n_weights} weights", "fit": fit}
-        self._task |= told
-        self._is_whole_task = True
+        self._task |= {"train": train, "module": f"a {type(module).__name__} of {n_weights} weights", "fit": fit}
 
     def _run_all(self, left: list[Retraining], done: list[Retraining]) -> None:
         """Run what is left, and wait for what other processes are at."""
