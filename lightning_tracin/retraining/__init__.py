@@ -9,18 +9,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_tracin.retraining.does_it_matter import does_it_matter
     from lightning_tracin.retraining.folder import stored_outcomes
     from lightning_tracin.retraining.outcomes import Outcomes
+    from lightning_tracin.retraining.removal_effect import RemovalEffect
     from lightning_tracin.retraining.retrainings import Retrainings
     from lightning_tracin.retraining.subsets import random_halves, without
+    from lightning_tracin.retraining.tail_patch import tail_patch_gains
 
-__all__ = ["Outcomes", "Retrainings", "random_halves", "stored_outcomes", "without"]
+__all__ = [
+    "Outcomes",
+    "RemovalEffect",
+    "Retrainings",
+    "does_it_matter",
+    "random_halves",
+    "stored_outcomes",
+    "tail_patch_gains",
+    "without",
+]
 
 _MODULES = {
     "Outcomes": "outcomes",
+    "RemovalEffect": "removal_effect",
     "Retrainings": "retrainings",
+    "does_it_matter": "does_it_matter",
     "random_halves": "subsets",
     "stored_outcomes": "folder",
+    "tail_patch_gains": "tail_patch",
     "without": "subsets",
 }
 

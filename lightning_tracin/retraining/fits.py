@@ -22,7 +22,8 @@ Build: TypeAlias = Callable[[Sequence[int], int], tuple[pl.LightningModule, Any]
 #: How a fit runs: so many epochs by a trainer that is quiet, or by the trainer that a function makes anew.
 Fit: TypeAlias = int | Callable[[], pl.Trainer]
 
-_QUIET = {
+#: A trainer's options, by which it writes and prints nothing, on one device.
+QUIET: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
@@ -95,7 +96,7 @@ def fitted(fit: Fit, module: pl.LightningModule, loader: DataLoader[Any]) -> pl.
         TypeError: if the function that was to make a trainer made none, or one of the other of Lightning's packages.
         ValueError: if the trainer works with several processes.
     """
-    trainer = lightning_of(module).Trainer(max_epochs=fit, **_QUIET) if isinstance(fit, int) else fit()
+    trainer = lightning_of(module).Trainer(max_epochs=fit, **QUIET) if isinstance(fit, int) else fit()
     if not isinstance(trainer, lightning_of(module).Trainer):
         raise TypeError(
             f"trainer() must return a {lightning_of(module).__name__}.Trainer, which the module belongs to, but "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_tracin.bridge.compat import batch_to_device
 from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, last_layer_of, losses_of
 from lightning_tracin.gradients.capture import without_inference_tensors
 from lightning_tracin.gradients.eval_mode import gradients_enabled
@@ -56,6 +57,18 @@ class Observed:
                 found.append(self._said(module, without_inference_tensors(batch)))
 
         predict_by(step, trainer, module, _Copies(self._batches), None, callbacks=[])
+        return self._joined(found)
+
+    def outcome_now(self, trainer: pl.Trainer, module: pl.LightningModule) -> Outcome:
+        """What a module says in the middle of a pass that has put it on its device and in eval mode.
+
+        Raises:
+            ValueError: if there is not one finite loss for each example.
+        """
+        batches = (batch_to_device(trainer, module, batch) for batch in _Copies(self._batches))
+        return self._joined([self._said(module, batch) for batch in batches])
+
+    def _joined(self, found: list[tuple[Tensor, Tensor | None]]) -> Outcome:
         losses = torch.cat([each for each, _ in found])[self._places]
         bad = (~losses.isfinite()).nonzero().flatten()
         if len(bad):

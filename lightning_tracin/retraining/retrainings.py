@@ -79,9 +79,16 @@ class Retrainings:
     @cached_property
     def built_on_few(self) -> tuple[pl.LightningModule, DataLoader[Any]]:
         """A module that is not trained, and a loader of a few training examples from all over the training set."""
-        few = list(range(0, self.n_train, max(1, self.n_train // _FEW)))[:_FEW]
+        return self._built(list(range(0, self.n_train, max(1, self.n_train // _FEW)))[:_FEW])
+
+    @property
+    def built_on_all(self) -> tuple[pl.LightningModule, DataLoader[Any]]:
+        """A module that is not trained, and a loader of all training examples."""
+        return self._built(list(range(self.n_train)))
+
+    def _built(self, indices: list[int]) -> tuple[pl.LightningModule, DataLoader[Any]]:
         with apart():
-            return built(self._build, few, 0, self.n_train)
+            return built(self._build, indices, 0, self.n_train)
 
     def missing(self, subsets: Tensor, seeds: Sequence[int] = (0,)) -> int:
         """How many fits :meth:`run` would run.

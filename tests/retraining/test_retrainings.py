@@ -105,11 +105,11 @@ def test_the_caller_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     monkeypatch.setenv("PL_SEED_WORKERS", "1")
     level = logging.getLogger("pytorch_lightning").level
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    expected = random.random(), np.random.rand(), torch.rand(3).tolist()
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
+    expected = random.random(), np.random.rand(), torch.rand(3).tolist()  # noqa: NPY002
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
     retrainings(tmp_path).run(HALVES[:1])
-    assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == expected
+    assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == expected  # noqa: NPY002
     assert "PL_GLOBAL_SEED" not in os.environ
     assert os.environ["PL_SEED_WORKERS"] == "1"
     assert logging.getLogger("pytorch_lightning").level == level
@@ -334,7 +334,7 @@ def test_halves_are_random_parts_of_one_size():
     assert 0.1 < halves.float().mean(0).mean() < 0.4
     assert not torch.equal(halves, random_halves(100, 30, share=0.25, seed=1))
     for wrong in ({"n": 0}, {"n": 1, "share": 1.0}, {"n": 1, "share": 0.0}):
-        with pytest.raises(ValueError, match="must be at least 1|must keep some"):
+        with pytest.raises(ValueError, match=r"must be at least 1|must keep some"):
             random_halves(100, **wrong)
 
 
