@@ -26,8 +26,8 @@ def epochs_of(trace: Trace | None) -> int:
     checkpoints = [] if trace is None else trace.checkpoints
     if not checkpoints:
         raise ValueError(
-            "It is not known how long the fit trained: there is no trace with checkpoints. Pass a number of epochs, or a "
-            "function that makes a trainer, as trainer=...."
+            "It is not known how long the fit trained: there is no trace with checkpoints. Pass a number of epochs, or "
+            "a function that makes a trainer, as trainer=...."
         )
     return checkpoints[-1].epoch + 1
 
@@ -59,8 +59,8 @@ def check_training_set(trace: Trace | None, loader: DataLoader[Any]) -> None:
     training_set = TrainingSet(loader)
     if (len(training_set), training_set.fingerprint()) != (trace.n_train, trace.data_fingerprint):
         rank_zero_warn(
-            f"build gives other training examples than those of the trace in {trace.path}, or the same in another form: "
-            "where index i is another example here than there, retraining says nothing of the scores."
+            f"build gives other training examples than those of the trace in {trace.path}, or the same in another "
+            "form: where index i is another example here than there, retraining says nothing of the scores."
         )
 
 

@@ -106,10 +106,8 @@ class _TailPatch:
 
     def run(self, loader: Any) -> None:
         """Take a step on each of a loader's batches."""
-        with (
-            attribute_set(self._module, "training_step", self._step),
-            attribute_set(self._module, "automatic_optimization", False),
-        ):
+        self._module.automatic_optimization = False
+        with attribute_set(self._module, "training_step", self._step):
             self._trainer.fit(self._module, loader)
 
     def _step(self, batch: Any, batch_idx: int) -> None:
