@@ -355,8 +355,9 @@ class Fit:
         for steps in self.steps:
             module = build(self.drawn)
             module.load_state_dict(self.seen.weights[steps.stop])
-            losses = [float(module.double().eval().influence_loss(batch)) for batch in DataLoader(self.train)]
-            residuals = 1 - torch.tensor(losses, dtype=torch.float64).neg().exp()
+            with torch.no_grad():
+                losses = torch.cat([module.double().influence_loss(batch) for batch in DataLoader(self.train)])
+            residuals = 1 - losses.neg().exp()
             found.append(math.sqrt(float(residuals[self.counted(steps)].mean())))
         return found
 
