@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -51,8 +52,8 @@ def test_each_part_is_divided_by_the_deviation_of_its_scores(folder, k):
     expected = sum(mix * scores / scores.std(correction=0) for mix, scores in zip(SUM.mix, parts, strict=True))
     for side, largest in (("proponents", True), ("opponents", False)):
         found = getattr(result, side)(4)
-        torch.testing.assert_close(found.values.double(), expected.topk(4, largest=largest).values)
-        torch.testing.assert_close(found.values.double(), expected.gather(1, found.indices))
+        torch.testing.assert_close(found.values, expected.topk(4, largest=largest).values.float())
+        torch.testing.assert_close(found.values, expected.gather(1, found.indices).float())
 
 
 def test_words_add_up_to_the_share_of_their_part(folder):
@@ -163,15 +164,21 @@ class TestSelfInfluence:
         apart = own.double() - last / last.std(correction=0)
         torch.testing.assert_close(apart, apart[:1].expand(N_TRAIN), rtol=1e-4, atol=1e-5)
 
-    def test_labels_are_reviewed_by_it(self, folder):
-        cosines = TracInSum((TracInWE(normalize="cosine"), TracInLast(normalize="cosine")))
-        result = ask(folder, cosines)
+    def test_labels_are_reviewed_by_it_without_a_last_layer(self, tmp_path):
+        """The scales of cosines are none of products."""
+        fitted(tmp_path / "trace", methods=("tracin-we", "hidden"))
+        cosines = TracInSum((TracInWE(normalize="cosine"), TracInLayer("hidden", normalize="cosine")))
+        result = ask(tmp_path / "trace", cosines)
         with pytest.raises(ValueError, match="every example has the same influence on itself"):
             result.self_influence()
-        plain = TracInSum((TracInWE(), TracInLast()))
-        expected = quiet().self_influence(trace=folder, method=plain)
-        found = result.label_issues().self_influence
-        torch.testing.assert_close(torch.as_tensor(found), expected.sort(descending=True).values[: len(found)])
+        plain = TracInSum((TracInWE(), TracInLayer("hidden")))
+        expected = quiet().self_influence(trace=tmp_path / "trace", method=plain).sort(descending=True).values
+        result.save(tmp_path / "result.safetensors")
+        shutil.rmtree(tmp_path / "trace")
+        issues = InfluenceResult.load(tmp_path / "result.safetensors").label_issues()
+        assert issues.method == "(TracIn-WE) / σ + (TracIn at hidden) / σ"
+        found = torch.tensor([each.self_influence for each in issues.issues])
+        torch.testing.assert_close(found, expected[: len(found)])
 
 
 def test_a_log_goes_on_where_a_part_says_nothing_yet(tmp_path):
