@@ -181,7 +181,7 @@ def plot_dots(
         ax.errorbar(middle, places, xerr=ends, fmt="o", markersize=4, linewidth=1.2, color=colour, label=group.name)
     ax.axvline(0, color="black", linewidth=0.8)
     _name_bars(ax, names)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _label(ax, title, xlabel=xlabel)
     return fig, ax
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.retraining.folder import Retraining
 from lightning_tracin.retraining.tf_idf import tf_idf_cosines
 from lightning_tracin.storage.trace import Trace
 
@@ -51,6 +52,14 @@ class Removals:
         found = {name: ways[name]() for name in (PROPONENTS, *against)}
         #: By name, (n, n_seeds, k) int64; -1 for a test example that there are not enough for.
         self.chosen = {name: chosen for name, chosen in found.items() if chosen is not None}
+
+    def without(self, chosen: Tensor, seed: int) -> Retraining | None:
+        """The retraining without some training examples, (k,); None where there are not enough of them (-1)."""
+        if int(chosen[0]) < 0:
+            return None
+        kept = self.drawn.clone()
+        kept[chosen] = False
+        return Retraining(kept, seed)
 
     def _proponents(self) -> Tensor:
         indices = self._result.proponents(self._k).indices[self._rows]

@@ -74,22 +74,12 @@ def does_it_matter(
         removals = Removals(result, rows, k, seeds, against)
         base = [Retraining(removals.drawn, seed) for seed in range(seeds)]
         asked = {
-            name: [
-                [_without(removals.drawn, chosen, seed) for seed, chosen in enumerate(of_test)] for of_test in chosen
-            ]
+            name: [[removals.without(chosen, seed) for seed, chosen in enumerate(of_test)] for of_test in chosen]
             for name, chosen in removals.chosen.items()
         }
         wanted = [*base, *(each for of_name in asked.values() for of_test in of_name for each in of_test if each)]
         found = dict(zip((each.key for each in wanted), runs.run_each(wanted), strict=True))
     return _effect(result, rows, k, found, (base, asked), removals.notes)
-
-
-def _without(drawn: Tensor, chosen: Tensor, seed: int) -> Retraining | None:
-    if int(chosen[0]) < 0:
-        return None
-    kept = drawn.clone()
-    kept[chosen] = False
-    return Retraining(kept, seed)
 
 
 def _effect(
