@@ -53,11 +53,20 @@ def check_training_set(trace: Trace | None, loader: DataLoader[Any]) -> None:
     Args:
         trace: of the scores; None where it is not there.
         loader: of all training examples, as they are built.
+
+    Raises:
+        ValueError: if there are fewer.
     """
     if trace is None:
         return
-    training_set = TrainingSet(loader)
-    if (len(training_set), training_set.fingerprint()) != (trace.n_train, trace.data_fingerprint):
+    try:
+        fingerprint = TrainingSet(loader).fingerprint()
+    except IndexError as error:
+        raise ValueError(
+            f"The scores are of {trace.n_train} training examples, but build gives no such number of them: {error}. "
+            "Pass a result for the training set that build has."
+        ) from error
+    if fingerprint != trace.data_fingerprint:
         rank_zero_warn(
             f"build gives other training examples than those of the trace in {trace.path}, or the same in another "
             "form: where index i is another example here than there, retraining says nothing of the scores."

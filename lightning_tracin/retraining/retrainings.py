@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of
 from lightning_tracin.bridge.looks import look_of
-from lightning_tracin.retraining.fits import Build, Fit, apart, built, fitted, require_fit
+from lightning_tracin.retraining.fits import Build, Fit, apart, built, fitted, memory_freed, require_fit
 from lightning_tracin.retraining.folder import Retraining, RetrainingFolder
 from lightning_tracin.retraining.held_out import held_out
 from lightning_tracin.retraining.observed import Observed
@@ -157,28 +157,36 @@ class Retrainings:
         for each in done:
             compared.setdefault(each.seed, (each, self.folder.read(each).losses))
         is_told = False
-        with _progress(len(left)) as advance:
+        with _progress(len(left)) as advance, memory_freed() as free:
             while left:
-                is_waiting = True
+                n_left, started = len(left), time.monotonic()
                 for each in list(left):
-                    with self.folder.taken(each) as is_mine:
-                        if not is_mine:
-                            continue
-                        started = time.monotonic()
-                        if not self.folder.has(each):
-                            self._run(each, compared)
-                            if not is_told:
-                                took, is_told = time.monotonic() - started, True
-                                rank_zero_info(
-                                    f"The first retraining took {took:.1f} s, all {len(left)} take this process about "
-                                    f"{_duration(took * len(left))}."
-                                )
+                    state = self._take(each, compared)
+                    if state == "busy":
+                        continue
                     left.remove(each)
                     advance()
-                    is_waiting = False
-                left = [each for each in left if not self.folder.has(each)]
-                if left and is_waiting:
+                    if state == "run":
+                        free()
+                        if not is_told:
+                            _say_time(time.monotonic() - started, n_left)
+                        is_told = True
+                if len(left) == n_left:
                     time.sleep(_WAIT)
+
+    def _take(
+        self, retraining: Retraining, compared: dict[int, tuple[Retraining, Tensor]]
+    ) -> Literal["run", "there", "busy"]:
+        """Run a retraining, unless it is there, or another process is busy with it."""
+        if self.folder.has(retraining):
+            return "there"
+        with self.folder.taken(retraining) as is_mine:
+            if not is_mine:
+                return "busy"
+            if self.folder.has(retraining):  # since we looked
+                return "there"
+            self._run(retraining, compared)
+        return "run"
 
     def _run(self, retraining: Retraining, compared: dict[int, tuple[Retraining, Tensor]]) -> None:
         """Run one retraining, and keep what it gave."""
@@ -231,6 +239,11 @@ def _progress(total: int) -> Iterator[Any]:
     with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=600) as progress:
         task = progress.add_task("Retraining", total=total)
         yield lambda: progress.advance(task)
+
+
+def _say_time(took: float, n: int) -> None:
+    """Say after the first retraining how long all of them take."""
+    rank_zero_info(f"The first retraining took {took:.1f} s, all {n} take this process about {_duration(took * n)}.")
 
 
 def _duration(seconds: float) -> str:
