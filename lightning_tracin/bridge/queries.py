@@ -23,7 +23,7 @@ from lightning_tracin.parallel.fsdp import is_fsdp, local_weights_restored
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.methods import Method, word_part
-from lightning_tracin.scoring.score import PreparedTests, Scores, joined_scores, score
+from lightning_tracin.scoring.score import PreparedTests, Scores, joined_scores, score, with_scales
 from lightning_tracin.scoring.terms import Term, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
 from lightning_tracin.storage.common_tokens import common_tokens
@@ -123,18 +123,21 @@ class Queries:
         self.checkpoints.append(checkpoint)
         self._taken, self._captured, self._texts, self._predictions = [], [], [], []
 
-    def score(self, k: int | None, processes: Processes, device: torch.device) -> None:
-        """Multiply the gradients with the stored ones.
+    def score(self, k: int | None, processes: Processes, device: torch.device, *, strict: bool = True) -> None:
+        """Multiply the gradients with the stored ones; a sum whose scales are not known gets those of these examples.
 
         Args:
             k: keep only the k strongest proponents and opponents of each test example.
             processes: those that each score their share.
             device: what multiplies.
+            strict: refuse a sum of which one part's scores are all the same.
 
         Raises:
-            ValueError: if scores are not finite.
+            ValueError: if scores are not finite, or a part's are all the same.
         """
-        self.scores = score(PreparedTests(self.indices, self._terms, self._gradients), k, processes, device)
+        tests = PreparedTests(self.indices, self._terms, self._gradients)
+        self.method, tests = with_scales(self.method, tests, processes, device, strict=strict)
+        self.scores = score(tests, k, processes, device)
 
     def word_gradients(self) -> list[WordGradients]:
         """The prepared rows at each checkpoint that word terms are products of; none for a method without words."""

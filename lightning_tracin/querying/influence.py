@@ -130,6 +130,7 @@ def influence(
             for number, (owner, loader) in enumerate(loaders, start=1):
                 block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
                 block = _answered(query, ready, loader, n_kept, block_name, explained_of[owner])
+                query = replace(query, method=block.method)  # the scales of a sum are those of the first block
                 words = block.word_gradients()
                 gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
                 block.drop_gradients()

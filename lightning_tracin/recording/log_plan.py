@@ -14,8 +14,8 @@ from lightning_tracin.gradients.sites import Site
 from lightning_tracin.results.excluded_words import require_words
 from lightning_tracin.results.reader import RawText
 from lightning_tracin.scoring.methods import Method
-from lightning_tracin.scoring.naming import method_of, recorded_site
-from lightning_tracin.scoring.terms import require_stored
+from lightning_tracin.scoring.naming import method_of
+from lightning_tracin.scoring.terms import stored_site
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class LogPlan:
         tokenizer = tokenizer_of(module)
         if self.method is not None:
             for summand in self.method.summands:
-                require_stored(summand.method, recorded_site(summand.method, sites))
+                stored_site(summand.method, sites)
                 is_adam = any("betas" in group for optimizer in optimizers for group in optimizer.param_groups)
                 if summand.method.precondition == "adam" and not is_adam:
                     raise ValueError(

@@ -142,7 +142,8 @@ class ValidationLog:
                             )
                         test.take(captured, [place], row)
                     test.finish_checkpoint(checkpoint, processes)
-        test.score(min(self._k, self._trace.n_train), processes, trainer.strategy.root_device)
+        # A layer that training has not moved yet gives scores of 0: that ends no recording.
+        test.score(min(self._k, self._trace.n_train), processes, trainer.strategy.root_device, strict=False)
         result = result_of([test], [test.word_gradients()], Scratch())
         result.test_indices = torch.tensor([each.index for each in validation.examples])
         result.predictions = torch.tensor([each.prediction for each in validation.examples], dtype=torch.float64)

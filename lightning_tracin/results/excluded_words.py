@@ -53,7 +53,7 @@ def require_words(method: Method, tokenizer: Any) -> None:
         ValueError: if there is no tokenizer, or not one of the words.
     """
     part = word_part(method)
-    named = set() if part is None else set(part[0].excluded.words) - {COMMON}
+    named = set() if part is None else set(part.excluded.words) - {COMMON}
     if not named:
         return
     if tokenizer is None:

@@ -192,6 +192,16 @@ def test_metrics(capsys):
     assert 0 <= trainer.callback_metrics["same class"] <= 1
 
 
+def test_retraining(known, capsys):
+    known |= {"News": News, "train_data": items(TRAIN), "collate": collate}
+    run("retraining", known)
+    printed = capsys.readouterr().out
+    assert "Test example 0: removing its 2 proponents" in printed
+    assert "To explain: fall of the target's probability without the 2 strongest proponents" in printed
+    assert "To weigh: LDS: rank correlation of summed scores with 8 retrainings on halves" in printed
+    assert known["found"].losses.shape == (8, 2, 3)
+
+
 def named(call: ast.Call) -> object:
     """What an example calls, if it is of this package."""
     function = call.func
