@@ -131,6 +131,12 @@ def tokens(n: int) -> DataLoader:
     return DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=2)
 
 
+def test_methods(known):
+    run("methods", known)
+    assert known["again"].method == known["result"].method
+    assert torch.equal(known["again"].scores, known["result"].scores)
+
+
 def test_words(known, capsys):
     run("words", known)
     assert "Test example 0" in capsys.readouterr().out
