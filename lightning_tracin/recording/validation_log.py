@@ -27,6 +27,7 @@ from lightning_tracin.report.explanation import Example, Explanation
 from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.results.reader import RawText
 from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.scoring.kernels import kernels_of
 from lightning_tracin.scoring.naming import method_at
 from lightning_tracin.scoring.terms import sites_of
 from lightning_tracin.storage.checkpoint import Checkpoint
@@ -124,7 +125,9 @@ class ValidationLog:
                             )
                         test.take(captured, [place], row)
                     test.finish_checkpoint(checkpoint, processes)
-        test.score(min(self._k, self._trace.n_train), processes, trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        kernels = kernels_of(test.method, processes, device, keep=False)
+        test.score(min(self._k, self._trace.n_train), processes, device, kernels)
         result = result_of([test], [test.word_gradients()], Scratch())
         result.test_indices = torch.tensor([each.index for each in validation.examples])
         result.predictions = torch.tensor([each.prediction for each in validation.examples], dtype=torch.float64)

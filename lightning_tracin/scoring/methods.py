@@ -22,6 +22,7 @@ from lightning_tracin.gradients.sites import Site, last_site, words_site
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.scoring.excluded_tokens import ExcludedTokens
 from lightning_tracin.scoring.linear_products import dot_factors, dot_matrices, dot_weighted_factors
+from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.scoring.word_products import dot_words
 from lightning_tracin.storage.second_moments import SecondMoments
 
@@ -317,12 +318,12 @@ class TracInSum:
         return tuple(Summand(method, factor) for method, factor in zip(self.parts, factors, strict=True))
 
 
-Method: TypeAlias = TracInWE | TracInLast | TracInLayer | TracInSum
+Method: TypeAlias = TracInWE | TracInLast | TracInLayer | TracInSum | TracInRidge
 
 
 def word_part(method: Method) -> tuple[TracInWE, float] | None:
     """The TracInWE in a method, which has word terms, and its factor; None if there is none."""
-    for summand in method.summands:
+    for summand in () if isinstance(method, TracInRidge) else method.summands:
         if isinstance(summand.method, TracInWE):
             return summand.method, summand.factor
     return None

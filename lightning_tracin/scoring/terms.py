@@ -13,6 +13,8 @@ from lightning_tracin.gradients.sites import Gradients, Site
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.scoring.methods import Method, Side, SiteMethod
 from lightning_tracin.scoring.naming import recorded_site
+from lightning_tracin.scoring.residuals import residual_site
+from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.second_moments import SecondMoments, moments_file
 from lightning_tracin.storage.shards import Shards
@@ -133,4 +135,7 @@ def sites_of(method: Method, sites: Sequence[Site]) -> list[Site]:
     Raises:
         ValueError: if the fit did not record one of them.
     """
-    return list(dict.fromkeys(recorded_site(summand.method, sites) for summand in method.summands))
+    needed = [recorded_site(summand.method, sites) for summand in method.summands]
+    if isinstance(method, TracInRidge) and method.residual:
+        needed.append(residual_site(sites))
+    return list(dict.fromkeys(needed))

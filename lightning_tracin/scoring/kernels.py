@@ -1,0 +1,168 @@
+"""Kernels of all training examples with each other, factorised: what a dual ridge solves by at a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_tracin.gradients.rows import DTYPES
+from lightning_tracin.parallel.processes import Processes
+from lightning_tracin.scoring.free_memory import free_memory
+from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.ridge import TracInRidge
+from lightning_tracin.scoring.score import PreparedTests, score
+from lightning_tracin.scoring.terms import Term, terms_at
+from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.scratch import Scratch
+
+# Of the gradients, in float32, of training examples that are compared with all others at once.
+_ROWS_BYTES = 64 * 2**20
+
+# A kernel, and the factor that takes its place.
+_BYTES_PER_PAIR = 8
+
+
+@dataclass(frozen=True)
+class Dual:
+    """A ridge regression at one checkpoint, ready to be solved.
+
+    Attributes:
+        drawn: (n,) int64, the training examples that training drew before the checkpoint.
+        terms: of the kernel, with weights that add up to 1.
+        weight: how much the checkpoint counts.
+        shift: a, what is added to the diagonal.
+        factor: (n, n) float32, the lower Cholesky factor of U[train, train] + a I; None in all processes but the first.
+    """
+
+    drawn: Tensor
+    terms: Sequence[Term]
+    weight: float
+    shift: float
+    factor: Tensor | None
+
+    def solved(self, products: Tensor) -> Tensor:
+        """(n, m) a (U + a I)⁻¹ products, of products (n, m); in the first process."""
+        assert self.factor is not None
+        return self.shift * torch.cholesky_solve(products, self.factor)
+
+    def on_themselves(self) -> Tensor:
+        """(n,) the diagonal of a (U + a I)⁻¹ U, which is a (I - a (U + a I)⁻¹); in the first process."""
+        assert self.factor is not None
+        return self.shift * (1 - self.shift * torch.cholesky_inverse(self.factor).diagonal())
+
+
+class Kernels:
+    """The factorised kernels at the checkpoints of one query.
+
+    Args:
+        method: asks for them.
+        processes: share the products; every one of them must ask alike. The first one factorises.
+        device: what multiplies gradients.
+        keep: whether a checkpoint is asked for again, by another block of test examples: then its factor lies in a
+            temporary file in between.
+    """
+
+    def __init__(self, method: TracInRidge, processes: Processes, device: torch.device, *, keep: bool) -> None:
+        self.method = method
+        self.processes = processes
+        self.device = device
+        self._scratch = Scratch() if keep else None
+        self._kept: dict[str, Dual | None] = {}
+
+    def at(self, checkpoint: Checkpoint) -> Dual | None:
+        """The regression at a checkpoint; None where it has no training examples, or does not count.
+
+        Raises:
+            ValueError: if the kernel cannot be factorised, or a file of the trace is damaged.
+        """
+        if checkpoint.id in self._kept:
+            return self._kept[checkpoint.id]
+        dual = self._dual(checkpoint)
+        if self._scratch is not None:
+            if dual is not None and dual.factor is not None:
+                # LAPACK has columns one after the other, safetensors rows.
+                dual = replace(dual, factor=self._scratch.put_tensor(dual.factor.mT).mT)
+            self._kept[checkpoint.id] = dual
+        return dual
+
+    def _dual(self, checkpoint: Checkpoint) -> Dual | None:
+        terms, drawn = terms_at(checkpoint, self.method), drawn_at(checkpoint)
+        weight = sum(term.weight for term in terms)
+        if not len(drawn) or weight == 0:
+            return None
+        terms = [replace(term, weight=term.weight / weight) for term in terms]
+        shift = self.method.alpha * len(drawn)
+        kernel = self._kernel(terms, drawn)
+        if kernel is None:
+            return Dual(drawn, terms, weight, shift, None)
+        kernel.diagonal().add_(shift)
+        factor, info = torch.linalg.cholesky_ex(kernel)
+        if int(info):
+            raise ValueError(
+                f"The kernel of {len(drawn)} training examples at step {checkpoint.step} cannot be factorised in "
+                f"float32 with alpha={self.method.alpha:g}. Use a larger alpha."
+            )
+        return Dual(drawn, terms, weight, shift, factor)
+
+    def _kernel(self, terms: Sequence[Term], drawn: Tensor) -> Tensor | None:
+        """(n, n) float32 products of the drawn training examples with each other; in the first process."""
+        kernel = torch.empty(len(drawn), len(drawn)) if self.processes.first else None
+        start = 0
+        for chunk in drawn.split(_rows_at_once(terms)):
+            gradients = [term.prepared(term.shards.read_examples(chunk.tolist()), "test") for term in terms]
+            rows = score(PreparedTests(chunk, terms, gradients), None, self.processes, self.device).scores
+            assert rows is not None
+            if kernel is not None:
+                torch.index_select(rows, 1, drawn, out=kernel[start : start + len(chunk)])
+            start += len(chunk)
+        return kernel
+
+
+def drawn_at(checkpoint: Checkpoint) -> Tensor:
+    """The indices of the examples that training drew since the checkpoint before, or of all if that is not known."""
+    drawn = checkpoint.drawn()
+    return torch.arange(checkpoint.header.n_train) if drawn is None else torch.nonzero(drawn)[:, 0]
+
+
+def kernels_of(method: Method, processes: Processes, device: torch.device, *, keep: bool) -> Kernels | None:
+    """The kernels of a method that is a ridge; None for others."""
+    return Kernels(method, processes, device, keep=keep) if isinstance(method, TracInRidge) else None
+
+
+def require_kernels(method: Method, checkpoints: Sequence[Checkpoint], processes: Processes) -> None:
+    """As :func:`require_memory`, in the first process, if a method is a ridge; a kernel is of one checkpoint."""
+    if isinstance(method, TracInRidge) and processes.first:
+        require_memory(max((len(drawn_at(checkpoint)) for checkpoint in checkpoints), default=0))
+
+
+def require_memory(n_train: int) -> None:
+    """Say what memory a kernel takes, and check that there is as much.
+
+    Args:
+        n_train: the number of training examples.
+
+    Raises:
+        ValueError: if there is not; the message says what to do.
+    """
+    needed, free = _BYTES_PER_PAIR * n_train**2, free_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"TracInRidge compares {n_train:,} training examples with each other, which takes {needed / 1e9:.1f} GB of "
+            f"memory, but {free / 1e9:.1f} GB are free: enough for {int((free / _BYTES_PER_PAIR) ** 0.5):,} examples. "
+            "Ask by the method inside it, without the ridge; or fit on fewer examples, or where there is more memory."
+        )
+    of = "" if free is None else f", of {free / 1e9:.1f} GB that are free"
+    rank_zero_info(
+        f"TracInRidge: the kernel of {n_train:,} training examples takes {needed / 1e9:.2g} GB of memory{of}."
+    )
+
+
+def _rows_at_once(terms: Sequence[Term]) -> int:
+    """How many training examples are compared with all others at once."""
+    header = terms[0].checkpoint.header
+    stored = sum(term.shards.nbytes for term in terms) / header.n_train
+    return max(1, int(_ROWS_BYTES / max(1.0, stored * 4 / DTYPES[header.dtype].itemsize)))
