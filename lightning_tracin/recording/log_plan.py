@@ -82,7 +82,7 @@ class LogPlan:
                     )
             sites_of(self.method, sites)
             if isinstance(self.method, TracInRidge):
-                require_memory(n_train)
+                require_memory(self.method, n_train)
             if not has_own_words(module):
                 require_words(self.method, tokenizer)
         if self.train is None and self.val is None:

@@ -14,6 +14,7 @@ from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.scoring.free_memory import free_memory
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.ridge import TracInRidge
+from lightning_tracin.scoring.ridge_solvers import Landmarks, Solver, WholeKernel
 from lightning_tracin.scoring.score import PreparedTests, score
 from lightning_tracin.scoring.terms import Term, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint
@@ -22,8 +23,8 @@ from lightning_tracin.storage.scratch import Scratch
 # Of the gradients, in float32, of training examples that are compared with all others at once.
 _ROWS_BYTES = 64 * 2**20
 
-# A kernel, and the factor that takes its place.
-_BYTES_PER_PAIR = 8
+# A kernel and its factor, or the columns at landmarks and their products; and of landmarks alone, in float64.
+_BYTES_PER_PAIR, _BYTES_PER_LANDMARKS = 8, 32
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,13 @@ class Dual:
         drawn: (n,) int64, the training examples that training drew before the checkpoint.
         terms: of the kernel, with weights that add up to 1.
         weight: how much the checkpoint counts.
-        shift: a, what is added to the diagonal.
-        factor: (n, n) float32, the lower Cholesky factor of U[train, train] + a I; None in all processes but the first.
+        solver: what solves it, in the first process; None in the others.
     """
 
     drawn: Tensor
     terms: Sequence[Term]
     weight: float
-    shift: float
-    factor: Tensor | None
-
-    def solved(self, products: Tensor) -> Tensor:
-        """(n, m) a (U + a I)⁻¹ products, of products (n, m); in the first process."""
-        assert self.factor is not None
-        return self.shift * torch.cholesky_solve(products, self.factor)
-
-    def on_themselves(self) -> Tensor:
-        """(n,) the diagonal of a (U + a I)⁻¹ U, which is a (I - a (U + a I)⁻¹); in the first process."""
-        assert self.factor is not None
-        return self.shift * (1 - self.shift * torch.cholesky_inverse(self.factor).diagonal())
+    solver: Solver | None
 
 
 class Kernels:
@@ -83,9 +72,8 @@ class Kernels:
             return self._kept[checkpoint.id]
         dual = self._dual(checkpoint)
         if self._scratch is not None:
-            if dual is not None and dual.factor is not None:
-                # LAPACK has columns one after the other, safetensors rows.
-                dual = replace(dual, factor=self._scratch.put_tensor(dual.factor.mT).mT)
+            if dual is not None and dual.solver is not None:
+                dual = replace(dual, solver=dual.solver.kept(self._scratch))
             self._kept[checkpoint.id] = dual
         return dual
 
@@ -96,30 +84,30 @@ class Kernels:
             return None
         terms = [replace(term, weight=term.weight / weight) for term in terms]
         shift = self.method.alpha * len(drawn)
-        kernel = self._kernel(terms, drawn)
-        if kernel is None:
-            return Dual(drawn, terms, weight, shift, None)
-        kernel.diagonal().add_(shift)
-        factor, info = torch.linalg.cholesky_ex(kernel)
-        if int(info):
-            raise ValueError(
-                f"The kernel of {len(drawn)} training examples at step {checkpoint.step} cannot be factorised in "
-                f"float32 with alpha={self.method.alpha:g}. Use a larger alpha."
-            )
-        return Dual(drawn, terms, weight, shift, factor)
+        n_landmarks = self.method.landmarks
+        solver: Solver | None = None
+        if n_landmarks is None or n_landmarks >= len(drawn):
+            kernel = self._rows(terms, drawn, drawn)
+            solver = None if kernel is None else WholeKernel.of(kernel, shift)
+        else:
+            # Drawn at random, and the same in every process and at every query.
+            places = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:n_landmarks].sort().values
+            rows = self._rows(terms, drawn[places], drawn)
+            solver = None if rows is None else Landmarks.of(rows.T, places, shift)
+        return Dual(drawn, terms, weight, solver)
 
-    def _kernel(self, terms: Sequence[Term], drawn: Tensor) -> Tensor | None:
-        """(n, n) float32 products of the drawn training examples with each other; in the first process."""
-        kernel = torch.empty(len(drawn), len(drawn)) if self.processes.first else None
+    def _rows(self, terms: Sequence[Term], examples: Tensor, drawn: Tensor) -> Tensor | None:
+        """(n_examples, n) float32 products of training examples with all that were drawn; in the first process."""
+        products = torch.empty(len(examples), len(drawn)) if self.processes.first else None
         start = 0
-        for chunk in drawn.split(_rows_at_once(terms)):
+        for chunk in torch.split(examples, _rows_at_once(terms)):
             gradients = [term.prepared(term.shards.read_examples(chunk.tolist()), "test") for term in terms]
             rows = score(PreparedTests(chunk, terms, gradients), None, self.processes, self.device).scores
             assert rows is not None
-            if kernel is not None:
-                torch.index_select(rows, 1, drawn, out=kernel[start : start + len(chunk)])
+            if products is not None:
+                torch.index_select(rows, 1, drawn, out=products[start : start + len(chunk)])
             start += len(chunk)
-        return kernel
+        return products
 
 
 def drawn_at(checkpoint: Checkpoint) -> Tensor:
@@ -136,28 +124,34 @@ def kernels_of(method: Method, processes: Processes, device: torch.device, *, ke
 def require_kernels(method: Method, checkpoints: Sequence[Checkpoint], processes: Processes) -> None:
     """As :func:`require_memory`, in the first process, if a method is a ridge; a kernel is of one checkpoint."""
     if isinstance(method, TracInRidge) and processes.first:
-        require_memory(max((len(drawn_at(checkpoint)) for checkpoint in checkpoints), default=0))
+        require_memory(method, max((len(drawn_at(checkpoint)) for checkpoint in checkpoints), default=0))
 
 
-def require_memory(n_train: int) -> None:
+def require_memory(method: TracInRidge, n_train: int) -> None:
     """Say what memory a kernel takes, and check that there is as much.
 
     Args:
+        method: says how much of it is needed.
         n_train: the number of training examples.
 
     Raises:
         ValueError: if there is not; the message says what to do.
     """
-    needed, free = _BYTES_PER_PAIR * n_train**2, free_memory()
+    columns = n_train if method.landmarks is None else min(method.landmarks, n_train)
+    needed, free = _BYTES_PER_PAIR * n_train * columns, free_memory()
+    if columns < n_train:
+        needed += _BYTES_PER_LANDMARKS * columns**2
     if free is not None and needed > free:
+        fitting = int(free / (2 * _BYTES_PER_PAIR * n_train))
         raise ValueError(
-            f"TracInRidge compares {n_train:,} training examples with each other, which takes {needed / 1e9:.1f} GB of "
-            f"memory, but {free / 1e9:.1f} GB are free: enough for {int((free / _BYTES_PER_PAIR) ** 0.5):,} examples. "
-            "Ask by the method inside it, without the ridge; or fit on fewer examples, or where there is more memory."
+            f"TracInRidge compares {n_train:,} training examples with {columns:,}, which takes {needed / 1e9:.1f} GB "
+            f"of memory, but {free / 1e9:.1f} GB are free. Approximate it by some of the examples, "
+            f"TracInRidge(..., landmarks={fitting}), ask by the method inside it, or fit on fewer examples."
         )
     of = "" if free is None else f", of {free / 1e9:.1f} GB that are free"
+    by = "" if columns == n_train else f" by {columns:,} landmarks"
     rank_zero_info(
-        f"TracInRidge: the kernel of {n_train:,} training examples takes {needed / 1e9:.2g} GB of memory{of}."
+        f"TracInRidge: the kernel of {n_train:,} training examples{by} takes {needed / 1e9:.2g} GB of memory{of}."
     )
 
 

@@ -138,7 +138,8 @@ def method_from_json(content: dict[str, Any]) -> Method:
             parts = [method_from_json(part) for part in msgspec.convert(options.get("parts"), list[Any])]
             return TracInSum(parts, msgspec.convert(options.get("mix"), list[float] | None))  # type: ignore[arg-type]
         if kind is TracInRidge:
-            numbers = {name: msgspec.convert(options[name], float) for name in ("alpha", "residual") if name in options}
+            kinds = {"alpha": float, "residual": float, "landmarks": int | None}
+            numbers = {name: msgspec.convert(options[name], kind) for name, kind in kinds.items() if name in options}
             return TracInRidge(options["method"], **numbers)
         if kind is TracInWE:
             excluded = _excluded_from_json(options.pop("exclude_tokens", []))
@@ -206,7 +207,8 @@ def described(method: Method) -> str:
     """
     if isinstance(method, TracInRidge):
         power = f", residual ** {method.residual:g}" if method.residual else ""
-        return f"ridge of ({described(method.method)}), alpha {method.alpha:g}{power}"  # type: ignore[arg-type]
+        by = f", {method.landmarks} landmarks" if method.landmarks else ""
+        return f"ridge of ({described(method.method)}), alpha {method.alpha:g}{power}{by}"  # type: ignore[arg-type]
     if isinstance(method, TracInSum):
         names = [f"({described(part)})" for part in method.parts]
         factors = [summand.factor for summand in method.summands]

@@ -37,15 +37,17 @@ class TracInRidge:
     logistic regression. As alpha grows, T becomes U, and the scores those of the method.
 
     The kernels take memory that grows with the square of the number of training examples, 8 bytes for each pair, which
-    is said before it is taken. A score is no sum over the words of a pair, so there are no word terms.
+    is said before it is taken; by landmarks, n times their number. A score is no sum over the words of a pair, so there
+    are no word terms.
 
     Args:
         method: whose cosines are meant: a TracInWE, TracInLast or TracInLayer with ``normalize="cosine"``, or a
             TracInSum of such, whose mix is scaled so that it adds up to 1.
-        alpha: how much is smoothed, in parts of the number of training examples; above 0. In float32 T has a relative
-            error of about 1e-7 / alpha.
+        alpha: how much is smoothed, in parts of the number of training examples; above 0.
         residual: the power of the residuals, which are read from the gradients at the last layer; 0 leaves them out,
             and needs no last layer.
+        landmarks: approximate the kernel by its columns at so many training examples, drawn at random (Nyström's
+            method; Williams and Seeger 2001), at least 1; None for all of it.
 
     Raises:
         ValueError: if an argument is not of this form.
@@ -59,6 +61,7 @@ class TracInRidge:
     method: _Summed
     alpha: float = 1 / 16
     residual: float = 0.5
+    landmarks: int | None = None
 
     def __post_init__(self) -> None:
         wanted = "a TracInWE, TracInLast, TracInLayer or TracInSum"
@@ -77,6 +80,8 @@ class TracInRidge:
             raise ValueError(f"alpha must be a finite number above 0, but got {self.alpha!r}.")
         if not (math.isfinite(self.residual) and self.residual >= 0):
             raise ValueError(f"residual must be a finite number, 0 or above, but got {self.residual!r}.")
+        if not (self.landmarks is None or (isinstance(self.landmarks, int) and self.landmarks >= 1)):
+            raise ValueError(f"landmarks must be None or a number of examples, at least 1, but got {self.landmarks!r}.")
 
     @property
     def summands(self) -> tuple[Any, ...]:

@@ -38,9 +38,9 @@ def ridge_scores(tests: PreparedTests, k: int | None, kernels: Kernels) -> Score
             continue
         of_tests = PreparedTests(tests.indices, dual.terms, gradients)
         products = score(of_tests, None, kernels.processes, kernels.device).scores
-        if kernels.processes.first:
+        if dual.solver is not None:
             assert products is not None
-            solved = dual.solved(products[:, dual.drawn].T).T
+            solved = dual.solver.solved(products[:, dual.drawn].T).T
             total[:, dual.drawn] += solved * _importances(dual, checkpoint, kernels.method)
     total = kernels.processes.gather(total if kernels.processes.first else None)[0]
     totals = torch.stack([total.clamp(min=0).sum(1), total.clamp(max=0).sum(1)], 1).double()
@@ -67,8 +67,8 @@ def self_influence_of(checkpoints: Sequence[Checkpoint], method: Method, process
     total = torch.zeros(checkpoints[0].header.n_train)
     for checkpoint in checkpoints:
         dual = kernels.at(checkpoint)
-        if dual is not None and processes.first:
-            total[dual.drawn] += dual.on_themselves() * _importances(dual, checkpoint, method)
+        if dual is not None and dual.solver is not None:
+            total[dual.drawn] += dual.solver.on_themselves() * _importances(dual, checkpoint, method)
     found: Tensor = processes.gather(total if processes.first else None)[0]
     return found
 

@@ -13,6 +13,7 @@ from toy import EPOCHS, N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts,
 from lightning_tracin import InfluenceResult, Trace, TracInLast, TracInLayer, TracInRidge, TracInSum, TracInWE
 from lightning_tracin.scoring import kernels as kernels_module
 from lightning_tracin.scoring.naming import method_from_json, method_to_json
+from lightning_tracin.scoring.ridge_solvers import WholeKernel
 
 WE = TracInWE(normalize="cosine")
 HIDDEN = TracInLayer("hidden", normalize="cosine")
@@ -20,6 +21,7 @@ METHODS = [
     TracInRidge(WE),
     TracInRidge(TracInLast(normalize="cosine"), alpha=0.5, residual=0),
     TracInRidge(TracInSum((WE, HIDDEN), mix=(1, 3)), alpha=0.01, residual=1),
+    TracInRidge(TracInSum((WE, HIDDEN), mix=(1, 3)), alpha=0.01, residual=1, landmarks=9),
 ]
 LAYERS = {TracInWE: "embedding", TracInLast: "head", TracInLayer: "hidden"}
 
@@ -58,12 +60,16 @@ def solved(ridge, checkpoint, drawn):
     weight = sum(each for each, _, _ in kernels)
     test, train = (sum(kernel[0] * kernel[side] for kernel in kernels) / weight for side in (1, 2))
     a = ridge.alpha * len(drawn)
-    inner = train[drawn][:, drawn]
+    inner, own_products = (train[drawn][:, drawn] for _ in range(2))
+    if ridge.landmarks is not None:  # Nyström: the kernel that is solved by has the rank of the landmarks
+        places = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[: ridge.landmarks]
+        inner = inner[:, places] @ torch.linalg.inv(inner[places][:, places]) @ inner[places]
+        own_products = inner
     inverse = torch.linalg.inv(inner + a * torch.eye(len(drawn), dtype=torch.float64))
     factors = weight * residuals(checkpoint)[drawn] ** ridge.residual
     scores, own = torch.zeros(N_TEST, N_TRAIN, dtype=torch.float64), torch.zeros(N_TRAIN, dtype=torch.float64)
     scores[:, drawn] = (a * inverse @ test[:, drawn].T).T * factors
-    own[drawn] = (a * inverse @ inner).diagonal() * factors
+    own[drawn] = (a * inverse @ own_products).diagonal() * factors
     return scores, own
 
 
@@ -110,8 +116,7 @@ def test_copies_share_what_they_say():
     """Ten copies of one example, and another as far away: by cosines the ten count ten times, here hardly more."""
     kernel = torch.ones(11, 11, dtype=torch.float64)
     kernel[10, :10] = kernel[:10, 10] = 0
-    dual = kernels_module.Dual(torch.arange(11), [], 1.0, 0.01, torch.linalg.cholesky(kernel + 0.01 * torch.eye(11)))
-    found = dual.solved(torch.ones(11, 1, dtype=torch.float64))[:, 0]
+    found = WholeKernel.of(kernel, 0.01).solved(torch.ones(11, 1, dtype=torch.float64))[:, 0]
     assert float(found[:10].sum()) == pytest.approx(0.01 * 10 / 10.01)  # s / (λ + a) of eigenvalue λ = 10
     assert float(found[10]) == pytest.approx(0.01 / 1.01)
 
@@ -197,7 +202,7 @@ def test_labels_are_reviewed_by_leverage(recorded):
 
 
 @pytest.mark.parametrize(
-    "method", [*METHODS, TracInRidge(TracInWE(exclude_tokens=(2, 3), normalize="cosine"))], ids=range(4)
+    "method", [*METHODS, TracInRidge(TracInWE(exclude_tokens=(2, 3), normalize="cosine"))], ids=range(5)
 )
 def test_json(method):
     assert method_from_json(method_to_json(method)) == method
@@ -217,8 +222,10 @@ def test_json(method):
         ({"method": WE, "alpha": 0}, "alpha must be"),
         ({"method": WE, "alpha": float("nan")}, "alpha must be"),
         ({"method": WE, "residual": -1}, "residual must be"),
+        ({"method": WE, "landmarks": 0}, "landmarks must be"),
+        ({"method": WE, "landmarks": 1.5}, "landmarks must be"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_what_is_no_ridge(options, message):
     with pytest.raises(ValueError, match=message):
@@ -239,7 +246,7 @@ def test_memory_is_told_before_it_is_taken(recorded, monkeypatch, caplog):
     assert f"TracInRidge: the kernel of {N_TRAIN} training examples takes" in caplog.text
     monkeypatch.setattr(kernels_module, "free_memory", lambda: 800)
     monkeypatch.setattr(kernels_module.Kernels, "_dual", None)
-    with pytest.raises(ValueError, match=r"20 training examples.*enough for 10 examples"):
+    with pytest.raises(ValueError, match=r"20 training examples with 20.*landmarks=2"):
         asked(recorded, METHODS[0])
 
 
