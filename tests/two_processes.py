@@ -17,7 +17,7 @@ METHODS = (
     "tracin-we",
     "tracin-last",
     TracInLayer("hidden"),
-    TracInSum((TracInWE(normalize="cosine"), TracInLayer("hidden")), mix=(1, 0.5)),
+    TracInSum((TracInWE(normalize="cosine", weights="residual"), TracInLayer("hidden")), mix=(1, 0.5)),
     TracInRidge(TracInSum((TracInWE(normalize="cosine"), TracInLayer("hidden", normalize="cosine")))),
 )
 CACHES = ("checkpoint", "training", "on_demand")

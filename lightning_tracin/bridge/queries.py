@@ -25,7 +25,7 @@ from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.kernels import Kernels
 from lightning_tracin.scoring.methods import Method, word_part
 from lightning_tracin.scoring.ridge_scores import ridge_scores
-from lightning_tracin.scoring.score import PreparedTests, Scores, joined_scores, score
+from lightning_tracin.scoring.score import PreparedTests, Scores, joined_scores, score, with_scales
 from lightning_tracin.scoring.terms import Term, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
 from lightning_tracin.storage.common_tokens import common_tokens
@@ -125,20 +125,33 @@ class Queries:
         self.checkpoints.append(checkpoint)
         self._taken, self._captured, self._texts, self._predictions = [], [], [], []
 
-    def score(self, k: int | None, processes: Processes, device: torch.device, kernels: Kernels | None = None) -> None:
-        """Multiply the gradients with the stored ones.
+    def score(
+        self,
+        k: int | None,
+        processes: Processes,
+        device: torch.device,
+        *,
+        kernels: Kernels | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Multiply the gradients with the stored ones; a sum whose scales are not known gets those of these examples.
 
         Args:
             k: keep only the k strongest proponents and opponents of each test example.
             processes: those that each score their share.
             device: what multiplies.
             kernels: of a method that is a ridge, also for other blocks of test examples.
+            strict: refuse a sum of which one part's scores are all the same.
 
         Raises:
-            ValueError: if scores are not finite.
+            ValueError: if scores are not finite, or a part's are all the same.
         """
         tests = PreparedTests(self.indices, self._terms, self._gradients)
-        self.scores = score(tests, k, processes, device) if kernels is None else ridge_scores(tests, k, kernels)
+        if kernels is not None:
+            self.scores = ridge_scores(tests, k, kernels)
+            return
+        self.method, tests = with_scales(self.method, tests, processes, device, strict=strict)
+        self.scores = score(tests, k, processes, device)
 
     def word_gradients(self) -> list[WordGradients]:
         """The prepared rows at each checkpoint that word terms are products of; none for a method without words."""

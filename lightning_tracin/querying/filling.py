@@ -26,7 +26,7 @@ from lightning_tracin.querying.passes import Pass, Query, attribute_set, run_pas
 from lightning_tracin.querying.steps import GradientStep
 from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.scoring.methods import Method
-from lightning_tracin.scoring.terms import sites_of, terms_at
+from lightning_tracin.scoring.terms import terms_at, training_sites_of
 from lightning_tracin.storage.checkpoint import Checkpoint, require_weights
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import remove_temporary, require_own
@@ -116,7 +116,7 @@ def _training_set(
 
 def _checkpoints_of_first(trace: Trace, method: Method, processes: Processes) -> list[Checkpoint]:
     """The trace's checkpoints, when this process sees those, and the gradients there, that the first one sees."""
-    sites = sites_of(method, trace.sites)
+    sites = training_sites_of(method, trace.sites)
     checkpoints = trace.checkpoints
 
     def stored() -> list[Any]:
@@ -139,7 +139,7 @@ def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoi
     """Check that the fit recorded what a method needs, as far as it is stored; the sites that it needs."""
     if not checkpoints:
         raise ValueError(f"The trace in {trace.path} has no checkpoint yet: there is nothing to score from.")
-    sites = sites_of(method, trace.sites)
+    sites = training_sites_of(method, trace.sites)
     for checkpoint in checkpoints:
         terms_at(checkpoint, method)  # raises where the method needs second moments and there are none
         for site in sites:

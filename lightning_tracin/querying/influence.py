@@ -39,6 +39,7 @@ from lightning_tracin.scoring.naming import method_of, require_not_constant
 from lightning_tracin.scoring.ridge_scores import self_influence_of
 from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.scoring.terms import sites_of
+from lightning_tracin.scoring.within_classes import within_classes_of
 from lightning_tracin.storage.checkpoint import Checkpoint, require_weights, undrawn
 from lightning_tracin.storage.scratch import Scratch
 from lightning_tracin.storage.trace import Trace
@@ -135,7 +136,8 @@ def influence(
                 block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
                 block = _taken(query, ready, loader, block_name, explained_of[owner])
                 with processes.synchronized():
-                    block.score(n_kept, processes, device, kernels)
+                    block.score(n_kept, processes, device, kernels=kernels)
+                query = replace(query, method=block.method)  # the scales of a sum are those of the first block
                 words = block.word_gradients()
                 gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
                 block.drop_gradients()
@@ -154,6 +156,7 @@ def self_influence(
     trace: str | Path | Trace | None = None,
     method: str | Method = "tracin-we",
     checkpoints: CheckpointChoice = None,
+    within_class: bool = False,
 ) -> Tensor:
     """Every training example's influence on itself: high for mislabelled and for atypical examples.
 
@@ -165,12 +168,17 @@ def self_influence(
         trace: see :func:`influence`.
         method: see :func:`influence`.
         checkpoints: see :func:`influence`.
+        within_class: compare with examples of the same label: how many standard deviations an example's self-influence
+            is above their mean. It shows what is atypical of each class where one class has higher values than
+            another; flipped labels are found better without.
 
     Returns:
-        (n_train,) float32: the diagonal of the training examples' scores on themselves.
+        (n_train,) float32: the diagonal of the training examples' scores on themselves; with ``within_class`` NaN for
+        examples without a label, or that training never drew.
 
     Raises:
-        ValueError: see :func:`influence`; or if it is the same for every example, as with ``normalize="cosine"``.
+        ValueError: see :func:`influence`; or if it is the same for every example, as with ``normalize="cosine"``;
+            or if there are no classes to compare within.
         BlockingIOError: see :func:`influence`.
     """
     chosen = method_of(method)
@@ -179,7 +187,8 @@ def self_influence(
     with left_as_found(trainer):
         query, ready = ready_training(trainer, chosen, training)
         with query.processes.synchronized():
-            return self_influence_of(ready, query.method, query.processes)
+            found = self_influence_of(ready, query.method, query.processes)
+            return within_classes_of(query.trace, ready, found) if within_class else found
 
 
 def _taken(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, block_name: str, target: Target) -> Queries:

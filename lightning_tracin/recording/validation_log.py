@@ -127,7 +127,8 @@ class ValidationLog:
                     test.finish_checkpoint(checkpoint, processes)
         device = trainer.strategy.root_device
         kernels = kernels_of(test.method, processes, device, keep=False)
-        test.score(min(self._k, self._trace.n_train), processes, device, kernels)
+        # A layer that training has not moved yet gives scores of 0: that ends no recording.
+        test.score(min(self._k, self._trace.n_train), processes, device, kernels=kernels, strict=False)
         result = result_of([test], [test.word_gradients()], Scratch())
         result.test_indices = torch.tensor([each.index for each in validation.examples])
         result.predictions = torch.tensor([each.prediction for each in validation.examples], dtype=torch.float64)

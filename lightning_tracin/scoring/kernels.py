@@ -82,7 +82,7 @@ class Kernels:
         weight = sum(term.weight for term in terms)
         if not len(drawn) or weight == 0:
             return None
-        terms = [replace(term, weight=term.weight / weight) for term in terms]
+        terms = [replace(term, factor=term.factor / weight) for term in terms if term.factor is not None]
         shift = self.method.alpha * len(drawn)
         n_landmarks = self.method.landmarks
         solver: Solver | None = None

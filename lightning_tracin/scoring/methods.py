@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -29,6 +29,7 @@ from lightning_tracin.storage.second_moments import SecondMoments
 Side: TypeAlias = Literal["test", "train"]
 Normalize: TypeAlias = Literal["train", "cosine"] | None
 Precondition: TypeAlias = Literal["adam"] | None
+Weights: TypeAlias = Literal["learning-rate", "equal", "residual"]
 _Linear: TypeAlias = FactorGradients | MatrixGradients
 
 _MOST = 2**62  # Larger numbers do not fit into a tensor.
@@ -44,6 +45,10 @@ class SiteMethod(Protocol):
     @property
     def precondition(self) -> Precondition:
         """The second moments that products are divided by: "adam", or None."""
+
+    @property
+    def weights(self) -> Weights:
+        """How checkpoints count: by their "learning-rate", "equal", or by the "residual" of training."""
 
     def site_in(self, sites: Sequence[Site]) -> Site | None:
         """The site at which the method needs gradients; None if it is not among those that were recorded."""
@@ -70,11 +75,11 @@ class Summand:
 
     Attributes:
         method: the method.
-        factor: the factor, 1 by default.
+        factor: the factor, 1 by default; None where the scale that it is divided by is yet to be measured.
     """
 
     method: SiteMethod
-    factor: float = 1.0
+    factor: float | None = 1.0
 
 
 @dataclass(frozen=True)
@@ -93,19 +98,26 @@ class TracInWE:
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
             checkpoint. Norms are taken after excluding tokens, preconditioning and selecting top words.
         precondition: "adam" divides each product by the root of Adam's bias-corrected second moment of that weight.
+        weights: how checkpoints count, that is, what stands for η_i. "learning-rate", the mean learning rate since the
+            checkpoint before; "equal", 1; "residual", the root of the mean over the training examples of 1 - p(label)
+            there, from the gradients of the last layer (for other losses see
+            :func:`~lightning_tracin.scoring.residuals.residuals_at`).
 
     Raises:
         ValueError: if an option has another value.
 
     Example:
-        >>> TracInWE(top_words=10, exclude_tokens=("special", "common"))
-        TracInWE(top_words=10, exclude_tokens=('special', 'common'), normalize=None, precondition=None)
+        >>> TracInWE(normalize="cosine", weights="residual").weights
+        'residual'
+        >>> TracInWE(top_words=10, exclude_tokens=("special", "common")).exclude_tokens
+        ('special', 'common')
     """
 
     top_words: int | None = None
     exclude_tokens: Sequence[int | str] = ()
     normalize: Normalize = None
     precondition: Precondition = None
+    weights: Weights = field(default="learning-rate", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_options(self)
@@ -185,6 +197,7 @@ class _AtLinearLayer:
 
     normalize: Normalize
     precondition: Precondition
+    weights: Weights
 
     @property
     def summands(self) -> tuple[Summand, ...]:
@@ -225,14 +238,16 @@ class TracInLast(_AtLinearLayer):
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
             checkpoint.
         precondition: "adam" divides each product by the root of Adam's bias-corrected second moment of that weight.
+        weights: how checkpoints count, as for :class:`TracInWE`.
 
     Example:
         >>> TracInLast(normalize="cosine")
-        TracInLast(normalize='cosine', precondition=None)
+        TracInLast(normalize='cosine', precondition=None, weights='learning-rate')
     """
 
     normalize: Normalize = None
     precondition: Precondition = None
+    weights: Weights = field(default="learning-rate", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_options(self)
@@ -254,15 +269,17 @@ class TracInLayer(_AtLinearLayer):
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
             checkpoint.
         precondition: "adam" divides each product by the root of Adam's bias-corrected second moment of that weight.
+        weights: how checkpoints count, as for :class:`TracInWE`.
 
     Example:
-        >>> TracInLayer("model.bert.pooler.dense", normalize="cosine")
-        TracInLayer(name='model.bert.pooler.dense', normalize='cosine', precondition=None)
+        >>> TracInLayer("model.bert.pooler.dense", weights="equal")
+        TracInLayer(name='model.bert.pooler.dense', normalize=None, precondition=None, weights='equal')
     """
 
     name: str
     normalize: Normalize = None
     precondition: Precondition = None
+    weights: Weights = field(default="learning-rate", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_options(self)
@@ -275,16 +292,22 @@ class TracInLayer(_AtLinearLayer):
 
 @dataclass(frozen=True)
 class TracInSum:
-    """The sum of the scores of several methods, each at its own site.
+    """The sum of the scores of several methods, each at its own site and divided by its standard deviation.
 
-    Its word terms are those of its TracInWE, and add up to that part of the score.
+    score(z, z') = Σ_p mix_p · score_p(z, z') / scale_p. Scores of two layers, or cosines and products, may differ by
+    orders of magnitude; by their deviations each part has the say that ``mix`` gives it. Word terms are those of its
+    TracInWE, and add up to that part of the score.
 
     Args:
-        parts: two or more methods, at most one of them a TracInWE.
+        parts: two or more methods, at most one of them a TracInWE. How checkpoints count is an option of each.
         mix: the factor of each method's scores; 1 by default.
+        scales: what each method's scores are divided by. By default their standard deviation over all pairs of test and
+            training examples, measured when influence is computed, in one more pass over the stored gradients; where
+            test examples do not fit into memory at once, over the first that do. The method of a result has those that
+            were measured, to be asked with again. (1, 1) sums plain scores of two parts.
 
     Raises:
-        ValueError: if parts or mix are not of this form.
+        ValueError: if parts, mix or scales are not of this form.
 
     Example:
         >>> TracInSum((TracInWE(), TracInLast()), mix=(1, 0.5)).mix
@@ -293,6 +316,7 @@ class TracInSum:
 
     parts: Sequence[TracInWE | TracInLast | TracInLayer]
     mix: Sequence[float] | None = None
+    scales: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         kinds = (TracInWE, TracInLast, TracInLayer)
@@ -305,28 +329,34 @@ class TracInSum:
         n_words = sum(isinstance(each, TracInWE) for each in parts)
         _require(n_words < 2, "parts", "methods of which at most one is a TracInWE", self.parts)
         object.__setattr__(self, "parts", parts)
-        if self.mix is not None:
-            mix = tuple(float(factor) for factor in self.mix)
-            finite = len(mix) == len(parts) and all(math.isfinite(factor) for factor in mix)
-            _require(finite, "mix", f"{len(parts)} finite numbers, one for each part", self.mix)
-            object.__setattr__(self, "mix", mix)
+        for name, kind, least in (("mix", "finite", -math.inf), ("scales", "positive", 0.0)):
+            if getattr(self, name) is not None:
+                numbers = tuple(float(number) for number in getattr(self, name))
+                fit = len(numbers) == len(parts) and all(least < number < math.inf for number in numbers)
+                _require(fit, name, f"{len(parts)} {kind} numbers, one for each part", getattr(self, name))
+                object.__setattr__(self, name, numbers)
+
+    @property
+    def mixed(self) -> Sequence[float]:
+        """What each part counts, in its deviations."""
+        return (1.0,) * len(self.parts) if self.mix is None else self.mix
 
     @property
     def summands(self) -> tuple[Summand, ...]:
         """The methods, each with its factor."""
-        factors = [1.0] * len(self.parts) if self.mix is None else self.mix
+        if self.scales is None:
+            return tuple(Summand(method, None) for method in self.parts)
+        factors = [mixed / scale for mixed, scale in zip(self.mixed, self.scales, strict=True)]
         return tuple(Summand(method, factor) for method, factor in zip(self.parts, factors, strict=True))
 
 
 Method: TypeAlias = TracInWE | TracInLast | TracInLayer | TracInSum | TracInRidge
 
 
-def word_part(method: Method) -> tuple[TracInWE, float] | None:
-    """The TracInWE in a method, which has word terms, and its factor; None if there is none."""
-    for summand in () if isinstance(method, TracInRidge) else method.summands:
-        if isinstance(summand.method, TracInWE):
-            return summand.method, summand.factor
-    return None
+def word_part(method: Method) -> TracInWE | None:
+    """The TracInWE in a method, which has word terms; None if there is none, as in a ridge."""
+    summands = () if isinstance(method, TracInRidge) else method.summands
+    return next((each.method for each in summands if isinstance(each.method, TracInWE)), None)
 
 
 def _preconditioned(words: WordGradients, moments: SecondMoments) -> WordGradients:
@@ -349,6 +379,8 @@ def _normalizes(method: TracInWE | _AtLinearLayer, side: Side) -> bool:
 def _check_options(method: TracInWE | _AtLinearLayer) -> None:
     _require(method.normalize in (None, "train", "cosine"), "normalize", "None, 'train' or 'cosine'", method.normalize)
     _require(method.precondition in (None, "adam"), "precondition", "None or 'adam'", method.precondition)
+    known = ("learning-rate", "equal", "residual")
+    _require(method.weights in known, "weights", "'learning-rate', 'equal' or 'residual'", method.weights)
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

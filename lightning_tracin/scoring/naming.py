@@ -136,7 +136,9 @@ def method_from_json(content: dict[str, Any]) -> Method:
             raise ValueError(f"it has no {sorted(unknown)[0]}")
         if kind is TracInSum:
             parts = [method_from_json(part) for part in msgspec.convert(options.get("parts"), list[Any])]
-            return TracInSum(parts, msgspec.convert(options.get("mix"), list[float] | None))  # type: ignore[arg-type]
+            plain = [1.0] * len(parts)  # as older versions added scores
+            numbers = {"mix": options.get("mix"), "scales": options.get("scales", plain)}
+            return TracInSum(parts, **msgspec.convert(numbers, dict[str, list[float] | None]))  # type: ignore[arg-type]
         if kind is TracInRidge:
             kinds = {"alpha": float, "residual": float, "landmarks": int | None}
             numbers = {name: msgspec.convert(options[name], kind) for name, kind in kinds.items() if name in options}
@@ -188,7 +190,7 @@ def without_normalizing(method: Method) -> Method:
     if isinstance(method, TracInRidge):
         return without_normalizing(method.method)  # type: ignore[arg-type]
     if isinstance(method, TracInSum):
-        return replace(method, parts=[replace(part, normalize=None) for part in method.parts])
+        return replace(method, parts=[replace(part, normalize=None) for part in method.parts], scales=None)
     return replace(method, normalize=None)
 
 
@@ -200,21 +202,28 @@ def described(method: Method) -> str:
         'TracIn-WE, cosine, without 200 tokens'
         >>> described(TracInWE(exclude_tokens=("special", "common", "said")))
         'TracIn-WE, without special tokens and common tokens and 1 word'
-        >>> described(TracInSum((TracInWE(), TracInLayer("encoder.0", normalize="cosine")), mix=(1, 0.5)))
-        '(TracIn-WE) + 0.5 × (TracIn at encoder.0, cosine)'
+        >>> method = TracInSum((TracInWE(), TracInLayer("encoder.0", normalize="cosine")), mix=(1, 0.5))
+        >>> described(method)
+        '(TracIn-WE) / σ + 0.5 × (TracIn at encoder.0, cosine) / σ'
+        >>> described(replace(method, scales=(2e-5, 1)))
+        '(TracIn-WE) / 2e-05 + 0.5 × (TracIn at encoder.0, cosine)'
         >>> described(TracInRidge(TracInWE(normalize="cosine")))
         'ridge of (TracIn-WE, cosine), alpha 0.0625, residual ** 0.5'
     """
     if isinstance(method, TracInRidge):
         power = f", residual ** {method.residual:g}" if method.residual else ""
         by = f", {method.landmarks} landmarks" if method.landmarks else ""
-        return f"ridge of ({described(method.method)}), alpha {method.alpha:g}{power}{by}"  # type: ignore[arg-type]
+        inside: Any = method.method
+        if isinstance(inside, TracInSum):  # cosines are mixed as they are
+            inside = replace(inside, scales=[1.0] * len(inside.parts))
+        return f"ridge of ({described(inside)}), alpha {method.alpha:g}{power}{by}"
     if isinstance(method, TracInSum):
+        scales = [" / σ"] * len(method.parts)
+        if method.scales is not None:
+            scales = ["" if scale == 1 else f" / {scale:.3g}" for scale in method.scales]
+        factors = ["" if factor == 1 else f"{factor:g} × " for factor in method.mixed]
         names = [f"({described(part)})" for part in method.parts]
-        factors = [summand.factor for summand in method.summands]
-        return " + ".join(
-            name if factor == 1 else f"{factor:g} × {name}" for name, factor in zip(names, factors, strict=True)
-        )
+        return " + ".join(map("".join, zip(factors, names, scales, strict=True)))
     excluded = method.excluded.described() if isinstance(method, TracInWE) else ""
     top_words = getattr(method, "top_words", None)
     kind = {TracInWE: "TracIn-WE", TracInLast: "TracIn-Last"}.get(type(method))
@@ -222,6 +231,7 @@ def described(method: Method) -> str:
         kind or f"TracIn at {getattr(method, 'name', '')}",
         {"train": "normalised by the training example", "cosine": "cosine", None: ""}[method.normalize],
         "preconditioned by Adam" if method.precondition else "",
+        {"equal": "checkpoints alike", "residual": "checkpoints by residual"}.get(method.weights, ""),
         f"{top_words} top words" if top_words else "",
         f"without {excluded}" if excluded else "",
     ]

@@ -7,7 +7,9 @@ factors knows it of every training example, without a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.sites import Site, last_site
 from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.shards import Shards
 
 
 def residuals_at(checkpoint: Checkpoint) -> Tensor:
@@ -38,12 +41,7 @@ def residuals_at(checkpoint: Checkpoint) -> Tensor:
         ValueError: if the fit did not record them, or not as factors, or if a file is damaged.
     """
     shards = checkpoint.gradients(residual_site(checkpoint.sites))
-    residuals = torch.zeros(shards.n_examples)
-    for shard in range(len(shards)):
-        if shards.holds(shard):
-            start, stop = shards.bounds(shard)
-            residuals[start:stop] = _residuals_of(shards.read(shard))
-    return residuals
+    return _read(shards.folder, shards.within, tuple(shards.checksums)).clone()
 
 
 def mean_residual_at(checkpoint: Checkpoint) -> float:
@@ -80,6 +78,18 @@ def residual_site(sites: Sequence[Site]) -> Site:
             'projection of linear layers if there is one, or use weights="equal", and residual=0 of TracInRidge.'
         )
     return site
+
+
+@lru_cache(maxsize=64)
+def _read(folder: Path, within: Path, _: Hashable) -> Tensor:
+    """(n_train,) residuals by the shards in a folder, read once for their checksums: each term of a score asks."""
+    shards = Shards.open(folder, within=within)
+    residuals = torch.zeros(shards.n_examples)
+    for shard in range(len(shards)):
+        if shards.holds(shard):
+            start, stop = shards.bounds(shard)
+            residuals[start:stop] = _residuals_of(shards.read(shard))
+    return residuals
 
 
 def _residuals_of(block: FactorGradients) -> Tensor:

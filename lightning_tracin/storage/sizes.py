@@ -46,10 +46,15 @@ class LayerSize:
     def shape(
         self, dtype: str, projection: int | tuple[int, int] | None = None
     ) -> Literal["words", "factors", "matrix"]:
-        """The form in which a trace stores gradients: at a linear layer, that which takes less space."""
+        """The form in which a trace stores gradients: at a linear layer, that which takes less space.
+
+        At a layer with one output, a matrix saves less than ten bytes where examples have one position each. There it
+        is factors, which tell residuals, too.
+        """
         if self.has_words:
             return "words"
-        return "factors" if self._factors(dtype) <= self._matrix(dtype, projection) else "matrix"
+        few = max(self.rows) <= 1 and not isinstance(projection, tuple)
+        return "factors" if few or self._factors(dtype) <= self._matrix(dtype, projection) else "matrix"
 
     def nbytes(
         self, dtype: str, top_words: int | None = None, projection: int | tuple[int, int] | None = None
@@ -62,7 +67,8 @@ class LayerSize:
             projection: a size for the gradients of words, or a pair (outputs, inputs) for those of linear layers.
         """
         if not self.has_words:
-            return min(self._factors(dtype), self._matrix(dtype, projection))
+            is_factored = self.shape(dtype, projection) == "factors"
+            return self._factors(dtype) if is_factored else self._matrix(dtype, projection)
         width = min(self.widths[0], projection) if isinstance(projection, int) else self.widths[0]
         return self._mean_rows(math.inf if top_words is None else top_words) * _directed_row(width, dtype)
 

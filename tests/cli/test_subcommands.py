@@ -154,18 +154,20 @@ def test_a_sum_over_layers_comes_from_the_configuration(project):
         "    parts:\n"
         "      - tracin-we\n"
         "      - class_path: lightning_tracin.TracInLayer\n"
-        "        init_args: {name: head, normalize: cosine}\n"
+        "        init_args: {name: head, normalize: cosine, weights: residual}\n"
         "    mix: [1, 0.5]\n"
+        "    scales: [1, 2]\n"
         "output: summed.safetensors\n"
     )
     influence("-c", "ask.yaml")
     result = InfluenceResult.load("summed.safetensors")
-    method = TracInSum((TracInWE(), TracInLayer("head", normalize="cosine")), mix=(1, 0.5))
+    parts = TracInWE(), TracInLayer("head", normalize="cosine", weights="residual")
+    method = TracInSum(parts, mix=(1, 0.5), scales=(1, 2))
     assert result.method == method
     assert torch.equal(result.scores, expected(result.trace, method=method).scores)
     assert result.words(0, 0) == expected(result.trace).words(0, 0)
-    cosines = expected(result.trace, method=TracInLast(normalize="cosine")).scores
-    torch.testing.assert_close(result.scores, expected(result.trace).scores + 0.5 * cosines)
+    cosines = expected(result.trace, method=TracInLast(normalize="cosine", weights="residual")).scores
+    torch.testing.assert_close(result.scores, expected(result.trace).scores + 0.25 * cosines)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,7 @@ def test_methods_on_the_command_line(project, tmp_path, given, method):
     [
         ("tracin-best", "method must be one of tracin-we, tracin-last"),
         ('{"class_path": "lightning_tracin.TracInWE", "init_args": {"normalize": "no"}}', "normalize must be"),
+        ('{"class_path": "lightning_tracin.TracInWE", "init_args": {"weights": "loss"}}', "weights must be"),
         ('{"class_path": "lightning_tracin.TracInWE", "init_args": {"norm": "no"}}', "norm"),
         ('{"class_path": "lightning_tracin.TracIn"}', "TracIn"),
         ('{"class_path": "torch.nn.Identity"}', "method must be one of"),

@@ -12,7 +12,7 @@ from toy import EPOCHS, N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts,
 
 from lightning_tracin import InfluenceResult, Trace, TracInLast, TracInLayer, TracInRidge, TracInSum, TracInWE
 from lightning_tracin.scoring import kernels as kernels_module
-from lightning_tracin.scoring.naming import method_from_json, method_to_json
+from lightning_tracin.scoring.naming import described, method_from_json, method_to_json
 from lightning_tracin.scoring.ridge_solvers import WholeKernel
 
 WE = TracInWE(normalize="cosine")
@@ -219,13 +219,14 @@ def test_json(method):
         ({"method": "tracin-we"}, "method must be"),
         ({"method": TracInSum((WE, HIDDEN), mix=(1, -1))}, "mix must"),
         ({"method": TracInSum((WE, HIDDEN), mix=(0, 0))}, "mix must"),
+        ({"method": TracInSum((WE, HIDDEN), scales=(1, 2))}, "need no scales"),
         ({"method": WE, "alpha": 0}, "alpha must be"),
         ({"method": WE, "alpha": float("nan")}, "alpha must be"),
         ({"method": WE, "residual": -1}, "residual must be"),
         ({"method": WE, "landmarks": 0}, "landmarks must be"),
         ({"method": WE, "landmarks": 1.5}, "landmarks must be"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_what_is_no_ridge(options, message):
     with pytest.raises(ValueError, match=message):
@@ -248,6 +249,20 @@ def test_memory_is_told_before_it_is_taken(recorded, monkeypatch, caplog):
     monkeypatch.setattr(kernels_module.Kernels, "_dual", None)
     with pytest.raises(ValueError, match=r"20 training examples with 20.*landmarks=2"):
         asked(recorded, METHODS[0])
+
+
+def test_how_checkpoints_count_is_that_of_the_method(recorded):
+    """By rates, each checkpoint's share is its own; alike, their sum."""
+    parts = [asked(recorded, TracInRidge(WE), checkpoints=slice(number, number + 1)).scores for number in range(EPOCHS)]
+    rates = [each.learning_rate for each in Trace(recorded).checkpoints]
+    equal = asked(recorded, TracInRidge(TracInWE(normalize="cosine", weights="equal"))).scores
+    torch.testing.assert_close(equal, sum(part / rate for part, rate in zip(parts, rates, strict=True)))
+
+
+def test_a_ridge_in_words():
+    assert described(METHODS[3]) == (
+        "ridge of ((TracIn-WE, cosine) + 3 × (TracIn at hidden, cosine)), alpha 0.01, residual ** 1, 9 landmarks"
+    )
 
 
 def test_a_ridge_is_frozen():
