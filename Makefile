@@ -9,7 +9,7 @@ REVIEWS := vaderSentiment==3.3.2
 # Tests run in two processes, a file in one of them: fixtures that start processes of their own are made once.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo spam sentiment labels picture test coverage test-slow torture lint docs bench oldest clean
+.PHONY: demo spam sentiment labels weights picture test coverage test-slow torture lint docs bench oldest clean
 
 demo: $(VENV)/demo.done  ## fine-tune MiniLM-L6 on BBC News and explain its predictions
 	$(BIN)/python -m examples.topics
@@ -22,6 +22,9 @@ sentiment: $(VENV)/demo.done  ## explain confident mistakes on movie reviews, an
 
 labels: $(VENV)/demo.done  ## review flipped labels, correct them, and train again
 	$(BIN)/python -m examples.label_review
+
+weights: $(VENV)/demo.done  ## draw articles with noisy labels by their influence on trusted ones
+	$(BIN)/python -m examples.reweighting
 
 picture: $(VENV)/demo.done  ## the same, and make the pictures of the README (of the page with Chromium)
 	$(BIN)/python -m examples.topics --picture docs/terminal.svg

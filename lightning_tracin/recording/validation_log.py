@@ -28,6 +28,7 @@ from lightning_tracin.report.explanation import Example, Explanation
 from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.results.reader import RawText
 from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.scoring.kernels import kernels_of
 from lightning_tracin.scoring.naming import method_at
 from lightning_tracin.scoring.terms import sites_of
 from lightning_tracin.storage.checkpoint import Checkpoint
@@ -142,8 +143,10 @@ class ValidationLog:
                             )
                         test.take(captured, [place], row)
                     test.finish_checkpoint(checkpoint, processes)
+        device = trainer.strategy.root_device
+        kernels = kernels_of(test.method, processes, device, keep=False)
         # A layer that training has not moved yet gives scores of 0: that ends no recording.
-        test.score(min(self._k, self._trace.n_train), processes, trainer.strategy.root_device, strict=False)
+        test.score(min(self._k, self._trace.n_train), processes, device, kernels=kernels, strict=False)
         result = result_of([test], [test.word_gradients()], Scratch())
         result.test_indices = torch.tensor([each.index for each in validation.examples])
         result.predictions = torch.tensor([each.prediction for each in validation.examples], dtype=torch.float64)

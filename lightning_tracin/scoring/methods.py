@@ -22,6 +22,7 @@ from lightning_tracin.gradients.sites import Site, last_site, words_site
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.scoring.excluded_tokens import ExcludedTokens
 from lightning_tracin.scoring.linear_products import dot_factors, dot_matrices, dot_weighted_factors
+from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.scoring.word_products import dot_words
 from lightning_tracin.storage.second_moments import SecondMoments
 
@@ -349,12 +350,13 @@ class TracInSum:
         return tuple(Summand(method, factor) for method, factor in zip(self.parts, factors, strict=True))
 
 
-Method: TypeAlias = TracInWE | TracInLast | TracInLayer | TracInSum
+Method: TypeAlias = TracInWE | TracInLast | TracInLayer | TracInSum | TracInRidge
 
 
 def word_part(method: Method) -> TracInWE | None:
-    """The TracInWE in a method, which has word terms; None if there is none."""
-    return next((each.method for each in method.summands if isinstance(each.method, TracInWE)), None)
+    """The TracInWE in a method, which has word terms; None if there is none, as in a ridge."""
+    summands = () if isinstance(method, TracInRidge) else method.summands
+    return next((each.method for each in summands if isinstance(each.method, TracInWE)), None)
 
 
 def _preconditioned(words: WordGradients, moments: SecondMoments) -> WordGradients:

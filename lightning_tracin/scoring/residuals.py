@@ -71,15 +71,15 @@ def residual_site(sites: Sequence[Site]) -> Site:
     site = last_site(sites)
     if site is None:
         raise ValueError(
-            'weights="residual" needs the gradients at the last linear layer, but the fit recorded '
+            'weights="residual" and TracInRidge need the gradients at the last linear layer, but the fit recorded '
             f'{tuple(each.name for each in sites)}. Fit again with "tracin-last" among the methods of TracInCallback, '
-            'or use weights="equal".'
+            'or use weights="equal", and residual=0 of TracInRidge.'
         )
     if site.shape != "factors":
         raise ValueError(
-            f'weights="residual" needs the gradients at {site.layer!r} as factors, but the trace keeps them as one '
-            "matrix for each example, because they are projected or have many positions. Fit without projection of "
-            'linear layers if there is one, or use weights="equal".'
+            f'weights="residual" and TracInRidge need the gradients at {site.layer!r} as factors, but the trace keeps '
+            "them as one matrix for each example, because they are projected or have many positions. Fit without "
+            'projection of linear layers if there is one, or use weights="equal", and residual=0 of TracInRidge.'
         )
     return site
 

@@ -16,6 +16,7 @@ from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.scoring.methods import Method, Side, SiteMethod, Weights
 from lightning_tracin.scoring.naming import recorded_site
 from lightning_tracin.scoring.residuals import mean_residual_at, residual_site
+from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.second_moments import SecondMoments, moments_file
 from lightning_tracin.storage.shards import Shards
@@ -186,4 +187,6 @@ def training_sites_of(method: Method, sites: Sequence[Site]) -> list[Site]:
         ValueError: if the fit did not record one of them.
     """
     weighing = [residual_site(sites) for summand in method.summands if summand.method.weights == "residual"]
+    if isinstance(method, TracInRidge) and method.residual:
+        weighing.append(residual_site(sites))
     return list(dict.fromkeys([*sites_of(method, sites), *weighing]))
