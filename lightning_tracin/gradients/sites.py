@@ -41,6 +41,8 @@ class Site:
         top_words: number of words of largest gradient norm that are stored of each example; None for all.
         projection: sizes of a random projection: (p,) for a word's gradient, (a, b) for a matrix; None for no
             projection.
+        has_bias: whether a linear layer's inputs have the 1 of a bias appended; None where that is not known, in traces
+            of earlier versions.
 
     Raises:
         ValueError: if the key, the number of top words or the projection is not of this form.
@@ -53,6 +55,7 @@ class Site:
     is_last: bool = False
     top_words: int | None = None
     projection: tuple[int, ...] | None = None
+    has_bias: bool | None = None
 
     def __post_init__(self) -> None:
         projection = None if self.projection is None else tuple(self.projection)

@@ -235,8 +235,9 @@ def _require_same_sites(trace: Trace, sites: tuple[Site, ...], plan: RecordingPl
 
 
 def _asked_for(sites: tuple[Site, ...]) -> list[Site]:
-    """Sites without the shape that was chosen for linear layers."""
-    return [site if site.has_words else replace(site, shape="factors", projection=None) for site in sites]
+    """Sites without the shape that was chosen for linear layers, and without what earlier versions did not tell."""
+    plain: dict[str, Any] = {"shape": "factors", "projection": None, "has_bias": None}
+    return [site if site.has_words else replace(site, **plain) for site in sites]
 
 
 def _listed(sites: tuple[Site, ...]) -> str:

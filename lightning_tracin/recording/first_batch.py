@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_tracin.bridge.compat import batch_to_device
 from lightning_tracin.bridge.extents import rows_of_all
@@ -23,6 +23,7 @@ from lightning_tracin.gradients.batching_check import check_batching
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.layers import NoLastLayer, called_layers, layer_name, linear_layers_named, named_layer
+from lightning_tracin.gradients.linear_layers import has_bias
 from lightning_tracin.gradients.losses import (
     NOT_FINITE_ADVICE,
     DependsOnBatch,
@@ -229,7 +230,7 @@ def _sites(module: pl.LightningModule, losses: Losses, batch: Any, methods: Sequ
     for name in methods:
         if name not in (WORDS, LAST):
             sites += _layers_asked_for(module, of_batch, name, [site.layer for site in sites])
-    return list(_numbered(sites))
+    return list(_numbered(module, sites))
 
 
 def _layers_asked_for(
@@ -246,9 +247,12 @@ def _layers_asked_for(
     return [Site("linear-0", each, each, "factors") for each in names if each not in known]
 
 
-def _numbered(sites: Sequence[Site]) -> Iterator[Site]:
-    """Sites with keys of their own."""
+def _numbered(module: nn.Module, sites: Sequence[Site]) -> Iterator[Site]:
+    """Sites with keys of their own; those of linear layers tell of their biases."""
     number = 0
     for site in sites:
-        yield site if site.has_words else replace(site, key=f"linear-{number}")
-        number += not site.has_words
+        if site.has_words:
+            yield site
+        else:
+            yield replace(site, key=f"linear-{number}", has_bias=has_bias(named_layer(module, site.layer)))
+            number += 1

@@ -187,6 +187,8 @@ def described(method: Method) -> str:
         'TracIn-WE, without special tokens and common tokens and 1 word'
         >>> described(TracInSum((TracInWE(), TracInLayer("encoder.0", normalize="cosine")), mix=(1, 0.5)))
         '(TracIn-WE) + 0.5 × (TracIn at encoder.0, cosine)'
+        >>> described(TracInLast(precondition="kfac", rank=(128, 32)))
+        'TracIn-Last, preconditioned by K-FAC (damping 0.1, 128 × 32 components)'
     """
     if isinstance(method, TracInSum):
         names = [f"({described(part)})" for part in method.parts]
@@ -200,8 +202,16 @@ def described(method: Method) -> str:
     phrases = [
         kind or f"TracIn at {getattr(method, 'name', '')}",
         {"train": "normalised by the training example", "cosine": "cosine", None: ""}[method.normalize],
-        "preconditioned by Adam" if method.precondition else "",
+        {"adam": "preconditioned by Adam", "kfac": _described_kfac(method), None: ""}[method.precondition],
         f"{top_words} top words" if top_words else "",
         f"without {excluded}" if excluded else "",
     ]
     return ", ".join(phrase for phrase in phrases if phrase)
+
+
+def _described_kfac(method: TracInWE | TracInLast | TracInLayer) -> str:
+    """How a method preconditions by K-FAC, in words; empty for one at the word table, which cannot."""
+    if isinstance(method, TracInWE):
+        return ""
+    components = "" if method.rank is None else f", {method.rank[0]} × {method.rank[1]} components"
+    return f"preconditioned by K-FAC (damping {method.damping:g}{components})"

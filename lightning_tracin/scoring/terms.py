@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.sites import Gradients, Site
-from lightning_tracin.gradients.word_gradients import WordGradients
-from lightning_tracin.scoring.methods import Method, Side, SiteMethod
+from lightning_tracin.scoring.kfac import Kfac
+from lightning_tracin.scoring.methods import Method, Side, SiteMethod, TracInLast, TracInLayer
 from lightning_tracin.scoring.naming import recorded_site
+from lightning_tracin.scoring.preconditioners import AdamMoments, Preconditioner
 from lightning_tracin.storage.checkpoint import Checkpoint
-from lightning_tracin.storage.second_moments import SecondMoments, moments_file
+from lightning_tracin.storage.second_moments import moments_file
 from lightning_tracin.storage.shards import Shards
 
 
@@ -26,14 +26,14 @@ class Term:
         method: the method that prepares and multiplies gradients.
         site: the site at which gradients were taken.
         weight: the site's mean learning rate since the previous checkpoint, multiplied by the summand's factor.
-        moments: the second moments that precondition products; None without preconditioning.
+        preconditioner: what preconditions gradients; None without preconditioning.
         checkpoint: the checkpoint with the training examples' gradients.
     """
 
     method: SiteMethod
     site: Site
     weight: float
-    moments: SecondMoments | None
+    preconditioner: Preconditioner | None
     checkpoint: Checkpoint
 
     @property
@@ -53,20 +53,9 @@ class Term:
         """Gradients in the form of the site, prepared for multiplication.
 
         Raises:
-            ValueError: if the stored second moments are of another layer.
+            ValueError: if what preconditions them is of another layer.
         """
-        if self.moments is not None:
-            widths, shape = gradients.widths, tuple(self.moments.values.shape)
-            if isinstance(gradients, WordGradients):
-                fits = widths == shape[1:]
-            elif isinstance(gradients, MatrixGradients):
-                fits = widths == (shape[0] * shape[1],)
-            else:
-                fits = widths == shape[::-1]
-            if not fits:
-                path = self.checkpoint.path / moments_file(self.site)
-                raise ValueError(f"{path} is damaged: {shape} second moments are not those of gradients of {widths}.")
-        return self.method.prepare(gradients, self.moments, side)
+        return self.method.prepare(gradients, self.preconditioner, side)
 
     def dot(self, test: Any, train: Any) -> Tensor:
         """(n_test, n_train) products of prepared blocks with the weight of the term.
@@ -75,7 +64,7 @@ class Term:
             ValueError: as :meth:`require_same_layer`.
         """
         self.require_same_layer(test, train)
-        return self.weight * self.method.dot(test, train, self.moments)
+        return self.weight * self.method.dot(test, train, self.preconditioner)
 
     def require_same_layer(self, test: Any, train: Any) -> None:
         """Check that stored gradients are of the layer that those of the test examples are of.
@@ -101,10 +90,19 @@ def terms_at(checkpoint: Checkpoint, method: Method) -> list[Term]:
         site_method = summand.method
         site = recorded_site(site_method, checkpoint.sites)
         require_stored(site_method, site)
-        moments = checkpoint.second_moments(site) if site_method.precondition == "adam" else None
+        preconditioner = _preconditioner(site_method, site, checkpoint)
         weight = summand.factor * checkpoint.learning_rate_of(site)
-        terms.append(Term(site_method, site, weight, moments, checkpoint))
+        terms.append(Term(site_method, site, weight, preconditioner, checkpoint))
     return terms
+
+
+def _preconditioner(method: SiteMethod, site: Site, checkpoint: Checkpoint) -> Preconditioner | None:
+    """What a method preconditions the gradients at a site by."""
+    if method.precondition == "adam":
+        return AdamMoments(checkpoint.second_moments(site), checkpoint.path / moments_file(site))
+    if isinstance(method, (TracInLast, TracInLayer)) and method.precondition == "kfac":
+        return Kfac(checkpoint, site, method.damping, method.rank)
+    return None
 
 
 def require_stored(method: SiteMethod, site: Site) -> None:
@@ -115,11 +113,33 @@ def require_stored(method: SiteMethod, site: Site) -> None:
     """
     if site.top_words is not None and (getattr(method, "top_words", None) or 0) > site.top_words:
         raise ValueError(f"The trace keeps {site.top_words} words of each example; {method} asks for more.")
-    if site.projection is not None and method.precondition is not None:
+    if method.precondition == "kfac":
+        _require_factors(site)
+    elif site.projection is not None and method.precondition is not None:
         sizes = " and ".join(map(str, site.projection))
         raise ValueError(
             f"The trace keeps {'word ' * site.has_words}gradients projected to {sizes} numbers, which Adam's "
             'second moments cannot be applied to. Fit without projection for precondition="adam".'
+        )
+
+
+def _require_factors(site: Site) -> None:
+    """Check that inputs and output gradients can be told apart in what is stored at a linear layer, as K-FAC needs it.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    if site.shape != "factors":
+        why = "" if site.projection else ", which take less space there than the factors at each position"
+        raise ValueError(
+            f"The trace keeps {'projected ' * bool(site.projection)}matrices at {site.layer!r}{why}; but K-FAC needs "
+            "the factors, inputs and output gradients."
+        )
+    if site.has_bias is None:
+        raise ValueError(
+            f"The trace is of an earlier version, which did not tell whether {site.layer!r} has a bias, as "
+            'precondition="kfac" has to know. Take its checkpoints into a new one: Trace.from_checkpoints(path, '
+            "Trace(...), model, train_dataloaders, methods=...)."
         )
 
 
