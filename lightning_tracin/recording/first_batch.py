@@ -141,6 +141,8 @@ def stored_sites(first: FirstBatch, options: StorageOptions, sizes: Mapping[str,
     if asked is not None and not any(site.has_words is isinstance(asked, int) for site in sites):
         what = "word gradients (a number)" if isinstance(asked, int) else "linear layers (a pair of numbers)"
         raise ValueError(f"projection={asked} is for {what}, but methods={tuple(site.name for site in sites)}.")
+    if options.rank is not None and all(site.has_words for site in sites):
+        raise ValueError(f"rank={options.rank} is for linear layers, but methods={tuple(site.name for site in sites)}.")
     return tuple(options.applied(site, sizes[site.key]) for site in sites)
 
 

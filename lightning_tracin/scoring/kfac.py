@@ -7,61 +7,48 @@ of gradients of which both factors are whitened; Grosse et al. 2023 (arXiv 2308.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor
 
-from lightning_tracin.gradients.components import Components
+from lightning_tracin.gradients.components import relative_to_largest
 from lightning_tracin.gradients.factor_gradients import FactorGradients
+from lightning_tracin.gradients.kronecker import KroneckerFactors, KroneckerSums, without_bias
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
+from lightning_tracin.gradients.rows import unit_rows
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.storage.checkpoint import Checkpoint
-
-#: Second moments are taken over so many training examples.
-N_SAMPLED = 200
+from lightning_tracin.storage.sampled_moments import sampled_examples
 
 
 @dataclass(frozen=True)
-class KroneckerFactors:
-    """The second moments of a layer's inputs and output gradients, over the positions of some training examples.
+class SecondMomentsOfSample:
+    """What a sample of the training examples tells of a layer.
 
     Attributes:
-        inputs: the components of A = mean h h', without the bias.
-        deltas: the components of G = mean δ δ'.
+        factors: its second moments.
         positions: the mean number of positions with a gradient in an example.
     """
 
-    inputs: Components
-    deltas: Components
+    factors: KroneckerFactors
     positions: float
-
-    @classmethod
-    def of(cls, factors: FactorGradients, rank: tuple[int, int] | None) -> KroneckerFactors:
-        """The second moments of a block of examples, of which ``rank`` (inputs, outputs) components are kept."""
-        ranks = rank or (None, None)
-        return cls(
-            Components.of(factors.input_norms, factors.inputs, ranks[0]),
-            Components.of(factors.delta_norms, factors.deltas, ranks[1]),
-            len(factors.examples) / factors.n_examples,
-        )
 
 
 # Blocks of test examples share what one of them has computed, for as long as any of them needs it.
-_computed: WeakValueDictionary[tuple[object, ...], KroneckerFactors] = WeakValueDictionary()
+_computed: WeakValueDictionary[tuple[object, ...], SecondMomentsOfSample] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
 class Kfac:
-    """K-FAC at a site and a checkpoint; second moments are computed from stored gradients when they are first needed.
+    """K-FAC at a site and a checkpoint; second moments are read or computed when they are first needed.
 
     Attributes:
         checkpoint: has the training examples' gradients.
-        site: where they were taken, stored as factors.
+        site: where they were taken, stored as factors or as matrices in the coordinates of the components.
         damping: see :class:`~lightning_tracin.TracInLast`, as for ``rank``.
-        rank: how many components of inputs and of output gradients are kept; None for all.
+        rank: how many components of inputs and of output gradients are kept; None for all that there are.
     """
 
     checkpoint: Checkpoint
@@ -69,64 +56,57 @@ class Kfac:
     damping: float
     rank: tuple[int, int] | None
 
-    def applied(self, gradients: FactorGradients) -> FactorGradients | MatrixGradients:
-        """A block's gradients without the bias and whitened, in the smaller of two forms: as factors or as matrices.
+    def applied(self, gradients: FactorGradients | MatrixGradients) -> FactorGradients | MatrixGradients:
+        """A block's gradients without the bias and whitened; of factors, in the smaller of the two forms.
 
         Raises:
             ValueError: if they are of another layer.
         """
-        known, gradients = self.factors, without_bias(gradients, self.site)
-        widths = (len(known.inputs.basis), len(known.deltas.basis))
-        if gradients.widths != widths:
-            raise ValueError(
-                f"{self.checkpoint.path / self.site.key} holds gradients of {widths} numbers (without a bias), but got "
-                f"some of {gradients.widths}: one of them is of another model, or damaged."
-            )
-        whitened = FactorGradients(
-            gradients.n_examples,
-            gradients.examples,
-            *known.inputs.whitened(gradients.input_norms, gradients.inputs, self.damping),
-            *known.deltas.whitened(gradients.delta_norms, gradients.deltas, self.damping),
-        )
-        n_in, n_out = whitened.widths
-        is_wide = n_in * n_out > known.positions * (n_in + n_out)
+        if isinstance(gradients, MatrixGradients):
+            return self._scaled(gradients)
+        sample, gradients = self._sample, without_bias(gradients, self.site.has_bias)
+        self._require_widths(gradients.widths, sample.factors.widths)
+        whitened = sample.factors.whitened(gradients, self.damping)
+        n_inputs, n_outputs = whitened.widths
+        is_wide = n_inputs * n_outputs > sample.positions * (n_inputs + n_outputs)
         return whitened if is_wide else MatrixGradients.from_factors(whitened, None)
 
     def weights(self) -> Tensor | None:
         """None: products of whitened gradients all count 1."""
 
+    def _scaled(self, gradients: MatrixGradients) -> MatrixGradients:
+        """Gradients in the coordinates of the components, of which each entry is scaled."""
+        known = self._stored
+        scales = known.deltas.scales(self.damping)[:, None] * known.inputs.scales(self.damping)
+        self._require_widths(gradients.widths, (scales.numel(),))
+        n_inputs, n_outputs = self.rank or scales.shape[::-1]
+        relative, largest = relative_to_largest(scales[:n_outputs, :n_inputs])
+        matrices = gradients.directions.view(-1, *scales.shape)[:, :n_outputs, :n_inputs].float() * relative
+        lengths, directions = unit_rows(matrices.flatten(1))
+        norms = (gradients.factors.double() * lengths.double() * largest).float()
+        return MatrixGradients(gradients.n_examples, gradients.examples, norms, directions)
+
     @cached_property
-    def factors(self) -> KroneckerFactors:
-        """The layer's second moments at the checkpoint."""
+    def _stored(self) -> KroneckerFactors:
+        factors = self.checkpoint.gradients(self.site).factors(self.site)
+        assert factors is not None
+        return factors
+
+    @cached_property
+    def _sample(self) -> SecondMomentsOfSample:
         shards = self.checkpoint.gradients(self.site)
         key = (shards.folder, *shards.checksums, self.rank)
         found = _computed.get(key)
         if found is None:
             sample = shards.read_examples(sampled_examples(self.checkpoint))
-            found = KroneckerFactors.of(without_bias(sample, self.site), self.rank)
+            sums = KroneckerSums.of(without_bias(sample, self.site.has_bias))
+            found = SecondMomentsOfSample(sums.factors(self.rank), sums.n_positions / sample.n_examples)
             _computed[key] = found
         return found
 
-
-def without_bias(factors: FactorGradients, site: Site) -> FactorGradients:
-    """Gradients of a layer's weight alone, in a view: without the 1 that a bias appends to the inputs.
-
-    Directions of the inputs are shorter than 1 then.
-
-    Raises:
-        ValueError: if there is no input but that 1.
-    """
-    if not site.has_bias:
-        return factors
-    if factors.inputs.shape[1] < 2:
-        raise ValueError(f"The gradients at {site.layer!r} are damaged: they have no input beside that of the bias.")
-    return replace(factors, inputs=factors.inputs[:, :-1])
-
-
-def sampled_examples(checkpoint: Checkpoint) -> list[int]:
-    """The examples that second moments are taken over: of those drawn before a checkpoint 200, evenly spread."""
-    drawn = checkpoint.drawn()
-    n_drawn = checkpoint.header.n_train if drawn is None else int(drawn.sum())
-    n_sampled = min(N_SAMPLED, n_drawn)
-    places = torch.arange(n_sampled) * n_drawn // max(n_sampled, 1)
-    return (places if drawn is None else torch.nonzero(drawn)[places, 0]).tolist()
+    def _require_widths(self, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if found != expected:
+            raise ValueError(
+                f"{self.checkpoint.path / self.site.key} holds gradients of {expected} numbers (without a bias), but "
+                f"got some of {found}: one of them is of another model, or damaged."
+            )

@@ -79,6 +79,8 @@ def method_at(site: Site) -> Method:
     """The method with default options that scores by the gradients of a site."""
     if site.has_words:
         return TracInWE()
+    if site.rank is not None:
+        return TracInLayer(site.layer, precondition="kfac")
     return TracInLast() if site.is_last else TracInLayer(site.layer)
 
 

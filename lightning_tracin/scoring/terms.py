@@ -43,7 +43,8 @@ class Term:
 
     def prepared_tests(self, gradients: Gradients) -> Any:
         """Captured test gradients, prepared for multiplication."""
-        return self.prepared(self.site.stored(gradients), "test")
+        factors = None if self.site.rank is None else self.shards.factors(self.site)
+        return self.prepared(self.site.stored(gradients, factors), "test")
 
     def prepared_training(self, stored: Gradients) -> Any:
         """Stored training gradients, prepared for multiplication."""
@@ -114,7 +115,12 @@ def require_stored(method: SiteMethod, site: Site) -> None:
     if site.top_words is not None and (getattr(method, "top_words", None) or 0) > site.top_words:
         raise ValueError(f"The trace keeps {site.top_words} words of each example; {method} asks for more.")
     if method.precondition == "kfac":
-        _require_factors(site)
+        _require_factors(method, site)
+    elif site.rank is not None:
+        raise ValueError(
+            f"The trace keeps {site.rank[0]} x {site.rank[1]} components of the gradients at {site.layer!r} (rank of "
+            'TracInCallback), which are for precondition="kfac" alone. Ask for that, or fit without rank.'
+        )
     elif site.projection is not None and method.precondition is not None:
         sizes = " and ".join(map(str, site.projection))
         raise ValueError(
@@ -123,19 +129,24 @@ def require_stored(method: SiteMethod, site: Site) -> None:
         )
 
 
-def _require_factors(site: Site) -> None:
-    """Check that inputs and output gradients can be told apart in what is stored at a linear layer, as K-FAC needs it.
+def _require_factors(method: SiteMethod, site: Site) -> None:
+    """Check that a linear layer's inputs and output gradients, or enough of their components, are stored for K-FAC.
 
     Raises:
-        ValueError: if they cannot.
+        ValueError: if they are not.
     """
-    if site.shape != "factors":
+    asked = getattr(method, "rank", None)
+    if site.rank is not None:
+        if asked is not None and (asked[0] > site.rank[0] or asked[1] > site.rank[1]):
+            raise ValueError(f"The trace keeps {site.rank} components at {site.layer!r}; {method} asks for more.")
+    elif site.shape != "factors":
         why = "" if site.projection else ", which take less space there than the factors at each position"
         raise ValueError(
             f"The trace keeps {'projected ' * bool(site.projection)}matrices at {site.layer!r}{why}; but K-FAC needs "
-            "the factors, inputs and output gradients."
+            "the factors, inputs and output gradients. Fit with TracInCallback(rank=(128, 32)), which keeps their "
+            "components."
         )
-    if site.has_bias is None:
+    elif site.has_bias is None:
         raise ValueError(
             f"The trace is of an earlier version, which did not tell whether {site.layer!r} has a bias, as "
             'precondition="kfac" has to know. Take its checkpoints into a new one: Trace.from_checkpoints(path, '

@@ -18,11 +18,13 @@ from variants import Reproducible
 
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInLayer, TracInSum, TracInWE
 from lightning_tracin.gradients.components import Components
+from lightning_tracin.gradients.kronecker import KroneckerSums, without_bias
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.scoring import kfac
-from lightning_tracin.scoring.kfac import Kfac, KroneckerFactors
+from lightning_tracin.scoring.kfac import Kfac
 from lightning_tracin.scoring.naming import described, method_from_json, method_to_json, without_normalizing
 from lightning_tracin.scoring.terms import terms_at
+from lightning_tracin.storage import sampled_moments
 from lightning_tracin.storage.encoding import StorageOptions
 
 # A layer of one position, a convolution of a text, a layer of tokens that is called twice, a convolution of images.
@@ -120,7 +122,7 @@ def test_self_influence_is_the_diagonal(case, rank):
 
 
 def test_second_moments_are_of_examples_spread_over_the_training_set(case, monkeypatch):
-    monkeypatch.setattr(kfac, "N_SAMPLED", 5)
+    monkeypatch.setattr(sampled_moments, "N_SAMPLED", 5)
     monkeypatch.setattr(kfac, "_computed", {})
     sample = [index * N_TRAIN // 5 for index in range(5)]
     assert relative_error(case("linear").influence().scores, case("linear").expected(sample)) < 1e-4
@@ -128,9 +130,8 @@ def test_second_moments_are_of_examples_spread_over_the_training_set(case, monke
 
 
 def test_second_moments_are_computed_once_for_all_blocks_of_test_examples(case, monkeypatch):
-    of, calls = KroneckerFactors.of.__func__, []
-    counted = classmethod(lambda cls, factors, rank: (calls.append(rank), of(cls, factors, rank))[1])
-    monkeypatch.setattr(KroneckerFactors, "of", counted)
+    of, calls = KroneckerSums.factors, []
+    monkeypatch.setattr(KroneckerSums, "factors", lambda sums, rank: (calls.append(rank), of(sums, rank))[1])
     expected = case("tokens").influence(damping=0.5).scores
     monkeypatch.setattr("lightning_tracin.querying.influence._BLOCK_BYTES", 1)
     calls.clear()
@@ -164,27 +165,31 @@ def test_a_part_of_a_sum_beside_words(tmp_path):
     assert sum(term for _, term in result.words(1, 3)) == pytest.approx(float(parts[0][1, 3]), rel=1e-4, abs=1e-8)
 
 
+def components_of(norms, directions):
+    rows = norms[:, None].double() * directions.double()
+    return Components.of(rows.T @ rows / len(rows))
+
+
 @pytest.mark.parametrize("scale", [1e-36, 1.0, 1e30])
 def test_whitening_does_not_depend_on_scale(scale):
     """Gradients of 1e-36 have squares that no float32 holds."""
     norms, directions = torch.rand(50) + 0.5, torch.nn.functional.normalize(torch.randn(50, 4))
-    plain = Components.of(norms, directions).whitened(norms, directions, 0.1)
-    found = Components.of(norms * scale, directions).whitened(norms * scale, directions, 0.1)
+    plain = components_of(norms, directions).whitened(norms, directions, 0.1)
+    found = components_of(norms * scale, directions).whitened(norms * scale, directions, 0.1)
     torch.testing.assert_close(found[0], plain[0])
     torch.testing.assert_close((found[1] @ found[1].T), (plain[1] @ plain[1].T))
 
 
 def test_whitened_vectors_have_unit_second_moments():
     norms, directions = torch.rand(400) + 0.5, torch.nn.functional.normalize(torch.randn(400, 3))
-    lengths, whitened = Components.of(norms, directions).whitened(norms, directions, 1e-9)
+    lengths, whitened = components_of(norms, directions).whitened(norms, directions, 1e-9)
     rows = whitened * lengths[:, None]
     torch.testing.assert_close(rows.T @ rows / 400, torch.eye(3), rtol=1e-4, atol=1e-4)
 
 
 def test_without_any_gradient_all_is_zero():
     empty, _ = random_linear(3, 2)
-    empty = empty.select(slice(0, 0))
-    components = KroneckerFactors.of(empty, None)
+    components = KroneckerSums.of(empty.select(slice(0, 0))).factors(None)
     assert components.deltas.scales(0.1).tolist() == [0.0] * 4
     norms, whitened = components.deltas.whitened(torch.ones(2), torch.ones(2, 4), 0.1)
     assert (norms.tolist(), whitened.any()) == ([0.0, 0.0], False)
@@ -269,8 +274,8 @@ def test_a_bias_that_is_not_there(case):
     """A header may be a stranger's: where it says that there is a bias, another input is left out, and never all."""
     factors, _ = random_linear(3, 1, inputs=1)
     site = replace(Trace(case("linear").path / "float32").sites[0], has_bias=True)
-    with pytest.raises(ValueError, match="are damaged: they have no input beside that of the bias"):
-        kfac.without_bias(factors, site)
+    with pytest.raises(ValueError, match="are damaged: they have no input beside that of its bias"):
+        without_bias(factors, site.has_bias)
 
 
 def test_gradients_of_another_layer(case):
