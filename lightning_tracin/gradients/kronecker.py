@@ -111,15 +111,8 @@ def without_bias(factors: FactorGradients, has_bias: bool | None) -> FactorGradi
     Args:
         factors: the gradients.
         has_bias: whether the layer has a bias.
-
-    Raises:
-        ValueError: if there is no input but that 1.
     """
-    if not has_bias:
-        return factors
-    if factors.inputs.shape[1] < 2:
-        raise ValueError("The gradients of a layer are damaged: they have no input beside that of its bias.")
-    return replace(factors, inputs=factors.inputs[:, :-1])
+    return replace(factors, inputs=factors.inputs[:, :-1]) if has_bias else factors
 
 
 def _second_moments(norms: Tensor, directions: Tensor) -> Tensor:

@@ -55,7 +55,6 @@ class RecordingPlan:
             ("top_words", self.options.top_words),
             ("every_n_train_steps", self.every_n_train_steps),
             *(("projection", size) for size in sizes),
-            *(("rank", size) for size in self.options.rank or ()),
         ]
         for name, value in at_least_one:
             if value is not None and value < 1:
@@ -176,10 +175,11 @@ def component_numbers(value: Any) -> tuple[int, int] | None:
     numbers = tuple(value) if isinstance(value, (list, tuple)) else ()
     if value is None:
         return None
-    if len(numbers) != 2 or not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+    whole = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool) and number > 0]
+    if len(numbers) != 2 or len(whole) != 2:
         raise ValueError(
-            "rank must be a pair of numbers, of components of the inputs and of the output gradients of linear layers, "
-            f"such as (128, 32), but got {value!r}."
+            "rank must be a pair of numbers from 1 on, of components of the inputs and of the output gradients of "
+            f"linear layers, such as (128, 32), but got {value!r}."
         )
     return (numbers[0], numbers[1])
 

@@ -98,8 +98,10 @@ class Kfac:
         key = (shards.folder, *shards.checksums, self.rank)
         found = _computed.get(key)
         if found is None:
-            sample = shards.read_examples(sampled_examples(self.checkpoint))
-            sums = KroneckerSums.of(without_bias(sample, self.site.has_bias))
+            sample = without_bias(shards.read_examples(sampled_examples(self.checkpoint)), self.site.has_bias)
+            if 0 in sample.widths:
+                raise ValueError(f"{shards.folder} is damaged: its gradients have no inputs, but for a bias.")
+            sums = KroneckerSums.of(sample)
             found = SecondMomentsOfSample(sums.factors(self.rank), sums.n_positions / sample.n_examples)
             _computed[key] = found
         return found

@@ -14,6 +14,8 @@ from lightning_tracin.scoring.methods import Method, Side, SiteMethod, TracInLas
 from lightning_tracin.scoring.naming import recorded_site
 from lightning_tracin.scoring.preconditioners import AdamMoments, Preconditioner
 from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.components import COMPONENTS
+from lightning_tracin.storage.files import damage_named
 from lightning_tracin.storage.second_moments import moments_file
 from lightning_tracin.storage.shards import Shards
 
@@ -43,8 +45,12 @@ class Term:
 
     def prepared_tests(self, gradients: Gradients) -> Any:
         """Captured test gradients, prepared for multiplication."""
-        factors = None if self.site.rank is None else self.shards.factors(self.site)
-        return self.prepared(self.site.stored(gradients, factors), "test")
+        if self.site.rank is None:
+            return self.prepared(self.site.stored(gradients), "test")
+        factors = self.shards.factors(self.site)
+        with damage_named(self.checkpoint.path / self.site.key / COMPONENTS):
+            stored = self.site.stored(gradients, factors)
+        return self.prepared(stored, "test")
 
     def prepared_training(self, stored: Gradients) -> Any:
         """Stored training gradients, prepared for multiplication."""

@@ -18,13 +18,13 @@ from variants import Reproducible
 
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInLayer, TracInSum, TracInWE
 from lightning_tracin.gradients.components import Components
-from lightning_tracin.gradients.kronecker import KroneckerSums, without_bias
+from lightning_tracin.gradients.kronecker import KroneckerSums
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.scoring import kfac
 from lightning_tracin.scoring.kfac import Kfac
 from lightning_tracin.scoring.naming import described, method_from_json, method_to_json, without_normalizing
 from lightning_tracin.scoring.terms import terms_at
-from lightning_tracin.storage import sampled_moments
+from lightning_tracin.storage import files, sampled_moments
 from lightning_tracin.storage.encoding import StorageOptions
 
 # A layer of one position, a convolution of a text, a layer of tokens that is called twice, a convolution of images.
@@ -270,12 +270,24 @@ def test_a_trace_that_does_not_tell_of_a_bias(case):
         terms_at(old, case("linear").method())
 
 
-def test_a_bias_that_is_not_there(case):
-    """A header may be a stranger's: where it says that there is a bias, another input is left out, and never all."""
-    factors, _ = random_linear(3, 1, inputs=1)
-    site = replace(Trace(case("linear").path / "float32").sites[0], has_bias=True)
-    with pytest.raises(ValueError, match="are damaged: they have no input beside that of its bias"):
-        without_bias(factors, site.has_bias)
+def test_a_bias_that_is_not_there(tmp_path):
+    """A header may be a stranger's: where it says that there is a bias, another input is left out, but never all."""
+
+    class Narrow(Toy):
+        def __init__(self):
+            super().__init__()
+            self.narrow = torch.nn.Linear(1, 4, bias=False)
+            self.head = torch.nn.Linear(4, 3)
+
+        def forward(self, ids):
+            return self.head(self.narrow(self.embedding(ids).mean((1, 2))[:, None]).tanh())
+
+    fitted(tmp_path / "trace", Narrow(), methods=("narrow",))
+    header = files.read_json(tmp_path / "trace/trace.json")
+    header["sites"][0] |= {"has_bias": True, "shape": "factors"}
+    files.write_json(tmp_path / "trace/trace.json", header)
+    with pytest.raises(ValueError, match="linear-0 is damaged: its gradients have no inputs, but for a bias"):
+        quiet().self_influence(trace=tmp_path / "trace", method=TracInLayer("narrow", precondition="kfac"))
 
 
 def test_gradients_of_another_layer(case):
