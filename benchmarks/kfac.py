@@ -15,7 +15,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 from transformers import AutoModel
 
 from benchmarks.measure import Row, in_own_process, parser, peak_megabytes, report
@@ -74,9 +73,10 @@ def ask(folder: Path, name: str, texts: Texts) -> None:
     """Ask once, write the scores, and print what it took as JSON."""
     stored, options = ASKED[name]
     method = TracInSum([TracInLayer(layer, normalize="cosine", **options) for layer in LAYERS])
-    loader = DataLoader(texts.loader("test").dataset, batch_size=32)
     began = time.perf_counter()
-    result = quiet().influence(loader, Convolutional(len(texts.topics)), trace=folder / stored, method=method)
+    result = quiet().influence(
+        texts.loader("test"), Convolutional(len(texts.topics)), trace=folder / stored, method=method
+    )
     torch.save(result.scores, folder / "scores.pt")
     print(json.dumps({"seconds": time.perf_counter() - began, "megabytes": peak_megabytes()}))  # noqa: T201
 
@@ -97,7 +97,7 @@ def main() -> None:
         folder = Path(place)
         callbacks = [TracInCallback(folder / name, methods=LAYERS, **kept) for name, kept in STORED.items()]
         trainer = quiet(max_epochs=1, callbacks=callbacks)
-        trainer.fit(Convolutional(len(texts.topics)), DataLoader(texts.loader("train").dataset, 64, shuffle=True))
+        trainer.fit(Convolutional(len(texts.topics)), texts.loader("train", shuffle=True))
         for name in STORED:
             (checkpoint,) = Trace(folder / name).checkpoints
             size = sum(bytes_below(checkpoint.path / site.key) for site in checkpoint.sites) / options.examples
