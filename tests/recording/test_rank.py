@@ -228,6 +228,26 @@ def test_fits_that_are_refused(tmp_path):
         fitted(tmp_path / "stream", data=loader(Stream()), rank=(8, 2))
 
 
+def test_a_resumed_fit_goes_on_with_its_rank(tmp_path):
+    family, layer = FAMILIES["cnn"], LAYERS["cnn"]
+
+    def fit(epochs, rank, **options):
+        callback = TracInCallback(tmp_path / "trace", methods=(layer,), rank=rank)
+        trainer = quiet(max_epochs=epochs, callbacks=[callback])
+        trainer.fit(family.build(), family.train_loader(), **options)
+        return trainer
+
+    fit(1, RANK).save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(
+        ValueError, match=r"\(rank=\(6, 4\)\), but .* \(rank=\(5, 4\)\).* Resume with the same arguments"
+    ):
+        fit(2, (5, 4), ckpt_path=tmp_path / "last.ckpt")
+    trainer = fit(2, RANK, ckpt_path=tmp_path / "last.ckpt")
+    assert len(Trace(tmp_path / "trace").checkpoints) == 2
+    method = TracInLayer(layer, precondition="kfac")
+    assert trainer.influence(family.test_loader(), method=method).scores.any()
+
+
 def test_a_layer_with_one_position_stays_as_it_is(tmp_path):
     trainer = fitted(tmp_path / "trace", rank=(2, 2))
     assert [(site.shape, site.rank) for site in Trace(tmp_path / "trace").sites][1] == ("factors", None)
