@@ -17,6 +17,7 @@ METHODS = (
     "tracin-we",
     "tracin-last",
     TracInLayer("hidden"),
+    TracInLayer("hidden", normalize="train", precondition="kfac", rank=(6, 4)),
     TracInSum((TracInWE(normalize="cosine", weights="residual"), TracInLayer("hidden")), mix=(1, 0.5)),
     TracInRidge(TracInSum((TracInWE(normalize="cosine"), TracInLayer("hidden", normalize="cosine")))),
 )

@@ -83,6 +83,8 @@ def method_at(site: Site) -> Method:
     """The method with default options that scores by the gradients of a site."""
     if site.has_words:
         return TracInWE()
+    if site.rank is not None:
+        return TracInLayer(site.layer, precondition="kfac")
     return TracInLast() if site.is_last else TracInLayer(site.layer)
 
 
@@ -209,6 +211,8 @@ def described(method: Method) -> str:
         '(TracIn-WE) / 2e-05 + 0.5 × (TracIn at encoder.0, cosine)'
         >>> described(TracInRidge(TracInWE(normalize="cosine")))
         'ridge of (TracIn-WE, cosine), alpha 0.0625, residual ** 0.5'
+        >>> described(TracInLast(precondition="kfac", rank=(128, 32)))
+        'TracIn-Last, preconditioned by K-FAC (damping 0.1, 128 × 32 components)'
     """
     if isinstance(method, TracInRidge):
         power = f", residual ** {method.residual:g}" if method.residual else ""
@@ -230,9 +234,17 @@ def described(method: Method) -> str:
     phrases = [
         kind or f"TracIn at {getattr(method, 'name', '')}",
         {"train": "normalised by the training example", "cosine": "cosine", None: ""}[method.normalize],
-        "preconditioned by Adam" if method.precondition else "",
+        {"adam": "preconditioned by Adam", "kfac": _described_kfac(method), None: ""}[method.precondition],
         {"equal": "checkpoints alike", "residual": "checkpoints by residual"}.get(method.weights, ""),
         f"{top_words} top words" if top_words else "",
         f"without {excluded}" if excluded else "",
     ]
     return ", ".join(phrase for phrase in phrases if phrase)
+
+
+def _described_kfac(method: TracInWE | TracInLast | TracInLayer) -> str:
+    """How a method preconditions by K-FAC, in words; empty for one at the word table, which cannot."""
+    if isinstance(method, TracInWE):
+        return ""
+    components = "" if method.rank is None else f", {method.rank[0]} × {method.rank[1]} components"
+    return f"preconditioned by K-FAC (damping {method.damping:g}{components})"
