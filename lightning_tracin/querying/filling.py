@@ -16,6 +16,7 @@ from lightning_tracin.bridge.strategy import require_results
 from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.capture import Captured
+from lightning_tracin.gradients.kronecker import KroneckerFactors
 from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp
@@ -30,6 +31,7 @@ from lightning_tracin.scoring.terms import terms_at, training_sites_of
 from lightning_tracin.storage.checkpoint import Checkpoint, require_weights
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import remove_temporary, require_own
+from lightning_tracin.storage.sampled_moments import SampledMoments, sampling_order
 from lightning_tracin.storage.trace import Trace
 from lightning_tracin.storage.training_pass import TrainingPass, reading_order, stored_stream, training_pass
 
@@ -169,8 +171,9 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
             wanted = tuple(site for site in sites if not checkpoint.has_gradients(site))
             if wanted not in taken:
                 taken[wanted] = ModuleGradients(query.module, wanted, recorded=trace.sites)
+            factors = _sampled_factors(query, checkpoint, taken[wanted], training_set)
             known = stored_stream(trace) if training_set.iterable else None
-            with training_pass(trace, checkpoint, wanted, order, processes, known=known) as filled:
+            with training_pass(trace, checkpoint, wanted, order, processes, known=known, factors=factors) as filled:
 
                 def take(captured: Captured, _: list[int], batch: Any, filled: TrainingPass = filled) -> None:
                     words = words_of_batch(query.module, batch, filled.unknown_tokens(captured))
@@ -179,3 +182,21 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
                 description = f"Training gradients {number}/{len(missing)}"
                 loader = training_set.loader_over(order)
                 run_pass(query, checkpoint, Pass(loader, GradientStep(taken[wanted]), take, description))
+
+
+def _sampled_factors(
+    query: Query, checkpoint: Checkpoint, gradients: ModuleGradients, training_set: TrainingSet
+) -> dict[Site, KroneckerFactors]:
+    """K-FAC's factors at a checkpoint, at those sites that store components, by a pass over a sample."""
+    moments = SampledMoments(gradients.sites)
+    if not moments.is_needed:
+        return {}
+    with query.processes.synchronized():
+        loader = training_set.loader_over(sampling_order(checkpoint, training_set, query.processes))
+
+    def take(captured: Captured, *_: Any) -> None:
+        moments.add(captured)
+
+    run_pass(query, checkpoint, Pass(loader, GradientStep(gradients), take, "K-FAC"))
+    with query.processes.synchronized():
+        return moments.factors(query.processes)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -17,21 +18,23 @@ from torch import Tensor
 
 from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
-from lightning_tracin.gradients.rows import unit_rows
 from lightning_tracin.gradients.sites import Site, last_site, words_site
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.scoring.excluded_tokens import ExcludedTokens
 from lightning_tracin.scoring.linear_products import dot_factors, dot_matrices, dot_weighted_factors
+from lightning_tracin.scoring.preconditioners import Preconditioner
+from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.scoring.word_products import dot_words
-from lightning_tracin.storage.second_moments import SecondMoments
 
 Side: TypeAlias = Literal["test", "train"]
 Normalize: TypeAlias = Literal["train", "cosine"] | None
 Precondition: TypeAlias = Literal["adam"] | None
 Weights: TypeAlias = Literal["learning-rate", "equal", "residual"]
+LinearPrecondition: TypeAlias = Literal["adam", "kfac"] | None
 _Linear: TypeAlias = FactorGradients | MatrixGradients
 
 _MOST = 2**62  # Larger numbers do not fit into a tensor.
+_DAMPING = 0.1
 
 
 class SiteMethod(Protocol):
@@ -42,8 +45,8 @@ class SiteMethod(Protocol):
         """The norms that products are divided by: "train", "cosine" (both sides), or None."""
 
     @property
-    def precondition(self) -> Precondition:
-        """The second moments that products are divided by: "adam", or None."""
+    def precondition(self) -> LinearPrecondition:
+        """What gradients are preconditioned by: Adam's second moments, "adam"; "kfac", at linear layers; or None."""
 
     @property
     def weights(self) -> Weights:
@@ -52,19 +55,19 @@ class SiteMethod(Protocol):
     def site_in(self, sites: Sequence[Site]) -> Site | None:
         """The site at which the method needs gradients; None if it is not among those that were recorded."""
 
-    def prepare(self, gradients: Any, moments: SecondMoments | None, side: Side) -> Any:
+    def prepare(self, gradients: Any, by: Preconditioner | None, side: Side) -> Any:
         """The gradients of a block of examples, prepared for multiplication.
 
         Args:
             gradients: the block, on the CPU.
-            moments: the second moments of the site's weight, if the method preconditions.
+            by: what preconditions gradients at the site, if the method does.
             side: whether the block is of test or of training examples.
         """
 
-    def dot(self, test: Any, train: Any, moments: SecondMoments | None) -> Tensor:
+    def dot(self, test: Any, train: Any, by: Preconditioner | None) -> Tensor:
         """(n_test, n_train) products of prepared blocks, on the device of the test block; ``train`` is on the CPU."""
 
-    def norms(self, gradients: Any, moments: SecondMoments | None) -> Tensor:
+    def norms(self, gradients: Any, by: Preconditioner | None) -> Tensor:
         """(n_examples,) norms of a prepared block."""
 
 
@@ -119,7 +122,7 @@ class TracInWE:
     weights: Weights = field(default="learning-rate", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_options(self)
+        _check_options(self, "adam")
         fits = self.top_words is None or 1 <= self.top_words < _MOST
         _require(fits, "top_words", "None or at least 1", self.top_words)
         if not isinstance(self.exclude_tokens, ExcludedTokens):
@@ -140,7 +143,7 @@ class TracInWE:
         """The site at the word embedding table."""
         return words_site(sites)
 
-    def prepare(self, words: WordGradients, moments: SecondMoments | None, side: Side) -> WordGradients:
+    def prepare(self, words: WordGradients, by: Preconditioner | None, side: Side) -> WordGradients:
         """The rows of a block of examples, prepared for multiplication and sorted by token.
 
         Raises:
@@ -153,19 +156,19 @@ class TracInWE:
             )
         if self.excluded.ids:
             words = words.without(self.excluded.ids)
-        if moments is not None:
-            words = _preconditioned(words, moments)
+        if by is not None:
+            words = by.applied(words)
         if self.top_words is not None:
             words = words.top_words(self.top_words)
         if _normalizes(self, side):
             words = words.scaled(_inverse(words.example_norms()))
         return words.sorted()
 
-    def dot(self, test: WordGradients, train: WordGradients, moments: SecondMoments | None) -> Tensor:
+    def dot(self, test: WordGradients, train: WordGradients, by: Preconditioner | None) -> Tensor:
         """(n_test, n_train) products of prepared blocks."""
         return dot_words(test, train)
 
-    def norms(self, words: WordGradients, moments: SecondMoments | None) -> Tensor:
+    def norms(self, words: WordGradients, by: Preconditioner | None) -> Tensor:
         """(n_examples,) norms of a prepared block."""
         return words.example_norms()
 
@@ -195,32 +198,47 @@ class _AtLinearLayer:
     """The common base of the methods at a linear layer."""
 
     normalize: Normalize
-    precondition: Precondition
+    precondition: LinearPrecondition
+    damping: float
+    rank: tuple[int, int] | None
     weights: Weights
+
+    def __post_init__(self) -> None:
+        _check_options(self, "adam", "kfac")
+        damping: Any = self.damping
+        fits = not isinstance(damping, bool) and isinstance(damping, (int, float)) and 0 < damping < math.inf
+        _require(fits, "damping", "a finite number above 0", damping)
+        object.__setattr__(self, "damping", float(damping))
+        object.__setattr__(self, "rank", _checked_rank(self.rank))
+        if self.precondition != "kfac":
+            _require(self.rank is None, "rank", 'None without precondition="kfac"', self.rank)
+            _require(self.damping == _DAMPING, "damping", f'{_DAMPING} without precondition="kfac"', self.damping)
 
     @property
     def summands(self) -> tuple[Summand, ...]:
         """The method as its only summand."""
         return (Summand(self),)  # type: ignore[arg-type]
 
-    def prepare(self, linear: _Linear, moments: SecondMoments | None, side: Side) -> _Linear:
+    def prepare(self, linear: _Linear, by: Preconditioner | None, side: Side) -> _Linear:
         """The gradients of a block of examples, prepared for multiplication."""
-        return linear.scaled(_inverse(self.norms(linear, moments))) if _normalizes(self, side) else linear
+        if by is not None:
+            linear = by.applied(linear)
+        return linear.scaled(_inverse(self.norms(linear, by))) if _normalizes(self, side) else linear
 
-    def dot(self, test: _Linear, train: _Linear, moments: SecondMoments | None) -> Tensor:
+    def dot(self, test: _Linear, train: _Linear, by: Preconditioner | None) -> Tensor:
         """(n_test, n_train) products of prepared blocks."""
-        weights = None if moments is None else moments.weights()
+        weights = None if by is None else by.weights()
         if isinstance(test, MatrixGradients) and isinstance(train, MatrixGradients):
             return dot_matrices(test, train, weights)
         assert isinstance(test, FactorGradients)
         assert isinstance(train, FactorGradients)
         return dot_factors(test, train) if weights is None else dot_weighted_factors(test, train, weights)
 
-    def norms(self, linear: _Linear, moments: SecondMoments | None) -> Tensor:
+    def norms(self, linear: _Linear, by: Preconditioner | None) -> Tensor:
         """(n_examples,) norms of a prepared block."""
-        if moments is None:
+        weights = None if by is None else by.weights()
+        if weights is None:
             return linear.example_norms()
-        weights = moments.weights()
         return linear.weighted_norms(weights) if isinstance(linear, MatrixGradients) else linear.example_norms(weights)
 
 
@@ -237,19 +255,24 @@ class TracInLast(_AtLinearLayer):
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
             checkpoint.
         precondition: "adam" divides each product by the root of Adam's bias-corrected second moment of that weight.
+            "kfac" whitens h and δ by their second moments A = mean h h' and G = mean δ δ' over the positions of 200
+            training examples, at each checkpoint: h becomes (A + damping · tr(A) / n I)^(-1/2) h, n its length, and δ
+            likewise. The bias is left out.
+        damping: how much K-FAC adds to the eigenvalues of A and G, as a part of their mean.
+        rank: how many components, those of the largest eigenvalues, K-FAC keeps of h and of δ, as in (128, 32); None
+            for all.
         weights: how checkpoints count, as for :class:`TracInWE`.
 
     Example:
         >>> TracInLast(normalize="cosine")
-        TracInLast(normalize='cosine', precondition=None, weights='learning-rate')
+        TracInLast(normalize='cosine', precondition=None, damping=0.1, rank=None, weights='learning-rate')
     """
 
     normalize: Normalize = None
-    precondition: Precondition = None
+    precondition: LinearPrecondition = None
+    damping: float = _DAMPING
+    rank: tuple[int, int] | None = None
     weights: Weights = field(default="learning-rate", kw_only=True)
-
-    def __post_init__(self) -> None:
-        _check_options(self)
 
     def site_in(self, sites: Sequence[Site]) -> Site | None:
         """The site at the only linear layer that feeds the loss directly."""
@@ -268,20 +291,28 @@ class TracInLayer(_AtLinearLayer):
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
             checkpoint.
         precondition: "adam" divides each product by the root of Adam's bias-corrected second moment of that weight.
+            "kfac" whitens h and δ by their second moments A = mean h h' and G = mean δ δ' over the positions of 200
+            training examples, at each checkpoint: h becomes (A + damping · tr(A) / n I)^(-1/2) h, n its length, and δ
+            likewise. The bias is left out.
+        damping: how much K-FAC adds to the eigenvalues of A and G, as a part of their mean.
+        rank: how many components, those of the largest eigenvalues, K-FAC keeps of h and of δ, as in (128, 32); None
+            for all.
         weights: how checkpoints count, as for :class:`TracInWE`.
 
     Example:
-        >>> TracInLayer("model.bert.pooler.dense", weights="equal")
-        TracInLayer(name='model.bert.pooler.dense', normalize=None, precondition=None, weights='equal')
+        >>> TracInLayer("model.bert.pooler.dense", precondition="kfac", rank=(128, 32)).rank
+        (128, 32)
     """
 
     name: str
     normalize: Normalize = None
-    precondition: Precondition = None
+    precondition: LinearPrecondition = None
+    damping: float = _DAMPING
+    rank: tuple[int, int] | None = None
     weights: Weights = field(default="learning-rate", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_options(self)
+        super().__post_init__()
         _require(isinstance(self.name, str) and bool(self.name), "name", "the dotted name of a layer", self.name)
 
     def site_in(self, sites: Sequence[Site]) -> Site | None:
@@ -349,19 +380,13 @@ class TracInSum:
         return tuple(Summand(method, factor) for method, factor in zip(self.parts, factors, strict=True))
 
 
-Method: TypeAlias = TracInWE | TracInLast | TracInLayer | TracInSum
+Method: TypeAlias = TracInWE | TracInLast | TracInLayer | TracInSum | TracInRidge
 
 
 def word_part(method: Method) -> TracInWE | None:
-    """The TracInWE in a method, which has word terms; None if there is none."""
-    return next((each.method for each in method.summands if isinstance(each.method, TracInWE)), None)
-
-
-def _preconditioned(words: WordGradients, moments: SecondMoments) -> WordGradients:
-    """Rows multiplied by the root of the weights: with that on both sides, each product has the weight once."""
-    factors = moments.of_tokens(words.tokens).weights().sqrt()
-    norms, directions = unit_rows(words.directions.float() * factors)
-    return replace(words, norms=words.factors * norms, directions=directions, lengths=None)
+    """The TracInWE in a method, which has word terms; None if there is none, as in a ridge."""
+    summands = () if isinstance(method, TracInRidge) else method.summands
+    return next((each.method for each in summands if isinstance(each.method, TracInWE)), None)
 
 
 def _inverse(norms: Tensor) -> Tensor:
@@ -374,11 +399,21 @@ def _normalizes(method: TracInWE | _AtLinearLayer, side: Side) -> bool:
     return method.normalize == "cosine" or (method.normalize == "train" and side == "train")
 
 
-def _check_options(method: TracInWE | _AtLinearLayer) -> None:
+def _check_options(method: TracInWE | _AtLinearLayer, *preconditions: str) -> None:
     _require(method.normalize in (None, "train", "cosine"), "normalize", "None, 'train' or 'cosine'", method.normalize)
-    _require(method.precondition in (None, "adam"), "precondition", "None or 'adam'", method.precondition)
+    listed = " or ".join(["None" if len(preconditions) == 1 else "None, 'adam'", repr(preconditions[-1])])
+    _require(method.precondition in (None, *preconditions), "precondition", listed, method.precondition)
     known = ("learning-rate", "equal", "residual")
     _require(method.weights in known, "weights", "'learning-rate', 'equal' or 'residual'", method.weights)
+
+
+def _checked_rank(rank: Any) -> tuple[int, int] | None:
+    """The numbers of components as a pair, also where they came as a list."""
+    numbers: tuple[Any, ...] = tuple(rank) if isinstance(rank, Sequence) else ()
+    counts = [int(each) for each in numbers if not isinstance(each, bool) and isinstance(each, Integral)]
+    fits = rank is None or (len(numbers) == len(counts) == 2 and all(1 <= each < _MOST for each in counts))
+    _require(fits, "rank", "None or a pair of whole numbers from 1 on, of inputs and of outputs", rank)
+    return None if rank is None else (counts[0], counts[1])
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

@@ -41,7 +41,12 @@ def residuals_at(checkpoint: Checkpoint) -> Tensor:
         ValueError: if the fit did not record them, or not as factors, or if a file is damaged.
     """
     shards = checkpoint.gradients(residual_site(checkpoint.sites))
-    return _read(shards.folder, shards.within, tuple(shards.checksums)).clone()
+    residuals = torch.zeros(shards.n_examples)
+    for shard in range(len(shards)):
+        if shards.holds(shard):
+            start, stop = shards.bounds(shard)
+            residuals[start:stop] = _residuals_of(shards.read(shard))
+    return residuals
 
 
 def mean_residual_at(checkpoint: Checkpoint) -> float:
@@ -51,11 +56,10 @@ def mean_residual_at(checkpoint: Checkpoint) -> float:
         FileNotFoundError: as :func:`residuals_at`.
         ValueError: as :func:`residuals_at`.
     """
+    shards = checkpoint.gradients(residual_site(checkpoint.sites))
     drawn = checkpoint.drawn()
-    counts = torch.ones(checkpoint.header.n_train, dtype=torch.bool) if drawn is None else drawn.clone()
-    counts[list(checkpoint.gradients(residual_site(checkpoint.sites)).not_finite)] = False
-    residuals = residuals_at(checkpoint)[counts]
-    return float(residuals.double().mean()) if len(residuals) else 0.0
+    counted = (shards.n_examples if drawn is None else int(drawn.sum())) - len(shards.not_finite)
+    return _sum(shards.folder, shards.within, tuple(shards.checksums)) / counted if counted > 0 else 0.0
 
 
 def residual_site(sites: Sequence[Site]) -> Site:
@@ -67,29 +71,25 @@ def residual_site(sites: Sequence[Site]) -> Site:
     site = last_site(sites)
     if site is None:
         raise ValueError(
-            'weights="residual" needs the gradients at the last linear layer, but the fit recorded '
+            'weights="residual" and TracInRidge need the gradients at the last linear layer, but the fit recorded '
             f'{tuple(each.name for each in sites)}. Fit again with "tracin-last" among the methods of TracInCallback, '
-            'or use weights="equal".'
+            'or use weights="equal", and residual=0 of TracInRidge.'
         )
     if site.shape != "factors":
         raise ValueError(
-            f'weights="residual" needs the gradients at {site.layer!r} as factors, but the trace keeps them as one '
-            "matrix for each example, because they are projected or have many positions. Fit without projection of "
-            'linear layers if there is one, or use weights="equal".'
+            f'weights="residual" and TracInRidge need the gradients at {site.layer!r} as factors, but the trace keeps '
+            "them as one matrix for each example, because they are projected or have many positions. Fit without "
+            'projection of linear layers if there is one, or use weights="equal", and residual=0 of TracInRidge.'
         )
     return site
 
 
-@lru_cache(maxsize=64)
-def _read(folder: Path, within: Path, _: Hashable) -> Tensor:
-    """(n_train,) residuals by the shards in a folder, read once for their checksums: each term of a score asks."""
+@lru_cache(maxsize=1024)
+def _sum(folder: Path, within: Path, _: Hashable) -> float:
+    """The sum of all residuals in a folder of shards, read once for their checksums: each term of a score asks."""
     shards = Shards.open(folder, within=within)
-    residuals = torch.zeros(shards.n_examples)
-    for shard in range(len(shards)):
-        if shards.holds(shard):
-            start, stop = shards.bounds(shard)
-            residuals[start:stop] = _residuals_of(shards.read(shard))
-    return residuals
+    held = [shard for shard in range(len(shards)) if shards.holds(shard)]
+    return sum(float(_residuals_of(shards.read(shard)).double().sum()) for shard in held)
 
 
 def _residuals_of(block: FactorGradients) -> Tensor:

@@ -174,8 +174,8 @@ def self_influences(checkpoints: Sequence[Checkpoint], method: Method, processes
                 continue
             block = shards.read(shard)
             norms = [
-                term.method.norms(term.prepared(block, "test"), term.moments),
-                term.method.norms(term.prepared(block, "train"), term.moments),
+                term.method.norms(term.prepared(block, "test"), term.preconditioner),
+                term.method.norms(term.prepared(block, "train"), term.preconditioner),
             ]
             # Both sides are multiples of one gradient, so their product is that of their norms.
             scores += term.weight * norms[0] * norms[1]

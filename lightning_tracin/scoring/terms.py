@@ -10,14 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.sites import Gradients, Site
-from lightning_tracin.gradients.word_gradients import WordGradients
-from lightning_tracin.scoring.methods import Method, Side, SiteMethod, Weights
+from lightning_tracin.scoring.kfac import Kfac
+from lightning_tracin.scoring.methods import Method, Side, SiteMethod, TracInLast, TracInLayer, Weights
 from lightning_tracin.scoring.naming import recorded_site
+from lightning_tracin.scoring.preconditioners import AdamMoments, Preconditioner
 from lightning_tracin.scoring.residuals import mean_residual_at, residual_site
+from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.storage.checkpoint import Checkpoint
-from lightning_tracin.storage.second_moments import SecondMoments, moments_file
+from lightning_tracin.storage.components import COMPONENTS
+from lightning_tracin.storage.files import damage_named
+from lightning_tracin.storage.second_moments import moments_file
 from lightning_tracin.storage.shards import Shards
 
 
@@ -29,14 +32,14 @@ class Term:
         method: the method that prepares and multiplies gradients.
         site: the site at which gradients were taken.
         factor: of the summand; None where the scale that it is divided by is yet to be measured.
-        moments: the second moments that precondition products; None without preconditioning.
+        preconditioner: what preconditions gradients; None without preconditioning.
         checkpoint: the checkpoint with the training examples' gradients.
     """
 
     method: SiteMethod
     site: Site
     factor: float | None
-    moments: SecondMoments | None
+    preconditioner: Preconditioner | None
     checkpoint: Checkpoint
 
     @cached_property
@@ -61,7 +64,12 @@ class Term:
 
     def prepared_tests(self, gradients: Gradients) -> Any:
         """Captured test gradients, prepared for multiplication."""
-        return self.prepared(self.site.stored(gradients), "test")
+        if self.site.rank is None:
+            return self.prepared(self.site.stored(gradients), "test")
+        factors = self.shards.factors(self.site)
+        with damage_named(self.checkpoint.path / self.site.key / COMPONENTS):
+            stored = self.site.stored(gradients, factors)
+        return self.prepared(stored, "test")
 
     def prepared_training(self, stored: Gradients) -> Any:
         """Stored training gradients, prepared for multiplication."""
@@ -71,20 +79,9 @@ class Term:
         """Gradients in the form of the site, prepared for multiplication.
 
         Raises:
-            ValueError: if the stored second moments are of another layer.
+            ValueError: if what preconditions them is of another layer.
         """
-        if self.moments is not None:
-            widths, shape = gradients.widths, tuple(self.moments.values.shape)
-            if isinstance(gradients, WordGradients):
-                fits = widths == shape[1:]
-            elif isinstance(gradients, MatrixGradients):
-                fits = widths == (shape[0] * shape[1],)
-            else:
-                fits = widths == shape[::-1]
-            if not fits:
-                path = self.checkpoint.path / moments_file(self.site)
-                raise ValueError(f"{path} is damaged: {shape} second moments are not those of gradients of {widths}.")
-        return self.method.prepare(gradients, self.moments, side)
+        return self.method.prepare(gradients, self.preconditioner, side)
 
     def dot(self, test: Any, train: Any) -> Tensor:
         """(n_test, n_train) products of prepared blocks with the weight of the term.
@@ -93,7 +90,7 @@ class Term:
             ValueError: as :meth:`require_same_layer`.
         """
         self.require_same_layer(test, train)
-        return self.weight * self.method.dot(test, train, self.moments)
+        return self.weight * self.method.dot(test, train, self.preconditioner)
 
     def require_same_layer(self, test: Any, train: Any) -> None:
         """Check that stored gradients are of the layer that those of the test examples are of.
@@ -118,9 +115,18 @@ def terms_at(checkpoint: Checkpoint, method: Method) -> list[Term]:
     for summand in method.summands:
         site_method = summand.method
         site = stored_site(site_method, checkpoint.sites)
-        moments = checkpoint.second_moments(site) if site_method.precondition == "adam" else None
-        terms.append(Term(site_method, site, summand.factor, moments, checkpoint))
+        preconditioner = _preconditioner(site_method, site, checkpoint)
+        terms.append(Term(site_method, site, summand.factor, preconditioner, checkpoint))
     return terms
+
+
+def _preconditioner(method: SiteMethod, site: Site, checkpoint: Checkpoint) -> Preconditioner | None:
+    """What a method preconditions the gradients at a site by."""
+    if method.precondition == "adam":
+        return AdamMoments(checkpoint.second_moments(site), checkpoint.path / moments_file(site))
+    if isinstance(method, (TracInLast, TracInLayer)) and method.precondition == "kfac":
+        return Kfac(checkpoint, site, method.damping, method.rank)
+    return None
 
 
 def checkpoint_weight(weights: Weights, checkpoint: Checkpoint, site: Site) -> float:
@@ -153,13 +159,45 @@ def stored_site(method: SiteMethod, sites: Sequence[Site]) -> Site:
         residual_site(sites)
     if site.top_words is not None and (getattr(method, "top_words", None) or 0) > site.top_words:
         raise ValueError(f"The trace keeps {site.top_words} words of each example; {method} asks for more.")
-    if site.projection is not None and method.precondition is not None:
+    if method.precondition == "kfac":
+        _require_factors(method, site)
+    elif site.rank is not None:
+        raise ValueError(
+            f"The trace keeps {site.rank[0]} x {site.rank[1]} components of the gradients at {site.layer!r} (rank of "
+            'TracInCallback), which are for precondition="kfac" alone. Ask for that, or fit without rank.'
+        )
+    elif site.projection is not None and method.precondition is not None:
         sizes = " and ".join(map(str, site.projection))
         raise ValueError(
             f"The trace keeps {'word ' * site.has_words}gradients projected to {sizes} numbers, which Adam's "
             'second moments cannot be applied to. Fit without projection for precondition="adam".'
         )
     return site
+
+
+def _require_factors(method: SiteMethod, site: Site) -> None:
+    """Check that a linear layer's inputs and output gradients, or enough of their components, are stored for K-FAC.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    asked = getattr(method, "rank", None)
+    if site.rank is not None:
+        if asked is not None and (asked[0] > site.rank[0] or asked[1] > site.rank[1]):
+            raise ValueError(f"The trace keeps {site.rank} components at {site.layer!r}; {method} asks for more.")
+    elif site.shape != "factors":
+        why = "" if site.projection else ", which take less space there than the factors at each position"
+        raise ValueError(
+            f"The trace keeps {'projected ' * bool(site.projection)}matrices at {site.layer!r}{why}; but K-FAC needs "
+            "the factors, inputs and output gradients. Fit with TracInCallback(rank=(128, 32)), which keeps their "
+            "components."
+        )
+    elif site.has_bias is None:
+        raise ValueError(
+            f"The trace is of an earlier version, which did not tell whether {site.layer!r} has a bias, as "
+            'precondition="kfac" has to know. Take its checkpoints into a new one: Trace.from_checkpoints(path, '
+            "Trace(...), model, train_dataloaders, methods=...)."
+        )
 
 
 def sites_of(method: Method, sites: Sequence[Site]) -> list[Site]:
@@ -186,4 +224,6 @@ def training_sites_of(method: Method, sites: Sequence[Site]) -> list[Site]:
         ValueError: if the fit did not record one of them.
     """
     weighing = [residual_site(sites) for summand in method.summands if summand.method.weights == "residual"]
+    if isinstance(method, TracInRidge) and method.residual:
+        weighing.append(residual_site(sites))
     return list(dict.fromkeys([*sites_of(method, sites), *weighing]))

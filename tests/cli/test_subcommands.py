@@ -19,6 +19,7 @@ from lightning_tracin import (
     TracInCallback,
     TracInLast,
     TracInLayer,
+    TracInRidge,
     TracInSum,
     TracInWE,
     cli,
@@ -179,6 +180,11 @@ def test_a_sum_over_layers_comes_from_the_configuration(project):
             TracInWE(exclude_tokens=("common", 3)),
         ),
         ('{"class_path": "lightning_tracin.TracInLast", "init_args": {"normalize": "train"}}', TracInLast("train")),
+        (
+            '{"class_path": "lightning_tracin.TracInRidge", "init_args": {"alpha": 1, "method": '
+            '{"class_path": "lightning_tracin.TracInWE", "init_args": {"normalize": "cosine"}}}}',
+            TracInRidge(TracInWE(normalize="cosine"), alpha=1),
+        ),
     ],
 )
 def test_methods_on_the_command_line(project, tmp_path, given, method):
@@ -198,6 +204,7 @@ def test_methods_on_the_command_line(project, tmp_path, given, method):
         ('{"normalize": "cosine"}', "needs class_path"),
         ('{"class_path": "lightning_tracin.TracInLayer"}', "name"),
         ('{"class_path": "lightning_tracin.TracInSum", "init_args": {"parts": ["tracin-we"]}}', "parts must be two"),
+        ('{"class_path": "lightning_tracin.TracInRidge", "init_args": {"method": "tracin-we"}}', "normalize="),
         ('{"class_path": "lightning_tracin.TracInSum", "init_args": {"parts": [{"mix": 1}, 2]}}', "needs class_path"),
     ],
 )

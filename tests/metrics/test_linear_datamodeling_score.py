@@ -170,7 +170,7 @@ def test_the_difference_of_two_methods():
     assert mean == pytest.approx(float(first.mean - second.mean))
     assert error == pytest.approx((11 * np.var(left_out)) ** 0.5, rel=1e-3)
     assert difference(first, first) == (0, 0)
-    with pytest.raises(ValueError, match="`second` expected to be of the 12 subsets of `first`, but got 11"):
+    with pytest.raises(ValueError, match="`second` expected to have the 12 subsets of `first`, but got 11"):
         difference(first, lds(scores, subsets[:11], outputs[:11]))
 
 
