@@ -16,6 +16,7 @@ PACKAGE = Path(lightning_tracin.__file__).parent
 FLOORS = (
     "cli",
     "past",
+    "retraining",
     "querying",
     "recording",
     "bridge",

@@ -1,0 +1,77 @@
+"""Ranks, and correlations of them, of many columns at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LITTLE = 1e-6  # variance in ranks that rounding leaves of a column which does not vary
+
+
+def precise(values: Tensor) -> Tensor:
+    """The values in float64, or where a device has none, in float32."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Each value's rank in its column, 1 for the lowest; equal values share the mean of their ranks.
+
+    Args:
+        values: (m, n).
+
+    Example:
+        >>> ranks(torch.tensor([[0.3], [0.1], [0.3]])).flatten()
+        tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
+    """
+    rows = values.T.contiguous()
+    in_order = rows.sort(dim=1).values
+    below = torch.searchsorted(in_order, rows)
+    not_above = torch.searchsorted(in_order, rows, right=True)
+    return precise(below + not_above + 1).T / 2
+
+
+def ranks_without(values: Tensor, ranked: Tensor, row: int) -> Tensor:
+    """The ranks (m - 1, n) that the others have when one row is left out.
+
+    Args:
+        values: (m, n).
+        ranked: (m, n) their ranks.
+        row: the row that is left out.
+    """
+    kept = torch.arange(len(values), device=values.device) != row
+    others, out = values[kept], values[row]
+    return ranked[kept] - (others > out).to(ranked) - (others == out).to(ranked) / 2
+
+
+def residuals(ranked: Tensor, nuisance: Tensor | None = None) -> Tensor:
+    """What is left (m, n) of each column without its mean and without what is linear in the nuisance.
+
+    Args:
+        ranked: (m, n).
+        nuisance: (m, c) what is regressed out; its columns may depend on each other.
+    """
+    centred = ranked - ranked.mean(0)
+    if nuisance is None:
+        return centred
+    basis = column_space(nuisance)
+    return centred - basis @ (basis.T @ centred)
+
+
+def column_space(nuisance: Tensor) -> Tensor:
+    """An orthonormal basis (m, rank) of the columns (m, c) without their means."""
+    vectors, sizes, _ = torch.linalg.svd(nuisance - nuisance.mean(0), full_matrices=False)
+    return vectors[:, sizes > 1e-9 * max(nuisance.shape) * sizes.max().clamp_min(1)]
+
+
+def varies(left: Tensor) -> Tensor:
+    """Whether each column (n,) of residuals of ranks (m, n) holds more than rounding."""
+    return left.square().mean(0) > _LITTLE
+
+
+def correlation(first: Tensor, second: Tensor) -> Tensor:
+    """The correlation (n,) of the columns of two (m, n) of residuals; 0 where one of them does not vary."""
+    sizes = (first.square().sum(0) * second.square().sum(0)).sqrt()
+    together = varies(first) & varies(second)
+    return torch.where(together, (first * second).sum(0) / sizes.where(together, torch.ones_like(sizes)), 0).clamp(
+        -1, 1
+    )

@@ -1,0 +1,33 @@
+"""What would have happened without some of the training examples: the same fit again, on a part of them.
+
+``Retrainings`` runs the fits that are asked for, once each, and keeps what they say of the test examples in a folder
+(``folder``); ``subsets`` makes halves, and training sets without some examples; ``fits`` runs one of them, and
+``observed`` reads what its module says. This folder imports ``querying`` and what is below, and ``metrics``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_tracin.retraining.folder import stored_outcomes
+    from lightning_tracin.retraining.outcomes import Outcomes
+    from lightning_tracin.retraining.retrainings import Retrainings
+    from lightning_tracin.retraining.subsets import random_halves, without
+
+__all__ = ["Outcomes", "Retrainings", "random_halves", "stored_outcomes", "without"]
+
+_MODULES = {
+    "Outcomes": "outcomes",
+    "Retrainings": "retrainings",
+    "random_halves": "subsets",
+    "stored_outcomes": "folder",
+    "without": "subsets",
+}
+
+if not TYPE_CHECKING:  # as in the package itself: a name's module is imported when the name is asked for
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            globals()[name] = getattr(import_module(f"lightning_tracin.retraining.{_MODULES[name]}"), name)
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,109 @@
+"""What a module says of test examples: the loss of each, and the probabilities of its classes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, last_layer_of, losses_of
+from lightning_tracin.gradients.capture import without_inference_tensors
+from lightning_tracin.gradients.eval_mode import gradients_enabled
+from lightning_tracin.gradients.layers import layer_name
+from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, checked_losses, hugging_face_model
+from lightning_tracin.gradients.mean_loss import MeanLoss
+from lightning_tracin.gradients.outputs import output_of
+from lightning_tracin.gradients.predictions import PredictionProbe
+from lightning_tracin.querying.passes import predict_by
+from lightning_tracin.retraining.outcomes import Outcome
+
+
+class Observed:
+    """Reads what retrained modules, all of one form, say of the same test examples.
+
+    Args:
+        batches: the test examples, as a loader gives them.
+    """
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+        self._last_layer: str | None = None
+        self._looked = False
+        self._is_binary = False
+
+    def outcome(self, trainer: pl.Trainer, module: pl.LightningModule) -> Outcome:
+        """What a module says, in eval mode.
+
+        Args:
+            trainer: runs it, on its own device and in its own precision.
+            module: the module.
+
+        Raises:
+            ValueError: if there is not one finite loss for each example.
+        """
+        found: list[tuple[Tensor, Tensor | None]] = []
+
+        def step(batch: Any, batch_idx: int) -> None:
+            with gradients_enabled(module):
+                found.append(self._said(module, without_inference_tensors(batch)))
+
+        predict_by(step, trainer, module, _Copies(self._batches), None, callbacks=[])
+        losses = torch.cat([each for each, _ in found])
+        bad = (~losses.isfinite()).nonzero().flatten()
+        if len(bad):
+            raise ValueError(f"The loss of test example {int(bad[0])} is {losses[bad[0]]:g}. {NOT_FINITE_ADVICE}")
+        said = [each for _, each in found if each is not None]
+        return Outcome(losses, torch.cat(said) if len(said) == len(found) else None)
+
+    def _said(self, module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """The losses of a batch, and the log probabilities of classes."""
+        losses_of_batch = losses_of(module)
+        if not self._looked:  # all modules are of one form: it is enough to look once
+            if isinstance(losses_of_batch, MeanLoss):
+                losses_of_batch.check(batch)
+            with suppress(ValueError):
+                self._last_layer = layer_name(module, last_layer_of(module, lambda: losses_of_batch(batch)))
+            labels = [labels_of_module(module, each) for each in self._batches]
+            self._is_binary = all(each is not None and bool((each <= 1).all()) for each in labels)
+            self._looked = True
+        probe = PredictionProbe(module, self._last_layer)
+        with torch.no_grad():
+            losses = checked_losses(probe.watching(losses_of_batch)(batch))
+            logits = probe.logits(len(losses), (1, 2))
+            if isinstance(losses_of_batch, MeanLoss):  # the mean of the batch, where each example's is wanted
+                losses = torch.cat([losses_of_batch(row) for row in losses_of_batch.rows(batch)])
+        classes = None if logits is None else self._classes(module, probe, logits, batch)
+        return losses.float().cpu(), None if classes is None else classes.cpu()
+
+    def _classes(self, module: pl.LightningModule, probe: PredictionProbe, logits: Tensor, batch: Any) -> Tensor | None:
+        """(B, C) log probabilities; None if an example's output is not one of several classes."""
+        labels = labels_of_module(module, batch)
+        if labels is None or labels.is_floating_point():
+            return None
+        model = hugging_face_model(module) if probe.from_hugging_face else None
+        own_loss = getattr(type(module), "influence_loss", None) is not TracInMixin.influence_loss
+        output = output_of(logits.float(), labels, model, own_loss=own_loss, may_be_binary=self._is_binary)
+        if output.kind == "class":
+            return output.logits.log_softmax(1)
+        if output.kind == "binary":
+            return functional.logsigmoid(torch.cat([-output.logits, output.logits], 1))
+        return None
+
+
+class _Copies:
+    """Copies of batches: a module's hooks may change what they are given."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(copy.deepcopy(batch) for batch in self._batches)

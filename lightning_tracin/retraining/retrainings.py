@@ -1,0 +1,222 @@
+"""Retrainings: runs the fits that are asked for, once each, and keeps what they gave."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from lightning_tracin.bridge.fingerprint import fingerprint_of
+from lightning_tracin.bridge.looks import look_of
+from lightning_tracin.retraining.fits import Build, Fit, apart, built, fitted, require_fit
+from lightning_tracin.retraining.folder import Retraining, RetrainingFolder
+from lightning_tracin.retraining.observed import Observed
+from lightning_tracin.retraining.outcomes import Outcome, Outcomes
+from lightning_tracin.retraining.subsets import checked_subsets
+from lightning_tracin.retraining.tested import batches_of, fingerprint, n_examples
+
+_LARGEST_SEED = 2**32 - 1  # that numpy takes
+_PROBED = 64  # training examples that tell one training set from another
+_WAIT = 0.5  # seconds between two looks at what other processes have finished
+
+
+class Retrainings:
+    """Fits on parts of a training set, kept in a folder, each of which is run once.
+
+    A fit that is there is not run again, and a process that is killed loses the one that it was at. Several processes
+    may work on one folder: each takes a fit that no other one is at. Random numbers of the caller stay as they are.
+
+    Args:
+        folder: where they are kept; it is made if it is missing.
+        build: ``build(indices, seed)`` returns a module, freshly initialised by the seed, and the loader of the
+            training examples with these indices, in ascending order.
+        test: the loader of the test examples, which have labels; or several, one after the other.
+        n_train: number of training examples.
+        trainer: a number of epochs, for a quiet trainer on one device, or a function that makes a new trainer for each
+            fit.
+
+    Raises:
+        TypeError: if the test examples come in something else, or ``trainer`` is neither.
+        ValueError: if there are no training or test examples, or no epochs.
+
+    Example::
+
+        def build(indices, seed):
+            return Classifier(), DataLoader(Subset(data, indices), batch_size=32, shuffle=True)
+
+        halves = random_halves(len(data), 100)
+        found = Retrainings("halves", build, test_loader, n_train=len(data), trainer=4).run(halves, seeds=(0, 1))
+        found.losses  # (100, 2, n_test)
+    """
+
+    def __init__(self, folder: str | Path, build: Build, test: Any, *, n_train: int, trainer: Fit) -> None:
+        if not callable(build):
+            raise TypeError(f"build must be a function of (indices, seed), but got {type(build).__name__}.")
+        if n_train < 2:
+            raise ValueError(f"n_train must be at least 2, but got {n_train}.")
+        require_fit(trainer)
+        self.folder = RetrainingFolder(folder)
+        self.n_train = n_train
+        self._build = build
+        self._fit = trainer
+        batches = batches_of(test)
+        self.n_test = n_examples(batches)
+        self._observed = Observed(batches)
+        self._task: dict[str, Any] = {"n_train": n_train, "n_test": self.n_test, "test": fingerprint(batches)}
+        self._is_whole_task = False
+
+    def missing(self, subsets: Tensor, seeds: Sequence[int] = (0,)) -> int:
+        """How many fits :meth:`run` would run.
+
+        Args:
+            subsets: (m, n_train) or (n_train,) bool, True for the training examples that are kept.
+            seeds: with each of which a fit is run on each subset.
+        """
+        asked = _asked(checked_subsets(subsets, self.n_train), seeds)
+        return sum(not self.folder.has(each) for each in asked)
+
+    def run(self, subsets: Tensor, seeds: Sequence[int] = (0,)) -> Outcomes:
+        """Fit on each of some subsets with each of some seeds, as far as that has not been done.
+
+        The first seed comes first, on all subsets.
+
+        Args:
+            subsets: (m, n_train) or (n_train,) bool, True for the training examples that are kept.
+            seeds: with each of which a fit is run on each subset.
+
+        Returns:
+            What the modules say of the test examples.
+
+        Raises:
+            TypeError: if ``build`` takes or returns something else.
+            ValueError: if the folder holds retrainings of another task, if subsets are none of this training set, or if
+                what is trained on does not depend on the indices.
+        """
+        subsets = checked_subsets(subsets, self.n_train)
+        asked = _asked(subsets, seeds)
+        self.folder.check(self._task)
+        left = [each for each in asked if not self.folder.has(each)]
+        if left:
+            self._know_whole_task()
+            self.folder.claim(self._task)
+            done = [each for each in asked if self.folder.has(each)]
+            self._run_all(left, done)
+        found = [self.folder.read(each) for each in asked]
+        m = len(subsets)
+        return Outcomes.of(subsets, seeds, [found[number::m] for number in range(m)])
+
+    def _know_whole_task(self) -> None:
+        """Look at what is built: the training set and the module, which tell one task from another."""
+        if self._is_whole_task:
+            return
+        probed = list(range(0, self.n_train, max(1, self.n_train // _PROBED)))[:_PROBED]
+        with apart():
+            module, loader = built(self._build, probed, 0, self.n_train)
+            train, _ = fingerprint_of(loader, look_of)
+        n_weights = sum(each.numel() for each in module.parameters())
+        fit = f"{self._fit} epochs" if isinstance(self._fit, int) else "a trainer of your own"
+        told = {"train": train, "module": f"a {type(module).__name__} of {n_weights} weights", "fit": fit}
+        self._task |= told
+        self._is_whole_task = True
+
+    def _run_all(self, left: list[Retraining], done: list[Retraining]) -> None:
+        """Run what is left, and wait for what other processes are at."""
+        rank_zero_info(f"{len(left)} retrainings to run, into {self.folder.path}; {len(done)} are there.")
+        compared: dict[int, tuple[Retraining, Tensor]] = {}
+        for each in done:
+            compared.setdefault(each.seed, (each, self.folder.read(each).losses))
+        is_told = False
+        with _progress(len(left)) as advance:
+            while left:
+                is_waiting = True
+                for each in list(left):
+                    with self.folder.taken(each) as is_mine:
+                        if not is_mine:
+                            continue
+                        started = time.monotonic()
+                        if not self.folder.has(each):
+                            self._run(each, compared)
+                            if not is_told:
+                                took, is_told = time.monotonic() - started, True
+                                rank_zero_info(
+                                    f"The first retraining took {took:.1f} s, all {len(left)} take this process about "
+                                    f"{_duration(took * len(left))}."
+                                )
+                    left.remove(each)
+                    advance()
+                    is_waiting = False
+                left = [each for each in left if not self.folder.has(each)]
+                if left and is_waiting:
+                    time.sleep(_WAIT)
+
+    def _run(self, retraining: Retraining, compared: dict[int, tuple[Retraining, Tensor]]) -> None:
+        """Run one retraining, and keep what it gave."""
+        indices = retraining.kept.nonzero().flatten().tolist()
+        with apart():
+            module, loader = built(self._build, indices, retraining.seed, self.n_train)
+            outcome = self._observed.outcome(fitted(self._fit, module, loader), module)
+        if len(outcome.losses) != self.n_test:
+            raise ValueError(f"{self.n_test} test examples have {len(outcome.losses)} losses.")
+        self._check_depends(retraining, outcome, compared)
+        self.folder.write(retraining, outcome)
+
+    def _check_depends(
+        self, retraining: Retraining, outcome: Outcome, compared: dict[int, tuple[Retraining, Tensor]]
+    ) -> None:
+        """Check that what a module says depends on what it was trained on.
+
+        Raises:
+            ValueError: if it is, bit for bit, the same as on another subset; that is forgotten.
+        """
+        other, losses = compared.setdefault(retraining.seed, (retraining, outcome.losses))
+        if other is retraining or torch.equal(other.kept, retraining.kept) or not torch.equal(losses, outcome.losses):
+            return
+        self.folder.remove(other)
+        raise ValueError(
+            f"Two retrainings on different training examples ({int(other.kept.sum())} and "
+            f"{int(retraining.kept.sum())} of {self.n_train}), with seed {retraining.seed}, gave all {self.n_test} "
+            "test examples the very same loss: what build(indices, seed) trains on does not depend on its indices, or "
+            "nothing is trained."
+        )
+
+
+def _asked(subsets: Tensor, seeds: Sequence[int]) -> list[Retraining]:
+    """Each subset with the first seed, then with the second, and so on.
+
+    Raises:
+        ValueError: if there is no seed, one occurs twice, or one is no seed.
+    """
+    bad = [seed for seed in seeds if isinstance(seed, bool) or not 0 <= seed <= _LARGEST_SEED]
+    if bad or not len(seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different whole numbers from 0 to {_LARGEST_SEED}, but got {list(seeds)}.")
+    return [Retraining(kept, seed) for seed in seeds for kept in subsets]
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A progress bar with the time that is left, in a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("Retraining"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=600) as progress:
+        task = progress.add_task("Retraining", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _duration(seconds: float) -> str:
+    """A time in words.
+
+    Example:
+        >>> _duration(95), _duration(2000), _duration(9000)
+        ('95 s', '33 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
