@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from benchmarks.evidence import texts
 from benchmarks.evidence.examples import encoded
-from benchmarks.evidence.networks import Convolutional, MiniLM
+from benchmarks.evidence.networks import Convolutional, MiniLM, PooledMiniLM
 from benchmarks.evidence.task import Recipe, Task
 from benchmarks.evidence.texts import Text
 
@@ -19,8 +20,9 @@ _MINILM = Recipe(
     epochs=3,
     batch_size=32,
     precision="bf16-mixed",
-    layers=("bert.encoder.layer.*", "bert.pooler.dense"),
+    layers=("bert.encoder.layer.*",),
 )
+_POOLED_MINILM = replace(_MINILM, network=PooledMiniLM, layers=(*_MINILM.layers, "pooler.dense"))
 
 
 def bbc_cnn() -> Task:
@@ -38,33 +40,36 @@ def sms_cnn() -> Task:
 
 
 def r8_cnn() -> Task:
-    """Reuters R8: 1,600 texts of the official training split, up to 15 of each topic tested; the convolutional network."""
+    """Reuters R8: up to 300 training texts of each topic, 15 tested; the convolutional network.
+
+    Of all texts three in four would be of two topics, and networks fitted to a half of 1,600 know nothing but these.
+    """
     train, topics = texts.reuters("train")
     seen = {each.text for each in train}
     test = [each for each in texts.reuters("test")[0] if each.text not in seen]
-    train, _ = _divided(train, 1600, 0)
-    return _task("r8-cnn", "Reuters R8, CNN", (train, _of_each_class(_shuffled(test), 15)), topics, 48, _CNN)
+    parts = (_of_each_class(_shuffled(train), 300), _of_each_class(_shuffled(test), 15))
+    return _task("r8-cnn", "Reuters R8, CNN", parts, topics, 48, _CNN)
 
 
 def movies_minilm() -> Task:
     """Movie reviews: 1,000 sentences, 50 of each sentiment tested; MiniLM's first two layers."""
     reviews, classes = texts.movies()
     train, rest = _divided(reviews, 1000, 2000)
-    return _task("movies-minilm", "Movie reviews, MiniLM", (train, _of_each_class(rest, 50)), classes, 32, _MINILM)
+    return _task("movies-minilm", "Movie reviews, MiniLM", (train, _of_each_class(rest, 50)), classes, 24, _MINILM)
 
 
 def privacy_minilm() -> Task:
     """PrivacyQA: 1,000 pairs of question and clause, 100 of other questions tested; MiniLM's first two layers."""
     pairs, classes = texts.privacy()
     train, rest = _divided(pairs, 1000, 2000)
-    return _task("privacy-minilm", "PrivacyQA pairs, MiniLM", (train, _of_each_class(rest, 50)), classes, 64, _MINILM)
+    return _task("privacy-minilm", "PrivacyQA pairs, MiniLM", (train, _of_each_class(rest, 50)), classes, 48, _MINILM)
 
 
 def bbc_minilm() -> Task:
     """BBC News: 1,200 articles, 100 tested; MiniLM's first two layers."""
     articles, topics = texts.bbc()
     train, test = _divided(articles, 1200, 100)
-    return _task("bbc-minilm", "BBC News, MiniLM", (train, test), topics, 48, _MINILM)
+    return _task("bbc-minilm", "BBC News, MiniLM", (train, test), topics, 48, _POOLED_MINILM)
 
 
 TASKS: dict[str, Callable[[], Task]] = {
