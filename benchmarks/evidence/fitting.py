@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.evidence.networks import Network
 from benchmarks.evidence.task import Task
-from lightning_tracin import TracInCallback, Trace, Trainer
+from lightning_tracin import Trace, TracInCallback, Trainer
 from lightning_tracin.scoring.methods import Method
 
 
