@@ -1,0 +1,34 @@
+"""The variants of Yeh et al. 2022, arXiv 2202.11844, section 4: all but synonyms through the public API."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.evidence.answers import network_with, word_gradients
+from benchmarks.evidence.fitting import Fitted
+from benchmarks.evidence.peers.synonyms import merged_words, paired_products
+from lightning_tracin.gradients.sites import words_site
+
+
+def with_synonyms(fitted: Fitted, least: float = 0.5) -> Tensor:
+    """TracIn-WE-Syn, (n_test, n_train) float32: words are paired by the embeddings at the end of training.
+
+    Args:
+        fitted: what is asked.
+        least: the smallest cosine of a pair of words.
+    """
+    checkpoints = fitted.trace.checkpoints
+    networks = [network_with(fitted.module, checkpoint.weights()) for checkpoint in checkpoints]
+    table = networks[-1].influence_embedding_layer().weight.detach()
+    assert isinstance(table, Tensor)
+    test, train = fitted.task.test, fitted.task.train
+    site = words_site(fitted.trace.checkpoints[0].sites)
+    assert site is not None
+    scores = torch.zeros(len(test), len(train))
+    for checkpoint, network in zip(checkpoints, networks, strict=True):
+        test_ids, test_gradients = merged_words(test.ids, word_gradients(network, test))
+        of_train = merged_words(train.ids, word_gradients(network, train))
+        products = [paired_products(one, of_train, table, least) for one in zip(test_ids, test_gradients, strict=True)]
+        scores += checkpoint.learning_rate_of(site) * torch.stack(products)
+    return scores
