@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_tracin.metrics.functional.checks import check_count
+from lightning_tracin.metrics.functional.checks import check_count, check_share
 
 
 class Interval(NamedTuple):
@@ -22,14 +22,13 @@ class Interval(NamedTuple):
     high: Tensor
 
 
-def check_interval(level: float, resamples: int) -> None:
+def check_bootstrap(level: float, resamples: int) -> None:
     """Refuses an interval that cannot be made.
 
     Raises:
-        ValueError: ``level`` is not between 0 and 1, or there is no resample.
+        ValueError: ``level`` is not between 0 and 1, or ``resamples`` is not 1 or more.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"Argument `level` expected to be between 0 and 1, but got {level}.")
+    check_share("level", level)
     check_count("resamples", resamples)
 
 
@@ -45,6 +44,9 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 200
         resamples: how many times n rows are drawn.
         seed: of the generator that draws them; no other is touched.
 
+    Raises:
+        ValueError: ``level`` is not between 0 and 1, or ``resamples`` is not 1 or more.
+
     Returns:
         The ends, (c,) each, float32. Of one row both are that row.
 
@@ -52,7 +54,7 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 200
         >>> bootstrap_interval(torch.arange(20.0).unsqueeze(1))
         Interval(low=tensor([6.8500]), high=tensor([12.1500]))
     """
-    check_interval(level, resamples)
+    check_bootstrap(level, resamples)
     n = len(values)
     drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
     times = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 from torch import Tensor
+from torchmetrics.utilities.prints import rank_zero_warn
 
 
 def check_finite(name: str, values: Tensor, shape: str, dims: tuple[int, ...]) -> None:
@@ -74,16 +78,55 @@ def check_length(name: str, found: int, expected: int, of: str) -> None:
         raise ValueError(f"Argument `{name}` expected to be of the {expected} {of}, but got {found}.")
 
 
-def check_count(name: str, count: int, most: int | None = None) -> None:
-    """Refuses a number of examples that is not 1 or more, or above what there is.
+def check_count(name: str, count: int, least: int = 1, most: int | None = None) -> None:
+    """Refuses a number that is not whole, or below or above what it may be.
 
     Raises:
         ValueError: it is.
     """
     is_whole = isinstance(count, int) and not isinstance(count, bool)
-    if not is_whole or count < 1 or (most is not None and count > most):
-        bound = "1 or more" if most is None else f"from 1 to {most}"
+    if not is_whole or count < least or (most is not None and count > most):
+        bound = f"{least} or more" if most is None else f"from {least} to {most}"
         raise ValueError(f"Argument `{name}` expected to be a whole number, {bound}, but got {count}.")
+
+
+def check_ks(ks: Sequence[int], least: int = 1) -> None:
+    """Refuses numbers of removed examples that are not whole, or do not grow.
+
+    Raises:
+        ValueError: they are.
+    """
+    for k in ks:
+        check_count("ks", k, least)
+    if not ks or any(later <= k for k, later in pairwise(ks)):
+        raise ValueError(f"Argument `ks` expected to be growing numbers of removed examples, but got {list(ks)}.")
+
+
+def check_share(name: str, share: float) -> None:
+    """Refuses what is not between 0 and 1.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"Argument `{name}` expected to be between 0 and 1, but got {share}.")
+
+
+def warn_of_constant(name: str, is_constant: Tensor, over: str, then: str) -> None:
+    """Warns where something does not vary, so that it ranks nothing.
+
+    Args:
+        name: the argument's.
+        is_constant: (n_test,) bool, whether a test example's values are all the same.
+        over: what they should vary over: ``"training examples"``.
+        then: what such test examples count.
+    """
+    if constant := int(is_constant.sum()):
+        rank_zero_warn(
+            f"Argument `{name}` expected to vary over the {over}, but got {constant} of {len(is_constant)} test "
+            f"examples with the same value for all: {then}.",
+            UserWarning,
+        )
 
 
 def _check_shape(name: str, values: Tensor, shape: str, dims: tuple[int, ...]) -> None:

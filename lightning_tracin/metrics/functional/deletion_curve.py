@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_tracin.metrics.functional.bootstrap import Interval, bootstrap_interval
-from lightning_tracin.metrics.functional.checks import check_count, check_finite, check_length
-from lightning_tracin.metrics.functional.ranks import precise
+from lightning_tracin.metrics.functional.checks import check_finite, check_ks, check_length
+from lightning_tracin.metrics.functional.correlations import precise
 
 
 class DeletionResult(NamedTuple):
@@ -31,14 +30,6 @@ class DeletionResult(NamedTuple):
     interval: Interval
     curve_interval: Interval
     per_test: Tensor
-
-
-def _check_ks(ks: Sequence[int]) -> None:
-    """Refuses numbers of removed examples that are not whole, or do not grow."""
-    for k in ks:
-        check_count("ks", k)
-    if not ks or any(later <= k for k, later in pairwise(ks)):
-        raise ValueError(f"Argument `ks` expected to be growing numbers of removed examples, but got {list(ks)}.")
 
 
 def _deletion_curve_update(changes: Tensor, ks: Sequence[int]) -> Tensor:
@@ -63,7 +54,7 @@ def _deletion_curve_compute(curves: Tensor, level: float, resamples: int, seed: 
 def deletion_curve(
     changes: Tensor, ks: Sequence[int], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> DeletionResult:
-    """The curve of case deletion, its area, and intervals (Yeh et al. 2022, section 5; DEL+ and DEL-).
+    """The curve of case deletion, its area, and intervals (Yeh et al. 2022).
 
     For each test example a model was trained without its k strongest proponents (or opponents), with each of a few
     seeds. The area is the mean over ``ks``, as in the paper.
@@ -94,5 +85,5 @@ def deletion_curve(
         >>> result.interval
         Interval(low=tensor(-0.2500), high=tensor(-0.0500))
     """
-    _check_ks(ks)
+    check_ks(ks)
     return _deletion_curve_compute(_deletion_curve_update(changes, ks), level, resamples, seed)

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from lightning_tracin.metrics.functional.checks import check_finite, check_length, check_mask, check_whole
-from lightning_tracin.metrics.functional.ranks import (
+from lightning_tracin.metrics.functional.checks import (
+    check_finite,
+    check_length,
+    check_mask,
+    check_whole,
+    warn_of_constant,
+)
+from lightning_tracin.metrics.functional.correlations import (
     column_space,
     correlation,
     precise,
@@ -75,7 +81,7 @@ def _linear_datamodeling_score_update(scores: Tensor, subsets: Tensor, outputs: 
 
 def _class_counts(subsets: Tensor, within: Tensor) -> Tensor:
     """How many examples (m, classes) of each class a subset has."""
-    is_of_class = within.unsqueeze(1) == within.unique()
+    is_of_class = within.unsqueeze(1) == torch.unique(within)
     return precise(subsets) @ precise(is_of_class)
 
 
@@ -91,8 +97,8 @@ def _linear_datamodeling_score_compute(predicted: Tensor, outputs: Tensor, count
     predicted, actual = predicted.T, outputs.mean(1).T
     ranked = ranks(predicted), ranks(actual)
     first, second = (residuals(each, counts) for each in ranked)
-    _warn_of_constant(first, "scores", "the sum of their scores")
-    _warn_of_constant(second, "outputs", "their output")
+    warn_of_constant("scores", ~varies(first), "subsets that they are summed over", "their LDS counts 0")
+    warn_of_constant("outputs", ~varies(second), "subsets", "their LDS counts 0")
     per_test = correlation(first, second)
     left_out = torch.stack(
         [
@@ -126,16 +132,6 @@ def _check_left(m: int, counts: Tensor | None) -> None:
         raise ValueError(f"Argument `subsets` expected to have {FEWEST} subsets or more, but got {m}{but}.")
     if m - used < ENOUGH:
         rank_zero_warn(f"The LDS is of {m} subsets{but}: below {ENOUGH} it is mostly chance.", UserWarning)
-
-
-def _warn_of_constant(left: Tensor, name: str, what: str) -> None:
-    constant = int((~varies(left)).sum())
-    if constant:
-        rank_zero_warn(
-            f"Argument `{name}` expected to vary over the subsets, but got {constant} of {left.shape[1]} test examples "
-            f"for which {what} is the same for all: their LDS counts 0.",
-            UserWarning,
-        )
 
 
 def _without(counts: Tensor | None, row: int) -> Tensor | None:

@@ -1,11 +1,11 @@
-"""Ranks, and correlations of them, of many columns at once."""
+"""Ranks and correlations of many columns at once."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_LITTLE = 1e-6  # variance in ranks that rounding leaves of a column which does not vary
+_LITTLE = 1e-6  # variance that rounding leaves of a column which does not vary, of ranks or of what is standardised
 
 
 def precise(values: Tensor) -> Tensor:
@@ -59,17 +59,26 @@ def residuals(ranked: Tensor, nuisance: Tensor | None = None) -> Tensor:
 
 def column_space(nuisance: Tensor) -> Tensor:
     """An orthonormal basis (m, rank) of the columns (m, c) without their means."""
+    vectors: Tensor
     vectors, sizes, _ = torch.linalg.svd(nuisance - nuisance.mean(0), full_matrices=False)
     return vectors[:, sizes > 1e-9 * max(nuisance.shape) * sizes.max().clamp_min(1)]
 
 
+def standardised(values: Tensor) -> Tensor:
+    """The columns (m, n) without their means, with a mean square of 1; 0 where a column is constant."""
+    centred = values - values.mean(0)
+    spread = centred.square().mean(0).sqrt()
+    is_constant = spread <= 1e-9 * values.abs().amax(0)
+    return torch.where(is_constant, torch.zeros_like(centred), centred / spread.clamp_min(1e-300))
+
+
 def varies(left: Tensor) -> Tensor:
-    """Whether each column (n,) of residuals of ranks (m, n) holds more than rounding."""
+    """Whether each column (n,) of residuals or of standardised values (m, n) holds more than rounding."""
     return left.square().mean(0) > _LITTLE
 
 
 def correlation(first: Tensor, second: Tensor) -> Tensor:
-    """The correlation (n,) of the columns of two (m, n) of residuals; 0 where one of them does not vary."""
+    """The correlation (n,) of two (m, n) of residuals or standardised values; 0 where one of them does not vary."""
     sizes = (first.square().sum(0) * second.square().sum(0)).sqrt()
     together = varies(first) & varies(second)
     return torch.where(together, (first * second).sum(0) / sizes.where(together, torch.ones_like(sizes)), 0).clamp(
