@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +49,9 @@ def answers(network: Network, examples: Examples) -> Answers:
     return Answers(torch.cat(features), torch.cat(probabilities), examples.labels)
 
 
-def losses(network: Network, examples: Examples) -> Tensor:
-    """The loss of each example, (n,)."""
-    return torch.cat([network.influence_loss(batch) for batch in batches(examples)])
+def losses(network: Network, of: Iterable[dict[str, Tensor]]) -> Tensor:
+    """The loss of each example of some batches, (n,)."""
+    return torch.cat([network.influence_loss(batch) for batch in of])
 
 
 def word_gradients(network: Network, examples: Examples) -> Tensor:

@@ -58,11 +58,11 @@ def influence_last(fitted: Fitted) -> Tensor:
 
 def unlearned(fitted: Fitted, learning_rate: float) -> Tensor:
     """UnTrac-Inv: 5 steps of Adam up the loss of the test example."""
-    tests = list(batches(fitted.task.test, size=1))
+    tests, training = list(batches(fitted.task.test, size=1)), list(batches(fitted.task.train))
     return untrac_inv(
         last_network(fitted),
         lambda network, number: network.influence_loss(tests[number]),  # type: ignore[operator]
-        lambda network: losses(network, fitted.task.train),  # type: ignore[arg-type]
+        lambda network: losses(network, training),  # type: ignore[arg-type]
         len(tests),
         learning_rate=learning_rate,
     )
