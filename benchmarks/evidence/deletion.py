@@ -57,7 +57,7 @@ class Deletion:
         labels = self.task.test.labels[self.tests]
         columns = []
         for seed in seeds:
-            kept = {int(label): self._without_some(int(label), k, seed) for label in labels.unique()}
+            kept = {int(label): self._without_some(int(label), k, seed) for label in torch.unique(labels)}
             said = self.said(torch.stack(list(kept.values())), [seed])[:, 0]
             rows = [list(kept).index(int(label)) for label in labels]
             columns.append(said[rows, self.tests])

@@ -109,9 +109,8 @@ def encoded(parts: Sequence[Sequence[Text]], n_tokens: int) -> tuple[list[Exampl
         return_tensors="pt",
     )
     # The padding comes first, also in a task whose texts are all cut, and none padded.
-    kept, numbers = torch.cat([torch.zeros(1, dtype=torch.long), rows["input_ids"].flatten()]).unique(
-        return_inverse=True
-    )
+    padded = torch.cat([torch.zeros(1, dtype=torch.long), rows["input_ids"].flatten()])
+    kept, numbers = torch.unique(padded, return_inverse=True)
     ids = numbers[1:].view_as(rows["input_ids"])
     shown = [f"{each.text} | {each.second}" if each.second else each.text for each in texts]
     labels = torch.tensor([each.label for each in texts])

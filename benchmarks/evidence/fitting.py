@@ -110,6 +110,6 @@ def right_and_balanced(probabilities: Tensor, labels: Sequence[int] | Tensor, n:
     labels = torch.as_tensor(labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     right = [int(each) for each in order if probabilities[each].argmax() == labels[each]]
-    by_class = [[each for each in right if labels[each] == label] for label in labels.unique()]
+    by_class = [[each for each in right if labels[each] == label] for label in torch.unique(labels)]
     turns = [group[turn] for turn in range(len(labels)) for group in by_class if turn < len(group)]
     return sorted(turns[:n])

@@ -56,7 +56,7 @@ class Convolutional(Network):
         super().__init__(vocabulary, label_names)
         rows = word_embeddings()[vocabulary.kept]
         rows[0] = 0
-        self.embedding = nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=0)
+        self.embedding = nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=0)  # type: ignore[no-untyped-call]
         self.convolutions = nn.ModuleList(nn.Conv1d(rows.shape[1], 100, width, padding=width // 2) for width in (3, 5))
         self.dropout = nn.Dropout(0.2)
         self.hidden = nn.Linear(200, 100)
@@ -93,7 +93,8 @@ class MiniLM(Network):
         pooler, self.bert.pooler = self.bert.pooler, None
         self.pooler = pooler if self.has_pooler else None
         rows = word_embeddings()[vocabulary.kept]
-        self.bert.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=0))
+        words = nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=0)  # type: ignore[no-untyped-call]
+        self.bert.set_input_embeddings(words)
         self.dropout = nn.Dropout(0.1)
         self.head = nn.Linear(rows.shape[1], len(label_names))
         nn.init.normal_(self.head.weight, std=0.02)  # as BERT's classifiers begin

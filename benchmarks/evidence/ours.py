@@ -12,7 +12,6 @@ from benchmarks.evidence.fitting import Fitted
 from benchmarks.evidence.task import Task
 from lightning_tracin import TracInLast, TracInLayer, TracInSum, TracInWE
 from lightning_tracin.gradients.sites import Site
-from lightning_tracin.scoring.methods import Method
 
 Scorer: TypeAlias = Callable[[Fitted], Tensor]
 
@@ -41,7 +40,7 @@ def _of_layers(fitted: Fitted, normalize: str | None) -> Tensor:
     return fitted.scores(TracInSum(tuple(_part(site, normalize) for site in fitted.trace.sites)))
 
 
-def _part(site: Site, normalize: str | None) -> Method:
+def _part(site: Site, normalize: str | None) -> TracInWE | TracInLast | TracInLayer:
     if site.has_words:
         return TracInWE(normalize=normalize)  # type: ignore[arg-type]
     if site.is_last:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,6 +79,7 @@ class Task:
 
     def trainer(self, **options: Any) -> Trainer:
         """A trainer for one fit, which says nothing."""
+        gc.collect()  # A module and its trainer refer to each other, and are large: those of the fit before go now.
         settings = {"max_epochs": self.recipe.epochs, "accelerator": "cpu", "precision": self.recipe.precision}
         return quiet(**{**settings, **options})
 
