@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.evidence.contenders import contenders
 from benchmarks.evidence.deletion import Deletion, deletion_table, run_deletion
 from benchmarks.evidence.fitting import Fitted, fitted, right_and_balanced
 from benchmarks.evidence.halves import retrained
 from benchmarks.evidence.lds import lds_table
 from benchmarks.evidence.mislabel import disagreed, flipped, mislabel_table
-from benchmarks.evidence.ours import Scorer, ours
+from benchmarks.evidence.ours import Scorer
 from benchmarks.evidence.scored import kept_scores
+from benchmarks.evidence.shortlist import shortlist_table
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS
 
@@ -71,15 +73,26 @@ def mislabel_part(task: Task, options: argparse.Namespace) -> None:
         _write(options, f"mislabel-{task.name}-spread", table)
 
 
+def shortlist_part(task: Task, options: argparse.Namespace) -> None:
+    """Look for the strongest proponents among the nearest training examples alone."""
+    fit, known = _fit(task, options), contenders(task, quick=options.quick)
+    scores, nearness = (
+        {name: kept_scores(options.folder, name, known[name], fit) for name in names}
+        for names in (options.deletion_methods, ("TF-IDF", "BM25", "representation cosine", "random"))
+    )
+    _write(options, f"shortlist-{task.name}", shortlist_table(task, scores, nearness))
+
+
 _PARTS: Mapping[str, Callable[[Task, argparse.Namespace], None]] = {
     "lds": lds_part,
     "deletion": deletion_part,
     "mislabel": mislabel_part,
+    "shortlist": shortlist_part,
 }
 
 
 def _scorers(task: Task, options: argparse.Namespace) -> dict[str, Scorer]:
-    known = dict(ours(task))
+    known = contenders(task, quick=options.quick)
     return {name: known[name] for name in options.methods} if options.methods else known
 
 

@@ -88,6 +88,7 @@ BASELINES: dict[str, Scorer] = {
     "representer points": representers,
     "Inf-Last": influence_last,
     "UnTrac-Inv, lr 5e-5": partial(unlearned, learning_rate=5e-5),
+    "UnTrac-Inv, lr 1e-3": partial(unlearned, learning_rate=1e-3),
 }
 
 

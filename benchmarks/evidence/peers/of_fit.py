@@ -74,10 +74,9 @@ def trackstar(fitted: Fitted) -> Tensor:
 
 
 def second_last(fitted: Fitted) -> Tensor:
-    """TracIn-Sec: TracIn at the second last layer."""
-    hidden = {"bert.pooler.dense", "hidden"}
-    (layer,) = (site.layer for site in fitted.trace.checkpoints[0].sites if site.layer in hidden)
-    return fitted.scores(TracInLayer(layer))
+    """TracIn-Sec: TracIn at the second last layer, the last one of those recorded beside the last."""
+    *_, site = (each for each in fitted.trace.sites if not each.has_words and not each.is_last)
+    return fitted.scores(TracInLayer(site.layer))
 
 
 PEERS: dict[str, Scorer] = {
@@ -90,6 +89,7 @@ PEERS: dict[str, Scorer] = {
     "Captum TracInCP, embedding": captum_embedding,
     "dattri TRAK, last checkpoint": partial(dattri_trak, all_checkpoints=False),
     "dattri TRAK, all checkpoints": partial(dattri_trak, all_checkpoints=True),
+    "dattri TRAK, all parameters": partial(dattri_trak, all_checkpoints=False, everything=True),
     "dattri TracIn, projected": dattri_tracin,
     "kronfluence EK-FAC": partial(kronfluence_ekfac, damping=None),
     "TrackStar's recipe": trackstar,
@@ -103,12 +103,12 @@ def _checkpoints(fitted: Fitted, site: Site) -> tuple[list[dict[str, Tensor]], l
 
 
 def _words(fitted: Fitted) -> Site:
-    site = words_site(fitted.trace.checkpoints[0].sites)
+    site = words_site(fitted.trace.sites)
     assert site is not None
     return site
 
 
 def _last(fitted: Fitted) -> Site:
-    site = last_site(fitted.trace.checkpoints[0].sites)
+    site = last_site(fitted.trace.sites)
     assert site is not None
     return site
