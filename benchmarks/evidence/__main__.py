@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.evidence.baselines.of_fit import BASELINES
 from benchmarks.evidence.deletion import Deletion, deletion_table, run_deletion
 from benchmarks.evidence.fitting import Fitted, fitted, right_and_balanced
 from benchmarks.evidence.halves import retrained
 from benchmarks.evidence.lds import lds_table
 from benchmarks.evidence.mislabel import disagreed, flipped, mislabel_table
 from benchmarks.evidence.ours import Scorer, ours
-from benchmarks.evidence.scored import kept_scores
+from benchmarks.evidence.scored import all_kept_scores, kept_scores
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS
 
@@ -43,7 +44,9 @@ def main() -> None:
 def lds_part(task: Task, options: argparse.Namespace) -> None:
     """Fit to halves, and hold all methods' scores to that."""
     fit = _fit(task, options)
-    scores = {name: kept_scores(options.folder, name, each, fit) for name, each in _scorers(task, options).items()}
+    for name, each in _scorers(task, options).items():
+        kept_scores(options.folder, name, each, fit)
+    scores = all_kept_scores(options.folder, task)
     halves = retrained(task, options.folder, options.halves, range(options.seeds))
     _write(options, f"lds-{task.name}", lds_table(task, halves, scores) | {"accuracy": round(fit.accuracy(), 4)})
 
@@ -52,8 +55,8 @@ def deletion_part(task: Task, options: argparse.Namespace) -> None:
     """Fit without proponents."""
     fit = _fit(task, options)
     tests = right_and_balanced(fit.probabilities(), task.test.labels, options.tests)
-    scorers = _scorers(task, options)
-    scores = {name: kept_scores(options.folder, name, scorers[name], fit) for name in options.deletion_methods}
+    known = {**BASELINES, **ours(task)}
+    scores = {name: kept_scores(options.folder, name, known[name], fit) for name in options.deletion_methods}
     deletion = Deletion(task, options.folder, tests)
     seeds = range(options.deletion_seeds)
     run_deletion(deletion, scores, options.ks, seeds)
@@ -79,8 +82,13 @@ _PARTS: Mapping[str, Callable[[Task, argparse.Namespace], None]] = {
 
 
 def _scorers(task: Task, options: argparse.Namespace) -> dict[str, Scorer]:
-    known = dict(ours(task))
-    return {name: known[name] for name in options.methods} if options.methods else known
+    """The methods whose scores are computed where they are missing; tables hold all that are there."""
+    known = {**BASELINES, **ours(task)}
+    if options.peers:
+        from benchmarks.evidence.peers.of_fit import PEERS  # imports the packages that they are
+
+        known |= PEERS
+    return known if options.methods is None else {name: known[name] for name in options.methods}
 
 
 def _fit(task: Task, options: argparse.Namespace) -> Fitted:
@@ -103,7 +111,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS))
     parser.add_argument("--quick", action="store_true", help="one task, few fits")
-    parser.add_argument("--methods", nargs="+", help="of those scored; all by default")
+    parser.add_argument("--methods", nargs="*", help="whose scores are computed where they are missing; default: all")
+    parser.add_argument("--peers", action="store_true", help="other libraries too: pip install --group evidence")
     parser.add_argument("--halves", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2, help="with which each half is fitted")
     parser.add_argument("--tests", type=int, default=20, help="test examples of the case deletion")
