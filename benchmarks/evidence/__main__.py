@@ -100,10 +100,21 @@ def _fit(task: Task, options: argparse.Namespace) -> Fitted:
 def _write(options: argparse.Namespace, name: str, table: dict[str, Any]) -> None:
     """Write a table, and beside it the command that made it."""
     options.out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m benchmarks.evidence", *map(shlex.quote, sys.argv[1:])])
-    content = {"command": command, "torch": torch.__version__, **table}
+    content = {"command": _command(sys.argv[1:]), "torch": torch.__version__, **table}
     (options.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out / name}.json", flush=True)  # noqa: T201
+
+
+def _command(arguments: list[str]) -> str:
+    """The command that was given, without the folders, which are of one machine.
+
+    Example:
+        >>> _command(["--folder", "/tmp/study", "--tasks", "sms-cnn"])
+        'python -m benchmarks.evidence --tasks sms-cnn'
+    """
+    places = {"--folder", "--out"}
+    kept = [each for before, each in zip(["", *arguments], arguments, strict=False) if not {before, each} & places]
+    return " ".join(["python -m benchmarks.evidence", *map(shlex.quote, kept)])
 
 
 def _options() -> argparse.Namespace:
