@@ -29,7 +29,15 @@ from benchmarks.evidence.scored import all_kept_scores, kept_scores
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS
 
-_QUICK = {"tasks": ["bbc-cnn"], "halves": 16, "seeds": 1, "tests": 5, "deletion_seeds": 1, "ks": [50]}
+_QUICK = {
+    "tasks": ["bbc-cnn"],
+    "methods": ["same label", "TF-IDF x label (1, 0)", "TracIn-WE", "TracIn-Last", "WE cosine"],
+    "halves": 16,
+    "seeds": 1,
+    "tests": 5,
+    "deletion_seeds": 1,
+    "ks": [50],
+}
 
 
 def main() -> None:
