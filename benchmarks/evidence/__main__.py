@@ -25,12 +25,20 @@ from benchmarks.evidence.halves import retrained
 from benchmarks.evidence.lds import lds_table
 from benchmarks.evidence.mislabel import disagreed, flipped, mislabel_table
 from benchmarks.evidence.ours import Scorer
-from benchmarks.evidence.scored import kept_scores
+from benchmarks.evidence.scored import all_kept_scores, kept_scores
 from benchmarks.evidence.shortlist import shortlist_table
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS
 
-_QUICK = {"tasks": ["bbc-cnn"], "halves": 16, "seeds": 1, "tests": 5, "deletion_seeds": 1, "ks": [50]}
+_QUICK = {
+    "tasks": ["bbc-cnn"],
+    "methods": ["same label", "TF-IDF x label (1, 0)", "TracIn-WE", "TracIn-Last", "WE cosine"],
+    "halves": 16,
+    "seeds": 1,
+    "tests": 5,
+    "deletion_seeds": 1,
+    "ks": [50],
+}
 
 
 def main() -> None:
@@ -45,7 +53,9 @@ def main() -> None:
 def lds_part(task: Task, options: argparse.Namespace) -> None:
     """Fit to halves, and hold all methods' scores to that."""
     fit = _fit(task, options)
-    scores = {name: kept_scores(options.folder, name, each, fit) for name, each in _scorers(task, options).items()}
+    for name, each in _scorers(task, options).items():
+        kept_scores(options.folder, name, each, fit)
+    scores = all_kept_scores(options.folder, task)
     halves = retrained(task, options.folder, options.halves, range(options.seeds))
     _write(options, f"lds-{task.name}", lds_table(task, halves, scores) | {"accuracy": round(fit.accuracy(), 4)})
 
@@ -54,8 +64,8 @@ def deletion_part(task: Task, options: argparse.Namespace) -> None:
     """Fit without proponents."""
     fit = _fit(task, options)
     tests = right_and_balanced(fit.probabilities(), task.test.labels, options.tests)
-    scorers = _scorers(task, options)
-    scores = {name: kept_scores(options.folder, name, scorers[name], fit) for name in options.deletion_methods}
+    known = contenders(task)
+    scores = {name: kept_scores(options.folder, name, known[name], fit) for name in options.deletion_methods}
     deletion = Deletion(task, options.folder, tests)
     seeds = range(options.deletion_seeds)
     run_deletion(deletion, scores, options.ks, seeds)
@@ -75,7 +85,7 @@ def mislabel_part(task: Task, options: argparse.Namespace) -> None:
 
 def shortlist_part(task: Task, options: argparse.Namespace) -> None:
     """Look for the strongest proponents among the nearest training examples alone."""
-    fit, known = _fit(task, options), contenders(task, quick=options.quick)
+    fit, known = _fit(task, options), contenders(task)
     scores, nearness = (
         {name: kept_scores(options.folder, name, known[name], fit) for name in names}
         for names in (options.deletion_methods, ("TF-IDF", "BM25", "representation cosine", "random"))
@@ -92,8 +102,9 @@ _PARTS: Mapping[str, Callable[[Task, argparse.Namespace], None]] = {
 
 
 def _scorers(task: Task, options: argparse.Namespace) -> dict[str, Scorer]:
-    known = contenders(task, quick=options.quick)
-    return {name: known[name] for name in options.methods} if options.methods else known
+    """The methods whose scores are computed where they are missing; tables hold all that are there."""
+    known = contenders(task, peers=options.peers)
+    return known if options.methods is None else {name: known[name] for name in options.methods}
 
 
 def _fit(task: Task, options: argparse.Namespace) -> Fitted:
@@ -105,10 +116,21 @@ def _fit(task: Task, options: argparse.Namespace) -> Fitted:
 def _write(options: argparse.Namespace, name: str, table: dict[str, Any]) -> None:
     """Write a table, and beside it the command that made it."""
     options.out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m benchmarks.evidence", *map(shlex.quote, sys.argv[1:])])
-    content = {"command": command, "torch": torch.__version__, **table}
+    content = {"command": _command(sys.argv[1:]), "torch": torch.__version__, **table}
     (options.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out / name}.json", flush=True)  # noqa: T201
+
+
+def _command(arguments: list[str]) -> str:
+    """The command that was given, without the folders, which are of one machine.
+
+    Example:
+        >>> _command(["--folder", "/tmp/study", "--tasks", "sms-cnn"])
+        'python -m benchmarks.evidence --tasks sms-cnn'
+    """
+    places = {"--folder", "--out"}
+    kept = [each for before, each in zip(["", *arguments], arguments, strict=False) if not {before, each} & places]
+    return " ".join(["python -m benchmarks.evidence", *map(shlex.quote, kept)])
 
 
 def _options() -> argparse.Namespace:
@@ -116,7 +138,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS))
     parser.add_argument("--quick", action="store_true", help="one task, few fits")
-    parser.add_argument("--methods", nargs="+", help="of those scored; all by default")
+    parser.add_argument("--methods", nargs="*", help="whose scores are computed where they are missing; default: all")
+    parser.add_argument(
+        "--peers", action="store_true", help="other libraries and recipes too: make evidence installs them"
+    )
     parser.add_argument("--halves", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2, help="with which each half is fitted")
     parser.add_argument("--tests", type=int, default=20, help="test examples of the case deletion")

@@ -1,4 +1,4 @@
-"""All that is compared, by name: the product's methods, baselines, and the peers whose libraries are installed."""
+"""All that is compared, by name: the product's methods, baselines, and peers."""
 
 from __future__ import annotations
 
@@ -9,30 +9,22 @@ from benchmarks.evidence.ours import Scorer, ours
 from benchmarks.evidence.peers.of_fit import PEERS
 from benchmarks.evidence.task import Task
 
-#: What takes more than a minute or two on a core: left out of a quick run.
-SLOW = (
-    "UnTrac-Inv, lr 5e-5",
-    "UnTrac-Inv, lr 1e-3",
-    "Captum TracInCP, embedding",
-    "dattri TRAK, all parameters",
-    "dattri TRAK, all checkpoints",
-    "dattri TracIn, projected",
-    "kronfluence EK-FAC",
-)
+LIBRARIES = ("captum", "dattri", "kronfluence")
 
 
-def contenders(task: Task, *, quick: bool = False) -> dict[str, Scorer]:
+def contenders(task: Task, *, peers: bool = False) -> dict[str, Scorer]:
     """The functions from a fit to scores, (n_test, n_train), by name.
 
     Args:
         task: whose layers the product's methods are of.
-        quick: leave out what is slow.
+        peers: also other libraries and other papers' recipes, some of which take minutes.
+
+    Raises:
+        SystemExit: if a peer's library is not installed.
     """
-    missing = tuple(name for name in ("captum", "dattri", "kronfluence") if find_spec(name) is None)
+    if not peers:
+        return {**BASELINES, **ours(task)}
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
-        print(f"Not compared, since they are not installed: {', '.join(missing)}.", flush=True)  # noqa: T201
-    return {
-        name: scorer
-        for name, scorer in {**ours(task), **BASELINES, **PEERS}.items()
-        if not (quick and name in SLOW) and not name.lower().startswith(missing)
-    }
+        raise SystemExit(f"--peers needs {', '.join(missing)}: run `make evidence`, then PYTHONPATH=.venv/peers.")
+    return {**BASELINES, **ours(task), **PEERS}

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.evidence.fitting import Fitted
+from benchmarks.evidence.task import Task
 
 
 def kept_scores(folder: Path, name: str, scorer: Callable[[Fitted], Tensor], fitted: Fitted) -> Tensor:
@@ -29,6 +31,20 @@ def kept_scores(folder: Path, name: str, scorer: Callable[[Fitted], Tensor], fit
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"scores": scores}, path, {"method": name, "seconds": f"{time.monotonic() - started:.1f}"})
     return load_file(path)["scores"]
+
+
+def all_kept_scores(folder: Path, task: Task) -> dict[str, Tensor]:
+    """The scores of all methods that are kept of a task, by name.
+
+    Args:
+        folder: of the whole study.
+        task: whose.
+    """
+    found = {}
+    for path in sorted((folder / task.name / "scores").glob("*.safetensors")):
+        with safe_open(path, "pt") as opened:
+            found[opened.metadata()["method"]] = opened.get_tensor("scores")
+    return found
 
 
 def slug(name: str) -> str:

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from benchmarks.evidence.answers import word_gradients
 from benchmarks.evidence.baselines.last_layer import fitted_last_layer, last_layer_influence, representer_points
-from benchmarks.evidence.baselines.unlearning import untrac_inv
 from benchmarks.evidence.baselines.words import bm25, tf_idf_cosine, word_counts
 from benchmarks.evidence.examples import Examples
 from benchmarks.evidence.peers.captum_peer import tracin_cp
@@ -22,6 +21,7 @@ from benchmarks.evidence.peers.kronfluence_peer import ek_fac
 from benchmarks.evidence.peers.network import Positional, as_tensors, example_gradients, linear_weights
 from benchmarks.evidence.peers.synonyms import merged_words, paired_products, word_pairs
 from benchmarks.evidence.peers.trackstar import track_star, whitened_cosine
+from benchmarks.evidence.peers.unlearning import untrac_inv
 from benchmarks.evidence.shortlist import shortlist_recall
 
 VOCABULARY, N_TRAIN, N_TEST, WORDS = 12, 10, 4, 5

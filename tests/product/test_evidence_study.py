@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.evidence import page
+from benchmarks.evidence.__main__ import _command
 from benchmarks.evidence.deletion import SAME_LABEL, Deletion, deletion_table
 from benchmarks.evidence.examples import Examples
 from benchmarks.evidence.fitting import fitted, right_and_balanced
@@ -144,3 +145,8 @@ def test_groups_are_not_split_and_classes_are_counted():
     assert len(test) == 10
     assert not {each.group for each in train} & {each.group for each in test}
     assert [each.label for each in _of_each_class(texts, 1)] == [0, 1]
+
+
+def test_a_command_names_no_folder():
+    given = ["--tasks", "sms-cnn", "--folder", "/tmp/a", "--ks", "10", "--out", "/tmp/b"]
+    assert _command(given) == "python -m benchmarks.evidence --tasks sms-cnn --ks 10"

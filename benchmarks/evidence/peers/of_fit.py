@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from benchmarks.evidence.answers import batches, losses
 from benchmarks.evidence.baselines.of_fit import last_network
 from benchmarks.evidence.fitting import Fitted
 from benchmarks.evidence.ours import Scorer
@@ -14,6 +15,7 @@ from benchmarks.evidence.peers.dattri_peer import projected_tracin, trak
 from benchmarks.evidence.peers.kronfluence_peer import ek_fac
 from benchmarks.evidence.peers.network import linear_weights
 from benchmarks.evidence.peers.trackstar import track_star
+from benchmarks.evidence.peers.unlearning import untrac_inv
 from benchmarks.evidence.peers.variants import with_synonyms
 from lightning_tracin import TracInLayer, TracInWE
 from lightning_tracin.gradients.sites import Site, last_site, words_site
@@ -73,6 +75,18 @@ def trackstar(fitted: Fitted) -> Tensor:
     return track_star(network, list(moments), moments, fitted.task.test, fitted.task.train)
 
 
+def unlearned(fitted: Fitted, learning_rate: float) -> Tensor:
+    """UnTrac-Inv: 5 steps of Adam up the loss of the test example."""
+    tests, training = list(batches(fitted.task.test, size=1)), list(batches(fitted.task.train))
+    return untrac_inv(
+        last_network(fitted),
+        lambda network, number: network.influence_loss(tests[number]),  # type: ignore[operator]
+        lambda network: losses(network, training),  # type: ignore[arg-type]
+        len(tests),
+        learning_rate=learning_rate,
+    )
+
+
 def second_last(fitted: Fitted) -> Tensor:
     """TracIn-Sec: TracIn at the second last layer, the last one of those recorded beside the last."""
     *_, site = (each for each in fitted.trace.sites if not each.has_words and not each.is_last)
@@ -93,6 +107,8 @@ PEERS: dict[str, Scorer] = {
     "dattri TracIn, projected": dattri_tracin,
     "kronfluence EK-FAC": partial(kronfluence_ekfac, damping=None),
     "TrackStar's recipe": trackstar,
+    "UnTrac-Inv, lr 5e-5": partial(unlearned, learning_rate=5e-5),
+    "UnTrac-Inv, lr 1e-3": partial(unlearned, learning_rate=1e-3),
 }
 
 
