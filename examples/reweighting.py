@@ -41,12 +41,16 @@ _SETTINGS = (
 )
 
 
-def weights_of(helpful: Tensor) -> Tensor:
-    """(n,) how often each example is drawn: by its rank, the most harmful never and the most helpful most.
+def weights_of(helpful: Tensor, labels: Tensor) -> Tensor:
+    """(n,) how often each example is drawn: by its rank in its class, the most harmful never and the most helpful most.
 
-    Ranks do not depend on how influence is distributed, which differs between methods and models.
+    By ranks over all classes, those that the network says too seldom would be drawn more, and others all but left out.
     """
-    return helpful.argsort().argsort() / len(helpful)
+    weights = torch.empty(len(helpful))
+    for label in torch.unique(labels):
+        of_class = helpful[labels == label]
+        weights[labels == label] = of_class.argsort().argsort() / len(of_class)
+    return weights
 
 
 def run(given: Labelled, clean: Labelled, trusted: Labelled, fits: Fits, seed: int) -> tuple[list[float], float]:
@@ -58,7 +62,7 @@ def run(given: Labelled, clean: Labelled, trusted: Labelled, fits: Fits, seed: i
     method = TracInLayer("features", normalize="cosine")
     result = trainer.influence(batches(fits.tokenized(trusted), fits.tokenizer), method=method)
     helpful = result.aggregate("mean")
-    weights = weights_of(helpful)
+    weights = weights_of(helpful, torch.tensor([label for _, label in given]))
     of_both = torch.cat([weights, torch.full((len(trusted),), float(weights.max()))])
     trainers = (
         fits.fitted(given, seed, weights=weights),
@@ -91,7 +95,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--train-size", type=int, default=400)
     parser.add_argument("--trusted", type=int, default=100, help="articles whose labels are known to be right")
-    parser.add_argument("--test-size", type=int, default=1000)
+    parser.add_argument("--test-size", type=int, default=500)
     parser.add_argument("--max-length", type=int, default=32, help="tokens of each article")
     parser.add_argument("--flip", type=float, default=0.4, help="share of training labels flipped on purpose")
     parser.add_argument("--seeds", type=int, default=5)

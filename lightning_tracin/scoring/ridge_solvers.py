@@ -96,7 +96,7 @@ class Landmarks:
             ValueError: if it is not positive definite, as where two landmarks are the same.
         """
         inner = shift * columns[places].double()
-        for rows in columns.split(4096):  # type: ignore[no-untyped-call]
+        for rows in torch.split(columns, 4096):
             inner += rows.double().T @ rows.double()
         # What float32 rounds may make it indefinite where landmarks are alike.
         inner.diagonal().add_(1e-6 * float(inner.diagonal().mean()))
