@@ -132,7 +132,11 @@ def tokens(n: int) -> DataLoader:
 
 
 def test_methods(known):
+    labels = torch.tensor([each["labels"] for each in items(TRAIN)])
+    known |= {"torch": torch, "trusted_loader": batches(TEST), "train_data": items(TRAIN), "labels": labels}
     run("methods", known)
+    assert known["weights"].shape == (len(TRAIN),)
+    assert [float(known["weights"][labels == label].min()) for label in range(3)] == [0, 0, 0]
     assert known["again"].method == known["result"].method
     assert torch.equal(known["again"].scores, known["result"].scores)
 
