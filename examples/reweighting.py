@@ -3,8 +3,8 @@
 Flips many labels of BBC News, trains a small network, and asks for the influence of every article on a few whose labels
 are right (the idea of Ren et al. 2020, arXiv 2007.01293). A WeightedRandomSampler then draws articles by it, and the
 network is trained again from the same start. For comparison the trusted articles are added to the training set, which
-uses the same knowledge without any influence; and both are done. Several seeds, with other flips and another start
-each. ``make weights`` runs it.
+uses the same knowledge without any influence; and both are done. Several seeds, with other articles, flips and another
+start each. ``make weights`` runs it.
 
     python -m examples.reweighting                                            # offline
     python -m examples.reweighting --data ag_news                             # a name on the Hugging Face hub
@@ -106,13 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     be_quiet()
     started = time.monotonic()
     texts, names = hub_data(options.data) if options.data else bbc_news()
-    random.Random(options.seed).shuffle(texts)
-    n_known = options.train_size + options.trusted
-    clean, trusted, test = texts[: options.train_size], texts[options.train_size : n_known], texts[-options.test_size :]
-    fits = Fits(test, names, options)
     accuracies, aurocs = [], []
     for seed in range(options.seed, options.seed + options.seeds):
+        drawn = random.Random(seed).sample(texts, len(texts))
+        clean, trusted = drawn[: options.train_size], drawn[options.train_size :][: options.trusted]
         given, _ = flip_labels(clean, options.flip, len(names), seed)
+        fits = Fits(drawn[-options.test_size :], names, options)
         of_seed, auroc = run(given, clean, trusted, fits, seed)
         accuracies.append(of_seed)
         aurocs.append(auroc)

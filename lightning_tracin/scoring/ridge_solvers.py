@@ -114,7 +114,8 @@ class Landmarks:
     def on_themselves(self) -> Tensor:
         """As :class:`Solver`: a times the diagonal of C (a W + C' C)⁻¹ C'."""
         halves = torch.linalg.solve_triangular(self.factor, self.columns.T.double(), upper=False)
-        return self.shift * (halves**2).sum(0).float()
+        diagonal: Tensor = (halves**2).sum(0).float()
+        return self.shift * diagonal
 
     def kept(self, scratch: Scratch) -> Landmarks:
         """As :class:`Solver`."""

@@ -1,0 +1,63 @@
+"""The linear datamodelling score of many methods on one task, with its ceiling, and within classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.evidence.halves import Halves
+from benchmarks.evidence.task import Task
+from lightning_tracin.metrics.functional import linear_datamodeling_difference, linear_datamodeling_score
+
+
+def lds_table(
+    task: Task, halves: Halves, scores: Mapping[str, Tensor], reference: str = "same label"
+) -> dict[str, Any]:
+    """All methods' scores, the best first, as one table of JSON.
+
+    Args:
+        task: whose.
+        halves: what retrained networks say.
+        scores: by method, (n_test, n_train).
+        reference: the method that the others are compared with in pairs.
+    """
+    labels = task.train.labels
+    found = {name: linear_datamodeling_score(each, *halves) for name, each in scores.items()}
+    within = {name: linear_datamodeling_score(each, *halves, within=labels) for name, each in scores.items()}
+    rows = []
+    for name in sorted(found, key=lambda each: -float(found[each].mean)):
+        row: dict[str, Any] = {"method": name, **_entry(found[name], ""), **_entry(within[name], "within_")}
+        if reference in found:
+            difference, error = linear_datamodeling_difference(found[name], found[reference])
+            row |= {"above_reference": round(float(difference), 4), "above_reference_se": round(float(error), 4)}
+        rows.append(row)
+    first, first_within = next(iter(found.values())), next(iter(within.values()))
+    m, seeds, n_test = halves.outputs.shape
+    return {
+        "task": task.name,
+        "title": task.title,
+        "halves": m,
+        "seeds": seeds,
+        "n_train": len(task.train),
+        "n_test": n_test,
+        "reliability": _rounded(first.reliability),
+        "ceiling": _rounded(first.ceiling),
+        "within_reliability": _rounded(first_within.reliability),
+        "within_ceiling": _rounded(first_within.ceiling),
+        "reference": reference,
+        "rows": rows,
+    }
+
+
+def _entry(result: Any, prefix: str) -> dict[str, float | None]:
+    return {
+        f"{prefix}lds": _rounded(result.mean),
+        f"{prefix}se_subsets": _rounded(result.se_subsets),
+        f"{prefix}se_tests": _rounded(result.se_tests),
+    }
+
+
+def _rounded(value: Tensor | None) -> float | None:
+    return None if value is None else round(float(value), 4)

@@ -1,0 +1,142 @@
+"""The tables and curves of ``docs/evidence.md``, from the results that are committed; its text is left as it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.curves import draw
+
+Tables = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Write what stands between the page's marks, and its curves."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/evidence/results"))
+    parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
+    options = parser.parse_args()
+    text = options.page.read_text(encoding="utf-8")
+    for part, made in {"lds": lds, "deletion": deletion, "mislabel": mislabel}.items():
+        tables = read(options.results, part)
+        if tables:
+            inside = "\n".join([*made(tables), *_commands(tables)])
+            text = _between(text, f"<!-- {part} -->\n", f"<!-- end of {part} -->", inside)
+            draw(part, tables, options.page.parent)
+    options.page.write_text(text, encoding="utf-8")
+
+
+def _between(text: str, start: str, end: str, inside: str) -> str:
+    """A text with something else between two marks."""
+    before, rest = text.split(start)
+    return f"{before}{start}{inside}\n{end}{rest.split(end)[1]}"
+
+
+def read(folder: Path, part: str) -> Tables:
+    """The results of a part, by task."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{part}-*.json"))]
+
+
+def lds(tables: Tables) -> Iterator[str]:
+    """All methods on all tasks, the best on average first."""
+    yield from _table(["", *(each["title"] for each in tables)], _lds_rows(tables))
+    yield ""
+
+
+def _lds_rows(tables: Tables) -> Iterator[list[str]]:
+    yield ["halves × seeds", *(f"{each['halves']} × {each['seeds']}" for each in tables)]
+    yield ["accuracy of the fit", *(f"{each['accuracy']:.3f}" for each in tables)]
+    yield [
+        "reliability [within]",
+        *(f"{_number(each['reliability'])} [{_number(each['within_reliability'])}]" for each in tables),
+    ]
+    yield [
+        "**highest possible** [within]",
+        *(f"{_number(each['ceiling'])} [{_number(each['within_ceiling'])}]" for each in tables),
+    ]
+    found = [{row["method"]: row for row in each["rows"]} for each in tables]
+    best = [max(row["lds"] for row in each["rows"]) for each in tables]
+
+    def order(method: str) -> tuple[int, float]:
+        have = [rows[method]["lds"] for rows in found if method in rows]
+        return -len(have), -sum(have) / len(have)
+
+    for method in sorted({method for rows in found for method in rows}, key=order):
+        yield [method, *(_lds_cell(rows.get(method), top) for rows, top in zip(found, best, strict=True))]
+
+
+def _lds_cell(row: dict[str, Any] | None, best: float) -> str:
+    if row is None:
+        return ""
+    value = f"{row['lds']:.3f}"
+    return f"{f'**{value}**' if row['lds'] == best else value} ± {row['se_subsets']:.3f} [{row['within_lds']:.2f}]"
+
+
+def deletion(tables: Tables) -> Iterator[str]:
+    """A table for each task."""
+    for each in tables:
+        n, seeds = len(each["tests"]), len(each["seeds"])
+        shown = f"{n} test examples, {_several(seeds, 'seed')}, probability with all {each['probability_with_all']:.2f}"
+        yield f"**{each['title']}**: {shown}"
+        yield ""
+        head = [f"{k} removed: change of p | of log p | below random" for k in each["ks"]]
+        rows = ([row["method"], *_deletion_cells(row, len(each["ks"]), n)] for row in each["rows"])
+        yield from _table(["", *" | ".join(head).split(" | ")], rows)
+        yield ""
+
+
+def _deletion_cells(row: dict[str, Any], n_ks: int, n_tests: int) -> Iterator[str]:
+    below = row["lower_than"].get("random, same label")
+    for k in range(n_ks):
+        yield f"{row['p'][k]:+.3f} [{row['p_low'][k]:+.3f}, {row['p_high'][k]:+.3f}]"
+        yield f"{row['log_p'][k]:+.2f} [{row['log_p_low'][k]:+.2f}, {row['log_p_high'][k]:+.2f}]"
+        yield "" if below is None else f"{below[k]} of {n_tests}"
+
+
+def mislabel(tables: Tables) -> Iterator[str]:
+    """All rankings on all tasks."""
+    head = ["", *(f"{each['title']}, {each['what']}" for each in tables)]
+    methods = sorted({row["method"] for each in tables for row in each["rows"]})
+    found = [{row["method"]: row for row in each["rows"]} for each in tables]
+    tenth = [each["inspected"].index(0.1) for each in tables]
+    rows = [
+        [
+            method,
+            *(
+                f"{rows[method]['auroc']:.3f} ({rows[method]['found'][place]:.0%})" if method in rows else ""
+                for rows, place in zip(found, tenth, strict=True)
+            ),
+        ]
+        for method in methods
+    ]
+    yield from _table(head, rows)
+    yield ""
+
+
+def _commands(tables: Tables) -> Iterator[str]:
+    yield "Made by"
+    yield "```"
+    yield from sorted({each["command"] for each in tables})
+    yield "```"
+
+
+def _table(head: Sequence[str], rows: Any) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _several(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+if __name__ == "__main__":
+    main()

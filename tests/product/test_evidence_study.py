@@ -1,0 +1,152 @@
+"""The study's own parts, on a task of a few made-up texts and a network that fits in a blink."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.evidence import page
+from benchmarks.evidence.__main__ import _command
+from benchmarks.evidence.deletion import SAME_LABEL, Deletion, deletion_table
+from benchmarks.evidence.examples import Examples
+from benchmarks.evidence.fitting import fitted, right_and_balanced
+from benchmarks.evidence.halves import retrained
+from benchmarks.evidence.lds import lds_table
+from benchmarks.evidence.mislabel import flipped, mislabel_table
+from benchmarks.evidence.networks import Network
+from benchmarks.evidence.ours import ours
+from benchmarks.evidence.scored import kept_scores
+from benchmarks.evidence.task import Recipe, Task
+from benchmarks.evidence.tasks import _divided, _of_each_class
+from benchmarks.evidence.texts import Text
+
+VOCABULARY = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"w{each}" for each in ids], all_special_ids=[])
+
+
+class Bag(Network):
+    """The mean of word embeddings and a linear layer."""
+
+    def __init__(self, vocabulary, label_names):
+        super().__init__(vocabulary, label_names)
+        self.embedding = nn.Embedding(30, 8, padding_idx=0)
+        self.head = nn.Linear(8, len(label_names))
+
+    def forward(self, batch):
+        return self.head(self.embedding(batch["input_ids"]).sum(1) / batch["attention_mask"].sum(1, keepdim=True))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+def examples(n, seed):
+    """Texts of two classes, each with words of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 2
+    ids = torch.randint(1, 16, (n, 6), generator=generator) + 14 * labels[:, None]
+    ids[::3, 4:] = 0
+    return Examples(ids, (ids > 0).long(), torch.zeros_like(ids), labels, tuple(str(each) for each in range(n)))
+
+
+@pytest.fixture(scope="module")
+def task():
+    recipe = Recipe(Bag, epochs=2, batch_size=8)
+    return Task("bags", "Bags", examples(40, 0), examples(10, 1), ("low", "high"), VOCABULARY, recipe)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("evidence")
+
+
+def test_a_network_is_made_by_its_seed_alone(task):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    (first, loader), (second, _) = task.build(range(40), 3), task.build(range(40), 3)
+    other, _ = task.build(range(40), 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.head.weight, second.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
+    assert len(loader.dataset) == 40
+
+
+def test_batches_are_as_long_as_their_longest_text(task):
+    batch = next(iter(task.build([0, 3, 6], 0)[1]))
+    assert batch["input_ids"].shape == (3, 4)
+    assert batch["labels"].shape == (3,)
+
+
+def test_scores_are_computed_once_and_tables_hold_all_methods(task, folder):
+    fit = fitted(task, folder)
+    again = fitted(task, folder)
+    assert all(torch.equal(a, b) for a, b in zip(fit.module.parameters(), again.module.parameters(), strict=True))
+    scores = {name: kept_scores(folder, name, each, fit) for name, each in ours(task).items()}
+    assert torch.equal(
+        kept_scores(folder, "WE cosine", lambda _: pytest.fail("computed anew"), fit), scores["WE cosine"]
+    )
+    halves = retrained(task, folder, 12, (0, 1))
+    same_label = (task.test.labels[:, None] == task.train.labels).float()
+    table = lds_table(task, halves, {**scores, "same label": same_label})
+    assert table["halves"] == 12
+    assert {row["method"] for row in table["rows"]} == {*scores, "same label"}
+    assert [row["lds"] for row in table["rows"]] == sorted((row["lds"] for row in table["rows"]), reverse=True)
+    by_name = {row["method"]: row for row in table["rows"]}
+    assert by_name["same label"]["above_reference"] == 0
+    lines = list(page.lds([table | {"accuracy": 0.9}]))
+    assert any(line.startswith("| WE cosine | ") for line in lines)
+
+
+def test_deletion_removes_the_strongest_and_says_by_how_much(task, folder):
+    fit = fitted(task, folder)
+    tests = right_and_balanced(fit.probabilities(), task.test.labels, 4)
+    deletion = Deletion(task, folder, tests)
+    same = (task.test.labels[:, None] == task.train.labels).float()
+    scores = {"same label": same, "other label": -same}
+    table = deletion_table(deletion, scores, [15, 18], [0, 1])
+    rows = {row["method"]: row for row in table["rows"]}
+    assert set(rows) == {SAME_LABEL, *scores}
+    assert rows["same label"]["p"][1] < rows["other label"]["p"][1]
+    assert rows["same label"]["lower_than"]["other label"][1] == 4
+    with_all = deletion.with_all([0, 1])
+    alone = deletion.without_proponents(same, 18, [1])
+    assert with_all.shape == (4, 2)
+    change = alone[:, 0].exp() - with_all[:, 1].exp()
+    first = deletion.without_proponents(same, 18, [0])[:, 0].exp() - with_all[:, 0].exp()
+    assert rows["same label"]["p"][1] == pytest.approx(float((change + first).mean()) / 2, abs=1e-3)
+    assert "of 4" in "".join(page.deletion([table]))
+
+
+def test_flipped_labels_are_found(task, folder):
+    changed, wrong = flipped(task, 0.1)
+    assert wrong.sum() == 4
+    assert changed.name != task.name
+    assert torch.equal(changed.train.labels != task.train.labels, wrong)
+    table = mislabel_table(changed, folder, wrong, "10% of the labels flipped")
+    assert table["n_wrong"] == 4
+    assert max(row["auroc"] for row in table["rows"]) > 0.7
+    assert table["rows"][0]["found"][-1] == 1
+    assert len(list(page.mislabel([table]))) > 4
+
+
+def test_those_it_is_right_about_come_from_each_class_in_turn():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    probabilities = torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 1, 1, 1, 2]), 3).float()
+    chosen = right_and_balanced(probabilities, labels, 5)
+    assert 3 not in chosen
+    assert labels[chosen].bincount().tolist() == [2, 2, 1]
+
+
+def test_groups_are_not_split_and_classes_are_counted():
+    texts = [Text(f"text {each}", each % 2, group=f"group {each // 4}") for each in range(80)]
+    train, test = _divided(texts, 30, 10)
+    assert len(train) == 30
+    assert len(test) == 10
+    assert not {each.group for each in train} & {each.group for each in test}
+    assert [each.label for each in _of_each_class(texts, 1)] == [0, 1]
+
+
+def test_a_command_names_no_folder():
+    given = ["--tasks", "sms-cnn", "--folder", "/tmp/a", "--ks", "10", "--out", "/tmp/b"]
+    assert _command(given) == "python -m benchmarks.evidence --tasks sms-cnn --ks 10"
