@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,35 +12,60 @@ from lightning_tracin.gradients.sites import Site, last_site, words_site
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.retraining.tf_idf import tf_idf_cosines
 from lightning_tracin.scoring.methods import Method, TracInLast, TracInLayer, TracInSum, TracInWE, Weights
+from lightning_tracin.scoring.ridge import TracInRidge
+from lightning_tracin.scoring.terms import stored_site, training_sites_of
 
-Candidates: TypeAlias = Mapping[str, Method]
+_LANDMARKS = 4000  # training examples, up to which a ridge compares all with all: 130 MB
 
 
-def candidate_methods(sites: Sequence[Site]) -> dict[str, Method]:
+def candidate_methods(sites: Sequence[Site], n_train: int) -> dict[str, Method]:
     """The methods that make sense for what a trace has recorded, by name.
+
+    They are the plain ones, their cosines, K-FAC at all linear layers, both together, and dual ridges.
 
     Args:
         sites: of the trace.
+        n_train: number of training examples.
     """
     words, last = words_site(sites), last_site(sites)
+    linear = [site for site in sites if not site.has_words]
     weights: Weights = "learning-rate" if last is None else "residual"  # residuals are read at the last layer
-    inner = [TracInLayer(site.layer, normalize="cosine", weights=weights) for site in sites if _is_inner(site)]
-    found: dict[str, Method] = {}
-    if words is not None:
-        found["words"] = TracInWE()
-        found["words, cosine"] = TracInWE(normalize="cosine", weights=weights)
-    if last is not None:
-        found["last layer"] = TracInLast()
-        found["last layer, cosine"] = TracInLast(normalize="cosine", weights=weights)
-    if len(inner) == 1:
-        found["inner layer, cosine"] = inner[0]
-    if len(inner) > 1:
-        found["inner layers, cosine"] = TracInSum(tuple(inner))
-    if inner and words is not None:
-        share = 1 / len(inner)
-        parts: tuple[TracInWE | TracInLayer, ...] = (TracInWE(normalize="cosine", weights=weights), *inner)
-        found["words and inner layers, cosine"] = TracInSum(parts, mix=(1.0, *([share] * len(inner))))
-    return found
+    of_words = [] if words is None else [TracInWE(normalize="cosine", weights=weights)]
+    cosines = [TracInLayer(site.layer, normalize="cosine", weights=weights) for site in linear]
+    whitened = [replace(each, precondition="kfac") for each in cosines]
+    landmarks = None if n_train <= _LANDMARKS else _LANDMARKS
+    found: dict[str, Method | None] = {
+        "words": TracInWE(),
+        "words, cosine": _sum(of_words, []),
+        "last layer": TracInLast(),
+        "last layer, cosine": TracInLast(normalize="cosine", weights=weights),
+        "layers, K-FAC": _sum([], whitened),
+        "words and layers, K-FAC": _sum(of_words, whitened) if of_words and whitened else None,
+    }
+    for name, method in (("words, ridge", _sum(of_words, [])), ("words and layers, ridge", _sum(of_words, cosines))):
+        if of_words and method is not None and (cosines or name == "words, ridge"):
+            found[name] = TracInRidge(method, residual=0.0 if last is None else 0.5, landmarks=landmarks)
+    return {name: method for name, method in found.items() if method is not None and _is_recorded(method, sites)}
+
+
+def _sum(words: Sequence[TracInWE], layers: Sequence[TracInLayer]) -> TracInWE | TracInLayer | TracInSum | None:
+    """Words and layers, each half; a method alone where there is one, None where there is none."""
+    parts = [*words, *layers]
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    shares = [1.0] * len(words) + [1 / len(layers)] * len(layers)
+    return TracInSum(tuple(parts), mix=tuple(shares))
+
+
+def _is_recorded(method: Method, sites: Sequence[Site]) -> bool:
+    """Whether a trace has what a method needs, in the form that it needs, or can compute it."""
+    try:
+        training_sites_of(method, sites)
+        for summand in method.summands:
+            stored_site(summand.method, sites)
+    except ValueError:
+        return False
+    return True
 
 
 def baseline_scores(test: Texts, train: Texts) -> dict[str, Tensor]:
@@ -61,7 +86,3 @@ def baseline_scores(test: Texts, train: Texts) -> dict[str, Tensor]:
     if bool((agree == agree[:1, :1]).all()):
         return {"tf-idf": cosines}
     return {"same label": agree, "tf-idf": cosines * torch.where(agree > 0, 1.0, -1.0)}
-
-
-def _is_inner(site: Site) -> bool:
-    return not site.has_words and not site.is_last

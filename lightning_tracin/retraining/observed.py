@@ -26,6 +26,8 @@ from lightning_tracin.querying.passes import predict_by
 from lightning_tracin.retraining.held_out import HeldOut
 from lightning_tracin.retraining.outcomes import Outcome
 
+_TELLING = 1e-3  # of smaller losses rounding tells more than their kind
+
 
 class Observed:
     """Reads what retrained modules, all of one form, say of the same test examples.
@@ -148,8 +150,8 @@ def _are_usual(found: Sequence[_Said]) -> bool:
         if each.labels is None or each.classes is None:
             continue
         for loss, said, label in zip(each.losses.tolist(), each.classes.tolist(), each.labels.tolist(), strict=True):
-            if label in ratios:  # -1 is none
-                ratios[label].append(loss / max(-said[label], 1e-12))
+            if label in ratios and -said[label] > _TELLING:  # -1 is none
+                ratios[label].append(loss / -said[label])
     return all(max(of_label) <= 1.02 * min(of_label) for of_label in ratios.values() if of_label)
 
 

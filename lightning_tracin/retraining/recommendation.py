@@ -103,22 +103,23 @@ class Recommendation(RichRepr):
 
     def sentence(self) -> str:
         """What to use, or that it cannot be told."""
-        best = self.best
+        best = repr(self.best.name)
         if sum(each.method is not None for each in self.measured) == 1:
-            told = f"{best.name} is the only method."
+            told = f"{best} is the only method."
         elif not self.tied:
-            told = f"Use {best.name}: it is better than all other methods by two standard errors."
+            told = f"Use {best}: it is better than all other methods by two standard errors."
         else:
-            names = ", ".join(each.name for each in self.tied)
             told = (
-                f"{best.name} has the highest value, but cannot be told from {names} by these retrainings: run more, "
-                "or use the cheapest."
+                f"{best} has the highest value, but cannot be told from {_listed(self.tied)} by these retrainings: run "
+                "more, or use the cheapest."
             )
-        for each in self.measured:
-            if each.method is None and each.is_ahead:
-                told += f" But {each.name}, which knows no model, is better than it."
-            elif each.method is None and not each.is_behind:
-                told += f" It cannot be told from {each.name}, which knows no model."
+        baselines = [each for each in self.measured if each.method is None]
+        ahead = [each for each in baselines if each.is_ahead]
+        level = [each for each in baselines if not each.is_ahead and not each.is_behind]
+        if ahead:
+            told += f" But {_listed(ahead)}, which know no model, are better than it."
+        if level:
+            told += f" It cannot be told from {_listed(level)}, which know no model."
         return told
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -180,6 +181,10 @@ class Recommendation(RichRepr):
         ]
         names = [each.name for each in self.measured]
         return plot_dots([Dots("± 2 standard errors", values)], names, f"To {self.question}", self.what, ax)
+
+
+def _listed(measured: Sequence[Measured]) -> str:
+    return ", ".join(repr(each.name) for each in measured)
 
 
 def described(question: Question, **facts: Any) -> str:

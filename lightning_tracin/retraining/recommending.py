@@ -89,7 +89,7 @@ def recommend(
     if question == "explain" and retrainings < 2:
         raise ValueError(f"retrainings must be at least 2 to explain, but got {retrainings}; 8 are few.")
     trace = trace if isinstance(trace, Trace) else Trace(trace)
-    candidates = _named(candidate_methods(trace.sites) if methods is None else methods)
+    candidates = _named(candidate_methods(trace.sites, trace.n_train) if methods is None else methods)
     with ExitStack() as stack:
         place = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="retrainings-"))
         fit = epochs_of(trace) if trainer is None else trainer

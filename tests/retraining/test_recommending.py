@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import planted
 import pytest
 import torch
 from planted import COPIES, N_TEST, TEST, TRAIN, build
 
-from lightning_tracin import TracInLast, TracInWE
+from lightning_tracin import TracInLast, TracInRidge, TracInWE
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.metrics.functional import linear_datamodeling_score
@@ -62,7 +63,7 @@ def test_a_small_deletion_explains(planted_fit, tmp_path):
     fall = float((own[everything] - own[(stored.subsets == kept).all(1)]).item())
     assert fall > 0.2  # of test example 2, which is looked at with seed 0
     assert found.sentence().startswith(
-        "Use words: it is better than all other methods by two standard errors. It cannot"
+        "Use 'words': it is better than all other methods by two standard errors. It cannot"
     )
 
 
@@ -75,14 +76,14 @@ def test_what_cannot_be_told_is_said():
     far = measured("c", 0.2, 0.4, 0.06, TracInLast())
     unclear = Recommendation("weigh", "LDS", [best, near, far], 12)
     assert unclear.tied == [near]
-    assert "a has the highest value, but cannot be told from b by these retrainings" in unclear.sentence()
+    assert "'a' has the highest value, but cannot be told from 'b' by these retrainings" in unclear.sentence()
     clear = Recommendation("weigh", "LDS", [best, far, measured("same label", 0.1, 0.5, 0.1)], 12)
     assert clear.is_clear
-    assert clear.sentence() == "Use a: it is better than all other methods by two standard errors."
+    assert clear.sentence() == "Use 'a': it is better than all other methods by two standard errors."
     beaten = Recommendation("weigh", "LDS", [measured("same label", 0.9, -0.3, 0.1), best, far], 12)
     assert beaten.best == best
-    assert "But same label, which knows no model, is better than it." in beaten.sentence()
-    assert "a is the only method." in Recommendation("weigh", "LDS", [best], 12).sentence()
+    assert "But 'same label', which know no model, are better than it." in beaten.sentence()
+    assert "'a' is the only method." in Recommendation("weigh", "LDS", [best], 12).sentence()
 
 
 def test_tables_and_charts():
@@ -120,16 +121,22 @@ def test_the_trace_of_another_training_set_is_refused(planted_fit, trace):
 
 def test_candidates_are_what_the_trace_has():
     words = Site("words", "tracin-we", "embedding", "words")
-    last = Site("linear-0", "tracin-last", "head", "factors", is_last=True)
-    inner = [Site(f"linear-{at}", f"conv.{at}", f"conv.{at}", "factors") for at in (1, 2)]
-    assert candidate_methods([]) == {}
-    assert candidate_methods([words]) == {"words": TracInWE(), "words, cosine": TracInWE(normalize="cosine")}
-    assert [*candidate_methods([words, last])] == ["words", "words, cosine", "last layer", "last layer, cosine"]
-    of_all = candidate_methods([words, last, *inner])
-    assert [part.name for part in of_all["inner layers, cosine"].parts] == ["conv.1", "conv.2"]
-    both = of_all["words and inner layers, cosine"]
-    assert both.mix == (1.0, 0.5, 0.5)
+    last = Site("linear-0", "tracin-last", "head", "factors", is_last=True, has_bias=True)
+    inner = [Site(f"linear-{at}", f"conv.{at}", f"conv.{at}", "factors", has_bias=True) for at in (1, 2)]
+    assert candidate_methods([], 20) == {}
+    alone = candidate_methods([words], 20)
+    assert [*alone] == ["words", "words, cosine", "words, ridge"]
+    assert alone["words, cosine"] == TracInWE(normalize="cosine")
+    assert alone["words, ridge"] == TracInRidge(TracInWE(normalize="cosine"), residual=0)
+    of_all = candidate_methods([words, last, *inner], 10_000)
+    assert len(of_all) == 8
+    both = of_all["words and layers, K-FAC"]
+    assert both.mix == (1.0, 1 / 3, 1 / 3, 1 / 3)
+    assert [part.precondition for part in both.parts] == [None, "kfac", "kfac", "kfac"]
     assert {part.weights for part in both.parts} == {"residual"}
+    assert of_all["words and layers, ridge"].landmarks == 4000
+    matrices = [replace(each, shape="matrix") for each in inner]
+    assert "layers, K-FAC" not in candidate_methods([words, last, *matrices], 20)  # which it needs factors for
 
 
 def test_tf_idf_is_that_of_the_books():

@@ -129,7 +129,7 @@ def test_what_was_run_is_not_run_again(effect, planted_result, folder):
         test_indices=[2],
         against=["random"],
     )
-    assert counted.n == 1  # to look at the training set
+    assert counted.n == 2  # to look at a few training examples, and at all
     assert torch.equal(again.changes["random"], effect.changes["random"][[2]])
     assert again.test_indices.tolist() == [2]
 

@@ -391,3 +391,13 @@ def test_a_later_format_is_not_read(tmp_path):
     write_json(tmp_path / "retrainings.json", {"format": 2})
     with pytest.raises(ValueError, match="format 2, but this version reads 1"):
         _ = RetrainingFolder(tmp_path).header
+
+
+def test_modules_of_the_other_lightning_are_fitted(tmp_path):
+    twins = pytest.importorskip("twin_toy")
+    found = retrainings(tmp_path, Build(module=twins.TwinToy)).run(HALVES[:2])
+    assert found.log_probabilities.shape == (2, 1, 6, 3)
+    with pytest.raises(TypeError, match=r"must return a lightning.pytorch.Trainer.* but returned a pytorch_lightning"):
+        retrainings(
+            tmp_path / "mixed", Build(module=twins.TwinToy), trainer=lambda: quiet(pl.Trainer, max_epochs=1)
+        ).run(HALVES)
