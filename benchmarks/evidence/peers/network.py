@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.utils.data import TensorDataset
+from transformers import PreTrainedModel
 
 from benchmarks.evidence.examples import Examples
 
@@ -26,6 +28,10 @@ class Positional(nn.Module):
     def __init__(self, network: nn.Module, *, flat_convolutions: bool = False) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).eval()
+        for part in self.network.children():
+            if isinstance(part, PreTrainedModel):
+                part.set_attn_implementation("eager")  # fused attention has no batching rule: vmap would be slow
+                part.register_forward_pre_hook(_with_full_mask, with_kwargs=True)
         if flat_convolutions:
             for name, layer in list(self.network.named_modules()):
                 if isinstance(layer, nn.Conv1d):
@@ -35,6 +41,13 @@ class Positional(nn.Module):
         """Logits, (B, C)."""
         logits: Tensor = self.network({"input_ids": ids, "attention_mask": mask, "token_type_ids": types})
         return logits
+
+
+def _with_full_mask(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What transformers makes of a mask itself, but looks at its values to do so, which vmap forbids."""
+    hidden = named["attention_mask"][:, None, None] == 0
+    full = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    return inputs, {**named, "attention_mask": full}
 
 
 class FlatConvolution(nn.Module):

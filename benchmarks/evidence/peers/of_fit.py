@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from benchmarks.evidence.answers import batches, losses
 from benchmarks.evidence.baselines.of_fit import last_network
 from benchmarks.evidence.fitting import Fitted
 from benchmarks.evidence.ours import Scorer
@@ -14,6 +15,7 @@ from benchmarks.evidence.peers.dattri_peer import projected_tracin, trak
 from benchmarks.evidence.peers.kronfluence_peer import ek_fac
 from benchmarks.evidence.peers.network import linear_weights
 from benchmarks.evidence.peers.trackstar import track_star
+from benchmarks.evidence.peers.unlearning import untrac_inv
 from benchmarks.evidence.peers.variants import with_synonyms
 from lightning_tracin import TracInLayer, TracInWE
 from lightning_tracin.gradients.sites import Site, last_site, words_site
@@ -73,11 +75,22 @@ def trackstar(fitted: Fitted) -> Tensor:
     return track_star(network, list(moments), moments, fitted.task.test, fitted.task.train)
 
 
+def unlearned(fitted: Fitted, learning_rate: float) -> Tensor:
+    """UnTrac-Inv: 5 steps of Adam up the loss of the test example."""
+    tests, training = list(batches(fitted.task.test, size=1)), list(batches(fitted.task.train))
+    return untrac_inv(
+        last_network(fitted),
+        lambda network, number: network.influence_loss(tests[number]),  # type: ignore[operator]
+        lambda network: losses(network, training),  # type: ignore[arg-type]
+        len(tests),
+        learning_rate=learning_rate,
+    )
+
+
 def second_last(fitted: Fitted) -> Tensor:
-    """TracIn-Sec: TracIn at the second last layer."""
-    hidden = {"bert.pooler.dense", "hidden"}
-    (layer,) = (site.layer for site in fitted.trace.checkpoints[0].sites if site.layer in hidden)
-    return fitted.scores(TracInLayer(layer))
+    """TracIn-Sec: TracIn at the second last layer, the last one of those recorded beside the last."""
+    *_, site = (each for each in fitted.trace.sites if not each.has_words and not each.is_last)
+    return fitted.scores(TracInLayer(site.layer))
 
 
 PEERS: dict[str, Scorer] = {
@@ -90,9 +103,12 @@ PEERS: dict[str, Scorer] = {
     "Captum TracInCP, embedding": captum_embedding,
     "dattri TRAK, last checkpoint": partial(dattri_trak, all_checkpoints=False),
     "dattri TRAK, all checkpoints": partial(dattri_trak, all_checkpoints=True),
+    "dattri TRAK, all parameters": partial(dattri_trak, all_checkpoints=False, everything=True),
     "dattri TracIn, projected": dattri_tracin,
     "kronfluence EK-FAC": partial(kronfluence_ekfac, damping=None),
     "TrackStar's recipe": trackstar,
+    "UnTrac-Inv, lr 5e-5": partial(unlearned, learning_rate=5e-5),
+    "UnTrac-Inv, lr 1e-3": partial(unlearned, learning_rate=1e-3),
 }
 
 
@@ -103,12 +119,12 @@ def _checkpoints(fitted: Fitted, site: Site) -> tuple[list[dict[str, Tensor]], l
 
 
 def _words(fitted: Fitted) -> Site:
-    site = words_site(fitted.trace.checkpoints[0].sites)
+    site = words_site(fitted.trace.sites)
     assert site is not None
     return site
 
 
 def _last(fitted: Fitted) -> Site:
-    site = last_site(fitted.trace.checkpoints[0].sites)
+    site = last_site(fitted.trace.sites)
     assert site is not None
     return site

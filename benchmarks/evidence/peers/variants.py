@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.evidence.answers import network_with, word_gradients
 from benchmarks.evidence.fitting import Fitted
-from benchmarks.evidence.peers.synonyms import merged_words, paired_products
+from benchmarks.evidence.peers.synonyms import merged_words, paired_products, word_pairs
 from lightning_tracin.gradients.sites import words_site
 
 
@@ -23,12 +23,17 @@ def with_synonyms(fitted: Fitted, least: float = 0.5) -> Tensor:
     table = networks[-1].influence_embedding_layer().weight.detach()
     assert isinstance(table, Tensor)
     test, train = fitted.task.test, fitted.task.train
-    site = words_site(fitted.trace.checkpoints[0].sites)
+    site = words_site(checkpoints[0].sites)
     assert site is not None
     scores = torch.zeros(len(test), len(train))
+    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     for checkpoint, network in zip(checkpoints, networks, strict=True):
         test_ids, test_gradients = merged_words(test.ids, word_gradients(network, test))
-        of_train = merged_words(train.ids, word_gradients(network, train))
-        products = [paired_products(one, of_train, table, least) for one in zip(test_ids, test_gradients, strict=True)]
+        train_ids, train_gradients = merged_words(train.ids, word_gradients(network, train))
+        pairs = pairs or [word_pairs(ids, train_ids, table, least) for ids in test_ids]
+        products = [
+            paired_products(of_text, gradients, train_gradients)
+            for of_text, gradients in zip(pairs, test_gradients, strict=True)
+        ]
         scores += checkpoint.learning_rate_of(site) * torch.stack(products)
     return scores
