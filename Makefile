@@ -13,7 +13,7 @@ STUDY_PEERS := dattri==0.3.0 kronfluence==1.0.1
 # Tests run in two processes, a file in one of them: fixtures that start processes of their own are made once.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo spam sentiment labels picture test test-slow torture lint bench evidence oldest clean
+.PHONY: demo spam sentiment labels weights picture test coverage test-slow torture lint docs bench evidence oldest clean
 
 demo: $(VENV)/demo.done  ## fine-tune MiniLM-L6 on BBC News and explain its predictions
 	$(BIN)/python -m examples.topics
@@ -27,12 +27,18 @@ sentiment: $(VENV)/demo.done  ## explain confident mistakes on movie reviews, an
 labels: $(VENV)/demo.done  ## review flipped labels, correct them, and train again
 	$(BIN)/python -m examples.label_review
 
+weights: $(VENV)/demo.done  ## draw articles with noisy labels by their influence on trusted ones
+	$(BIN)/python -m examples.reweighting
+
 picture: $(VENV)/demo.done  ## the same, and make the pictures of the README (of the page with Chromium)
 	$(BIN)/python -m examples.topics --picture docs/terminal.svg
 	$(BIN)/pip install --quiet --constraint requirements/pinned.txt playwright pillow
 	$(BIN)/python -m examples.screenshots demo_output/page.html docs
 
-test: $(VENV)/test.done $(VENV)/demo.done lint  ## ruff, mypy, and the tests with coverage
+test: $(VENV)/test.done $(VENV)/demo.done lint docs  ## ruff, mypy, the documentation, and the tests
+	$(BIN)/python -m pytest -m "not slow" $(IN_TWO)
+
+coverage: $(VENV)/test.done $(VENV)/demo.done  ## the tests with coverage, which nearly doubles their time before Python 3.14
 	$(BIN)/python -m pytest -m "not slow" $(IN_TWO) --cov --cov-fail-under=90
 
 test-slow: $(VENV)/test.done $(VENV)/demo.done  ## the tests on a real model and real text
@@ -40,6 +46,10 @@ test-slow: $(VENV)/test.done $(VENV)/demo.done  ## the tests on a real model and
 
 torture: $(VENV)/test.done  ## kills, mutated files, comparisons of training, random models: half an hour, and a table
 	PYTHONPATH=tests $(BIN)/python -m torture
+
+# What the theme says of its own future is no fault of these pages.
+docs: $(VENV)/test.done  ## the site, strictly: broken links and names that do not exist are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
@@ -68,7 +78,7 @@ oldest:  ## the tests on the oldest supported versions
 	.venv-oldest/bin/python -m pytest -m "not slow" $(IN_TWO) -W default
 
 clean:
-	rm -rf .venv .venv-oldest demo_output evidence_quick
+	rm -rf .venv .venv-oldest demo_output evidence_quick site
 
 $(VENV)/base.done: requirements/pinned.txt
 	$(PYTHON) -m venv $(VENV)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from lightning_utilities.core import rank_zero
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoModelForSequenceClassification
 
 from lightning_tracin import TracInMixin
@@ -91,9 +91,12 @@ class Tokenized(Dataset[dict[str, Any]]):
         return self.rows[index]
 
 
-def batches(data: Dataset[dict[str, Any]], tokenizer: Any, *, shuffle: bool = False) -> DataLoader[Any]:
+def batches(
+    data: Dataset[dict[str, Any]], tokenizer: Any, *, shuffle: bool = False, sampler: Sampler[int] | None = None
+) -> DataLoader[Any]:
     """Batches of 32, padded to their longest text."""
-    return DataLoader(data, batch_size=32, shuffle=shuffle, collate_fn=partial(tokenizer.pad, return_tensors="pt"))
+    collate = partial(tokenizer.pad, return_tensors="pt")
+    return DataLoader(data, batch_size=32, shuffle=shuffle, sampler=sampler, collate_fn=collate)
 
 
 def predicted(trainer: pl.Trainer, data: Dataset[dict[str, Any]], tokenizer: Any) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.data import WeightedRandomSampler
 from transformers import AutoTokenizer
 
 from examples.classifier import Tokenized, batches, be_quiet, predicted
@@ -64,8 +65,8 @@ class Fits:
         """Texts as token ids."""
         return Tokenized(texts, self.tokenizer, self.options.max_length)
 
-    def fitted(self, train: Labelled, seed: int, *callbacks: Any) -> Trainer:
-        """A trainer that has fitted the network."""
+    def fitted(self, train: Labelled, seed: int, *callbacks: Any, weights: Tensor | None = None) -> Trainer:
+        """A trainer that has fitted the network; with weights, those say how often each text is drawn."""
         pl.seed_everything(seed, verbose=False)
         trainer = Trainer(
             max_epochs=self.options.epochs,
@@ -76,7 +77,8 @@ class Fits:
             enable_model_summary=False,
         )
         network = Network(self.vectors, self.names, self.tokenizer)
-        trainer.fit(network, batches(self.tokenized(train), self.tokenizer, shuffle=True))
+        sampler = None if weights is None else WeightedRandomSampler(weights.tolist(), len(weights))
+        trainer.fit(network, batches(self.tokenized(train), self.tokenizer, shuffle=weights is None, sampler=sampler))
         return trainer
 
     def accuracy(self, trainer: Trainer) -> float:

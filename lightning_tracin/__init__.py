@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_tracin.results.corrections import apply_corrections
     from lightning_tracin.results.result import InfluenceResult
     from lightning_tracin.scoring.methods import TracInLast, TracInLayer, TracInSum, TracInWE
+    from lightning_tracin.scoring.ridge import TracInRidge
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "TracInLast",
     "TracInLayer",
     "TracInMixin",
+    "TracInRidge",
     "TracInSum",
     "TracInWE",
     "Trace",
@@ -42,6 +44,7 @@ _MODULES = {
     "TracInLast": "scoring.methods",
     "TracInLayer": "scoring.methods",
     "TracInMixin": "bridge.mixin",
+    "TracInRidge": "scoring.ridge",
     "TracInSum": "scoring.methods",
     "TracInWE": "scoring.methods",
     "Trace": "past.trace",

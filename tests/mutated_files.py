@@ -354,5 +354,8 @@ def rehash(copies: Path) -> None:
             with contextlib.suppress(OSError, ValueError):
                 if file.is_file() and file.resolve().is_relative_to(copies.resolve()) and isinstance(sums[name], str):
                     sums[name] = xxhash.xxh3_128_hexdigest(file.read_bytes())
+        components = path.with_name("components.safetensors")
+        if isinstance(content, dict) and content.get("components") and components.is_file():
+            content["components"] = xxhash.xxh3_128_hexdigest(components.read_bytes())
         content.pop("checksum", None)
         _write_json(path, content)

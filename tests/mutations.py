@@ -65,7 +65,7 @@ def originals(folder: Path) -> list[Original]:
             {"dtype": "int8", "methods": ("tracin-we", "hidden")},
             hidden,
             None,
-            (TracInLayer("hidden", precondition="adam"),),
+            (TracInLayer("hidden", precondition="adam"), TracInLayer("hidden", precondition="kfac", rank=(4, 4))),
         ),
     ]
     found = []

@@ -104,12 +104,18 @@ def drawn_fits(draw: Any, **fixed: Any) -> Drawn:
 
 
 @st.composite
-def drawn_methods(draw: Any, drawn: Drawn, *, words_only: bool = False) -> Any:
-    """A method that a drawn fit can be asked for."""
+def drawn_methods(draw: Any, drawn: Drawn, *, words_only: bool = False, by_rates: bool = False) -> Any:
+    """A method that a drawn fit can be asked for; ``by_rates`` if checkpoints must count by their learning rates."""
     # Bytes round to parts of a row's largest entry, and Adam's moments magnify the small ones: nothing is promised.
     has_moments = drawn.optimizer == "AdamW" and drawn.dtype != "int8"
     precondition = st.sampled_from([None, "adam"] if has_moments else [None])
-    options = {"normalize": draw(st.sampled_from((None, "train", "cosine"))), "precondition": draw(precondition)}
+    # Where a head is applied to each word, its gradients may lie as matrices, which do not tell residuals.
+    weights = ("learning-rate", "equal", *(["residual"] if drawn.task == "class" else []))
+    options = {
+        "normalize": draw(st.sampled_from((None, "train", "cosine"))),
+        "precondition": draw(precondition),
+        "weights": draw(st.sampled_from(weights[:1] if by_rates else weights)),
+    }
     kinds = ["words"] if words_only else ["words", "last", "layer", "sum"]
     kind = draw(st.sampled_from(kinds))
     layers = inner_layers(drawn)
@@ -122,7 +128,7 @@ def drawn_methods(draw: Any, drawn: Drawn, *, words_only: bool = False) -> Any:
     if kind == "words":
         return words
     parts = [words, TracInLast(**options), *(TracInLayer(name, **options) for name in layers[:1])]
-    return TracInSum(parts, mix=[1.0, -0.5, 2.0][: len(parts)])
+    return TracInSum(parts, mix=[1.0, -0.5, 2.0][: len(parts)], scales=[1.0, 0.5, 2.0][: len(parts)])
 
 
 class Net(TracInMixin, pl.LightningModule):
@@ -327,18 +333,33 @@ class Fit:
             first: how many checkpoints count; None for all.
         """
         if isinstance(method, TracInSum):
-            mix = method.mix or [1.0] * len(method.parts)
+            mix = [summand.factor for summand in method.summands]
             parts = [self.expected(part, side, first) for part in method.parts]
             scores = sum(factor * part.scores for factor, part in zip(mix, parts, strict=True))
             return Expected(scores, sum(abs(factor) * part.bounds for factor, part in zip(mix, parts, strict=True)))
         layer = layer_of(method)
         brute, options = self.reference(layer, side), {"normalize": method.normalize}
-        brute = BruteForce(brute.rates[:first], brute.test[:first], brute.train[:first])
+        rates = self._weights(method.weights) or brute.rates
+        brute = BruteForce(rates[:first], brute.test[:first], brute.train[:first])
         if isinstance(method, TracInWE):
             options |= {"exclude_tokens": method.exclude_tokens, "top_words": method.top_words}
         if method.precondition == "adam":
             options["second_moments"] = self._second_moments(layer)
         return _with_bounds(brute, brute.scores(**options), **options)
+
+    def _weights(self, weights: str) -> list[float] | None:
+        """How checkpoints count, where it is not by learning rates."""
+        if weights != "residual":
+            return [1.0] * len(self.steps) if weights == "equal" else None
+        found = []
+        for steps in self.steps:
+            module = build(self.drawn)
+            module.load_state_dict(self.seen.weights[steps.stop])
+            with torch.no_grad():
+                losses = torch.cat([module.double().influence_loss(batch) for batch in DataLoader(self.train)])
+            residuals = 1 - losses.neg().exp()
+            found.append(math.sqrt(float(residuals[self.counted(steps)].mean())))
+        return found
 
     def _second_moments(self, layer: str) -> list[tuple[Tensor, float]]:
         part, found = build(self.drawn).get_submodule(layer), []

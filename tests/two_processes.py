@@ -11,13 +11,15 @@ import pytorch_lightning as pl
 import torch
 from toy import N_TRAIN, Toy, leave, loader, quiet, test_texts
 
-from lightning_tracin import TracInCallback, TracInLayer, TracInSum, TracInWE
+from lightning_tracin import TracInCallback, TracInLayer, TracInRidge, TracInSum, TracInWE
 
 METHODS = (
     "tracin-we",
     "tracin-last",
     TracInLayer("hidden"),
-    TracInSum((TracInWE(normalize="cosine"), TracInLayer("hidden")), mix=(1, 0.5)),
+    TracInLayer("hidden", normalize="train", precondition="kfac", rank=(6, 4)),
+    TracInSum((TracInWE(normalize="cosine", weights="residual"), TracInLayer("hidden")), mix=(1, 0.5)),
+    TracInRidge(TracInSum((TracInWE(normalize="cosine"), TracInLayer("hidden", normalize="cosine")))),
 )
 CACHES = ("checkpoint", "training", "on_demand")
 TWO = {"strategy": "ddp", "devices": 2}

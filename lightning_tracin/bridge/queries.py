@@ -22,8 +22,10 @@ from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.parallel.fsdp import is_fsdp, local_weights_restored
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.scoring.kernels import Kernels
 from lightning_tracin.scoring.methods import Method, word_part
-from lightning_tracin.scoring.score import PreparedTests, Scores, joined_scores, score
+from lightning_tracin.scoring.ridge_scores import ridge_scores
+from lightning_tracin.scoring.score import PreparedTests, Scores, joined_scores, score, with_scales
 from lightning_tracin.scoring.terms import Term, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint, undrawn
 from lightning_tracin.storage.common_tokens import common_tokens
@@ -123,21 +125,38 @@ class Queries:
         self.checkpoints.append(checkpoint)
         self._taken, self._captured, self._texts, self._predictions = [], [], [], []
 
-    def score(self, k: int | None, processes: Processes, device: torch.device) -> None:
-        """Multiply the gradients with the stored ones.
+    def score(
+        self,
+        k: int | None,
+        processes: Processes,
+        device: torch.device,
+        *,
+        kernels: Kernels | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Multiply the gradients with the stored ones; a sum whose scales are not known gets those of these examples.
 
         Args:
             k: keep only the k strongest proponents and opponents of each test example.
             processes: those that each score their share.
             device: what multiplies.
+            kernels: of a method that is a ridge, also for other blocks of test examples.
+            strict: refuse a sum of which one part's scores are all the same.
 
         Raises:
-            ValueError: if scores are not finite.
+            ValueError: if scores are not finite, or a part's are all the same.
         """
-        self.scores = score(PreparedTests(self.indices, self._terms, self._gradients), k, processes, device)
+        tests = PreparedTests(self.indices, self._terms, self._gradients)
+        if kernels is not None:
+            self.scores = ridge_scores(tests, k, kernels)
+            return
+        self.method, tests = with_scales(self.method, tests, processes, device, strict=strict)
+        self.scores = score(tests, k, processes, device)
 
     def word_gradients(self) -> list[WordGradients]:
         """The prepared rows at each checkpoint that word terms are products of; none for a method without words."""
+        if word_part(self.method) is None:
+            return []
         return [gradients for gradients in self._gradients if isinstance(gradients, WordGradients)]
 
     def drop_gradients(self) -> None:

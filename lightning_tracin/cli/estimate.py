@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lightning_tracin.cli.model_size import TASKS, ModelSize, size_of_model
 from lightning_tracin.gradients.printable import printable
+from lightning_tracin.storage.encoding import StorageOptions
 from lightning_tracin.storage.sizes import (
     LABEL_BYTES,
     NUMBER_BYTES,
@@ -75,6 +76,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "int8"), default="float16", help="of gradients")
     number("top-words", "store only so many words of each example")
     parser.add_argument("--projection", metavar="N", type=quantity, nargs="+", help="one number, or two")
+    parser.add_argument("--rank", metavar="N", type=quantity, nargs=2, help="K-FAC's components, of inputs and outputs")
     parser.add_argument("--json", action="store_true", help="print one JSON object; sizes are in bytes")
 
 
@@ -123,6 +125,10 @@ def _size(arguments: Namespace, model: ModelSize) -> TraceSize:
     trainable = min(arguments.trainable or model.parameters, model.parameters)
     kept = (not arguments.no_weights) * NUMBER_BYTES[arguments.weights]
     projection = _projection(arguments)
+    if arguments.rank and isinstance(projection, tuple):
+        arguments.usage_error("--rank and --projection both make gradients of linear layers smaller: use one of them")
+    rank = tuple(arguments.rank) if arguments.rank else None
+    options = StorageOptions(arguments.dtype, arguments.top_words, projection, rank)
     layers = {name: _layer(arguments, name, model, words, tokens) for name in dict.fromkeys(arguments.methods)}
     for name, layer in layers.items():
         if layer.has_words and isinstance(projection, int) and projection >= model.hidden:
@@ -140,13 +146,12 @@ def _size(arguments: Namespace, model: ModelSize) -> TraceSize:
         weights=kept * trainable,
         frozen=kept * (model.parameters - trainable),
         moments=moments,
-        gradients={
-            name: layer.nbytes(arguments.dtype, arguments.top_words, projection) for name, layer in layers.items()
-        },
+        gradients={name: options.nbytes(layer) for name, layer in layers.items()},
         texts=n_train * (LABEL_BYTES + TOKEN_BYTES * tokens),
         n_train=n_train,
         drawn=n_train,
         checkpoints=arguments.checkpoints or 1,
+        components=sum(map(options.components, layers.values())),
     )
 
 
@@ -179,6 +184,7 @@ def as_json(size: TraceSize) -> dict[str, Any]:
         "checkpoint": {
             "weights": round(size.weights),
             "moments": round(size.moments),
+            "components": round(size.components),
             "gradients": {name: round(size.drawn * each) for name, each in size.gradients.items()},
         },
         "example": {name: round(each) for name, each in size.gradients.items()},
@@ -202,6 +208,8 @@ def size_table(size: TraceSize) -> Table:
     if size.frozen:
         add("frozen weights", None, None, size.frozen)
     add("moments", None, size.moments, number * size.moments)
+    if size.components:
+        add("components", None, size.components, number * size.components)
     for name, each in size.gradients.items():
         add(printable(f"gradients {name}"), each, each * size.drawn, number * each * size.drawn)
     add("texts", size.texts / size.drawn, None, size.texts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning_tracin.gradients.sites import Site
 from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint
+from lightning_tracin.storage.components import COMPONENTS
 from lightning_tracin.storage.files import size_of
 from lightning_tracin.storage.second_moments import moments_file
 from lightning_tracin.storage.sizes import TraceSize
@@ -44,6 +46,7 @@ def size_like_trace(folder: str, examples: int | None, checkpoints: int | None) 
         drawn=n_train * drawn / (len(found) * n_read),
         checkpoints=len(found) if checkpoints is None else checkpoints,
         texts_each=texts_each,
+        components=max(sum(_bytes_of_components(each, site) for site in sites) for each in found),
     )
 
 
@@ -56,6 +59,10 @@ def _n_drawn(checkpoint: Checkpoint) -> int:
 def _bytes_of_moments(checkpoint: Checkpoint) -> int:
     names = [name for site in checkpoint.sites if (name := moments_file(site)) in checkpoint.checksums]
     return sum(size_of(checkpoint.path / name) for name in names)
+
+
+def _bytes_of_components(checkpoint: Checkpoint, site: Site) -> int:
+    return 0 if site.rank is None else size_of(checkpoint.path / site.key / COMPONENTS)
 
 
 def _bytes_below(folder: Path) -> int:

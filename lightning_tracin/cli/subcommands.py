@@ -254,7 +254,7 @@ def _add_common_arguments(parser: LightningArgumentParser, method: str = "tracin
         type=str | dict[str, Any],
         default=method,
         help='"tracin-we", "tracin-last", or class_path and init_args of lightning_tracin.TracInWE, .TracInLast, '
-        ".TracInLayer or .TracInSum, whose parts are given in the same way.",
+        ".TracInLayer, .TracInSum or .TracInRidge, whose parts or method are given in the same way.",
     )
     parser.add_argument(
         "--checkpoints",
@@ -287,6 +287,8 @@ def _method(given: str | dict[str, Any] | Namespace | Method) -> Method:
     options = dict(given.get("init_args", {}))
     if isinstance(options.get("parts"), list):
         options["parts"] = [_method(part) for part in options["parts"]]
+    if "method" in options:
+        options["method"] = _method(options["method"])
     return method_of(instantiate_class((), {**given, "init_args": options}))
 
 

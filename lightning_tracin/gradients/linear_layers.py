@@ -55,9 +55,14 @@ def factors_of_call(layer: nn.Module, value: Tensor, delta: Tensor, owners: Tens
         inputs = windows.reshape(-1, windows.shape[-1])
     else:
         inputs = value.reshape(-1, value.shape[-1])
-    if getattr(layer, "bias", None) is not None:
+    if has_bias(layer):
         inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
     return owners, inputs, deltas
+
+
+def has_bias(layer: nn.Module) -> bool:
+    """Whether a layer has a bias, so that its inputs have a 1 appended."""
+    return getattr(layer, "bias", None) is not None
 
 
 def _windows(layer: nn.Conv1d | nn.Conv2d, value: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ class LeaveOneOutCorrelation(AttributionMetric):
     """The correlation of scores with what models say that were trained without one example each.
 
     See `functional.leave_one_out_correlation` for what it means. ``update`` takes ``scores`` (n, n_train) and
-    ``outputs`` (n_removed, n) or (n_removed, seeds, n), higher is better, of a batch of test examples, of each of which a
-    number is kept; ``compute`` returns a named tuple ``(mean, per_test, se_tests)``.
+    ``outputs`` (n_removed, n) or (n_removed, seeds, n), higher is better, of a batch of test examples; of each a number
+    is kept. ``compute`` returns a named tuple ``(mean, per_test, se_tests)``.
 
     Args:
         removed: (n_removed,) int, which training example each model was trained without; None for each in order.

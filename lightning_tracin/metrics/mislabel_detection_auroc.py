@@ -14,8 +14,8 @@ class MislabelDetectionAUROC(Suspicion):
     See `functional.mislabel_detection_auroc` for what it means. ``update`` takes ``values`` (n,) and ``mislabelled``
     (n,) bool of a batch of training examples; ``compute`` returns a scalar.
 
-    torchmetrics' own ``BinaryAUROC`` takes values outside of 0 to 1 for logits, whose sigmoid makes large ones equal: of
-    self-influence it gives wrong areas.
+    torchmetrics' own ``BinaryAUROC`` takes values outside of 0 to 1 for logits, whose sigmoid makes large ones equal:
+    its areas of self-influence can be wrong.
 
     Args:
         kwargs: those of every torchmetrics metric.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ from lightning_tracin.querying.asked import given_module, loader_of_datamodule
 from lightning_tracin.querying.passes import predict_by
 from lightning_tracin.querying.undisturbed import left_as_found
 from lightning_tracin.recording.first_batch import FirstBatch, layer_sizes, look_at_first_batch, stored_sites
-from lightning_tracin.recording.plan import local_path, methods_to_record
+from lightning_tracin.recording.plan import component_numbers, local_path, methods_to_record
 from lightning_tracin.storage.assembled_trace import assembled_trace
 from lightning_tracin.storage.encoding import StorageOptions
 from lightning_tracin.storage.layouts import model_fingerprint
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import has_trace, require_free
+from lightning_tracin.storage.sampled_moments import require_readable_apart
 from lightning_tracin.storage.schemas import TraceHeader
 from lightning_tracin.storage.shards import fitting_shard_examples
 from lightning_tracin.storage.trace import Trace
@@ -57,10 +59,12 @@ def begin_past(
     train_dataloaders: Any,
     learning_rates: Sequence[float] | None,
     methods: Sequence[str],
+    *,
+    rank: tuple[int, int] | None = None,
 ) -> Trace:
     """Make a trace of a run that is over; see :meth:`~lightning_tracin.past.trace.Trace.from_checkpoints`."""
     folder = local_path(path, "path of a trace")
-    asked = methods_to_record(methods)
+    asked, options = methods_to_record(methods), replace(_OPTIONS, rank=component_numbers(rank))
     single = isinstance(checkpoints, (str, Path, Trace)) or hasattr(checkpoints, "keys")
     sources = [checkpoints] if single else list(checkpoints)
     with locked(folder):
@@ -81,7 +85,7 @@ def begin_past(
         assert module is not None
         trainer = _trainer(module, found)
         with left_as_found(trainer), weights_kept(module), _device_kept(module):
-            return _begun(folder, trainer, module, found, train_dataloaders, asked)
+            return _begun(folder, trainer, module, found, train_dataloaders, (asked, options))
 
 
 def _begun(
@@ -90,14 +94,17 @@ def _begun(
     module: pl.LightningModule,
     found: Sequence[PastCheckpoint],
     train_dataloaders: Any,
-    methods: Sequence[str],
+    asked: tuple[Sequence[str], StorageOptions],
 ) -> Trace:
-    """Check all that can be checked, and write the trace."""
+    """Check all that can be checked, and write the trace of the methods that are asked for, as options say."""
+    methods, options = asked
     datamodule: Any = train_dataloaders if isinstance(train_dataloaders, DATAMODULES) else None
     if datamodule is not None:
         train_dataloaders = loader_of_datamodule(trainer, datamodule, "train", ALONE)
     module.configure_model()  # a new module has yet to build its layers; it may be called again
     training_set = TrainingSet(train_dataloaders)
+    if options.rank is not None:
+        require_readable_apart(training_set)
     with unmoved(training_set.loader):
         fingerprint = training_set.fingerprint()
         check_order(training_set.loader, "training", training_set.looked)
@@ -112,14 +119,14 @@ def _begun(
     if source is not None and source.incomplete is not None:
         notes.append(f"The trace of these checkpoints is incomplete. {source.incomplete} Scores lack what came later.")
     sizes = layer_sizes(first, training_set)
-    per_example = sum(_OPTIONS.nbytes(size) for size in sizes.values())
+    per_example = sum(options.nbytes(size) for size in sizes.values())
     header = TraceHeader(
         n_train=len(training_set),
         data_fingerprint=fingerprint,
         model_fingerprint=model_fingerprint(full_state_dict(module)),
         model_class=type(module).__name__,
-        sites=stored_sites(first, _OPTIONS, sizes),
-        dtype=_OPTIONS.dtype,
+        sites=stored_sites(first, options, sizes),
+        dtype=options.dtype,
         shard_examples=fitting_shard_examples(per_example, len(training_set)),
         candidates=not is_own or (source is not None and source.header.candidates),
         notes=tuple(storable(note) for note in notes),

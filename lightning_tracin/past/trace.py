@@ -48,6 +48,7 @@ class Trace(StoredTrace, metaclass=_Opened):
         *,
         learning_rates: Sequence[float] | None = None,
         methods: Sequence[str] = ("tracin-we", "tracin-last"),
+        rank: tuple[int, int] | None = None,
     ) -> Self:
         """Make a trace of a run that is over; training examples' gradients are computed at the first question.
 
@@ -67,7 +68,8 @@ class Trace(StoredTrace, metaclass=_Opened):
             model: the LightningModule that was trained, or a Hugging Face model.
             train_dataloaders: one loader of the training set, or a datamodule.
             learning_rates: one for each checkpoint, in their order, in the place of those that the files tell.
-            methods: as for :class:`~lightning_tracin.TracInCallback`.
+            methods: as for :class:`~lightning_tracin.TracInCallback`, like ``rank``.
+            rank: how many of K-FAC's components of linear layers' gradients are stored.
 
         Raises:
             FileExistsError: if a trace, or files of others, are in the folder.
@@ -83,5 +85,5 @@ class Trace(StoredTrace, metaclass=_Opened):
         """
         from lightning_tracin.past.beginning import begin_past  # here: it brings Lightning, which takes seconds
 
-        begin_past(path, checkpoints, model, train_dataloaders, learning_rates, methods)
+        begin_past(path, checkpoints, model, train_dataloaders, learning_rates, methods, rank=rank)
         return cls(path)

@@ -16,6 +16,7 @@ from lightning_tracin.bridge.strategy import require_results
 from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.capture import Captured
+from lightning_tracin.gradients.kronecker import KroneckerFactors
 from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp
@@ -26,10 +27,11 @@ from lightning_tracin.querying.passes import Pass, Query, attribute_set, run_pas
 from lightning_tracin.querying.steps import GradientStep
 from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.scoring.methods import Method
-from lightning_tracin.scoring.terms import sites_of, terms_at
+from lightning_tracin.scoring.terms import terms_at, training_sites_of
 from lightning_tracin.storage.checkpoint import Checkpoint, require_weights
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import remove_temporary, require_own
+from lightning_tracin.storage.sampled_moments import SampledMoments, sampling_order
 from lightning_tracin.storage.trace import Trace
 from lightning_tracin.storage.training_pass import TrainingPass, reading_order, stored_stream, training_pass
 
@@ -116,7 +118,7 @@ def _training_set(
 
 def _checkpoints_of_first(trace: Trace, method: Method, processes: Processes) -> list[Checkpoint]:
     """The trace's checkpoints, when this process sees those, and the gradients there, that the first one sees."""
-    sites = sites_of(method, trace.sites)
+    sites = training_sites_of(method, trace.sites)
     checkpoints = trace.checkpoints
 
     def stored() -> list[Any]:
@@ -139,7 +141,7 @@ def _check_recorded(trace: Trace, method: Method, checkpoints: Sequence[Checkpoi
     """Check that the fit recorded what a method needs, as far as it is stored; the sites that it needs."""
     if not checkpoints:
         raise ValueError(f"The trace in {trace.path} has no checkpoint yet: there is nothing to score from.")
-    sites = sites_of(method, trace.sites)
+    sites = training_sites_of(method, trace.sites)
     for checkpoint in checkpoints:
         terms_at(checkpoint, method)  # raises where the method needs second moments and there are none
         for site in sites:
@@ -169,8 +171,9 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
             wanted = tuple(site for site in sites if not checkpoint.has_gradients(site))
             if wanted not in taken:
                 taken[wanted] = ModuleGradients(query.module, wanted, recorded=trace.sites)
+            factors = _sampled_factors(query, checkpoint, taken[wanted], training_set)
             known = stored_stream(trace) if training_set.iterable else None
-            with training_pass(trace, checkpoint, wanted, order, processes, known=known) as filled:
+            with training_pass(trace, checkpoint, wanted, order, processes, known=known, factors=factors) as filled:
 
                 def take(captured: Captured, _: list[int], batch: Any, filled: TrainingPass = filled) -> None:
                     words = words_of_batch(query.module, batch, filled.unknown_tokens(captured))
@@ -179,3 +182,21 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
                 description = f"Training gradients {number}/{len(missing)}"
                 loader = training_set.loader_over(order)
                 run_pass(query, checkpoint, Pass(loader, GradientStep(taken[wanted]), take, description))
+
+
+def _sampled_factors(
+    query: Query, checkpoint: Checkpoint, gradients: ModuleGradients, training_set: TrainingSet
+) -> dict[Site, KroneckerFactors]:
+    """K-FAC's factors at a checkpoint, at those sites that store components, by a pass over a sample."""
+    moments = SampledMoments(gradients.sites)
+    if not moments.is_needed:
+        return {}
+    with query.processes.synchronized():
+        loader = training_set.loader_over(sampling_order(checkpoint, training_set, query.processes))
+
+    def take(captured: Captured, *_: Any) -> None:
+        moments.add(captured)
+
+    run_pass(query, checkpoint, Pass(loader, GradientStep(gradients), take, "K-FAC"))
+    with query.processes.synchronized():
+        return moments.factors(query.processes)

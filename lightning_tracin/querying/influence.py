@@ -33,11 +33,13 @@ from lightning_tracin.querying.steps import GradientStep, PredictionStep
 from lightning_tracin.querying.training import Training, ready_training
 from lightning_tracin.querying.undisturbed import left_as_found, require_idle
 from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.scoring.kernels import kernels_of, require_kernels
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of, require_not_constant
-from lightning_tracin.scoring.score import self_influences
+from lightning_tracin.scoring.ridge_scores import self_influence_of
 from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.scoring.terms import sites_of
+from lightning_tracin.scoring.within_classes import within_classes_of
 from lightning_tracin.storage.checkpoint import Checkpoint, require_weights, undrawn
 from lightning_tracin.storage.scratch import Scratch
 from lightning_tracin.storage.trace import Trace
@@ -74,8 +76,8 @@ def influence(
         train_dataloaders: one loader of the training set of the fit. It is needed only where gradients are not
             stored yet (``cache="on_demand"``); by default that of the last fit in this process. Or a datamodule.
         trace: what the fit recorded, or its folder; by default that of the last fit in this process.
-        method: "tracin-we", "tracin-last", or a :class:`TracInWE`, :class:`TracInLast`, :class:`TracInLayer` or
-            :class:`TracInSum` with options.
+        method: "tracin-we", "tracin-last", or a :class:`TracInWE`, :class:`TracInLast`, :class:`TracInLayer`,
+            :class:`TracInSum` or :class:`TracInRidge` with options.
         k: keep only the k strongest proponents and opponents of each test example. Memory then does not grow with
             the training set.
         target: what of a test example is explained. A positive score always means that training made it likelier:
@@ -113,6 +115,7 @@ def influence(
             require_known(explained, module)
             counted = chosen_checkpoints(opened.checkpoints, checkpoints)
             require_weights(counted)
+            require_kernels(chosen, counted, processes)
             n_kept = None if k is None else clipped_k(k, opened.n_train - len(undrawn(counted)))
             hooks = datamodule or attached_datamodule(trainer, module)
             query = Query(trainer, module, opened, chosen, hooks, processes, checkpoints)
@@ -127,9 +130,14 @@ def influence(
             ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
             query = looked_up(query)
             loaders = _blocks(query, ready, asked)
+            device = trainer.strategy.root_device
+            kernels = kernels_of(query.method, processes, device, keep=len(loaders) > 1)
             for number, (owner, loader) in enumerate(loaders, start=1):
                 block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
-                block = _answered(query, ready, loader, n_kept, block_name, explained_of[owner])
+                block = _taken(query, ready, loader, block_name, explained_of[owner])
+                with processes.synchronized():
+                    block.score(n_kept, processes, device, kernels=kernels)
+                query = replace(query, method=block.method)  # the scales of a sum are those of the first block
                 words = block.word_gradients()
                 gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
                 block.drop_gradients()
@@ -148,6 +156,7 @@ def self_influence(
     trace: str | Path | Trace | None = None,
     method: str | Method = "tracin-we",
     checkpoints: CheckpointChoice = None,
+    within_class: bool = False,
 ) -> Tensor:
     """Every training example's influence on itself: high for mislabelled and for atypical examples.
 
@@ -159,12 +168,17 @@ def self_influence(
         trace: see :func:`influence`.
         method: see :func:`influence`.
         checkpoints: see :func:`influence`.
+        within_class: compare with examples of the same label: how many standard deviations an example's self-influence
+            is above their mean. It shows what is atypical of each class where one class has higher values than
+            another; flipped labels are found better without.
 
     Returns:
-        (n_train,) float32: the diagonal of the training examples' scores on themselves.
+        (n_train,) float32: the diagonal of the training examples' scores on themselves; with ``within_class`` NaN for
+        examples without a label, or that training never drew.
 
     Raises:
-        ValueError: see :func:`influence`; or if it is the same for every example, as with ``normalize="cosine"``.
+        ValueError: see :func:`influence`; or if it is the same for every example, as with ``normalize="cosine"``;
+            or if there are no classes to compare within.
         BlockingIOError: see :func:`influence`.
     """
     chosen = method_of(method)
@@ -173,13 +187,12 @@ def self_influence(
     with left_as_found(trainer):
         query, ready = ready_training(trainer, chosen, training)
         with query.processes.synchronized():
-            return self_influences(ready, query.method, query.processes)
+            found = self_influence_of(ready, query.method, query.processes)
+            return within_classes_of(query.trace, ready, found) if within_class else found
 
 
-def _answered(
-    query: Query, checkpoints: Sequence[Checkpoint], loader: Any, k: int | None, block_name: str, target: Target
-) -> Queries:
-    """A block of test examples, scored; its name follows the checkpoint's number in the progress bar."""
+def _taken(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, block_name: str, target: Target) -> Queries:
+    """A block of test examples, with their gradients; its name follows the checkpoint's number in the progress bar."""
     test = Queries(query.module, query.method, query.trace, target)
     sites = sites_of(query.method, query.trace.sites)
     if target.what == "prediction":
@@ -191,8 +204,6 @@ def _answered(
         run_pass(query, checkpoint, Pass(loader, step, test.take, description))
         with query.processes.synchronized():
             test.finish_checkpoint(checkpoint, query.processes)
-    with query.processes.synchronized():
-        test.score(k, query.processes, query.trainer.strategy.root_device)
     return test
 
 

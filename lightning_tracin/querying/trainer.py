@@ -83,6 +83,7 @@ class InfluenceTrainerMixin:
         trace: str | Path | Trace | None = None,
         method: str | Method = "tracin-we",
         checkpoints: CheckpointChoice = None,
+        within_class: bool = False,
     ) -> Tensor:
         """Every training example's influence on itself, (n_train,); see :func:`self_influence`.
 
@@ -93,6 +94,7 @@ class InfluenceTrainerMixin:
             trace: what the fit recorded, or its folder; by default that of the last fit in this process.
             method: "tracin-we", "tracin-last", or a method with options.
             checkpoints: which of the trace's count: all by default, "last", a step, several, or a slice of their list.
+            within_class: compare with examples of the same label, in standard deviations.
         """
         return self_influence(
             self,  # type: ignore[arg-type]
@@ -102,6 +104,7 @@ class InfluenceTrainerMixin:
             trace=trace,
             method=method,
             checkpoints=checkpoints,
+            within_class=within_class,
         )
 
     def label_issues(

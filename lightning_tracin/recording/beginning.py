@@ -36,6 +36,7 @@ from lightning_tracin.storage.known_texts import KnownTexts
 from lightning_tracin.storage.layouts import model_fingerprint
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import has_trace, require_free, require_own
+from lightning_tracin.storage.sampled_moments import require_readable_apart
 from lightning_tracin.storage.schemas import Step, TraceHeader
 from lightning_tracin.storage.shards import fitting_shard_examples
 from lightning_tracin.storage.trace import Trace
@@ -73,6 +74,8 @@ def begin(
         source = processes.gather(_source(path, plan, resumed) if processes.first else None)[0]
         training_set = TrainingSet(trainer.train_dataloader)
         training_set.agree_on_batches(processes)
+        if plan.options.rank is not None:
+            require_readable_apart(training_set)
         if plan.cache != "on_demand":
             training_set.check_divisible(processes)
         fingerprint = training_set.fingerprint()
@@ -225,8 +228,8 @@ def _require_same_sites(trace: Trace, sites: tuple[Site, ...], plan: RecordingPl
         ValueError: if it does not.
     """
     if trace.dtype == plan.options.dtype and _asked_for(trace.sites) == _asked_for(sites):
-        projections = {site.projection for site in (*trace.sites, *sites) if site.shape == "matrix"}
-        if len(projections) < 2:
+        smaller = {(site.projection, site.rank) for site in (*trace.sites, *sites) if site.shape == "matrix"}
+        if len(smaller) < 2:
             return
     raise ValueError(
         f"The trace in {trace.path} was begun with {trace.dtype} gradients at {_listed(trace.sites)}, but this fit "
@@ -235,15 +238,16 @@ def _require_same_sites(trace: Trace, sites: tuple[Site, ...], plan: RecordingPl
 
 
 def _asked_for(sites: tuple[Site, ...]) -> list[Site]:
-    """Sites without the shape that was chosen for linear layers."""
-    return [site if site.has_words else replace(site, shape="factors", projection=None) for site in sites]
+    """Sites without the shape that was chosen for linear layers, and without what earlier versions did not tell."""
+    plain: dict[str, Any] = {"shape": "factors", "projection": None, "has_bias": None, "rank": None}
+    return [site if site.has_words else replace(site, **plain) for site in sites]
 
 
 def _listed(sites: tuple[Site, ...]) -> str:
     """Sites in words."""
     listed = []
     for site in sites:
-        options = {"top_words": site.top_words, "projection": site.projection}
+        options = {"top_words": site.top_words, "projection": site.projection, "rank": site.rank}
         named = [f"{name}={value}" for name, value in options.items() if value]
         listed.append(f"{site.layer} ({', '.join(named)})" if named else site.layer)
     return ", ".join(listed)

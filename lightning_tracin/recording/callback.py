@@ -25,6 +25,7 @@ from lightning_tracin.recording.plan import (
     Cache,
     OnError,
     RecordingPlan,
+    component_numbers,
     examples_to_log,
     local_path,
     methods_to_record,
@@ -65,6 +66,10 @@ class TracInCallback(DualCallback):
             stores the gradients of linear layers projected to (a, b) matrices (the gradient at the output to a, the
             input to b), where that is smaller. Norms stay as they are: scores become estimates, self-influence stays
             exact.
+        rank: a pair (r, s) stores, of the gradients of layers with several positions (convolutions, linear layers at
+            every token), what lies in K-FAC's r leading components of the inputs and s of the output gradients at the
+            checkpoint, as a matrix, where that is smaller: for methods with ``precondition="kfac"`` alone. A look at
+            200 training examples comes before each pass.
         log_examples: how many validation examples, those of the highest loss, are logged in every validation of the fit
             with the training examples that pushed them; or the indices of those to log from each validation loader (in
             the data set; in the loader's order where that shuffles or is a stream). 0 logs none.
@@ -122,6 +127,7 @@ class TracInCallback(DualCallback):
         dtype: Dtype = "float16",
         top_words: int | None = None,
         projection: int | tuple[int, int] | None = None,
+        rank: tuple[int, int] | None = None,
         log_examples: int | Sequence[int] = 0,
         log_k: int = 3,
         log_method: str | Method | None = None,
@@ -136,7 +142,7 @@ class TracInCallback(DualCallback):
             every_n_train_steps=every_n_train_steps,
             cache=cache,
             methods=methods_to_record(methods),
-            options=StorageOptions(dtype, top_words, projection_sizes(projection)),
+            options=StorageOptions(dtype, top_words, projection_sizes(projection), component_numbers(rank)),
             log_examples=examples_to_log(log_examples),
             log_k=log_k,
             log=LogPlan.of(log_method, log_texts),

@@ -44,7 +44,9 @@ class Cost:
     def sized(self, options: StorageOptions, sites: Sequence[Site]) -> TraceSize:
         """The size of the trace with other options, at some of the sites."""
         gradients = {site.name: options.nbytes(self.layers[site.key]) for site in sites}
-        return replace(self.size, gradients=gradients, moments=sum(self.moments[site.key] for site in sites))
+        components = sum(options.components(self.layers[site.key]) for site in sites)
+        moments = sum(self.moments[site.key] for site in sites)
+        return replace(self.size, gradients=gradients, moments=moments, components=components)
 
 
 def cost_of(
@@ -93,6 +95,7 @@ def cost_of(
         drawn=n_train * expected.drawn,
         checkpoints=expected.checkpoints,
         texts_each=texts_each,
+        components=sum(plan.options.components(layers[site.key]) for site in sites),
     )
     return Cost(size, sites, layers, moments, expected)
 
@@ -101,7 +104,7 @@ def say_cost(plan: RecordingPlan, path: Path, cost: Cost, first: FirstBatch) -> 
     """Say in one line what a fit will write, and how long its passes take."""
     size, (of_epoch, of_training) = cost.size, _time_of_pass(first)
     if plan.cache == "on_demand":
-        stored = replace(size, gradients={}, texts=0)
+        stored = replace(size, gradients={}, texts=0, components=0)
         added = replace(size, weights=0, frozen=0, moments=0)
         rank_zero_info(
             f"TracInCallback: {stored} in {path}/; the first query adds {added}, by a pass over the training set at "

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_tracin.bridge.compat import batch_to_device
 from lightning_tracin.bridge.extents import rows_of_all
@@ -23,6 +23,7 @@ from lightning_tracin.gradients.batching_check import check_batching
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.layers import NoLastLayer, called_layers, layer_name, linear_layers_named, named_layer
+from lightning_tracin.gradients.linear_layers import has_bias
 from lightning_tracin.gradients.losses import (
     NOT_FINITE_ADVICE,
     DependsOnBatch,
@@ -140,6 +141,8 @@ def stored_sites(first: FirstBatch, options: StorageOptions, sizes: Mapping[str,
     if asked is not None and not any(site.has_words is isinstance(asked, int) for site in sites):
         what = "word gradients (a number)" if isinstance(asked, int) else "linear layers (a pair of numbers)"
         raise ValueError(f"projection={asked} is for {what}, but methods={tuple(site.name for site in sites)}.")
+    if options.rank is not None and all(site.has_words for site in sites):
+        raise ValueError(f"rank={options.rank} is for linear layers, but methods={tuple(site.name for site in sites)}.")
     return tuple(options.applied(site, sizes[site.key]) for site in sites)
 
 
@@ -229,7 +232,7 @@ def _sites(module: pl.LightningModule, losses: Losses, batch: Any, methods: Sequ
     for name in methods:
         if name not in (WORDS, LAST):
             sites += _layers_asked_for(module, of_batch, name, [site.layer for site in sites])
-    return list(_numbered(sites))
+    return list(_numbered(module, sites))
 
 
 def _layers_asked_for(
@@ -246,9 +249,12 @@ def _layers_asked_for(
     return [Site("linear-0", each, each, "factors") for each in names if each not in known]
 
 
-def _numbered(sites: Sequence[Site]) -> Iterator[Site]:
-    """Sites with keys of their own."""
+def _numbered(module: nn.Module, sites: Sequence[Site]) -> Iterator[Site]:
+    """Sites with keys of their own; those of linear layers tell of their biases."""
     number = 0
     for site in sites:
-        yield site if site.has_words else replace(site, key=f"linear-{number}")
-        number += not site.has_words
+        if site.has_words:
+            yield site
+        else:
+            yield replace(site, key=f"linear-{number}", has_bias=has_bias(named_layer(module, site.layer)))
+            number += 1

@@ -13,9 +13,11 @@ from lightning_tracin.bridge.mixin import has_own_words, tokenizer_of
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.results.excluded_words import require_words
 from lightning_tracin.results.reader import RawText
+from lightning_tracin.scoring.kernels import require_memory
 from lightning_tracin.scoring.methods import Method
-from lightning_tracin.scoring.naming import method_of, recorded_site
-from lightning_tracin.scoring.terms import require_stored
+from lightning_tracin.scoring.naming import method_of
+from lightning_tracin.scoring.ridge import TracInRidge
+from lightning_tracin.scoring.terms import stored_site, training_sites_of
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,15 @@ class LogPlan:
         tokenizer = tokenizer_of(module)
         if self.method is not None:
             for summand in self.method.summands:
-                require_stored(summand.method, recorded_site(summand.method, sites))
+                stored_site(summand.method, sites)
                 is_adam = any("betas" in group for optimizer in optimizers for group in optimizer.param_groups)
                 if summand.method.precondition == "adam" and not is_adam:
                     raise ValueError(
                         'log_method has precondition="adam", but no optimizer of the fit is of the Adam family.'
                     )
+            training_sites_of(self.method, sites)
+            if isinstance(self.method, TracInRidge):
+                require_memory(self.method, n_train)
             if not has_own_words(module):
                 require_words(self.method, tokenizer)
         if self.train is None and self.val is None:

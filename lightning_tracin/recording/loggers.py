@@ -1,14 +1,16 @@
-"""Tables of influential examples for the loggers of Lightning, each in the form that it can show.
+"""Tables of influential examples, and a page of them, for loggers, each in the form that it can show.
 
-Loggers share no API for tables, and come twice, in ``pytorch_lightning`` and in ``lightning.pytorch``: they are told
-apart by the names of their classes, and no package of a logger is imported.
+Loggers share no API for tables or files, and come twice, in ``pytorch_lightning`` and in ``lightning.pytorch``: those
+of Lightning are told apart by the names of their classes, others by what they take. No package of a logger is imported.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -19,9 +21,9 @@ from lightning_tracin.gradients.printable import in_a_cell, printable
 from lightning_tracin.report.explanation import Explanation
 from lightning_tracin.report.pairs import Row, rows_of_pairs, words_in_a_line
 
-KEY = "tracin/influential"
+KEY, PAGE_KEY = "tracin/influential", "tracin/page"
 
-FILE = "influential.jsonl"
+FILE, PAGE = "influential.jsonl", "influential.html"
 
 _CHARACTERS = 300  # of a text
 
@@ -93,8 +95,12 @@ def check_loggers(loggers: Sequence[Any]) -> None:
 def log_table(logger: Any, rows: Sequence[Row], *, step: int, root: str) -> Path | None:
     """Hand a table to a logger.
 
+    One that Lightning has not is given it by its own ``log_table(key, columns=, data=, step=)``, or as Markdown by
+    ``log_text(key, text, step=)``; lines of JSON in a file are what is left, which ``log_file(path)`` takes if there is
+    one, as LitLogger's.
+
     Args:
-        logger: of Lightning, by either of its names.
+        logger: of Lightning, by either of its names, or another.
         rows: of the table, all with the same names.
         step: to log it under.
         root: folder for loggers that have none.
@@ -108,8 +114,6 @@ def log_table(logger: Any, rows: Sequence[Row], *, step: int, root: str) -> Path
     values = [list(row.values()) for row in rows]
     if _is(logger, "TensorBoardLogger"):
         logger.experiment.add_text(KEY, markdown(rows), global_step=step)
-    elif _is(logger, "WandbLogger"):  # logs the step as a value, as its metrics do: W&B's own step only counts calls
-        logger.log_table(KEY, columns=columns, data=values, step=step)
     elif _is(logger, "MLFlowLogger"):  # appends to what is there
         data = {name: [row[name] for row in rows] for name in columns}
         logger.experiment.log_table(run_id=logger.run_id, data=data, artifact_file=f"{KEY}.json")
@@ -117,19 +121,64 @@ def log_table(logger: Any, rows: Sequence[Row], *, step: int, root: str) -> Path
         name = f"{KEY.replace('/', '-')}-step-{step:09d}.csv"
         cells = [[in_a_cell(value) if isinstance(value, str) else value for value in line] for line in values]
         logger.experiment.log_table(name, tabular_data=cells, headers=columns)
+    # W&B's, too: it logs the step as a value, as its metrics do, for W&B's own step only counts calls
+    elif log := _taking(logger, "log_table", KEY, columns=columns, data=values, step=step):
+        log(KEY, columns=columns, data=values, step=step)
+    elif log := _taking(logger, "log_text", KEY, "", step=step):
+        log(KEY, markdown(rows), step=step)
     else:
         file = logger_folder(logger, root) / FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        return file
+        log = _taking(logger, "log_file", str(file))
+        if log is None:
+            return file
+        log(str(file))
     return None
+
+
+def log_page(logger: Any, page: Path, *, step: int) -> bool:
+    """Hand an HTML page to a logger that takes files.
+
+    Args:
+        logger: of Lightning, by either of its names, or another.
+        page: the file.
+        step: to log it under.
+
+    Returns:
+        Whether it takes files.
+    """
+    if _is(logger, "WandbLogger"):
+        html = sys.modules["wandb"].Html(page.read_text(encoding="utf-8"), inject=False)
+        logger.experiment.log({PAGE_KEY: html, "trainer/global_step": step})
+    elif _is(logger, "MLFlowLogger"):
+        logger.experiment.log_artifact(logger.run_id, str(page), PAGE_KEY)
+    elif _is(logger, "CometLogger"):
+        logger.experiment.log_asset(str(page), file_name=f"{PAGE_KEY}/{page.name}", step=step)
+    elif log := _taking(logger, "log_file", str(page)):
+        log(str(page))
+    else:
+        return False
+    return True
 
 
 def logger_folder(logger: Any, root: str) -> Path:
     """Where a logger keeps the files of its run, or would."""
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return Path(logger.save_dir or root) / str(logger.name) / version
+
+
+def _taking(logger: Any, name: str, *arguments: Any, **options: Any) -> Callable[..., Any] | None:
+    """A method of a logger, if it has one that takes these arguments."""
+    method = getattr(logger, name, None)
+    if not callable(method):
+        return None
+    try:
+        inspect.signature(method).bind(*arguments, **options)
+    except TypeError:  # one of another meaning
+        return None
+    return method  # type: ignore[no-any-return]
 
 
 def _is(logger: Any, name: str) -> bool:

@@ -63,9 +63,26 @@ class RecordingPlan:
             raise ValueError(f"every_n_epochs must be at least 1, but got {self.every_n_epochs}.")
         if self.on_error not in ("warn", "raise"):
             raise ValueError(f"on_error must be 'warn' or 'raise', but got {self.on_error!r}.")
+        self._check_rank()
         self._check_log()
         if not self.keep_weights:
             self._check_without_weights()
+
+    def _check_rank(self) -> None:
+        """Check that K-FAC's components can be stored as they are asked for."""
+        if self.options.rank is None:
+            return
+        if isinstance(self.options.projection, tuple):
+            raise ValueError(
+                f"rank={self.options.rank} and projection={self.options.projection} both make gradients of linear "
+                "layers smaller. Use one of them."
+            )
+        if self.cache == "training":
+            raise ValueError(
+                "rank takes second moments over training examples at each checkpoint's weights before gradients are "
+                'stored, but cache="training" takes gradients as training goes on. Use cache="checkpoint" or '
+                'cache="on_demand".'
+            )
 
     def _check_log(self) -> None:
         """Check that validations can be logged as they are asked for."""
@@ -147,6 +164,24 @@ def projection_sizes(value: Any) -> int | tuple[int, int] | None:
             f"at the output, and of the input), but got {value!r}."
         )
     return (sizes[0], sizes[1])
+
+
+def component_numbers(value: Any) -> tuple[int, int] | None:
+    """``rank`` as a pair.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    numbers = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if value is None:
+        return None
+    whole = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool) and number > 0]
+    if len(numbers) != 2 or len(whole) != 2:
+        raise ValueError(
+            "rank must be a pair of numbers from 1 on, of components of the inputs and of the output gradients of "
+            f"linear layers, such as (128, 32), but got {value!r}."
+        )
+    return (numbers[0], numbers[1])
 
 
 def examples_to_log(value: Any) -> int | tuple[int, ...]:

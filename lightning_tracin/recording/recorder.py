@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
@@ -19,6 +19,7 @@ from lightning_tracin.bridge.progress import progress_task
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
 from lightning_tracin.bridge.unmoved import unmoved
+from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches
 from lightning_tracin.parallel.processes import Processes
@@ -33,6 +34,7 @@ from lightning_tracin.recording.validation_log import ValidationLog
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.known_texts import KnownTexts
 from lightning_tracin.storage.recorded_checkpoint import new_checkpoint
+from lightning_tracin.storage.sampled_moments import SampledMoments, sampling_order
 from lightning_tracin.storage.schemas import Step
 from lightning_tracin.storage.training_pass import reading_order, stored_stream, training_pass
 
@@ -220,6 +222,8 @@ class Recorder:
     def end(self, trainer: pl.Trainer) -> None:
         """Log the last validation, and say so if the fit was too short for a checkpoint."""
         self.log_validations(trainer)
+        if self.validations is not None:
+            self.validations.log_page(trainer)
         if not self.fit.trace.checkpoints and not self.steps:
             rank_zero_warn(
                 "TracInCallback saw no optimizer step in this fit, so there is no checkpoint and nothing to compute "
@@ -302,13 +306,30 @@ class Recorder:
     def _store_gradients(self, trainer: pl.Trainer, checkpoint: Checkpoint, processes: Processes) -> None:
         """Store every training example's gradients at the module's present weights."""
         trace, training_set, module = self.fit.trace, self.fit.training_set, self.gradients.module
+        moments = SampledMoments(trace.sites)
+        if moments.is_needed:
+            sample = sampling_order(checkpoint, training_set, processes)
+            self._read(trainer, sample, "K-FAC", lambda _, captured: moments.add(captured))
         order = reading_order(trace, training_set, checkpoint.drawn(), processes)
-        loader = training_set.loader_over(order)
-        fsdp, tolerant = is_fsdp(module), self._plan.on_error == "warn"
+        tolerant = self._plan.on_error == "warn"
         known = (stored_stream(trace) or self.first_of_stream) if training_set.iterable else None
+        options: dict[str, Any] = {"tolerant": tolerant, "known": known, "factors": moments.factors(processes)}
+        with training_pass(trace, checkpoint, trace.sites, order, processes, **options) as filled:
+
+            def add(batch: Any, captured: Captured) -> None:
+                words = words_of_batch(module, batch, filled.unknown_tokens(captured))
+                filled.add(captured, labels_of_module(module, batch, len(captured)), words)
+
+            self._read(trainer, order, "TracIn gradients", add)
+
+    def _read(
+        self, trainer: pl.Trainer, order: Sequence[int], title: str, take: Callable[[Any, Captured], None]
+    ) -> None:
+        """Hand on each batch of some training examples, and its gradients at the module's present weights."""
+        training_set, module, processes = self.fit.training_set, self.gradients.module, processes_of(trainer)
+        loader, fsdp = training_set.loader_over(order), is_fsdp(module)
         with (
-            training_pass(trace, checkpoint, trace.sites, order, processes, tolerant=tolerant, known=known) as filled,
-            progress_task(trainer.progress_bar_callback, "TracIn gradients", len(loader)) as advance,
+            progress_task(trainer.progress_bar_callback, title, len(loader)) as advance,
             _buffers_of_first(module, processes),
             unmoved(training_set.loader),
             inside_fit(trainer, module),
@@ -322,8 +343,7 @@ class Recorder:
                 captured = self.gradients.capture(batch)
                 with processes.synchronized() if fsdp else nullcontext():  # none leaves the others to wait for a weight
                     if own:
-                        words = words_of_batch(module, batch, filled.unknown_tokens(captured))
-                        filled.add(captured, labels_of_module(module, batch, len(captured)), words)
+                        take(batch, captured)
                         advance()
 
 

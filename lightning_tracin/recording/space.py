@@ -68,7 +68,7 @@ class _Disk:
     def needed(self, size: TraceSize, number: int, cache: Cache) -> float:
         """Bytes of a number of checkpoints."""
         if cache == "on_demand":
-            return replace(size, gradients={}, texts=0).of(number)
+            return replace(size, gradients={}, texts=0, components=0).of(number)
         beside = 0.0
         if cache == "training":
             expected = self.cost.expected

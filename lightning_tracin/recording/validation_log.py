@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from shutil import copyfile
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,13 +21,14 @@ from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.queries import Queries, probe_of, result_of, weights_kept
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.parallel.processes import Processes
-from lightning_tracin.recording.loggers import log_table, rows_of
+from lightning_tracin.recording.loggers import PAGE, log_page, log_table, logger_folder, rows_of
 from lightning_tracin.recording.plan import RecordingPlan
 from lightning_tracin.recording.validation import Choice, Validation, flat_loaders
 from lightning_tracin.report.explanation import Example, Explanation
 from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.results.reader import RawText
 from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.scoring.kernels import kernels_of
 from lightning_tracin.scoring.naming import method_at
 from lightning_tracin.scoring.terms import sites_of
 from lightning_tracin.storage.checkpoint import Checkpoint
@@ -54,6 +56,7 @@ class ValidationLog:
         self._choice: Choice | None = None
         self._pending: list[Validation] = []
         self._told: set[str] = set()
+        self._last: tuple[Validation, InfluenceResult] | None = None
 
     def begin(self, trainer: pl.Trainer) -> None:
         """A validation begins."""
@@ -94,6 +97,22 @@ class ValidationLog:
                 result = self._explained(trainer, validation, checkpoints, processes)
                 if processes.first:
                     self._write(trainer, validation, list(result.explanations(k=self._k)))
+                    self._last = validation, result
+
+    def log_page(self, trainer: pl.Trainer) -> None:
+        """Write a page of the last validation that was logged, and hand it to the loggers that take files."""
+        if self._last is None:
+            return
+        validation, result = self._last
+        pages = [logger_folder(logger, trainer.default_root_dir) / PAGE for logger in trainer.loggers]
+        for logger, page in zip(trainer.loggers, pages, strict=True):
+            if page is pages[0]:
+                result.to_html(page, k=self._k, title=f"Validation at step {validation.step}")
+            elif page != pages[0]:
+                page.parent.mkdir(parents=True, exist_ok=True)
+                copyfile(pages[0], page)
+            if not log_page(logger, page, step=validation.step):
+                rank_zero_info(f"A page of the last validation's influential examples is in {page}.")
 
     def _explained(
         self, trainer: pl.Trainer, validation: Validation, checkpoints: Sequence[Checkpoint], processes: Processes
@@ -124,7 +143,10 @@ class ValidationLog:
                             )
                         test.take(captured, [place], row)
                     test.finish_checkpoint(checkpoint, processes)
-        test.score(min(self._k, self._trace.n_train), processes, trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        kernels = kernels_of(test.method, processes, device, keep=False)
+        # A layer that training has not moved yet gives scores of 0: that ends no recording.
+        test.score(min(self._k, self._trace.n_train), processes, device, kernels=kernels, strict=False)
         result = result_of([test], [test.word_gradients()], Scratch())
         result.test_indices = torch.tensor([each.index for each in validation.examples])
         result.predictions = torch.tensor([each.prediction for each in validation.examples], dtype=torch.float64)

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 FOR, AGAINST = "#0072B2", "#E69F00"
 
+#: Further colours of theirs, for charts of several kinds of things of which neither is for or against.
+FURTHER = (AGAINST, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+
 
 class TerminalStyles(NamedTuple):
     """What rich prints one of the two colours with.

@@ -9,13 +9,14 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 from torch import Tensor
 
-from lightning_tracin.report.palette import AGAINST, FOR
+from lightning_tracin.report.palette import AGAINST, FOR, FURTHER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,6 +143,46 @@ def plot_self_influence(values: Tensor, k: int = 10, ax: Axes | None = None) -> 
     ax.legend(frameon=False, loc="upper right")
     title = f"Self-influence of {len(values)} training examples"
     _label(ax, title, xlabel="self-influence (high: mislabelled or atypical)", ylabel="training examples (log scale)")
+    return fig, ax
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Values of one kind, in a chart of several.
+
+    Attributes:
+        name: what the legend says.
+        values: each with the two ends of its interval; NaN for one that is not there.
+    """
+
+    name: str
+    values: Sequence[tuple[float, float, float]]
+
+
+def plot_dots(
+    groups: Sequence[Dots], names: Sequence[str], title: str, xlabel: str, ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Values with their intervals, a line of the chart for each name, the first at the top; a colour for each group.
+
+    Args:
+        groups: the values of each have the length of ``names``.
+        names: of the lines.
+        title: of the chart.
+        xlabel: what the values are.
+        ax: where to draw; a new figure by default.
+    """
+    fig, ax = _figure(ax, height=1.6 + 0.3 * len(names))
+    for number, group in enumerate(groups):
+        shift = 0.6 * (number - (len(groups) - 1) / 2) / max(1, len(groups))
+        middle, low, high = (np.array([each[column] for each in group.values]) for column in range(3))
+        ends = np.stack([middle - low, high - middle])
+        places = np.arange(len(names)) + shift
+        colour = FOR if number == 0 else FURTHER[(number - 1) % len(FURTHER)]
+        ax.errorbar(middle, places, xerr=ends, fmt="o", markersize=4, linewidth=1.2, color=colour, label=group.name)
+    ax.axvline(0, color="black", linewidth=0.8)
+    _name_bars(ax, names)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _label(ax, title, xlabel=xlabel)
     return fig, ax
 
 

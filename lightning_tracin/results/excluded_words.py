@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning_tracin.results.words import is_special, marks_of, word_of_token
 from lightning_tracin.scoring.excluded_tokens import COMMON, SPECIAL, ExcludedTokens
-from lightning_tracin.scoring.methods import Method, TracInSum, TracInWE, word_part
+from lightning_tracin.scoring.methods import Method, TracInSum, TracInWE
+from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.storage.common_tokens import common_tokens
 from lightning_tracin.storage.trace import Trace
 
@@ -25,6 +26,8 @@ def with_ids_of(method: Method, trace: Trace, tokenizer: Any = None) -> Method:
     Raises:
         ValueError: if the vocabulary has no words, or not one that is named.
     """
+    if isinstance(method, TracInRidge):
+        return replace(method, method=with_ids_of(method.method, trace, tokenizer))  # type: ignore[arg-type]
     if isinstance(method, TracInSum):
         return replace(method, parts=[with_ids_of(part, trace, tokenizer) for part in method.parts])  # type: ignore[misc]
     if not isinstance(method, TracInWE) or not method.excluded.words:
@@ -52,8 +55,8 @@ def require_words(method: Method, tokenizer: Any) -> None:
     Raises:
         ValueError: if there is no tokenizer, or not one of the words.
     """
-    part = word_part(method)
-    named = set() if part is None else set(part[0].excluded.words) - {COMMON}
+    parts = [summand.method for summand in method.summands]
+    named = {word for part in parts if isinstance(part, TracInWE) for word in part.excluded.words} - {COMMON}
     if not named:
         return
     if tokenizer is None:

@@ -24,7 +24,8 @@ from lightning_tracin.results.word_sums import groups_of, word_table_of
 from lightning_tracin.results.words import shares_of_words
 from lightning_tracin.scoring.methods import word_part
 from lightning_tracin.scoring.naming import require_not_constant
-from lightning_tracin.scoring.score import self_influences
+from lightning_tracin.scoring.ridge import TracInRidge
+from lightning_tracin.scoring.ridge_scores import self_influence_of
 from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.storage.scratch import Scratch
 
@@ -182,7 +183,7 @@ class ExplainedResult(RankedResult):
         evidence = Evidence.find(self)
         if evidence is None and self.excerpt is not None and self.excerpt.review_method == self.method:
             return self.excerpt.review.self_influence
-        return self_influences(Evidence.require(self).checkpoints, self.method)
+        return self_influence_of(Evidence.require(self).checkpoints, self.method)
 
     @property
     def _has_words(self) -> bool:
@@ -192,8 +193,9 @@ class ExplainedResult(RankedResult):
     def _require_words(self) -> None:
         """Check that the method has word terms."""
         if not self._has_words:
+            inside = f" Ask by {self.method.method} for words." if isinstance(self.method, TracInRidge) else ""
             raise ValueError(
-                f"{self.method} has no word terms: they are a property of the word embedding layer (TracInWE)."
+                f"{self.method} has no word terms: they are a property of the word embedding layer (TracInWE).{inside}"
             )
 
     def _explanations_from(self, evidence: Evidence | None, rows: Sequence[int], k: int) -> Iterator[Explanation]:

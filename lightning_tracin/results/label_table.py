@@ -15,6 +15,7 @@ from lightning_tracin.results.reader import Reader
 from lightning_tracin.scoring.label_review import LabelReview
 from lightning_tracin.scoring.methods import Method, TracInLast
 from lightning_tracin.scoring.naming import described, is_constant_on_itself, without_normalizing
+from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.storage.checkpoint import Checkpoint
 
 
@@ -22,12 +23,13 @@ def review_method(checkpoints: Sequence[Checkpoint], method: Method) -> Method:
     """What measures the self-influence of a result's training examples where nothing else is asked for.
 
     It is TracIn-Last, which finds mislabelled examples best, where its gradients are stored; else the result's own
-    method, without the norms of a cosine, which is 1 for any example with itself.
+    method, without the norms of a cosine, which is 1 for any example with itself, and without a ridge.
     """
     site = last_site(checkpoints[0].sites)
     if site is not None and all(each.has_gradients(site) for each in checkpoints):
         return TracInLast()
-    return without_normalizing(method) if is_constant_on_itself(method) else method
+    is_costly = isinstance(method, TracInRidge)  # another kernel
+    return without_normalizing(method) if is_costly or is_constant_on_itself(method) else method
 
 
 def label_issues_of(

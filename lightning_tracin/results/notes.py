@@ -97,10 +97,10 @@ def notes_of_words(
     """
     part = word_part(evidence.method)
     words = [word for of in explanations for pushed in (*of.proponents, *of.opponents) for word in pushed.named_terms]
-    if part is not None and part[0].excluded and explanations and not words:
+    if part is not None and part.excluded and explanations and not words:
         return [
             "The first test examples share no words with any training example but those that "
-            f"exclude_tokens={part[0].exclude_tokens} leaves out, so that no word adds to a score: leave out fewer."
+            f"exclude_tokens={part.exclude_tokens} leaves out, so that no word adds to a score: leave out fewer."
         ]
     weight = sum(abs(word.term) for word in words)
     of_stops = sum(abs(word.term) for word in words if word.is_stop)

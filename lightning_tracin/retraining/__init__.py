@@ -2,7 +2,10 @@
 
 ``Retrainings`` runs the fits that are asked for, once each, and keeps what they say of the test examples in a folder
 (``folder``); ``subsets`` makes halves, and training sets without some examples; ``fits`` runs one of them, and
-``observed`` reads what its module says. This folder imports ``querying`` and what is below, and ``metrics``.
+``observed`` reads what its module says of the test examples (``held_out``). On that stand ``does_it_matter``
+(``removing``, ``removals``, ``removal_effect``) and ``recommend`` (``recommending``, ``candidates``,
+``recommendation``). ``tail_patch`` needs no retraining. This folder imports ``querying`` and what is below, and
+``metrics``.
 """
 
 from importlib import import_module
@@ -11,16 +14,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_tracin.retraining.folder import stored_outcomes
     from lightning_tracin.retraining.outcomes import Outcomes
+    from lightning_tracin.retraining.recommendation import Recommendation
+    from lightning_tracin.retraining.recommending import recommend
+    from lightning_tracin.retraining.removal_effect import RemovalEffect
+    from lightning_tracin.retraining.removing import does_it_matter
     from lightning_tracin.retraining.retrainings import Retrainings
     from lightning_tracin.retraining.subsets import random_halves, without
+    from lightning_tracin.retraining.tail_patch import tail_patch_gains
 
-__all__ = ["Outcomes", "Retrainings", "random_halves", "stored_outcomes", "without"]
+__all__ = [
+    "Outcomes",
+    "Recommendation",
+    "RemovalEffect",
+    "Retrainings",
+    "does_it_matter",
+    "random_halves",
+    "recommend",
+    "stored_outcomes",
+    "tail_patch_gains",
+    "without",
+]
 
 _MODULES = {
     "Outcomes": "outcomes",
+    "Recommendation": "recommendation",
+    "RemovalEffect": "removal_effect",
     "Retrainings": "retrainings",
+    "does_it_matter": "removing",
     "random_halves": "subsets",
+    "recommend": "recommending",
     "stored_outcomes": "folder",
+    "tail_patch_gains": "tail_patch",
     "without": "subsets",
 }
 

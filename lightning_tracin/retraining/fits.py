@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -22,7 +23,8 @@ Build: TypeAlias = Callable[[Sequence[int], int], tuple[pl.LightningModule, Any]
 #: How a fit runs: so many epochs by a trainer that is quiet, or by the trainer that a function makes anew.
 Fit: TypeAlias = int | Callable[[], pl.Trainer]
 
-_QUIET = {
+#: A trainer's options, by which it writes and prints nothing, on one device.
+QUIET: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
@@ -95,7 +97,7 @@ def fitted(fit: Fit, module: pl.LightningModule, loader: DataLoader[Any]) -> pl.
         TypeError: if the function that was to make a trainer made none, or one of the other of Lightning's packages.
         ValueError: if the trainer works with several processes.
     """
-    trainer = lightning_of(module).Trainer(max_epochs=fit, **_QUIET) if isinstance(fit, int) else fit()
+    trainer = lightning_of(module).Trainer(max_epochs=fit, **QUIET) if isinstance(fit, int) else fit()
     if not isinstance(trainer, lightning_of(module).Trainer):
         raise TypeError(
             f"trainer() must return a {lightning_of(module).__name__}.Trainer, which the module belongs to, but "
@@ -134,3 +136,19 @@ def apart() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def memory_freed() -> Iterator[Callable[[], int]]:
+    """Yield what frees the memory of the last fit: a trainer and its module refer to each other, and stay otherwise.
+
+    What was there before is not looked through each time, which would take as long as a small fit.
+    """
+    freezes = gc.get_freeze_count() == 0
+    if freezes:
+        gc.freeze()
+    try:
+        yield gc.collect
+    finally:
+        if freezes:
+            gc.unfreeze()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_tracin.bridge.compat import batch_to_device
 from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, last_layer_of, losses_of
 from lightning_tracin.gradients.capture import without_inference_tensors
 from lightning_tracin.gradients.eval_mode import gradients_enabled
@@ -21,6 +22,7 @@ from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.outputs import output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.querying.passes import predict_by
+from lightning_tracin.retraining.held_out import HeldOut
 from lightning_tracin.retraining.outcomes import Outcome
 
 
@@ -28,11 +30,12 @@ class Observed:
     """Reads what retrained modules, all of one form, say of the same test examples.
 
     Args:
-        batches: the test examples, as a loader gives them.
+        held_out: the test examples.
     """
 
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self._batches = batches
+    def __init__(self, held_out: HeldOut) -> None:
+        self._batches = held_out.batches
+        self._places = held_out.places
         self._last_layer: str | None = None
         self._looked = False
         self._is_binary = False
@@ -54,12 +57,24 @@ class Observed:
                 found.append(self._said(module, without_inference_tensors(batch)))
 
         predict_by(step, trainer, module, _Copies(self._batches), None, callbacks=[])
-        losses = torch.cat([each for each, _ in found])
+        return self._joined(found)
+
+    def outcome_now(self, trainer: pl.Trainer, module: pl.LightningModule) -> Outcome:
+        """What a module says in the middle of a pass that has put it on its device and in eval mode.
+
+        Raises:
+            ValueError: if there is not one finite loss for each example.
+        """
+        batches = (batch_to_device(trainer, module, batch) for batch in _Copies(self._batches))
+        return self._joined([self._said(module, batch) for batch in batches])
+
+    def _joined(self, found: list[tuple[Tensor, Tensor | None]]) -> Outcome:
+        losses = torch.cat([each for each, _ in found])[self._places]
         bad = (~losses.isfinite()).nonzero().flatten()
         if len(bad):
             raise ValueError(f"The loss of test example {int(bad[0])} is {losses[bad[0]]:g}. {NOT_FINITE_ADVICE}")
         said = [each for _, each in found if each is not None]
-        return Outcome(losses, torch.cat(said) if len(said) == len(found) else None)
+        return Outcome(losses, torch.cat(said)[self._places] if len(said) == len(found) else None)
 
     def _said(self, module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor | None]:
         """The losses of a batch, and the log probabilities of classes."""

@@ -5,26 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of
 from lightning_tracin.bridge.looks import look_of
-from lightning_tracin.retraining.fits import Build, Fit, apart, built, fitted, require_fit
+from lightning_tracin.retraining.fits import Build, Fit, apart, built, fitted, memory_freed, require_fit
 from lightning_tracin.retraining.folder import Retraining, RetrainingFolder
+from lightning_tracin.retraining.held_out import held_out
 from lightning_tracin.retraining.observed import Observed
 from lightning_tracin.retraining.outcomes import Outcome, Outcomes
 from lightning_tracin.retraining.subsets import checked_subsets
-from lightning_tracin.retraining.tested import batches_of, fingerprint, n_examples
 
 _LARGEST_SEED = 2**32 - 1  # that numpy takes
-_PROBED = 64  # training examples that tell one training set from another
+_FEW = 64  # training examples that tell one training set from another
 _WAIT = 0.5  # seconds between two looks at what other processes have finished
 
 
@@ -38,7 +41,8 @@ class Retrainings:
         folder: where they are kept; it is made if it is missing.
         build: ``build(indices, seed)`` returns a module, freshly initialised by the seed, and the loader of the
             training examples with these indices, in ascending order.
-        test: the loader of the test examples, which have labels; or several, one after the other.
+        test: the loader of the test examples, which have labels, or a data set, which is put into batches as the
+            training examples are; or several in a list or a mapping, one after the other.
         n_train: number of training examples.
         trainer: a number of epochs, for a quiet trainer on one device, or a function that makes a new trainer for each
             fit.
@@ -67,11 +71,24 @@ class Retrainings:
         self.n_train = n_train
         self._build = build
         self._fit = trainer
-        batches = batches_of(test)
-        self.n_test = n_examples(batches)
-        self._observed = Observed(batches)
-        self._task: dict[str, Any] = {"n_train": n_train, "n_test": self.n_test, "test": fingerprint(batches)}
-        self._is_whole_task = False
+        held = held_out(test, lambda: self.built_on_few[1])
+        self.n_test = len(held)
+        self._observed = Observed(held)
+        self._task: dict[str, Any] = {"n_train": n_train, "n_test": self.n_test, "test": held.fingerprint}
+
+    @cached_property
+    def built_on_few(self) -> tuple[pl.LightningModule, DataLoader[Any]]:
+        """A module that is not trained, and a loader of a few training examples from all over the training set."""
+        return self._built(list(range(0, self.n_train, max(1, self.n_train // _FEW)))[:_FEW])
+
+    @property
+    def built_on_all(self) -> tuple[pl.LightningModule, DataLoader[Any]]:
+        """A module that is not trained, and a loader of all training examples."""
+        return self._built(list(range(self.n_train)))
+
+    def _built(self, indices: list[int]) -> tuple[pl.LightningModule, DataLoader[Any]]:
+        with apart():
+            return built(self._build, indices, 0, self.n_train)
 
     def missing(self, subsets: Tensor, seeds: Sequence[int] = (0,)) -> int:
         """How many fits :meth:`run` would run.
@@ -101,31 +118,37 @@ class Retrainings:
                 what is trained on does not depend on the indices.
         """
         subsets = checked_subsets(subsets, self.n_train)
-        asked = _asked(subsets, seeds)
-        self.folder.check(self._task)
-        left = [each for each in asked if not self.folder.has(each)]
-        if left:
-            self._know_whole_task()
-            self.folder.claim(self._task)
-            done = [each for each in asked if self.folder.has(each)]
-            self._run_all(left, done)
-        found = [self.folder.read(each) for each in asked]
+        found = self.run_each(_asked(subsets, seeds))
         m = len(subsets)
         return Outcomes.of(subsets, seeds, [found[number::m] for number in range(m)])
 
+    def run_each(self, asked: Sequence[Retraining]) -> list[Outcome]:
+        """Run single retrainings, as far as that has not been done, in their order.
+
+        Args:
+            asked: subsets, each with the seed that goes with it.
+
+        Raises:
+            TypeError: as :meth:`run`.
+            ValueError: as :meth:`run`.
+        """
+        self.folder.check(self._task)
+        left = list({each.key: each for each in asked if not self.folder.has(each)}.values())
+        if left:
+            self._know_whole_task()
+            self.folder.claim(self._task)
+            self._run_all(left, [each for each in asked if self.folder.has(each)])
+        return [self.folder.read(each) for each in asked]
+
     def _know_whole_task(self) -> None:
         """Look at what is built: the training set and the module, which tell one task from another."""
-        if self._is_whole_task:
+        if "module" in self._task:
             return
-        probed = list(range(0, self.n_train, max(1, self.n_train // _PROBED)))[:_PROBED]
-        with apart():
-            module, loader = built(self._build, probed, 0, self.n_train)
-            train, _ = fingerprint_of(loader, look_of)
+        module, loader = self.built_on_few
+        train, _ = fingerprint_of(loader, look_of)
         n_weights = sum(each.numel() for each in module.parameters())
         fit = f"{self._fit} epochs" if isinstance(self._fit, int) else "a trainer of your own"
-        told = {"train": train, "module": f"a {type(module).__name__} of {n_weights} weights", "fit": fit}
-        self._task |= told
-        self._is_whole_task = True
+        self._task |= {"train": train, "module": f"a {type(module).__name__} of {n_weights} weights", "fit": fit}
 
     def _run_all(self, left: list[Retraining], done: list[Retraining]) -> None:
         """Run what is left, and wait for what other processes are at."""
@@ -134,28 +157,36 @@ class Retrainings:
         for each in done:
             compared.setdefault(each.seed, (each, self.folder.read(each).losses))
         is_told = False
-        with _progress(len(left)) as advance:
+        with _progress(len(left)) as advance, memory_freed() as free:
             while left:
-                is_waiting = True
+                n_left, started = len(left), time.monotonic()
                 for each in list(left):
-                    with self.folder.taken(each) as is_mine:
-                        if not is_mine:
-                            continue
-                        started = time.monotonic()
-                        if not self.folder.has(each):
-                            self._run(each, compared)
-                            if not is_told:
-                                took, is_told = time.monotonic() - started, True
-                                rank_zero_info(
-                                    f"The first retraining took {took:.1f} s, all {len(left)} take this process about "
-                                    f"{_duration(took * len(left))}."
-                                )
+                    state = self._take(each, compared)
+                    if state == "busy":
+                        continue
                     left.remove(each)
                     advance()
-                    is_waiting = False
-                left = [each for each in left if not self.folder.has(each)]
-                if left and is_waiting:
+                    if state == "run":
+                        free()
+                        if not is_told:
+                            _say_time(time.monotonic() - started, n_left)
+                        is_told = True
+                if len(left) == n_left:
                     time.sleep(_WAIT)
+
+    def _take(
+        self, retraining: Retraining, compared: dict[int, tuple[Retraining, Tensor]]
+    ) -> Literal["run", "there", "busy"]:
+        """Run a retraining, unless it is there, or another process is busy with it."""
+        if self.folder.has(retraining):
+            return "there"
+        with self.folder.taken(retraining) as is_mine:
+            if not is_mine:
+                return "busy"
+            if self.folder.has(retraining):  # since we looked
+                return "there"
+            self._run(retraining, compared)
+        return "run"
 
     def _run(self, retraining: Retraining, compared: dict[int, tuple[Retraining, Tensor]]) -> None:
         """Run one retraining, and keep what it gave."""
@@ -208,6 +239,11 @@ def _progress(total: int) -> Iterator[Any]:
     with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=600) as progress:
         task = progress.add_task("Retraining", total=total)
         yield lambda: progress.advance(task)
+
+
+def _say_time(took: float, n: int) -> None:
+    """Say after the first retraining how long all of them take."""
+    rank_zero_info(f"The first retraining took {took:.1f} s, all {n} take this process about {_duration(took * n)}.")
 
 
 def _duration(seconds: float) -> str:

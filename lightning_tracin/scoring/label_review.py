@@ -20,7 +20,7 @@ from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.sites import Site, last_site
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.scoring.methods import Method
-from lightning_tracin.scoring.score import self_influences
+from lightning_tracin.scoring.ridge_scores import self_influence_of
 from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint, undrawn
 from lightning_tracin.storage.shards import Shards
 from lightning_tracin.storage.trace import Trace
@@ -79,7 +79,7 @@ def reviewed_labels(
     Raises:
         ValueError: if the fit did not record what the method needs, or a file of the trace is damaged.
     """
-    influence = self_influences(checkpoints, method, processes)
+    influence = self_influence_of(checkpoints, method, processes)
     order = order_of(influence, undrawn(checkpoints))
     given = torch.cat([trace.texts(part).labels for part in trace.parts()])
     probabilities = _mean_probabilities(checkpoints, given, processes)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -17,20 +18,23 @@ from torch import Tensor
 
 from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
-from lightning_tracin.gradients.rows import unit_rows
 from lightning_tracin.gradients.sites import Site, last_site, words_site
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.scoring.excluded_tokens import ExcludedTokens
 from lightning_tracin.scoring.linear_products import dot_factors, dot_matrices, dot_weighted_factors
+from lightning_tracin.scoring.preconditioners import Preconditioner
+from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.scoring.word_products import dot_words
-from lightning_tracin.storage.second_moments import SecondMoments
 
 Side: TypeAlias = Literal["test", "train"]
 Normalize: TypeAlias = Literal["train", "cosine"] | None
 Precondition: TypeAlias = Literal["adam"] | None
+Weights: TypeAlias = Literal["learning-rate", "equal", "residual"]
+LinearPrecondition: TypeAlias = Literal["adam", "kfac"] | None
 _Linear: TypeAlias = FactorGradients | MatrixGradients
 
 _MOST = 2**62  # Larger numbers do not fit into a tensor.
+_DAMPING = 0.1
 
 
 class SiteMethod(Protocol):
@@ -41,25 +45,29 @@ class SiteMethod(Protocol):
         """The norms that products are divided by: "train", "cosine" (both sides), or None."""
 
     @property
-    def precondition(self) -> Precondition:
-        """The second moments that products are divided by: "adam", or None."""
+    def precondition(self) -> LinearPrecondition:
+        """What gradients are preconditioned by: Adam's second moments, "adam"; "kfac", at linear layers; or None."""
+
+    @property
+    def weights(self) -> Weights:
+        """How checkpoints count: by their "learning-rate", "equal", or by the "residual" of training."""
 
     def site_in(self, sites: Sequence[Site]) -> Site | None:
         """The site at which the method needs gradients; None if it is not among those that were recorded."""
 
-    def prepare(self, gradients: Any, moments: SecondMoments | None, side: Side) -> Any:
+    def prepare(self, gradients: Any, by: Preconditioner | None, side: Side) -> Any:
         """The gradients of a block of examples, prepared for multiplication.
 
         Args:
             gradients: the block, on the CPU.
-            moments: the second moments of the site's weight, if the method preconditions.
+            by: what preconditions gradients at the site, if the method does.
             side: whether the block is of test or of training examples.
         """
 
-    def dot(self, test: Any, train: Any, moments: SecondMoments | None) -> Tensor:
+    def dot(self, test: Any, train: Any, by: Preconditioner | None) -> Tensor:
         """(n_test, n_train) products of prepared blocks, on the device of the test block; ``train`` is on the CPU."""
 
-    def norms(self, gradients: Any, moments: SecondMoments | None) -> Tensor:
+    def norms(self, gradients: Any, by: Preconditioner | None) -> Tensor:
         """(n_examples,) norms of a prepared block."""
 
 
@@ -69,11 +77,11 @@ class Summand:
 
     Attributes:
         method: the method.
-        factor: the factor, 1 by default.
+        factor: the factor, 1 by default; None where the scale that it is divided by is yet to be measured.
     """
 
     method: SiteMethod
-    factor: float = 1.0
+    factor: float | None = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,22 +100,29 @@ class TracInWE:
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
             checkpoint. Norms are taken after excluding tokens, preconditioning and selecting top words.
         precondition: "adam" divides each product by the root of Adam's bias-corrected second moment of that weight.
+        weights: how checkpoints count, that is, what stands for η_i. "learning-rate", the mean learning rate since the
+            checkpoint before; "equal", 1; "residual", the root of the mean over the training examples of 1 - p(label)
+            there, from the gradients of the last layer (for other losses see
+            :func:`~lightning_tracin.scoring.residuals.residuals_at`).
 
     Raises:
         ValueError: if an option has another value.
 
     Example:
-        >>> TracInWE(top_words=10, exclude_tokens=("special", "common"))
-        TracInWE(top_words=10, exclude_tokens=('special', 'common'), normalize=None, precondition=None)
+        >>> TracInWE(normalize="cosine", weights="residual").weights
+        'residual'
+        >>> TracInWE(top_words=10, exclude_tokens=("special", "common")).exclude_tokens
+        ('special', 'common')
     """
 
     top_words: int | None = None
     exclude_tokens: Sequence[int | str] = ()
     normalize: Normalize = None
     precondition: Precondition = None
+    weights: Weights = field(default="learning-rate", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_options(self)
+        _check_options(self, "adam")
         fits = self.top_words is None or 1 <= self.top_words < _MOST
         _require(fits, "top_words", "None or at least 1", self.top_words)
         if not isinstance(self.exclude_tokens, ExcludedTokens):
@@ -128,7 +143,7 @@ class TracInWE:
         """The site at the word embedding table."""
         return words_site(sites)
 
-    def prepare(self, words: WordGradients, moments: SecondMoments | None, side: Side) -> WordGradients:
+    def prepare(self, words: WordGradients, by: Preconditioner | None, side: Side) -> WordGradients:
         """The rows of a block of examples, prepared for multiplication and sorted by token.
 
         Raises:
@@ -141,19 +156,19 @@ class TracInWE:
             )
         if self.excluded.ids:
             words = words.without(self.excluded.ids)
-        if moments is not None:
-            words = _preconditioned(words, moments)
+        if by is not None:
+            words = by.applied(words)
         if self.top_words is not None:
             words = words.top_words(self.top_words)
         if _normalizes(self, side):
             words = words.scaled(_inverse(words.example_norms()))
         return words.sorted()
 
-    def dot(self, test: WordGradients, train: WordGradients, moments: SecondMoments | None) -> Tensor:
+    def dot(self, test: WordGradients, train: WordGradients, by: Preconditioner | None) -> Tensor:
         """(n_test, n_train) products of prepared blocks."""
         return dot_words(test, train)
 
-    def norms(self, words: WordGradients, moments: SecondMoments | None) -> Tensor:
+    def norms(self, words: WordGradients, by: Preconditioner | None) -> Tensor:
         """(n_examples,) norms of a prepared block."""
         return words.example_norms()
 
@@ -183,31 +198,47 @@ class _AtLinearLayer:
     """The common base of the methods at a linear layer."""
 
     normalize: Normalize
-    precondition: Precondition
+    precondition: LinearPrecondition
+    damping: float
+    rank: tuple[int, int] | None
+    weights: Weights
+
+    def __post_init__(self) -> None:
+        _check_options(self, "adam", "kfac")
+        damping: Any = self.damping
+        fits = not isinstance(damping, bool) and isinstance(damping, (int, float)) and 0 < damping < math.inf
+        _require(fits, "damping", "a finite number above 0", damping)
+        object.__setattr__(self, "damping", float(damping))
+        object.__setattr__(self, "rank", _checked_rank(self.rank))
+        if self.precondition != "kfac":
+            _require(self.rank is None, "rank", 'None without precondition="kfac"', self.rank)
+            _require(self.damping == _DAMPING, "damping", f'{_DAMPING} without precondition="kfac"', self.damping)
 
     @property
     def summands(self) -> tuple[Summand, ...]:
         """The method as its only summand."""
         return (Summand(self),)  # type: ignore[arg-type]
 
-    def prepare(self, linear: _Linear, moments: SecondMoments | None, side: Side) -> _Linear:
+    def prepare(self, linear: _Linear, by: Preconditioner | None, side: Side) -> _Linear:
         """The gradients of a block of examples, prepared for multiplication."""
-        return linear.scaled(_inverse(self.norms(linear, moments))) if _normalizes(self, side) else linear
+        if by is not None:
+            linear = by.applied(linear)
+        return linear.scaled(_inverse(self.norms(linear, by))) if _normalizes(self, side) else linear
 
-    def dot(self, test: _Linear, train: _Linear, moments: SecondMoments | None) -> Tensor:
+    def dot(self, test: _Linear, train: _Linear, by: Preconditioner | None) -> Tensor:
         """(n_test, n_train) products of prepared blocks."""
-        weights = None if moments is None else moments.weights()
+        weights = None if by is None else by.weights()
         if isinstance(test, MatrixGradients) and isinstance(train, MatrixGradients):
             return dot_matrices(test, train, weights)
         assert isinstance(test, FactorGradients)
         assert isinstance(train, FactorGradients)
         return dot_factors(test, train) if weights is None else dot_weighted_factors(test, train, weights)
 
-    def norms(self, linear: _Linear, moments: SecondMoments | None) -> Tensor:
+    def norms(self, linear: _Linear, by: Preconditioner | None) -> Tensor:
         """(n_examples,) norms of a prepared block."""
-        if moments is None:
+        weights = None if by is None else by.weights()
+        if weights is None:
             return linear.example_norms()
-        weights = moments.weights()
         return linear.weighted_norms(weights) if isinstance(linear, MatrixGradients) else linear.example_norms(weights)
 
 
@@ -224,17 +255,24 @@ class TracInLast(_AtLinearLayer):
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
             checkpoint.
         precondition: "adam" divides each product by the root of Adam's bias-corrected second moment of that weight.
+            "kfac" whitens h and δ by their second moments A = mean h h' and G = mean δ δ' over the positions of 200
+            training examples, at each checkpoint: h becomes (A + damping · tr(A) / n I)^(-1/2) h, n its length, and δ
+            likewise. The bias is left out.
+        damping: how much K-FAC adds to the eigenvalues of A and G, as a part of their mean.
+        rank: how many components, those of the largest eigenvalues, K-FAC keeps of h and of δ, as in (128, 32); None
+            for all.
+        weights: how checkpoints count, as for :class:`TracInWE`.
 
     Example:
         >>> TracInLast(normalize="cosine")
-        TracInLast(normalize='cosine', precondition=None)
+        TracInLast(normalize='cosine', precondition=None, damping=0.1, rank=None, weights='learning-rate')
     """
 
     normalize: Normalize = None
-    precondition: Precondition = None
-
-    def __post_init__(self) -> None:
-        _check_options(self)
+    precondition: LinearPrecondition = None
+    damping: float = _DAMPING
+    rank: tuple[int, int] | None = None
+    weights: Weights = field(default="learning-rate", kw_only=True)
 
     def site_in(self, sites: Sequence[Site]) -> Site | None:
         """The site at the only linear layer that feeds the loss directly."""
@@ -253,18 +291,28 @@ class TracInLayer(_AtLinearLayer):
         normalize: "train" divides by the norm of the training example's gradient, "cosine" by both norms, at each
             checkpoint.
         precondition: "adam" divides each product by the root of Adam's bias-corrected second moment of that weight.
+            "kfac" whitens h and δ by their second moments A = mean h h' and G = mean δ δ' over the positions of 200
+            training examples, at each checkpoint: h becomes (A + damping · tr(A) / n I)^(-1/2) h, n its length, and δ
+            likewise. The bias is left out.
+        damping: how much K-FAC adds to the eigenvalues of A and G, as a part of their mean.
+        rank: how many components, those of the largest eigenvalues, K-FAC keeps of h and of δ, as in (128, 32); None
+            for all.
+        weights: how checkpoints count, as for :class:`TracInWE`.
 
     Example:
-        >>> TracInLayer("model.bert.pooler.dense", normalize="cosine")
-        TracInLayer(name='model.bert.pooler.dense', normalize='cosine', precondition=None)
+        >>> TracInLayer("model.bert.pooler.dense", precondition="kfac", rank=(128, 32)).rank
+        (128, 32)
     """
 
     name: str
     normalize: Normalize = None
-    precondition: Precondition = None
+    precondition: LinearPrecondition = None
+    damping: float = _DAMPING
+    rank: tuple[int, int] | None = None
+    weights: Weights = field(default="learning-rate", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_options(self)
+        super().__post_init__()
         _require(isinstance(self.name, str) and bool(self.name), "name", "the dotted name of a layer", self.name)
 
     def site_in(self, sites: Sequence[Site]) -> Site | None:
@@ -274,16 +322,22 @@ class TracInLayer(_AtLinearLayer):
 
 @dataclass(frozen=True)
 class TracInSum:
-    """The sum of the scores of several methods, each at its own site.
+    """The sum of the scores of several methods, each at its own site and divided by its standard deviation.
 
-    Its word terms are those of its TracInWE, and add up to that part of the score.
+    score(z, z') = Σ_p mix_p · score_p(z, z') / scale_p. Scores of two layers, or cosines and products, may differ by
+    orders of magnitude; by their deviations each part has the say that ``mix`` gives it. Word terms are those of its
+    TracInWE, and add up to that part of the score.
 
     Args:
-        parts: two or more methods, at most one of them a TracInWE.
+        parts: two or more methods, at most one of them a TracInWE. How checkpoints count is an option of each.
         mix: the factor of each method's scores; 1 by default.
+        scales: what each method's scores are divided by. By default their standard deviation over all pairs of test and
+            training examples, measured when influence is computed, in one more pass over the stored gradients; where
+            test examples do not fit into memory at once, over the first that do. The method of a result has those that
+            were measured, to be asked with again. (1, 1) sums plain scores of two parts.
 
     Raises:
-        ValueError: if parts or mix are not of this form.
+        ValueError: if parts, mix or scales are not of this form.
 
     Example:
         >>> TracInSum((TracInWE(), TracInLast()), mix=(1, 0.5)).mix
@@ -292,6 +346,7 @@ class TracInSum:
 
     parts: Sequence[TracInWE | TracInLast | TracInLayer]
     mix: Sequence[float] | None = None
+    scales: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         kinds = (TracInWE, TracInLast, TracInLayer)
@@ -304,35 +359,34 @@ class TracInSum:
         n_words = sum(isinstance(each, TracInWE) for each in parts)
         _require(n_words < 2, "parts", "methods of which at most one is a TracInWE", self.parts)
         object.__setattr__(self, "parts", parts)
-        if self.mix is not None:
-            mix = tuple(float(factor) for factor in self.mix)
-            finite = len(mix) == len(parts) and all(math.isfinite(factor) for factor in mix)
-            _require(finite, "mix", f"{len(parts)} finite numbers, one for each part", self.mix)
-            object.__setattr__(self, "mix", mix)
+        for name, kind, least in (("mix", "finite", -math.inf), ("scales", "positive", 0.0)):
+            if getattr(self, name) is not None:
+                numbers = tuple(float(number) for number in getattr(self, name))
+                fit = len(numbers) == len(parts) and all(least < number < math.inf for number in numbers)
+                _require(fit, name, f"{len(parts)} {kind} numbers, one for each part", getattr(self, name))
+                object.__setattr__(self, name, numbers)
+
+    @property
+    def mixed(self) -> Sequence[float]:
+        """What each part counts, in its deviations."""
+        return (1.0,) * len(self.parts) if self.mix is None else self.mix
 
     @property
     def summands(self) -> tuple[Summand, ...]:
         """The methods, each with its factor."""
-        factors = [1.0] * len(self.parts) if self.mix is None else self.mix
+        if self.scales is None:
+            return tuple(Summand(method, None) for method in self.parts)
+        factors = [mixed / scale for mixed, scale in zip(self.mixed, self.scales, strict=True)]
         return tuple(Summand(method, factor) for method, factor in zip(self.parts, factors, strict=True))
 
 
-Method: TypeAlias = TracInWE | TracInLast | TracInLayer | TracInSum
+Method: TypeAlias = TracInWE | TracInLast | TracInLayer | TracInSum | TracInRidge
 
 
-def word_part(method: Method) -> tuple[TracInWE, float] | None:
-    """The TracInWE in a method, which has word terms, and its factor; None if there is none."""
-    for summand in method.summands:
-        if isinstance(summand.method, TracInWE):
-            return summand.method, summand.factor
-    return None
-
-
-def _preconditioned(words: WordGradients, moments: SecondMoments) -> WordGradients:
-    """Rows multiplied by the root of the weights: with that on both sides, each product has the weight once."""
-    factors = moments.of_tokens(words.tokens).weights().sqrt()
-    norms, directions = unit_rows(words.directions.float() * factors)
-    return replace(words, norms=words.factors * norms, directions=directions, lengths=None)
+def word_part(method: Method) -> TracInWE | None:
+    """The TracInWE in a method, which has word terms; None if there is none, as in a ridge."""
+    summands = () if isinstance(method, TracInRidge) else method.summands
+    return next((each.method for each in summands if isinstance(each.method, TracInWE)), None)
 
 
 def _inverse(norms: Tensor) -> Tensor:
@@ -345,9 +399,21 @@ def _normalizes(method: TracInWE | _AtLinearLayer, side: Side) -> bool:
     return method.normalize == "cosine" or (method.normalize == "train" and side == "train")
 
 
-def _check_options(method: TracInWE | _AtLinearLayer) -> None:
+def _check_options(method: TracInWE | _AtLinearLayer, *preconditions: str) -> None:
     _require(method.normalize in (None, "train", "cosine"), "normalize", "None, 'train' or 'cosine'", method.normalize)
-    _require(method.precondition in (None, "adam"), "precondition", "None or 'adam'", method.precondition)
+    listed = " or ".join(["None" if len(preconditions) == 1 else "None, 'adam'", repr(preconditions[-1])])
+    _require(method.precondition in (None, *preconditions), "precondition", listed, method.precondition)
+    known = ("learning-rate", "equal", "residual")
+    _require(method.weights in known, "weights", "'learning-rate', 'equal' or 'residual'", method.weights)
+
+
+def _checked_rank(rank: Any) -> tuple[int, int] | None:
+    """The numbers of components as a pair, also where they came as a list."""
+    numbers: tuple[Any, ...] = tuple(rank) if isinstance(rank, Sequence) else ()
+    counts = [int(each) for each in numbers if not isinstance(each, bool) and isinstance(each, Integral)]
+    fits = rank is None or (len(numbers) == len(counts) == 2 and all(1 <= each < _MOST for each in counts))
+    _require(fits, "rank", "None or a pair of whole numbers from 1 on, of inputs and of outputs", rank)
+    return None if rank is None else (counts[0], counts[1])
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

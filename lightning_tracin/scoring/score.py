@@ -5,15 +5,16 @@ No more than one shard is in memory at a time. Each process scores its share of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_tracin.parallel.processes import ALONE, Processes
-from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.methods import Method, TracInSum
+from lightning_tracin.scoring.spread import Spread
 from lightning_tracin.scoring.strongest import TopK, merge_top, top_of
 from lightning_tracin.scoring.terms import Term, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint, ever_drawn
@@ -50,6 +51,11 @@ class PreparedTests:
     terms: Sequence[Term]
     gradients: Sequence[Any]
 
+    def of_part(self, number: int, n_parts: int) -> PreparedTests:
+        """The terms of one part of a sum alone, each as its checkpoint counts, neither mixed nor divided."""
+        own = slice(number, None, n_parts)
+        return PreparedTests(self.indices, [replace(term, factor=1.0) for term in self.terms[own]], self.gradients[own])
+
 
 def score(tests: PreparedTests, k: int | None, processes: Processes, device: torch.device) -> Scores:
     """Score all training examples on some test examples; every process returns the scores of all.
@@ -65,37 +71,55 @@ def score(tests: PreparedTests, k: int | None, processes: Processes, device: tor
         ValueError: if scores overflow, or a file of the trace is damaged.
     """
     n_test = len(tests.indices)
-    shards_by_term = [term.shards for term in tests.terms]
-    on_device = [gradients.to(device) for gradients in tests.gradients]
     columns: list[Tensor] = [torch.zeros(n_test, 0)]
     strongest: list[tuple[TopK, TopK]] = []
     totals = torch.zeros(n_test, 2, dtype=torch.float64)
     drawn = ever_drawn([term.checkpoint for term in tests.terms])
-    for shard in processes.share(len(shards_by_term[0])):
-        start, stop = shards_by_term[0].bounds(shard)
-        scores = torch.zeros(n_test, stop - start, dtype=torch.float32, device=device)
-        for term, gradients, shards in zip(tests.terms, on_device, shards_by_term, strict=True):
-            if not shards.holds(shard):
-                continue
-            block = term.prepared_training(shards.read(shard))
-            scores += term.dot(gradients, block)
+    for examples, scores in _by_shard(tests, processes, device):
         totals += torch.stack([scores.clamp(min=0).sum(1), scores.clamp(max=0).sum(1)], 1).cpu()
         bad = tests.indices[~torch.isfinite(totals).all(1)]
         require_finite_scores(totals, f"test example {int(bad[0]) if len(bad) else ''}")
         if k is None:
             columns.append(scores.cpu())
         else:
-            examples = torch.arange(start, stop)
-            if drawn is not None:
-                examples = examples[drawn[start:stop]]
-                scores = scores[:, (examples - start).to(device)]
-            if len(examples):
-                strongest = [merge_top([*strongest, top_of(scores, examples, k)], k)]
+            counted, of_counted = _of_drawn(examples, scores, drawn)
+            if len(counted):
+                strongest = [merge_top([*strongest, top_of(of_counted, counted, k)], k)]
     totals = torch.stack(processes.gather(totals)).sum(0)
     if k is None:
         return Scores(totals, torch.cat(processes.gather(torch.cat(columns, dim=1)), dim=1))
     candidates = [pair for pairs in processes.gather(strongest) for pair in pairs]
     return Scores(totals, None, *merge_top(candidates, k))
+
+
+def with_scales(
+    method: Method, tests: PreparedTests, processes: Processes, device: torch.device, *, strict: bool = True
+) -> tuple[Method, PreparedTests]:
+    """A sum with the standard deviations of its parts' scores on some test examples; other methods as they are.
+
+    All pairs count but those with training examples that training never drew.
+
+    Args:
+        method: what the terms are of.
+        tests: the test examples.
+        processes: those that share the shards; every one of them must call it.
+        device: what multiplies.
+        strict: refuse a part whose scores are all the same; else it is not divided.
+
+    Returns:
+        The method, and the test examples with its terms.
+
+    Raises:
+        ValueError: if the scores of a part are all the same, or overflow, or if a file of the trace is damaged.
+    """
+    if not isinstance(method, TracInSum) or method.scales is not None:
+        return method, tests
+    n_parts = len(method.parts)
+    spreads = [_spread(tests.of_part(number, n_parts), processes, device) for number in range(n_parts)]
+    scaled = _divided(method, spreads, strict=strict)
+    factors = [summand.factor for summand in scaled.summands]
+    terms = [replace(term, factor=factors[number % n_parts]) for number, term in enumerate(tests.terms)]
+    return scaled, replace(tests, terms=terms)
 
 
 def joined_scores(blocks: Sequence[Scores]) -> Scores:
@@ -119,6 +143,9 @@ def joined_scores(blocks: Sequence[Scores]) -> Scores:
 def self_influences(checkpoints: Sequence[Checkpoint], method: Method, processes: Processes = ALONE) -> Tensor:
     """Every training example's influence on itself.
 
+    A sum divides its parts by the standard deviations of these, where it has no scales; a part by which all examples
+    have the same influence on themselves, as by a cosine, is not divided.
+
     Args:
         checkpoints: checkpoints that have the method's gradients, at least one.
         method: the method that scores.
@@ -130,6 +157,12 @@ def self_influences(checkpoints: Sequence[Checkpoint], method: Method, processes
     Raises:
         ValueError: if the fit did not record what the method needs, or a file of the trace is damaged.
     """
+    if isinstance(method, TracInSum) and method.scales is None:
+        parts = [self_influences(checkpoints, part, processes) for part in method.parts]
+        drawn = ever_drawn(checkpoints)
+        scaled = _divided(method, [Spread.of(each if drawn is None else each[drawn]) for each in parts], strict=False)
+        factors = torch.tensor([summand.factor for summand in scaled.summands])
+        return (factors[:, None] * torch.stack(parts)).sum(0)
     terms = [term for checkpoint in checkpoints for term in terms_at(checkpoint, method)]
     shards_by_term = [term.shards for term in terms]
     columns = [torch.zeros(0)]
@@ -141,8 +174,8 @@ def self_influences(checkpoints: Sequence[Checkpoint], method: Method, processes
                 continue
             block = shards.read(shard)
             norms = [
-                term.method.norms(term.prepared(block, "test"), term.moments),
-                term.method.norms(term.prepared(block, "train"), term.moments),
+                term.method.norms(term.prepared(block, "test"), term.preconditioner),
+                term.method.norms(term.prepared(block, "train"), term.preconditioner),
             ]
             # Both sides are multiples of one gradient, so their product is that of their norms.
             scores += term.weight * norms[0] * norms[1]
@@ -162,3 +195,53 @@ def require_finite_scores(scores: Tensor, whose: str) -> None:
             f"Scores of {whose} are too large for float32: the products of gradients overflow. Use a method with "
             'normalize="cosine", or look at the learning rate.'
         )
+
+
+def _by_shard(tests: PreparedTests, processes: Processes, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The scores of this process's shards, one after the other.
+
+    Yields:
+        The indices of a shard's training examples, (n,) on the CPU, and their scores, (n_test, n) on the device.
+    """
+    shards_by_term = [term.shards for term in tests.terms]
+    on_device = [gradients.to(device) for gradients in tests.gradients]
+    for shard in processes.share(len(shards_by_term[0])):
+        examples = torch.arange(*shards_by_term[0].bounds(shard))
+        scores = torch.zeros(len(tests.indices), len(examples), dtype=torch.float32, device=device)
+        for term, gradients, shards in zip(tests.terms, on_device, shards_by_term, strict=True):
+            if shards.holds(shard):
+                scores += term.dot(gradients, term.prepared_training(shards.read(shard)))
+        yield examples, scores
+
+
+def _of_drawn(examples: Tensor, scores: Tensor, drawn: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Those of some training examples that training drew, and their columns of the scores; all if ``drawn`` is None."""
+    if drawn is None:
+        return examples, scores
+    columns = torch.nonzero(drawn[examples])[:, 0]
+    return examples[columns], scores[:, columns.to(scores.device)]
+
+
+def _spread(tests: PreparedTests, processes: Processes, device: torch.device) -> Spread:
+    """How far the scores of all pairs lie apart; every process must call it, and gets the same."""
+    drawn = ever_drawn([term.checkpoint for term in tests.terms])
+    own = [Spread.of(_of_drawn(*shard, drawn)[1]) for shard in _by_shard(tests, processes, device)]
+    return Spread.sum(processes.gather(Spread.sum(own)))
+
+
+def _divided(method: TracInSum, spreads: Sequence[Spread], *, strict: bool) -> TracInSum:
+    """A sum with the deviations of its parts.
+
+    Raises:
+        ValueError: if those of a part are not finite, or, with ``strict``, if one is 0.
+    """
+    for part, spread in zip(method.parts, spreads, strict=True):
+        require_finite_scores(torch.tensor([spread.squares]), f"{part}")
+        if strict and spread.deviation == 0:
+            raise ValueError(
+                f"The scores of {part} are {spread.high:.3g} for all {spread.n} pairs of a test and a training "
+                "example, so that the sum cannot divide them by their standard deviation. Leave that part out, or say "
+                "what to divide by: TracInSum(..., scales=...). All are 0 where checkpoints count by a learning rate "
+                "of 0, as of a layer that training never moved."
+            )
+    return replace(method, scales=[spread.deviation or 1.0 for spread in spreads])

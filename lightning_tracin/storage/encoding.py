@@ -13,7 +13,7 @@ from lightning_tracin.gradients.ragged import Ragged
 from lightning_tracin.gradients.rows import Dtype, unit_rows
 from lightning_tracin.gradients.sites import BLOCKS, Gradients, Site
 from lightning_tracin.gradients.word_gradients import WordGradients
-from lightning_tracin.storage.sizes import LayerSize
+from lightning_tracin.storage.sizes import LayerSize, components_size
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,14 @@ class StorageOptions:
         top_words: number of words of largest gradient norm that are stored of each example; None for all.
         projection: random projection of directions: a size for the gradients of words, or a pair (a, b) for the
             gradients of linear layers at the output and at the input; None for no projection.
+        rank: number of K-FAC's components of inputs and of output gradients, of which a matrix is stored at layers with
+            several positions, where that is smaller; None for whole gradients.
     """
 
     dtype: Dtype
     top_words: int | None = None
     projection: int | tuple[int, int] | None = None
+    rank: tuple[int, int] | None = None
 
     def applied(self, site: Site, size: LayerSize) -> Site:
         """The site in the smallest form that these options allow.
@@ -49,13 +52,30 @@ class StorageOptions:
                     f"projection={width} saves nothing: word gradients have {hidden} numbers for each word."
                 )
             return replace(site, top_words=self.top_words, projection=None if width is None else (width,))
+        if self.rank is not None:
+            rank = self._rank_at(size)
+            return replace(site, shape="factors" if rank is None else "matrix", rank=rank)
         shape = size.shape(self.dtype, self.projection)
         pair = self.projection if isinstance(self.projection, tuple) and shape == "matrix" else None
         return replace(site, shape=shape, projection=pair)
 
     def nbytes(self, size: LayerSize) -> float:
         """Bytes of an example's gradient on disk."""
-        return size.nbytes(self.dtype, self.top_words, self.projection)
+        if self.rank is None or size.has_words:
+            return size.nbytes(self.dtype, self.top_words, self.projection)
+        rank = self._rank_at(size)
+        return size.factors(self.dtype) if rank is None else size.nbytes(self.dtype, None, rank[::-1])
+
+    def components(self, size: LayerSize) -> int:
+        """Bytes of K-FAC's components at a checkpoint; 0 where gradients are not of these."""
+        rank = None if size.has_words else self._rank_at(size)
+        return 0 if rank is None else components_size((size.widths[1], rank[0]), (size.widths[0], rank[1]))
+
+    def _rank_at(self, size: LayerSize) -> tuple[int, int] | None:
+        """The rank at a linear layer; None where factors are smaller, or have one position, which no matrix adds up."""
+        if self.rank is None or size.has_one_row or size.shape(self.dtype, self.rank[::-1]) == "factors":
+            return None
+        return self.rank
 
 
 def encode(block: Ragged) -> dict[str, Tensor]:

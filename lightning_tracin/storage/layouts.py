@@ -119,6 +119,34 @@ class MomentsLayout:
 
 
 @dataclass(frozen=True)
+class ComponentsLayout:
+    """The tensors of K-FAC's components.
+
+    Attributes:
+        rank: how many there are of inputs and of output gradients, unless these have fewer numbers.
+    """
+
+    rank: tuple[int, int]
+
+    def check(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Check the tensors of components, see :class:`~lightning_tracin.storage.files.Layout`."""
+        forms: dict[str, Form] = {}
+        for side in ("inputs", "deltas"):
+            forms[f"{side}_basis"] = (torch.float32, (side, f"rank of {side}"))
+            forms[f"{side}_values"] = (torch.float64, (f"rank of {side}",))
+        require_forms(tensors, forms)
+        for side, number in zip(("inputs", "deltas"), self.rank, strict=True):
+            width, found = tensors[f"{side}_basis"].shape
+            if found != min(number, width) or not width:
+                raise ValueError(f"{side}_basis has {found} components of {width}, but should have {number}, or all")
+            require_unit(f"{side}_basis", tensors[f"{side}_basis"])
+            require_within(f"{side}_values", tensors[f"{side}_values"], 0, math.inf)
+            mean = metadata.get(f"{side}_mean")
+            if not 0 <= float("nan" if mean is None else mean) < math.inf:
+                raise ValueError(f"{side}_mean is {mean!r}")
+
+
+@dataclass(frozen=True)
 class DrawnLayout:
     """The examples that training has drawn.
 

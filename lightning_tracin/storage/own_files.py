@@ -22,7 +22,7 @@ _UNIQUE = r"\.[0-9a-f]{8}\.partial"
 _TEMPORARY = rf"({_UNIQUE})?"
 # What safetensors itself writes to before it renames the file; a process that is killed leaves it.
 _OF_SAFETENSORS = r"\.tmp\w+"
-_SHARDS = rf"((index\.json|\d{{5}}\.safetensors){_TEMPORARY}|{_OF_SAFETENSORS})"
+_SHARDS = rf"((index\.json|(\d{{5}}|components)\.safetensors){_TEMPORARY}|{_OF_SAFETENSORS})"
 _STEP = r"checkpoints/step-\d{9}(\.partial)?"
 _OWN = re.compile(
     rf"(trace|vocabulary)\.json{_TEMPORARY}"

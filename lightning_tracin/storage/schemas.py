@@ -135,6 +135,7 @@ class IndexFile(JsonFile, frozen=True, kw_only=True):
     shard_examples: Annotated[int, Meta(ge=1, le=MOST_SHARD_EXAMPLES)]
     checksums: list[Checksum | None]
     not_finite: list[Count]
+    components: Checksum | None = None
 
     def __post_init__(self) -> None:
         if not any(self.checksums):

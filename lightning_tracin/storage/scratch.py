@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from lightning_tracin.gradients.ragged import Ragged
 from lightning_tracin.storage.files import read_tensors, write_tensors
 
@@ -16,7 +18,7 @@ _Block = TypeVar("_Block", bound=Ragged)
 
 
 class Scratch:
-    """A temporary folder of memory-mapped blocks, created with the first of them and removed with this object."""
+    """A temporary folder of memory-mapped blocks and tensors, created with the first and removed with this object."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
@@ -28,11 +30,18 @@ class Scratch:
         Raises:
             OSError: if the file cannot be written.
         """
+        columns: dict[str, Any] = self._mapped(block.columns)
+        return replace(block, **columns)
+
+    def put_tensor(self, tensor: Tensor) -> Tensor:
+        """As :meth:`put`, of a tensor."""
+        return self._mapped({"tensor": tensor})["tensor"]
+
+    def _mapped(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors from a file of their own, memory-mapped."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="lightning_tracin-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         path = self._folder / f"{self._n_blocks:06d}.safetensors"
         self._n_blocks += 1
-        tensors, _ = read_tensors(path, write_tensors(path, block.columns))
-        columns: dict[str, Any] = dict(tensors)
-        return replace(block, **columns)
+        return read_tensors(path, write_tensors(path, tensors))[0]

@@ -3,7 +3,8 @@
 A folder of shards has ``00000.safetensors``, ``00001.safetensors``, ... and ``index.json``, which is written last and
 contains the checksum of each. Shard ``j`` has the examples from ``j * shard_examples`` to ``(j + 1) * shard_examples``
 (exclusive). Word gradients are sorted by token, so that a query reads only the rows of its own words from disk.
-A shard without a single example that training drew has no file.
+A shard without a single example that training drew has no file. Where gradients are of K-FAC's components, those are in
+``components.safetensors``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ import msgspec
 import torch
 from torch import Tensor
 
+from lightning_tracin.gradients.kronecker import KroneckerFactors
 from lightning_tracin.gradients.ragged import Ragged
 from lightning_tracin.gradients.rows import Dtype
+from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.processes import ALONE, Processes
+from lightning_tracin.storage.components import COMPONENTS, read_factors, write_factors
 from lightning_tracin.storage.encoding import decode, encode
 from lightning_tracin.storage.files import read_tensors, size_of, write_tensors
 from lightning_tracin.storage.layouts import ShardLayout
@@ -46,6 +50,7 @@ class ShardWriter:
         examples: the indices of the examples whose shards this writer has: those of complete shards.
         order: the indices of the examples in the order in which they are added; None for all, in the order of the data
             set. Examples of one shard must be added together; those that are not added have no rows.
+        factors: those of K-FAC whose components the gradients are of, if they are.
     """
 
     def __init__(
@@ -56,8 +61,10 @@ class ShardWriter:
         shard_examples: int,
         examples: range,
         order: Sequence[int] | None = None,
+        factors: KroneckerFactors | None = None,
     ) -> None:
         self.folder = folder
+        self.factors = factors
         self.dtype: Dtype = dtype
         self.shard_examples = shard_examples
         self.examples = examples
@@ -115,6 +122,8 @@ class ShardWriter:
             "not_finite": list(not_finite),
         }
         if processes.first:
+            if self.factors is not None:
+                index["components"] = write_factors(self.folder / COMPONENTS, self.factors)
             write(self.folder / "index.json", IndexFile(**index))
 
     def _flush(self, shard: int, indices: Tensor) -> None:
@@ -151,6 +160,7 @@ class Shards:
         dtype: the type that directions are stored in.
         checksums: the checksum of each shard's file; None for a shard that has none, because it holds no rows.
         not_finite: the examples whose gradients are zero because they were not finite.
+        components: the checksum of the file of K-FAC's components, if gradients are of these.
     """
 
     folder: Path
@@ -161,6 +171,7 @@ class Shards:
     dtype: Dtype
     checksums: Sequence[str | None]
     not_finite: Sequence[int] = ()
+    components: str | None = None
 
     @classmethod
     def open(cls, folder: Path, *, within: Path | None = None) -> Shards:
@@ -221,6 +232,19 @@ class Shards:
     def bounds(self, shard: int) -> tuple[int, int]:
         """The first example of a shard, and the one after its last."""
         return shard * self.shard_examples, min((shard + 1) * self.shard_examples, self.n_examples)
+
+    def factors(self, site: Site) -> KroneckerFactors | None:
+        """The factors of K-FAC whose components the gradients at a site are of; None where they are whole.
+
+        Raises:
+            FileNotFoundError: if their file is missing.
+            ValueError: if there is none, or it is not as it was written.
+        """
+        if site.rank is None:
+            return None
+        if self.components is None:
+            raise ValueError(f"{self.folder / 'index.json'} is damaged: it names no components of {site.layer!r}.")
+        return read_factors(self.folder / COMPONENTS, self.components, site.rank, within=self.within)
 
     def read(self, shard: int) -> Any:
         """The block of a shard that has a file, memory-mapped, with examples numbered from 0 inside the shard.

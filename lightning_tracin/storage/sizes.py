@@ -43,13 +43,23 @@ class LayerSize:
         """Whether the layer is the word embedding table."""
         return len(self.widths) == 1
 
+    @property
+    def has_one_row(self) -> bool:
+        """Whether no example has more than one."""
+        return max(self.rows) <= 1
+
     def shape(
         self, dtype: str, projection: int | tuple[int, int] | None = None
     ) -> Literal["words", "factors", "matrix"]:
-        """The form in which a trace stores gradients: at a linear layer, that which takes less space."""
+        """The form in which a trace stores gradients: at a linear layer, that which takes less space.
+
+        At a layer with one output, a matrix saves less than ten bytes where examples have one position each. There it
+        is factors, which tell residuals, too.
+        """
         if self.has_words:
             return "words"
-        return "factors" if self._factors(dtype) <= self._matrix(dtype, projection) else "matrix"
+        few = max(self.rows) <= 1 and not isinstance(projection, tuple)
+        return "factors" if few or self.factors(dtype) <= self._matrix(dtype, projection) else "matrix"
 
     def nbytes(
         self, dtype: str, top_words: int | None = None, projection: int | tuple[int, int] | None = None
@@ -62,7 +72,8 @@ class LayerSize:
             projection: a size for the gradients of words, or a pair (outputs, inputs) for those of linear layers.
         """
         if not self.has_words:
-            return min(self._factors(dtype), self._matrix(dtype, projection))
+            is_factored = self.shape(dtype, projection) == "factors"
+            return self.factors(dtype) if is_factored else self._matrix(dtype, projection)
         width = min(self.widths[0], projection) if isinstance(projection, int) else self.widths[0]
         return self._mean_rows(math.inf if top_words is None else top_words) * _directed_row(width, dtype)
 
@@ -70,7 +81,8 @@ class LayerSize:
         """The mean number of rows, where no example has more than some."""
         return sum(min(each, at_most) for each in self.rows) / len(self.rows)
 
-    def _factors(self, dtype: str) -> float:
+    def factors(self, dtype: str) -> float:
+        """Bytes of an example's gradient as the factors of each position, on the mean over the examples."""
         return self._mean_rows() * (
             4 + 2 * 4 + sum(self.widths) * NUMBER_BYTES[dtype]
         )  # the example's number, two norms
@@ -100,6 +112,7 @@ class TraceSize:
         drawn: how many of them training draws before each checkpoint.
         checkpoints: how many there will be; None if that is not known.
         texts_each: whether each checkpoint has texts of its own.
+        components: of K-FAC's components, at a checkpoint.
     """
 
     weights: float
@@ -111,6 +124,7 @@ class TraceSize:
     drawn: float
     checkpoints: int | None = 1
     texts_each: bool = False
+    components: float = 0.0
 
     @property
     def all_gradients(self) -> float:
@@ -121,7 +135,8 @@ class TraceSize:
     def checkpoint(self) -> float:
         """Bytes of a checkpoint."""
         mask = self.n_train if self.drawn < self.n_train else 0
-        return self.weights + self.moments + self.all_gradients + mask + (self.texts if self.texts_each else 0)
+        texts = self.texts if self.texts_each else 0
+        return self.weights + self.moments + self.components + self.all_gradients + mask + texts
 
     @property
     def once(self) -> float:
@@ -134,7 +149,8 @@ class TraceSize:
 
     def __str__(self) -> str:
         """The sum in words, such as "3 checkpoints x (91 MB weights + 62 MB gradients) + 1 MB texts = 460 MB"."""
-        parts = {"weights": self.weights, "moments": self.moments, "gradients": self.all_gradients}
+        parts = {"weights": self.weights, "moments": self.moments, "components": self.components}
+        parts["gradients"] = self.all_gradients
         if self.texts_each:
             parts["texts"] = self.texts
         once = {"frozen weights": self.frozen, "texts": 0 if self.texts_each else self.texts}
@@ -155,6 +171,11 @@ def moments_size(rows: float, width: float, *, numbered: bool = False) -> float:
         numbered: whether rows are stored with their numbers, as at the word embedding table.
     """
     return rows * (4 * width + (8 if numbered else 0))
+
+
+def components_size(*sides: tuple[int, int]) -> int:
+    """Bytes of K-FAC's components: of each side, of inputs and of outputs, its width and the number of components."""
+    return sum(min(width, rank) * (4 * width + 8) for width, rank in sides)
 
 
 def distinct_words(vocabulary: int, drawn: float, exponent: float = 1.0) -> float:

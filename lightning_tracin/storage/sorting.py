@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lightning_tracin.gradients.kronecker import KroneckerFactors
 from lightning_tracin.gradients.ragged import Ragged
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.runs import Runs
@@ -30,6 +31,11 @@ class SortingWriter:
         self._name = name
         self._order = order
         self._n_examples = 0
+
+    @property
+    def factors(self) -> KroneckerFactors | None:
+        """See :class:`~lightning_tracin.storage.shards.ShardWriter`."""
+        return self._writer.factors
 
     def add(self, block: Ragged) -> None:
         """Add the next examples.

@@ -16,6 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_tracin.gradients.capture import Captured
+from lightning_tracin.gradients.kronecker import KroneckerFactors
 from lightning_tracin.gradients.printable import enumerated
 from lightning_tracin.gradients.rows import unique_tokens
 from lightning_tracin.gradients.sites import Site
@@ -95,7 +96,12 @@ def reading_order(
 
 @contextmanager
 def shard_writer(
-    trace: Trace, folder: Path, processes: Processes = ALONE, order: Sequence[int] | None = None
+    trace: Trace,
+    folder: Path,
+    processes: Processes = ALONE,
+    order: Sequence[int] | None = None,
+    *,
+    factors: KroneckerFactors | None = None,
 ) -> Iterator[ShardWriter]:
     """A writer of this process's shards into a folder that is created atomically.
 
@@ -104,6 +110,7 @@ def shard_writer(
         folder: the folder of the shards.
         processes: the processes that write shards; every one of them must enter the context.
         order: the order in which this process adds its examples; None for all, in that of the data set.
+        factors: see :class:`ShardWriter`.
     """
     with (
         atomic_folder(folder, processes) as partial,
@@ -113,13 +120,21 @@ def shard_writer(
             shard_examples=trace.shard_examples,
             examples=own_examples(trace, processes),
             order=order,
+            factors=factors,
         ) as writer,
     ):
         yield writer
 
 
 @contextmanager
-def sorting_writer(trace: Trace, folder: Path, processes: Processes, order: Sequence[int]) -> Iterator[SortingWriter]:
+def sorting_writer(
+    trace: Trace,
+    folder: Path,
+    processes: Processes,
+    order: Sequence[int],
+    *,
+    factors: KroneckerFactors | None = None,
+) -> Iterator[SortingWriter]:
     """What :func:`shard_writer` gives, for examples in any order, and of any shards.
 
     Args:
@@ -127,10 +142,11 @@ def sorting_writer(trace: Trace, folder: Path, processes: Processes, order: Sequ
         folder: the folder of the shards.
         processes: the processes that add examples; every one of them must enter the context.
         order: the order in which this process adds its examples.
+        factors: see :class:`ShardWriter`.
     """
     running = trace.path / "running.partial" / f"process-{processes.rank}"
     with (
-        shard_writer(trace, folder, processes) as writer,
+        shard_writer(trace, folder, processes, factors=factors) as writer,
         sorting(writer, running, trace.n_train, folder.name, order) as sorted_writer,
     ):
         yield sorted_writer
@@ -146,6 +162,7 @@ def training_pass(
     *,
     tolerant: bool = True,
     known: KnownTexts | None = None,
+    factors: Mapping[Site, KroneckerFactors] | None = None,
 ) -> Iterator[TrainingPass]:
     """Store the training examples' gradients at a checkpoint; they become readable when every example was added.
 
@@ -158,6 +175,7 @@ def training_pass(
         processes: the processes that each add their own examples; every one of them must enter the context.
         tolerant: whether an example without a finite loss or gradient counts zero, rather than ends the pass.
         known: of a stream, its examples as they were read before.
+        factors: those of K-FAC at the checkpoint, of the sites that have a rank.
 
     Raises:
         ValueError: if the number of examples that were added differs from that of the training set, if a stream gave
@@ -166,11 +184,14 @@ def training_pass(
     """
     ordered = all(processes.gather(_by_shards(trace, order, processes)))
 
-    def writer_to(folder: Path) -> AbstractContextManager[ShardWriter | SortingWriter]:
-        return (shard_writer if ordered else sorting_writer)(trace, folder, processes, order)
+    known_factors = factors or {}
+
+    def writer_to(folder: Path, site: Site | None = None) -> AbstractContextManager[ShardWriter | SortingWriter]:
+        of_site = None if site is None else known_factors.get(site)
+        return (shard_writer if ordered else sorting_writer)(trace, folder, processes, order, factors=of_site)
 
     with ExitStack() as folders:
-        writers = {site: folders.enter_context(writer_to(checkpoint.path / site.key)) for site in sites}
+        writers = {site: folders.enter_context(writer_to(checkpoint.path / site.key, site)) for site in sites}
         texts = None
         drawn = checkpoint.drawn()
         if not processes.gather(trace.has_texts_of(drawn))[0]:
@@ -243,7 +264,7 @@ class TrainingPass:
             self._not_finite += found
             captured = captured.without_gradients_of(bad)
         for site, writer in self._writers.items():
-            writer.add(site.stored(captured.gradients[site.key]))
+            writer.add(site.stored(captured.gradients[site.key], writer.factors))
         if self._known is not None:
             self._known.compare(captured.texts(labels))
         if self._texts is not None:

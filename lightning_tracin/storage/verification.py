@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint
+from lightning_tracin.storage.components import COMPONENTS
 from lightning_tracin.storage.files import read_tensors
 from lightning_tracin.storage.own_files import HEADER, own_temporary
 from lightning_tracin.storage.schemas import VocabularyFile, read
@@ -83,6 +84,9 @@ def _verify_shards(trace: Trace, folder: Path, kind: str) -> Iterator[tuple[Path
         held = [shard for shard in range(len(shards)) if shards.holds(shard)]
         for shard, (file, _) in zip(held, shards.files, strict=True):
             yield file, _problem(file, partial(shards.read, shard))
+        site = next((site for site in trace.sites if site.key == folder.name and site.rank is not None), None)
+        if site is not None:
+            yield folder / COMPONENTS, _problem(folder / COMPONENTS, partial(shards.factors, site))
 
 
 def _problem(path: Path, read: Callable[[], object]) -> str | None:

@@ -105,6 +105,7 @@ def recorded(path: Path, module, epochs: int = 2, data=None, **options) -> Path:
         ({"keep_weights": False, "dtype": "float32"}, "--no-weights --dtype float32"),
         ({"methods": ("inner",), "projection": (4, 6)}, "--methods 300x32 --projection 4 6"),
         ({"methods": ("tracin-we", "inner")}, "--methods tracin-we 300x32"),
+        ({"methods": ("inner",), "rank": (16, 8)}, "--methods 300x32 --rank 16 8"),
     ],
     ids=str,
 )
@@ -115,7 +116,7 @@ def test_numbers_alone_tell_the_size_of_a_trace(tmp_path, capsys, options, argum
     numbers = f"--examples {N} --tokens {TOKENS} --hidden {HIDDEN} --vocab {VOCABULARY} --classes 3 --checkpoints 2"
     told = asked(capsys, *f"{numbers} --parameters {size} {arguments}".split())
     assert told["total"] == pytest.approx(files_below(path), rel=0.2)
-    assert sum(told["checkpoint"]["gradients"].values()) == pytest.approx(
+    assert sum(told["checkpoint"]["gradients"].values()) + told["checkpoint"]["components"] == pytest.approx(
         files_below(*(Trace(path).checkpoints[0].path / site.key for site in Trace(path).sites)), rel=0.2
     )
 
@@ -172,6 +173,7 @@ def test_it_prints_a_table_and_the_line_of_a_fit(capsys):
         ("--examples 5 --hidden 8 --vocab 9 --parameters 10 --projection 8", 2, "saves nothing"),
         ("--examples 5 --hidden 8 --vocab 9 --parameters 10 --methods pooler", 1, "but got 'pooler'"),
         ("--examples 5 --hidden 8 --vocab 9 --parameters 10 --projection 1 2 3", 2, "one number, or two"),
+        ("--examples 5 --hidden 8 --vocab 9 --parameters 10 --projection 1 2 --rank 8 8", 2, "use one of them"),
     ],
 )
 def test_what_cannot_be_told_is_said(capsys, arguments, code, message):

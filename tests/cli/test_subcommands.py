@@ -19,6 +19,7 @@ from lightning_tracin import (
     TracInCallback,
     TracInLast,
     TracInLayer,
+    TracInRidge,
     TracInSum,
     TracInWE,
     cli,
@@ -153,18 +154,20 @@ def test_a_sum_over_layers_comes_from_the_configuration(project):
         "    parts:\n"
         "      - tracin-we\n"
         "      - class_path: lightning_tracin.TracInLayer\n"
-        "        init_args: {name: head, normalize: cosine}\n"
+        "        init_args: {name: head, normalize: cosine, weights: residual}\n"
         "    mix: [1, 0.5]\n"
+        "    scales: [1, 2]\n"
         "output: summed.safetensors\n"
     )
     influence("-c", "ask.yaml")
     result = InfluenceResult.load("summed.safetensors")
-    method = TracInSum((TracInWE(), TracInLayer("head", normalize="cosine")), mix=(1, 0.5))
+    parts = TracInWE(), TracInLayer("head", normalize="cosine", weights="residual")
+    method = TracInSum(parts, mix=(1, 0.5), scales=(1, 2))
     assert result.method == method
     assert torch.equal(result.scores, expected(result.trace, method=method).scores)
     assert result.words(0, 0) == expected(result.trace).words(0, 0)
-    cosines = expected(result.trace, method=TracInLast(normalize="cosine")).scores
-    torch.testing.assert_close(result.scores, expected(result.trace).scores + 0.5 * cosines)
+    cosines = expected(result.trace, method=TracInLast(normalize="cosine", weights="residual")).scores
+    torch.testing.assert_close(result.scores, expected(result.trace).scores + 0.25 * cosines)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +180,11 @@ def test_a_sum_over_layers_comes_from_the_configuration(project):
             TracInWE(exclude_tokens=("common", 3)),
         ),
         ('{"class_path": "lightning_tracin.TracInLast", "init_args": {"normalize": "train"}}', TracInLast("train")),
+        (
+            '{"class_path": "lightning_tracin.TracInRidge", "init_args": {"alpha": 1, "method": '
+            '{"class_path": "lightning_tracin.TracInWE", "init_args": {"normalize": "cosine"}}}}',
+            TracInRidge(TracInWE(normalize="cosine"), alpha=1),
+        ),
     ],
 )
 def test_methods_on_the_command_line(project, tmp_path, given, method):
@@ -189,12 +197,14 @@ def test_methods_on_the_command_line(project, tmp_path, given, method):
     [
         ("tracin-best", "method must be one of tracin-we, tracin-last"),
         ('{"class_path": "lightning_tracin.TracInWE", "init_args": {"normalize": "no"}}', "normalize must be"),
+        ('{"class_path": "lightning_tracin.TracInWE", "init_args": {"weights": "loss"}}', "weights must be"),
         ('{"class_path": "lightning_tracin.TracInWE", "init_args": {"norm": "no"}}', "norm"),
         ('{"class_path": "lightning_tracin.TracIn"}', "TracIn"),
         ('{"class_path": "torch.nn.Identity"}', "method must be one of"),
         ('{"normalize": "cosine"}', "needs class_path"),
         ('{"class_path": "lightning_tracin.TracInLayer"}', "name"),
         ('{"class_path": "lightning_tracin.TracInSum", "init_args": {"parts": ["tracin-we"]}}', "parts must be two"),
+        ('{"class_path": "lightning_tracin.TracInRidge", "init_args": {"method": "tracin-we"}}', "normalize="),
         ('{"class_path": "lightning_tracin.TracInSum", "init_args": {"parts": [{"mix": 1}, 2]}}', "needs class_path"),
     ],
 )

@@ -28,6 +28,9 @@ FLOORS = (
     "parallel",
 )
 CORE = FLOORS[FLOORS.index("results") :]
+# Beside the house: judges scores, whoever made them, and knows tensors alone.
+BESIDE = "metrics"
+MAY_JUDGE = ("retraining",)  # the folders that use it
 MODULES = {path.relative_to(PACKAGE).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
 
 
@@ -51,13 +54,13 @@ def own_imports(path: Path) -> set[Path]:
 
 
 def test_every_file_lives_on_a_floor():
-    assert {module.parts[0] for module in MODULES if len(module.parts) > 1} == set(FLOORS)
+    assert {module.parts[0] for module in MODULES if len(module.parts) > 1} == {*FLOORS, BESIDE}
     assert {module.name for module in MODULES if len(module.parts) == 1} == {"__init__", "__main__"}
 
 
 @pytest.mark.parametrize("floor", FLOORS)
 def test_imports_point_downwards(floor):
-    below = set(FLOORS[FLOORS.index(floor) :])
+    below = {*FLOORS[FLOORS.index(floor) :], BESIDE}
     up = {
         f"{module} imports {each}"
         for module, path in MODULES.items()
@@ -75,7 +78,25 @@ def test_no_imports_go_in_a_circle():
     assert not left
 
 
-@pytest.mark.parametrize("floor", CORE)
+def test_metrics_know_tensors_alone():
+    """And those that keep states know the functions, not the other way round."""
+    for module, path in MODULES.items():
+        if module.parts[0] != BESIDE:
+            continue
+        assert {each.parts[0] for each in own_imports(path)} <= {BESIDE}
+        others = {name.split(".")[0] for name in imported(path)} - sys.stdlib_module_names
+        assert others <= {"lightning_tracin", "torch", "torchmetrics"}
+        if module.parts[1] == "functional":
+            assert all(each.parts[1] == "functional" for each in own_imports(path))
+
+
+def test_only_those_who_judge_import_metrics():
+    for module, path in MODULES.items():
+        if module.parts[0] not in (BESIDE, *MAY_JUDGE):
+            assert not {name for name in imported(path) if name.startswith(f"lightning_tracin.{BESIDE}")}
+
+
+@pytest.mark.parametrize("floor", [*CORE, BESIDE])
 def test_the_core_does_not_import_lightning(floor):
     for module, path in MODULES.items():
         if module.parts[0] == floor:
@@ -84,7 +105,7 @@ def test_the_core_does_not_import_lightning(floor):
 
 def test_the_core_runs_without_lightning():
     """Nothing that the core imports brings it along either."""
-    core = [".".join(("lightning_tracin", *module.parts)) for module in MODULES if module.parts[0] in CORE]
+    core = [".".join(("lightning_tracin", *module.parts)) for module in MODULES if module.parts[0] in (*CORE, BESIDE)]
     script = (
         f"import importlib, sys\nfor name in {core}: importlib.import_module(name)\n"
         "assert not {'pytorch_lightning', 'lightning'} & sys.modules.keys()"
@@ -92,7 +113,7 @@ def test_the_core_runs_without_lightning():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=PACKAGE.parent)
 
 
-@pytest.mark.parametrize("floor", FLOORS)
+@pytest.mark.parametrize("floor", [*FLOORS, BESIDE])
 def test_every_floor_says_what_lives_there(floor):
     docstring = ast.get_docstring(ast.parse((PACKAGE / floor / "__init__.py").read_text(encoding="utf-8")))
     assert docstring

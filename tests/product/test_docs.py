@@ -131,6 +131,12 @@ def tokens(n: int) -> DataLoader:
     return DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=2)
 
 
+def test_methods(known):
+    run("methods", known)
+    assert known["again"].method == known["result"].method
+    assert torch.equal(known["again"].scores, known["result"].scores)
+
+
 def test_words(known, capsys):
     run("words", known)
     assert "Test example 0" in capsys.readouterr().out
@@ -175,6 +181,31 @@ def test_label_review(known):
     exec(correcting, known)
     assert len(known["corrected"]) == len(TRAIN) - 1
     assert {"labels": 2}.items() <= known["corrected"][int(rows[0]["train_index"]) - 1].items()
+
+
+def test_metrics(capsys):
+    """What the page prints stands beside it."""
+    known = {}
+    run("metrics", known)
+    lines = [line for block in blocks("metrics") for line in block.splitlines() if "print(" in line]
+    assert capsys.readouterr().out.splitlines() == [line.partition("#")[2].strip() for line in lines]
+    assert len(lines) == 5
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert f"`within.reliability`, {known['within'].reliability:.2f} here" in page
+    scores, labels = torch.randn(4, 200), torch.zeros(4, dtype=torch.long)
+    trainer = quiet()
+    trainer.test(known["Judged"](), DataLoader([*zip(scores, labels, strict=True)], batch_size=2), verbose=False)
+    assert 0 <= trainer.callback_metrics["same class"] <= 1
+
+
+def test_retraining(known, capsys):
+    known |= {"News": News, "train_data": items(TRAIN), "collate": collate}
+    run("retraining", known)
+    printed = capsys.readouterr().out
+    assert "Test example 0: removing its 2 proponents" in printed
+    assert "To explain: fall of the target's probability without the 2 strongest proponents" in printed
+    assert "To weigh: LDS: rank correlation of summed scores with 8 retrainings on halves" in printed
+    assert known["found"].losses.shape == (8, 2, 3)
 
 
 def named(call: ast.Call) -> object:

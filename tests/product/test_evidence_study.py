@@ -108,13 +108,15 @@ def test_deletion_removes_the_strongest_and_says_by_how_much(task, folder):
     rows = {row["method"]: row for row in table["rows"]}
     assert set(rows) == {SAME_LABEL, *scores}
     assert rows["same label"]["p"][1] < rows["other label"]["p"][1]
-    assert rows["same label"]["lower_than"]["other label"][1] == 4
+    assert rows["same label"]["against"]["other label"]["lower"][1] == 4
     with_all = deletion.with_all([0, 1])
     alone = deletion.without_proponents(same, 18, [1])
     assert with_all.shape == (4, 2)
     change = alone[:, 0].exp() - with_all[:, 1].exp()
     first = deletion.without_proponents(same, 18, [0])[:, 0].exp() - with_all[:, 0].exp()
     assert rows["same label"]["p"][1] == pytest.approx(float((change + first).mean()) / 2, abs=1e-3)
+    difference = rows["same label"]["against"]["other label"]["p"][1]
+    assert difference == pytest.approx(rows["same label"]["p"][1] - rows["other label"]["p"][1], abs=2e-4)
     assert "of 4" in "".join(page.deletion([table]))
 
 

@@ -26,6 +26,7 @@ def loudness():
     transformers.logging.enable_progress_bar()
 
 
+@pytest.mark.slow
 def test_flipped_labels_are_found_more_often_than_by_chance(tmp_path):
     figures = topics.main(["--small", "--output", str(tmp_path)])
     assert figures["accuracy"] > 0.4  # by chance: 0.2
@@ -64,14 +65,34 @@ def test_reviewing_label_issues_finds_flipped_labels_and_helps(tmp_path):
     assert (tmp_path / "reviewed.csv").exists()
 
 
-@pytest.mark.slow
-def test_the_notebook_runs_from_a_clean_kernel(monkeypatch):
+def executed(name, monkeypatch):
+    """The outputs of a notebook that a clean kernel has run, and what it printed; its words add up to its score."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    notebook = nbformat.read(FOLDER / "words.ipynb", as_version=4)
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     terms = {what.strip(): float(value) for what, value in re.findall(r"(.+) ([+-]\d\.\d\de[+-]\d\d)", printed)}
     assert terms["all words"] == pytest.approx(terms["score"], rel=0.02)
+    return outputs, printed
+
+
+def test_flipped_labels_are_found_and_shown_word_by_word(monkeypatch):
+    outputs, printed = executed("labels", monkeypatch)
+    found, flipped = map(int, re.search(r"(\d+) of (\d+) flipped labels", printed).groups())
+    assert found >= flipped / 2  # by chance: a tenth
+    assert any("labels are probably wrong" in output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+@pytest.mark.slow
+def test_a_text_from_production_is_explained(monkeypatch):
+    _, printed = executed("production", monkeypatch)
+    assert "target tech, not business" in printed
+    assert "prediction | tech |" in printed
+
+
+@pytest.mark.slow
+def test_the_tour_runs_from_a_clean_kernel(monkeypatch):
+    outputs, _ = executed("words", monkeypatch)
     assert any("Words by their influence on 32" in output.get("data", {}).get("text/plain", "") for output in outputs)
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2

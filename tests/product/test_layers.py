@@ -109,7 +109,8 @@ def test_layers_are_those_of_brute_force(tmp_path, monkeypatch, name):
 
 
 def summed(parts, mix):
-    return TracInSum(parts, mix=mix) if len(parts) > 1 else TracInSum([*parts, *parts], mix=[*mix, 0])
+    parts, mix = (parts, mix) if len(parts) > 1 else ([*parts, *parts], [*mix, 0])
+    return TracInSum(parts, mix=mix, scales=[1] * len(parts))
 
 
 def check_options(trainer, family, layer, reference, module) -> None:
@@ -126,7 +127,7 @@ def check_options(trainer, family, layer, reference, module) -> None:
     torch.testing.assert_close(best.values, scores.topk(3).values)
     if module.embedding:
         words = trainer.influence(family.test_loader(), method=TracInWE(normalize="cosine")).scores
-        method = TracInSum((TracInWE(normalize="cosine"), cosine), mix=(1, 0.5))
+        method = TracInSum((TracInWE(normalize="cosine"), cosine), mix=(1, 0.5), scales=(1, 1))
         result = trainer.influence(family.test_loader(), method=method)
         torch.testing.assert_close(result.scores, words + 0.5 * scores, rtol=1e-4, atol=1e-6 * float(scores.max()))
         for train_index in range(N_TRAIN):

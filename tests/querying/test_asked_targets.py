@@ -18,7 +18,8 @@ from lightning_tracin import InfluenceResult, Trace, TracInLast, TracInMixin, Tr
 from lightning_tracin.querying import influence as querying
 
 IDS, LABELS = test_texts().tensors
-METHODS = ("tracin-we", "tracin-last", TracInSum((TracInWE(normalize="cosine"), TracInLast(normalize="train"))))
+SUM = TracInSum((TracInWE(normalize="cosine"), TracInLast(normalize="train")), scales=(1, 2))
+METHODS = ("tracin-we", "tracin-last", SUM)
 
 
 class NamedToy(Toy):

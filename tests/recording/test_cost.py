@@ -130,7 +130,8 @@ def assert_parts_right(line: str, path) -> None:
     found = {
         "weights": "weights.safetensors",
         "moments": "second-moments-*.safetensors",
-        "gradients": "[wl]*/*.safetensors",
+        "gradients": "[wl]*/[0-9]*.safetensors",
+        "components": "linear-*/components.safetensors",
         "texts": "texts/*.safetensors",
     }
     for part in parts.split(" + "):
@@ -173,6 +174,7 @@ def test_the_size_of_a_trace_with_long_tailed_lengths(tmp_path, caplog, data, ca
         {"top_words": 10},
         {"projection": 8},
         {"projection": (4, 6), "methods": ("tracin-we", "wide")},
+        {"rank": (16, 8), "methods": ("tracin-we", "wide")},
         {"methods": ("tracin-last",)},
         {"keep_weights": False},
     ],

@@ -308,7 +308,7 @@ def test_a_fast_dev_run_records_nothing(tmp_path):
 
 
 def test_what_is_stored_can_be_read_by_hand(toy):
-    """The trace format of the README."""
+    """The trace format of docs/trace.md."""
     from safetensors.torch import load_file
 
     path = toy.callbacks[0].trace.path

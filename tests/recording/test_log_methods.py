@@ -9,7 +9,7 @@ from spelled_fits import TEST, TRAIN, Spelled, batches
 from tokenizers import normalizers
 from toy import EPOCHS, Toy, quiet
 
-from lightning_tracin import TracInCallback, TracInLast, TracInLayer, TracInSum, TracInWE
+from lightning_tracin import TracInCallback, TracInLast, TracInLayer, TracInRidge, TracInSum, TracInWE
 
 
 class Validated(Spelled):
@@ -25,6 +25,7 @@ def fit_spelled(folder, module=None, **options):
 METHODS = [
     TracInWE(normalize="cosine", precondition="adam", exclude_tokens=("special", "common", "cup")),
     TracInSum((TracInWE(exclude_tokens="special"), TracInLast(normalize="cosine"))),
+    TracInRidge(TracInWE(exclude_tokens="special", normalize="cosine")),
     "tracin-last",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import time
 from pathlib import Path
@@ -48,6 +49,14 @@ def test_tensorboard_shows_the_table_as_markdown(tmp_path):
     for name in SCALARS:
         assert [each.step for each in events.Scalars(name)] == steps_of(rows)
     assert [each.step for each in events.Scalars("val_loss")] == steps_of(rows)
+
+
+def assert_page(html, rows):
+    """The page is of the last validation in a table: it has its step, examples and scores."""
+    last = [row for row in rows if row["step"] == steps_of(rows)[-1]]
+    content = json.loads(re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', html, re.DOTALL)[1])
+    assert f"<title>Validation at step {last[0]['step']}</title>" in html
+    assert [test["index"] for test in content["tests"]] == [index for _, index in examples_of(last)]
 
 
 def wandb_records(file):
@@ -96,6 +105,9 @@ def test_wandb_shows_a_table_at_the_step_of_the_validation(tmp_path, monkeypatch
         assert found == [row for row in rows if row["step"] == entry["trainer/global_step"]]
     for name in (*SCALARS, "val_loss"):
         assert [row["trainer/global_step"] for row in history if name in row] == steps_of(rows)
+    (page,) = (row for row in history if "tracin/page/path" in row)
+    assert page["trainer/global_step"] == steps_of(rows)[-1]
+    assert_page((folder / page["tracin/page/path"]).read_text(), rows)
     assert [row["_step"] for row in history] == list(range(len(history)))  # none was refused
 
 
@@ -115,6 +127,7 @@ def test_mlflow_keeps_a_table_of_all_validations(tmp_path, monkeypatch):
                 if isinstance(value, float)
                 else str(line[name]) == str(value)
             )
+    assert_page(next((tmp_path / "runs").rglob("tracin/page/influential.html")).read_text(), rows)
     for name in SCALARS:
         history = logger.experiment.get_metric_history(logger.run_id, name)
         assert [each.step for each in history] == steps_of(rows)
@@ -129,10 +142,13 @@ class CometLogger(Logger):
     def __init__(self):
         super().__init__()
         self.experiment = self
-        self.tables, self.metrics = [], []
+        self.tables, self.metrics, self.assets = [], [], []
 
     def log_table(self, filename, tabular_data=None, headers=False):
         self.tables.append((filename, tabular_data, headers))
+
+    def log_asset(self, file_data, file_name=None, step=None):
+        self.assets.append((Path(file_data).read_text(), file_name, step))
 
     def log_metrics(self, metrics, step=None):
         self.metrics.append((step, dict(metrics)))
@@ -148,6 +164,9 @@ def test_comet_is_given_tables(tmp_path):
     assert [name for name, *_ in comet.tables] == [f"tracin-influential-step-{step:09d}.csv" for step in steps_of(rows)]
     found = [dict(zip(headers, line, strict=True)) for _, lines, headers in comet.tables for line in lines]
     assert found == rows
+    ((page, name, step),) = comet.assets
+    assert (name, step) == ("tracin/page/influential.html", steps_of(rows)[-1])
+    assert_page(page, rows)
     assert [step for step, values in comet.metrics if set(SCALARS) <= values.keys()] == steps_of(rows)
 
 
@@ -180,7 +199,60 @@ def test_a_logger_of_which_nothing_is_known_gets_lines_of_json(tmp_path, has_fol
     trainer = fit(tmp_path, logger=Unheard(str(tmp_path / "own") if has_folder else None), **root)
     file = tmp_path / ("own" if has_folder else "root") / "unheard" / "version_7" / "influential.jsonl"
     assert_scores([row for row in read(file) if row["epoch"] == 1], brute_scores(trainer.callbacks[0].trace, EPOCHS))
-    assert said == [f"Unheard takes no tables: influential examples are in {file}."]
+    page = file.with_name("influential.html")
+    assert said == [
+        f"Unheard takes no tables: influential examples are in {file}.",
+        f"A page of the last validation's influential examples is in {page}.",
+    ]
+    assert_page(page.read_text(), read(file))
+
+
+class OfFiles(Unheard):
+    """Takes files as LitLogger does, and nothing else."""
+
+    def __init__(self, save_dir):
+        super().__init__(save_dir)
+        self.given = []
+
+    def log_file(self, path: str):
+        self.given.append((Path(path).name, Path(path).read_text()))
+
+
+class OfTables(Unheard):
+    """Takes tables as W&B does; its ``log_text`` is of another kind."""
+
+    def __init__(self, save_dir):
+        super().__init__(save_dir)
+        self.given = []
+
+    def log_table(self, key, columns=None, data=None, step=None):
+        self.given += [(key, step, dict(zip(columns, line, strict=True))) for line in data]
+
+    def log_text(self, key, step):
+        raise AssertionError
+
+
+class OfTexts(OfTables):
+    """Takes texts; its ``log_table`` is of another kind."""
+
+    def log_table(self, rows):
+        raise AssertionError
+
+    def log_text(self, key, text, *, step):
+        self.given.append((key, step, text))
+
+
+def test_loggers_of_others_by_what_they_take(tmp_path):
+    files, tables, written = (kind(str(tmp_path / kind.__name__)) for kind in (OfFiles, OfTables, OfTexts))
+    fit(tmp_path, logger=[CSVLogger(tmp_path / "csv"), files, tables, written])
+    rows = read(next(tmp_path.rglob("version_0/influential.jsonl")))
+    names, contents = zip(*files.given, strict=True)
+    assert names == ("influential.jsonl",) * len(steps_of(rows)) + ("influential.html",)
+    assert [json.loads(line) for line in contents[-2].splitlines()] == rows
+    assert_page(contents[-1], rows)
+    assert tables.given == [("tracin/influential", row["step"], row) for row in rows]
+    assert [(key, step) for key, step, _ in written.given] == [("tracin/influential", each) for each in steps_of(rows)]
+    assert written.given[-1][2] == loggers.markdown([row for row in rows if row["step"] == steps_of(rows)[-1]])
 
 
 def test_loggers_and_trainers_of_lightning_pytorch(tmp_path):

@@ -177,6 +177,11 @@ def forged(file, change_header=None, change_tensors=None):
             "method",
             {"method": "TracInSum", "parts": [{"method": "TracInWE"}, {"method": "TracInLast"}], "mix": ["1", 2]},
         ),
+        (
+            "method",
+            {"method": "TracInSum", "parts": [{"method": "TracInWE"}, {"method": "TracInLast"}], "scales": [0, 2]},
+        ),
+        ("method", {"method": "TracInWE", "weights": "losses"}),
         ("method", []),
         ("more", 1),
     ],

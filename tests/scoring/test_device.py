@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from random_gradients import JOINS, random_linear, random_words
 from toy import Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import TracInLast, TracInWE
+from lightning_tracin.scoring.preconditioners import AdamMoments
 from lightning_tracin.scoring.score import score
 from lightning_tracin.storage.second_moments import SecondMoments
 
@@ -20,6 +22,7 @@ METHODS = [
     TracInWE(precondition="adam"),
     TracInLast(),
     TracInLast(normalize="train", precondition="adam"),
+    TracInLast(normalize="cosine", precondition="kfac"),
 ]
 
 
@@ -30,11 +33,11 @@ def device(request):
     return (DEVICE, Accelerator()) if pretended else (torch.device("cuda"), nullcontext())
 
 
-def assert_same_elsewhere(device, method, test, train, moments):
-    expected = method.dot(test, train, moments)
+def assert_same_elsewhere(device, method, test, train, by):
+    expected = method.dot(test, train, by)
     place, entered = device
     with entered:
-        scores = method.dot(test.to(place), train, moments)
+        scores = method.dot(test.to(place), train, by)
         assert scores.device.type == place.type
         torch.testing.assert_close(scores.cpu(), expected, rtol=1e-5, atol=1e-5)
 
@@ -64,9 +67,9 @@ def test_words_are_joined_elsewhere(device, n_test, n_train, vocabulary, dtype):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("positions", [1, 4])
 def test_last_layers_are_multiplied_elsewhere(device, positions, weighted):
-    method, moments = TracInLast(), SecondMoments(torch.rand(4, 5), None, 1e-8) if weighted else None
+    by = AdamMoments(SecondMoments(torch.rand(4, 5), None, 1e-8), Path()) if weighted else None
     test, train = random_linear(7, positions)[0], random_linear(50, positions)[0].as_dtype("float16")
-    assert_same_elsewhere(device, method, test, train, moments)
+    assert_same_elsewhere(device, TracInLast(), test, train, by)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -317,7 +317,7 @@ def test_at_whatever_file_the_disk_fills_up_what_was_complete_stays_readable(tmp
 
 
 def test_a_bare_checkpoint_names_step_epoch_rate_and_weights(toy):
-    """What other tools rely on; the README's contract."""
+    """What other tools rely on: docs/trace.md."""
     trace = Trace(str(toy.callbacks[0].trace.path))
     assert trace.n_train == N_TRAIN
     for number, checkpoint in enumerate(trace.checkpoints):

@@ -75,7 +75,7 @@ def check_length(name: str, found: int, expected: int, of: str) -> None:
         ValueError: they differ.
     """
     if found != expected:
-        raise ValueError(f"Argument `{name}` expected to be of the {expected} {of}, but got {found}.")
+        raise ValueError(f"Argument `{name}` expected to have the {expected} {of}, but got {found}.")
 
 
 def check_count(name: str, count: int, least: int = 1, most: int | None = None) -> None:

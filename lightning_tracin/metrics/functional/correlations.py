@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LITTLE = 1e-6  # variance that rounding leaves of a column which does not vary, of ranks or of what is standardised
+_ROUNDING = 1e-9  # what is smaller, beside what it was computed from, is taken for 0
 
 
 def precise(values: Tensor) -> Tensor:
@@ -43,44 +43,35 @@ def ranks_without(values: Tensor, ranked: Tensor, row: int) -> Tensor:
     return ranked[kept] - (others > out).to(ranked) - (others == out).to(ranked) / 2
 
 
-def residuals(ranked: Tensor, nuisance: Tensor | None = None) -> Tensor:
-    """What is left (m, n) of each column without its mean and without what is linear in the nuisance.
+def residuals(values: Tensor, nuisance: Tensor) -> Tensor:
+    """What is left (m, n) of each column without its mean and what is linear in the nuisance; 0 where that is rounding.
 
     Args:
-        ranked: (m, n).
+        values: (m, n).
         nuisance: (m, c) what is regressed out; its columns may depend on each other.
     """
-    centred = ranked - ranked.mean(0)
-    if nuisance is None:
-        return centred
+    centred = values - values.mean(0)
     basis = column_space(nuisance)
-    return centred - basis @ (basis.T @ centred)
+    left = centred - basis @ (basis.T @ centred)
+    is_rounding = left.abs().amax(0) <= _ROUNDING * values.abs().amax(0)
+    return left.where(~is_rounding, torch.zeros_like(left))
 
 
 def column_space(nuisance: Tensor) -> Tensor:
     """An orthonormal basis (m, rank) of the columns (m, c) without their means."""
     vectors: Tensor
     vectors, sizes, _ = torch.linalg.svd(nuisance - nuisance.mean(0), full_matrices=False)
-    return vectors[:, sizes > 1e-9 * max(nuisance.shape) * sizes.max().clamp_min(1)]
+    return vectors[:, sizes > _ROUNDING * max(nuisance.shape) * sizes.max().clamp_min(1)]
 
 
 def standardised(values: Tensor) -> Tensor:
     """The columns (m, n) without their means, with a mean square of 1; 0 where a column is constant."""
     centred = values - values.mean(0)
     spread = centred.square().mean(0).sqrt()
-    is_constant = spread <= 1e-9 * values.abs().amax(0)
-    return torch.where(is_constant, torch.zeros_like(centred), centred / spread.clamp_min(1e-300))
-
-
-def varies(left: Tensor) -> Tensor:
-    """Whether each column (n,) of residuals or of standardised values (m, n) holds more than rounding."""
-    return left.square().mean(0) > _LITTLE
+    is_constant = spread <= _ROUNDING * values.abs().amax(0)
+    return torch.where(is_constant, torch.zeros_like(centred), centred / spread)
 
 
 def correlation(first: Tensor, second: Tensor) -> Tensor:
-    """The correlation (n,) of two (m, n) of residuals or standardised values; 0 where one of them does not vary."""
-    sizes = (first.square().sum(0) * second.square().sum(0)).sqrt()
-    together = varies(first) & varies(second)
-    return torch.where(together, (first * second).sum(0) / sizes.where(together, torch.ones_like(sizes)), 0).clamp(
-        -1, 1
-    )
+    """The correlation (n,) of the columns of two (m, n) that are standardised; 0 where one of them is."""
+    return (first * second).mean(0).clamp(-1, 1)

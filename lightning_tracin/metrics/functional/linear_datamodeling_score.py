@@ -23,7 +23,7 @@ from lightning_tracin.metrics.functional.correlations import (
     ranks,
     ranks_without,
     residuals,
-    varies,
+    standardised,
 )
 
 FEWEST = 4  # subsets: the jackknife leaves one out, and ranks of two have no correlation but 1 and -1
@@ -91,24 +91,15 @@ def _linear_datamodeling_score_compute(predicted: Tensor, outputs: Tensor, count
     Args:
         predicted: (n_test, m) summed scores.
         outputs: (n_test, seeds, m).
-        counts: (m, classes) what is regressed out of both sides' ranks.
+        counts: (m, classes) what is regressed out of both sides.
     """
     _check_left(predicted.shape[1], counts)
     predicted, actual = predicted.T, outputs.mean(1).T
-    ranked = ranks(predicted), ranks(actual)
-    first, second = (residuals(each, counts) for each in ranked)
-    warn_of_constant("scores", ~varies(first), "subsets that they are summed over", "their LDS counts 0")
-    warn_of_constant("outputs", ~varies(second), "subsets", "their LDS counts 0")
+    first, second = (standardised(ranks(_left(each, counts))) for each in (predicted, actual))
+    warn_of_constant("scores", first.eq(0).all(0), "subsets that they are summed over", "their LDS counts 0")
+    warn_of_constant("outputs", second.eq(0).all(0), "subsets", "their LDS counts 0")
     per_test = correlation(first, second)
-    left_out = torch.stack(
-        [
-            correlation(
-                residuals(ranks_without(predicted, ranked[0], row), _without(counts, row)),
-                residuals(ranks_without(actual, ranked[1], row), _without(counts, row)),
-            ).mean()
-            for row in range(len(predicted))
-        ]
-    )
+    left_out = _leave_one_out(predicted, actual, counts)
     n_test, seeds = outputs.shape[:2]
     se_tests = per_test.std() / n_test**0.5 if n_test > 1 else torch.full_like(per_test.mean(), torch.inf)
     reliability = _reliability(outputs, counts) if seeds > 1 else None
@@ -134,8 +125,21 @@ def _check_left(m: int, counts: Tensor | None) -> None:
         rank_zero_warn(f"The LDS is of {m} subsets{but}: below {ENOUGH} it is mostly chance.", UserWarning)
 
 
-def _without(counts: Tensor | None, row: int) -> Tensor | None:
-    return None if counts is None else torch.cat((counts[:row], counts[row + 1 :]))
+def _left(values: Tensor, counts: Tensor | None) -> Tensor:
+    """What is ranked of the values (m, n): all, or what the class counts do not explain."""
+    return values if counts is None else residuals(values, counts)
+
+
+def _leave_one_out(predicted: Tensor, actual: Tensor, counts: Tensor | None) -> Tensor:
+    """The mean (m,) over test examples without each subset."""
+    m = len(predicted)
+    if counts is None:
+        ranked = [(each, ranks(each)) for each in (predicted, actual)]
+        pairs = ([ranks_without(*each, row) for each in ranked] for row in range(m))
+    else:
+        others = ([at for at in range(m) if at != row] for row in range(m))
+        pairs = ([ranks(residuals(each[kept], counts[kept])) for each in (predicted, actual)] for kept in others)
+    return torch.stack([correlation(standardised(first), standardised(second)).mean() for first, second in pairs])
 
 
 def _jackknife(left_out: Tensor) -> Tensor:
@@ -145,8 +149,8 @@ def _jackknife(left_out: Tensor) -> Tensor:
 
 def _reliability(outputs: Tensor, counts: Tensor | None) -> Tensor:
     """The mean correlation of two seeds' outputs (n_test, seeds, m), over all pairs of seeds and test examples."""
-    left = [residuals(ranks(each.T), counts) for each in outputs.unbind(1)]
-    return torch.stack([correlation(first, second).mean() for first, second in combinations(left, 2)]).mean()
+    ranked = [standardised(ranks(_left(each.T, counts))) for each in outputs.unbind(1)]
+    return torch.stack([correlation(first, second).mean() for first, second in combinations(ranked, 2)]).mean()
 
 
 def _ceiling(reliability: Tensor, seeds: int) -> Tensor:
@@ -170,8 +174,9 @@ def linear_datamodeling_score(
         outputs: (m, n_test) or (m, seeds, n_test) what the models say, **higher is better**: the log-probability of the
             label, or the negative loss. Several seeds for one subset are averaged.
         within: (n_train,) int, the training examples' labels. The number of examples of each class in a subset explains
-            much of a model's output, without any method's help. With ``within`` that part is regressed out of both
-            sides' ranks: what is left is the score within classes.
+            much of a model's output, without any method's help. With ``within`` what is linear in these numbers is
+            taken away from both sides before they are ranked: what is left is the score within classes. (Ranked first,
+            two sides that both follow the counts would keep the curvature of their ranks in common.)
 
     Raises:
         TypeError: a tensor is of another type.

@@ -32,8 +32,9 @@ def found_by_inspecting(values: Tensor, mislabelled: Tensor) -> Tensor:
     """
     in_order = values.sort(descending=True)
     is_found = precise(mislabelled)[in_order.indices]
+    group: Tensor
     _, group, sizes = torch.unique_consecutive(in_order.values, return_inverse=True, return_counts=True)
-    per_group = torch.zeros_like(sizes, dtype=is_found.dtype).index_add_(0, group, is_found) / sizes
+    per_group: Tensor = torch.zeros_like(sizes, dtype=is_found.dtype).index_add_(0, group, is_found) / sizes
     return per_group[group].cumsum(0) / is_found.sum()
 
 

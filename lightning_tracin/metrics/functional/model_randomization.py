@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_tracin.metrics.functional.checks import check_finite, warn_of_constant
-from lightning_tracin.metrics.functional.correlations import correlation, ranks, residuals, varies
+from lightning_tracin.metrics.functional.correlations import correlation, ranks, standardised
 
 
 def _model_randomization_update(scores: Tensor, randomized: Tensor) -> Tensor:
@@ -17,9 +17,9 @@ def _model_randomization_update(scores: Tensor, randomized: Tensor) -> Tensor:
             f"Argument `randomized` expected to be of shape {tuple(scores.shape)}, as `scores`, "
             f"but got {tuple(randomized.shape)}."
         )
-    first, second = residuals(ranks(scores.T)), residuals(ranks(randomized.T))
-    warn_of_constant("scores", ~varies(first), "training examples", "their correlation counts 0")
-    warn_of_constant("randomized", ~varies(second), "training examples", "their correlation counts 0")
+    first, second = standardised(ranks(scores.T)), standardised(ranks(randomized.T))
+    warn_of_constant("scores", first.eq(0).all(0), "training examples", "their correlation counts 0")
+    warn_of_constant("randomized", second.eq(0).all(0), "training examples", "their correlation counts 0")
     return correlation(first, second)
 
 

@@ -1,0 +1,106 @@
+"""Whether a result, a training set and a test set belong together: told before hours of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_tracin.bridge.training_set import TrainingSet
+from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.retraining.targets import target_classes
+from lightning_tracin.storage.checkpoint import require_weights
+from lightning_tracin.storage.trace import Trace
+
+
+def epochs_of(trace: Trace | None) -> int:
+    """As many epochs as a trace has, for fits like the one that left it.
+
+    Raises:
+        ValueError: if there is no trace, or no checkpoint in it.
+    """
+    checkpoints = [] if trace is None else trace.checkpoints
+    if not checkpoints:
+        raise ValueError(
+            "It is not known how long the fit trained: there is no trace with checkpoints. Pass a number of epochs, or "
+            "a function that makes a trainer, as trainer=...."
+        )
+    return checkpoints[-1].epoch + 1
+
+
+def require_trace(result: InfluenceResult) -> Trace:
+    """The trace that a result was computed from.
+
+    Raises:
+        ValueError: if it is not there, or has no weights.
+    """
+    if result.trace is None:
+        raise ValueError(
+            "The trace that the result was computed from is not there; it has the weights. Load the result with "
+            "InfluenceResult.load(path, trace=...)."
+        )
+    require_weights(result.trace.checkpoints)
+    return result.trace
+
+
+def check_training_set(trace: Trace | None, loader: DataLoader[Any]) -> None:
+    """Warn if training examples are others than those that a trace has scores of.
+
+    Args:
+        trace: of the scores; None where it is not there.
+        loader: of all training examples, as they are built.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    if trace is None:
+        return
+    try:
+        fingerprint = TrainingSet(loader).fingerprint()
+    except IndexError as error:
+        raise ValueError(
+            f"The scores are of {trace.n_train} training examples, but build gives no such number of them: {error}. "
+            "Pass a result for the training set that build has."
+        ) from error
+    if fingerprint != trace.data_fingerprint:
+        rank_zero_warn(
+            f"build gives other training examples than those of the trace in {trace.path}, or the same in another "
+            "form: where index i is another example here than there, retraining says nothing of the scores."
+        )
+
+
+def checked_rows(result: InfluenceResult, asked: Sequence[int] | None) -> Tensor:
+    """The rows of a result that count, (n,) int64; all by default.
+
+    Raises:
+        ValueError: if there is no such row, or a test example has no target that is one class.
+    """
+    n_test = len(result.test_indices)
+    rows = torch.arange(n_test) if asked is None else torch.as_tensor(asked, dtype=torch.long).reshape(-1)
+    bad = rows[(rows < 0) | (rows >= n_test)]
+    if len(bad) or not len(rows):
+        raise ValueError(
+            f"test_indices must be rows of the result, from 0 to {n_test - 1}, but got {int(bad[0])}."
+            if len(bad)
+            else "test_indices is empty: there is no test example to look at."
+        )
+    if result.target != "label" or bool((~result.test_texts.labels.isnan()).any()):
+        target_classes(result)  # before hours of training
+    return rows
+
+
+def require_same_test(result: InfluenceResult, n_test: int) -> None:
+    """Check that there are as many test examples as in a result.
+
+    Raises:
+        ValueError: if there are not.
+    """
+    if n_test != len(result.test_indices):
+        raise ValueError(
+            f"test has {n_test} examples, but the result has {len(result.test_indices)}: pass the test examples that "
+            "it was computed for; test_indices=... chooses some of them."
+        )

@@ -1,0 +1,131 @@
+"""Tail-patch: one more step on a training example, and what that does to a test example. No retraining."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_tracin.bridge.compat import lightning_of
+from lightning_tracin.bridge.loaders import loader_of_batches
+from lightning_tracin.bridge.mixin import losses_of
+from lightning_tracin.gradients.eval_mode import gradients_enabled
+from lightning_tracin.querying.passes import attribute_set
+from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.retraining.checks import check_training_set, checked_rows, require_same_test, require_trace
+from lightning_tracin.retraining.fits import QUIET, Build, apart, built
+from lightning_tracin.retraining.held_out import held_out
+from lightning_tracin.retraining.observed import Observed
+from lightning_tracin.retraining.outcomes import Outcome
+from lightning_tracin.retraining.targets import log_probabilities_of
+
+
+def tail_patch_gains(
+    result: InfluenceResult,
+    build: Build,
+    test: Any,
+    k: int = 20,
+    *,
+    train_indices: Tensor | None = None,
+    test_indices: Sequence[int] | None = None,
+    learning_rate: float | None = None,
+) -> Tensor:
+    """By how much one more step on each of a test example's proponents makes its target likelier (Chang et al. 2024).
+
+    The model has the last checkpoint's weights, and again for each example; the step is that of the module's own
+    optimizer, without a past. It is cheap, and says that an example *can* push the target, not that it did:
+    :func:`does_it_matter` tells that. A step that gains nothing for proponents, or no less for random examples
+    (``train_indices``), is a reason to doubt the scores. What to make of the gains is
+    :func:`~lightning_tracin.metrics.functional.tail_patch`.
+
+    Args:
+        result: of ``trainer.influence``, with its trace.
+        build: ``build(indices, seed)`` as for :func:`does_it_matter`.
+        test: the result's test examples, with their labels.
+        k: how many proponents.
+        train_indices: (n, k) other training examples than the proponents.
+        test_indices: which rows of the result; all by default.
+        learning_rate: of the step; by default the mean of the trace's checkpoints.
+
+    Returns:
+        (n, k) float32, the log probability of the target after the step minus before, strongest proponent first; where
+        the module says no class, the loss before minus after.
+
+    Raises:
+        TypeError: if ``build`` takes or returns something else, or the test examples come in something else.
+        ValueError: if there is no trace with weights, or the test set is not that of the result.
+    """
+    trace = require_trace(result)
+    rows = checked_rows(result, test_indices)
+    chosen = result.proponents(k).indices[rows] if train_indices is None else train_indices
+    if chosen.shape[0] != len(rows):
+        raise ValueError(f"train_indices must have a row for each of {len(rows)} test examples, but has {len(chosen)}.")
+    checkpoints = trace.checkpoints
+    rate = (
+        sum(each.learning_rate for each in checkpoints) / len(checkpoints) if learning_rate is None else learning_rate
+    )
+    with apart():
+        module, loader = built(build, list(range(result.n_train)), 0, result.n_train)
+        check_training_set(trace, loader)
+        held = held_out(test, lambda: loader)
+        require_same_test(result, len(held))
+        module.load_state_dict(checkpoints[-1].weights(), strict=False)
+        stepped_on = chosen.unique()
+        patch = _TailPatch(module, Observed(held), rate)
+        patch.run(loader_of_batches(loader, [[each] for each in stepped_on.tolist()]))
+    said = torch.stack([log_probabilities_of(result, rows, each) for each in patch.outcomes])
+    gains = said[1:] - said[0]
+    return gains[torch.searchsorted(stepped_on, chosen), torch.arange(len(rows))[:, None]]
+
+
+class _TailPatch:
+    """Takes one step on each batch, looks at the test examples, and takes the step back.
+
+    It stands in for the ``training_step`` of a fit, since Lightning makes optimizers, and what their schedules ask of
+    the trainer, in a fit alone.
+
+    Args:
+        module: has the weights that each step begins at.
+        observed: looks at the test examples.
+        learning_rate: of the steps.
+
+    Attributes:
+        outcomes: before all steps, and after each.
+    """
+
+    def __init__(self, module: pl.LightningModule, observed: Observed, learning_rate: float) -> None:
+        self._module = module
+        self._observed = observed
+        self._rate = learning_rate
+        self._trainer: pl.Trainer = lightning_of(module).Trainer(max_epochs=1, **QUIET)
+        self.outcomes: list[Outcome] = []
+
+    def run(self, loader: Any) -> None:
+        """Take a step on each of a loader's batches."""
+        self._module.automatic_optimization = False
+        with attribute_set(self._module, "training_step", self._step):
+            self._trainer.fit(self._module, loader)
+
+    def _step(self, batch: Any, batch_idx: int) -> None:
+        module = self._module
+        weights = {name: each.detach().clone() for name, each in module.named_parameters()}
+        made = module.optimizers(use_pl_optimizer=False)
+        optimizers: list[Optimizer] = made if isinstance(made, list) else [made]  # type: ignore[assignment,list-item]
+        with gradients_enabled(module):
+            if not self.outcomes:
+                self.outcomes.append(self._observed.outcome_now(self._trainer, module))
+            losses_of(module)(batch).sum().backward()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self._rate
+                optimizer.step()
+                optimizer.zero_grad()
+                optimizer.state.clear()  # the next step has no past either
+            self.outcomes.append(self._observed.outcome_now(self._trainer, module))
+        with torch.no_grad():
+            for name, each in module.named_parameters():
+                each.copy_(weights[name])

@@ -1,0 +1,94 @@
+"""What retrained modules say of the targets that a result explains: a probability, or where there is none, the loss."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_tracin.gradients.targets import number_of_class
+from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.retraining.outcomes import Outcome
+
+#: What is measured of a test example.
+Quantity: TypeAlias = Literal["probability", "loss"]
+
+_PAIR = ", not "  # between the two classes of a target's name
+
+
+def quantity_of(result: InfluenceResult, outcome: Outcome) -> Quantity:
+    """What can be measured of a result's targets.
+
+    Args:
+        result: knows the targets.
+        outcome: what one module says.
+
+    Raises:
+        ValueError: if the target is a class, but the module says none.
+    """
+    if outcome.log_probabilities is not None:
+        return "probability"
+    if result.target != "label":
+        raise ValueError(
+            f"target={result.target!r} is measured by the probability of a class, but these modules say no class of a "
+            'test example. Ask for a result with target="label", whose loss is measured.'
+        )
+    return "loss"
+
+
+def values_of(result: InfluenceResult, rows: Tensor, outcome: Outcome) -> Tensor:
+    """(n,) the probabilities of the targets of some rows of a result; or their losses.
+
+    Args:
+        result: knows the targets.
+        rows: (n,) of the result.
+        outcome: what a module says of all of its test examples.
+    """
+    if outcome.log_probabilities is None:
+        return outcome.losses[rows]
+    return log_probabilities_of(result, rows, outcome).exp()
+
+
+def log_probabilities_of(result: InfluenceResult, rows: Tensor, outcome: Outcome) -> Tensor:
+    """(n,) the log probabilities of the targets of some rows of a result; where no class is said, minus their losses.
+
+    A pair of classes counts by the probability of the first where it is one of the two.
+
+    Args:
+        result: knows the targets.
+        rows: (n,) of the result.
+        outcome: what a module says of all of its test examples.
+    """
+    if outcome.log_probabilities is None:
+        return -outcome.losses[rows]
+    said = outcome.log_probabilities[rows].gather(1, target_classes(result)[rows])
+    return said[:, 0] - said.logsumexp(1) if said.shape[1] > 1 else said[:, 0]
+
+
+def target_classes(result: InfluenceResult) -> Tensor:
+    """(n_test, 1) int64, the class that each row of a result explains; of a pair (n_test, 2).
+
+    Raises:
+        ValueError: if a test example has no label, or prediction, that is one class.
+    """
+    if result.target in ("label", "prediction"):
+        of_each = result.test_texts.labels if result.target == "label" else result.predictions[:, 0]
+        if bool(of_each.isnan().any()):
+            bad = int(of_each.isnan().nonzero()[0])
+            raise ValueError(f"Test example {int(result.test_indices[bad])} has no {result.target} that is one class.")
+        return of_each.long()[:, None]
+    named = result.target.split(_PAIR) if _PAIR in result.target else [result.target]
+    numbers = [number_of_class(each, result.label_names) for each in named]
+    return torch.tensor([numbers]).expand(len(result.test_indices), -1)
+
+
+def target_name(result: InfluenceResult, row: int) -> str:
+    """What to print for the target of a row."""
+    if result.target_names:
+        return result.target_names[row]
+    label = result.test_texts.label_of(row)
+    if label is None:
+        return "its label"
+    number = int(label) if label == int(label) else label
+    return result.label_names.get(int(number), f"{number:g}")

@@ -1,0 +1,248 @@
+"""does_it_matter: what retraining without some examples changes, held against fits by hand; and tail-patch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import planted
+import pytest
+import pytorch_lightning as pl
+import torch
+from planted import COPIES, EPOCHS, N_TEST, TEST, TRAIN, Learner, build
+from toy import quiet
+
+from lightning_tracin import Trace
+from lightning_tracin.retraining import does_it_matter, tail_patch_gains
+from lightning_tracin.retraining.removals import Removals
+from lightning_tracin.retraining.targets import target_classes
+
+SEEDS = 2
+
+
+class Counted:
+    """The task's build; counts how often a fit was made of it."""
+
+    def __init__(self):
+        self.n = 0
+
+    def __call__(self, indices, seed):
+        self.n += 1
+        return build(indices, seed)
+
+
+class Fewer(Counted):
+    """The same task with half of the training examples."""
+
+    def __call__(self, indices, seed):
+        few = torch.utils.data.Subset(TRAIN, range(28))
+        return Learner(), torch.utils.data.DataLoader(torch.utils.data.Subset(few, indices), batch_size=8)
+
+
+def by_hand(left_out, seed: int):
+    """(n_test, 2) what the fit says that knows nothing of some training examples."""
+    pl.seed_everything(seed, verbose=False)
+    module, loader = build([at for at in range(len(TRAIN)) if at not in left_out], seed)
+    quiet(pl.Trainer, max_epochs=EPOCHS).fit(module, loader)
+    with torch.no_grad():
+        return module.eval()(TEST.tensors[0]).softmax(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("retrainings")
+
+
+@pytest.fixture(scope="module")
+def effect(planted_result, folder):
+    return does_it_matter(planted_result, build, planted.test_loader(), k=COPIES, seeds=SEEDS, folder=folder)
+
+
+def test_changes_are_those_of_fits_by_hand(effect, planted_result):
+    row, seed = 1, 1
+    label = int(TEST.tensors[1][row])
+    before = by_hand((), seed)[row, label]
+    proponents = planted_result.proponents(COPIES).indices[row].tolist()
+    assert sorted(proponents) == [4, 5, 6, 7]  # what is planted
+    after = by_hand(proponents, seed)[row, label]
+    assert effect.quantity == "probability"
+    assert torch.allclose(effect.before[row, seed], before, atol=1e-6)
+    assert torch.allclose(effect.changes["proponents"][row, seed], after - before, atol=1e-6)
+
+
+def test_planted_causes_matter_and_random_ones_do_not(effect):
+    mean, _, high = effect.mean_change()
+    assert high < -0.25
+    for harmless in ("random", "same label"):
+        assert abs(effect.mean_change(harmless).mean) < 0.15
+        difference = effect.mean_change("proponents", harmless)
+        assert difference.high < -0.2
+        assert difference.mean == pytest.approx(mean - effect.mean_change(harmless).mean, abs=1e-5)
+    assert torch.equal(effect.changes["tf-idf"], effect.changes["proponents"])  # the copies, again
+    assert not effect.beats("tf-idf").any()
+
+
+def test_intervals_are_those_of_student(effect):
+    values = effect.changes["proponents"][0].tolist()
+    mean = sum(values) / 2
+    deviation = (sum((each - mean) ** 2 for each in values)) ** 0.5
+    change = effect.change(0)
+    assert change.mean == pytest.approx(mean, abs=1e-6)
+    assert change.high - change.mean == pytest.approx(12.706 * deviation / 2**0.5, rel=1e-4)  # one degree of freedom
+    paired = (effect.changes["proponents"] - effect.changes["random"])[0]
+    sure = float(paired.mean() + 12.706 * paired.std() / 2**0.5) < 0
+    assert bool(effect.beats()[0]) == sure
+
+
+def test_it_is_said_in_words(effect):
+    text = str(effect)
+    assert f"{N_TEST} test examples, {COPIES} training examples removed, {SEEDS} seeds" in text
+    assert "Proponents matter more than 4 random ones: difference -0." in text
+    assert effect.sentence(1).startswith(
+        "Test example 1: removing its 4 proponents lowers the probability of yes by 0."
+    )
+    assert "4 random ones" in effect.sentence(1)
+    assert repr(effect) == f"RemovalEffect(n_test={N_TEST}, k={COPIES}, seeds={SEEDS})"
+
+
+def test_tables_and_charts(effect):
+    pytest.importorskip("pandas")
+    pytest.importorskip("matplotlib").use("Agg")
+    table = effect.to_pandas()
+    assert len(table) == 4 * N_TEST * SEEDS
+    means = table[table.removed == "proponents"].groupby("test_index").change.mean()
+    assert means[2] == pytest.approx(effect.change(2).mean, abs=1e-6)
+    _, ax = effect.plot()
+    assert [each.get_text() for each in ax.get_yticklabels()][:2] == ["0: no", "1: yes"]
+    assert len(ax.get_legend().get_texts()) == 4
+
+
+def test_what_was_run_is_not_run_again(effect, planted_result, folder):
+    counted = Counted()
+    again = does_it_matter(
+        planted_result,
+        counted,
+        planted.test_loader(),
+        COPIES,
+        SEEDS,
+        folder=folder,
+        test_indices=[2],
+        against=["random"],
+    )
+    assert counted.n == 1  # to look at the training set
+    assert torch.equal(again.changes["random"], effect.changes["random"][[2]])
+    assert again.test_indices.tolist() == [2]
+
+
+def test_random_removals_are_shared_and_of_the_label(planted_result):
+    labels = TRAIN.tensors[1]
+    removals = Removals(planted_result, torch.tensor([0, 1, 2]), 5, 3, ("random", "same label"))
+    random, same = removals.chosen["random"], removals.chosen["same label"]
+    assert random.shape == same.shape == (3, 3, 5)
+    assert torch.equal(random[0], random[1])
+    assert torch.equal(same[0], same[2])
+    assert (labels[same] == TEST.tensors[1][:3, None, None]).all()
+    assert len(random[0].unique(dim=0)) == len(same[0].unique(dim=0)) == 3
+    assert all(len(each.unique()) == 5 for each in (*random.flatten(0, 1), *same.flatten(0, 1)))
+    kept = removals.without(random[0, 0], 1).kept
+    assert (~kept).nonzero().flatten().tolist() == sorted(random[0, 0].tolist())
+
+
+def test_what_was_never_drawn_is_left_out(planted_result):
+    result = replace(planted_result, undrawn=torch.arange(20, 56))
+    removals = Removals(result, torch.tensor([0]), 3, 4, ("random", "same label", "tf-idf"))
+    assert all(int(each.max()) < 20 for each in removals.chosen.values())
+    assert removals.drawn.sum() == 20
+
+
+def test_too_few_of_a_label_are_told(planted_result):
+    rows = torch.arange(N_TEST)
+    removals = Removals(planted_result, rows, 30, 2, ("same label",))
+    assert "same label" not in removals.chosen
+    assert removals.notes[0].startswith("4 test examples have no label, or fewer than 30 training examples share it")
+    without_trace = Removals(replace(planted_result, trace=None), rows, 3, 2, ("random", "tf-idf"))
+    assert set(without_trace.chosen) == {"proponents", "random"}
+    assert "no comparison with 'tf-idf'" in without_trace.notes[0]
+
+
+def test_other_targets_have_other_classes(planted_fit, planted_result, folder):
+    assert target_classes(planted_result).flatten().tolist() == TEST.tensors[1].tolist()
+    said = replace(planted_result, target="prediction")
+    assert target_classes(said).flatten().tolist() == planted_result.predictions[:, 0].long().tolist()
+    assert target_classes(replace(planted_result, target="yes")).flatten().tolist() == [1] * N_TEST
+    pair = planted_fit.influence(planted.test_loader(), target=("yes", "no"))
+    assert target_classes(pair).tolist() == [[1, 0]] * N_TEST
+    options = {"k": COPIES, "seeds": SEEDS, "test_indices": [1], "against": ["random"], "folder": folder}
+    of_pair = does_it_matter(pair, build, planted.test_loader(), **options)
+    said_by_hand = by_hand((), 0)[1]  # there is a third class
+    assert torch.allclose(of_pair.before[0, 0], said_by_hand[1] / said_by_hand[:2].sum(), atol=1e-6)
+    assert of_pair.targets == ["yes, not no"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": len(TRAIN)}, "k must be from 1 to 55, as 56 examples were trained on"),
+        ({"k": 0}, "k must be from 1"),
+        ({"seeds": 1}, "seeds must be at least 2"),
+        ({"against": ["nothing"]}, "against must be of 'random'"),
+        ({"test_indices": [9]}, "rows of the result, from 0 to 3, but got 9"),
+        ({"test_indices": []}, "test_indices is empty"),
+        ({"test": torch.utils.data.DataLoader(torch.utils.data.Subset(TEST, [0, 1]))}, "test has 2 examples"),
+    ],
+    ids=["all", "none", "one-seed", "against", "row", "no-row", "other-test"],
+)
+def test_wrong_questions_are_refused(planted_result, options, message):
+    test = options.pop("test", planted.test_loader())
+    with pytest.raises(ValueError, match=message):
+        does_it_matter(planted_result, build, test, **{"k": 2, **options})
+
+
+def test_another_training_set_is_told(planted_result, tmp_path):
+    def other(indices, seed):
+        return Learner(), torch.utils.data.DataLoader(torch.utils.data.Subset(shifted, indices), batch_size=8)
+
+    shifted = torch.utils.data.TensorDataset(TRAIN.tensors[0].roll(1, 0), TRAIN.tensors[1].roll(1, 0))
+    with pytest.warns(UserWarning, match="other training examples than those of the trace"):
+        does_it_matter(
+            planted_result, other, planted.test_loader(), 2, 2, test_indices=[0], against=[], folder=tmp_path
+        )
+    with pytest.raises(ValueError, match="The scores are of 56 training examples, but build gives no such number"):
+        does_it_matter(planted_result, Fewer(), planted.test_loader(), 2, 2, test_indices=[0], against=[])
+
+
+def test_without_a_trace_the_epochs_must_be_given(planted_result):
+    with pytest.raises(ValueError, match="not known how long the fit trained"):
+        does_it_matter(replace(planted_result, trace=None), build, planted.test_loader(), 2)
+
+
+def test_tail_patch_is_one_step_of_the_own_optimizer(planted_fit, planted_result):
+    trace: Trace = planted_result.trace
+    gains = tail_patch_gains(planted_result, build, planted.test_loader(), k=3)
+    row, rank = 2, 1
+    proponent = int(planted_result.proponents(3).indices[row, rank])
+    module = Learner()
+    module.load_state_dict(trace.checkpoints[-1].weights())
+    label = int(TEST.tensors[1][row])
+
+    def log_probability():
+        return module(TEST.tensors[0][row : row + 1]).log_softmax(1)[0, label]
+
+    before = log_probability().detach()
+    rate = sum(each.learning_rate for each in trace.checkpoints) / len(trace.checkpoints)
+    optimizer = torch.optim.Adam(module.parameters(), lr=rate)
+    module.influence_loss(tuple(each[proponent : proponent + 1] for each in TRAIN.tensors)).sum().backward()
+    optimizer.step()
+    assert gains.shape == (N_TEST, 3)
+    assert torch.allclose(gains[row, rank], log_probability().detach() - before, atol=1e-5)
+    assert (gains.mean(1) > 0).all()
+    others = torch.arange(16, 56).reshape(N_TEST, 10)
+    assert (
+        tail_patch_gains(planted_result, build, planted.test_loader(), train_indices=others).mean(1) < gains.mean(1)
+    ).all()
+
+
+def test_tail_patch_needs_the_weights(planted_result):
+    with pytest.raises(ValueError, match="The trace that the result was computed from is not there"):
+        tail_patch_gains(replace(planted_result, trace=None), build, planted.test_loader())
+    with pytest.raises(ValueError, match="a row for each of 4 test examples"):
+        tail_patch_gains(planted_result, build, planted.test_loader(), train_indices=torch.zeros(2, 2).long())
