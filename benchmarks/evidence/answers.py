@@ -45,7 +45,7 @@ def answers(network: Network, examples: Examples) -> Answers:
         for batch in batches(examples):
             inputs = network.features(batch)
             features.append(inputs)
-            probabilities.append(network.influence_last_layer()(inputs).softmax(1))
+            probabilities.append(network.get_submodule("head")(inputs).softmax(1))
     return Answers(torch.cat(features), torch.cat(probabilities), examples.labels)
 
 
@@ -54,17 +54,17 @@ def losses(network: Network, of: Iterable[dict[str, Tensor]]) -> Tensor:
     return torch.cat([network.influence_loss(batch) for batch in of])
 
 
-def word_gradients(network: Network, examples: Examples) -> Tensor:
-    """The gradient of each example's loss at the output of the word embedding layer, (n, T, H) float32."""
+def word_gradients(network: Network, layer: str, examples: Examples) -> Tensor:
+    """The gradient of each example's loss at the output of a word embedding layer, (n, T, H) float32."""
     found: list[Tensor] = []
 
     def remember(layer: Any, inputs: Any, output: Tensor) -> None:
-        output.register_hook(found.append)
+        output.register_hook(found.append)  # type: ignore[no-untyped-call]
 
-    handle = network.influence_embedding_layer().register_forward_hook(remember)
+    handle = network.get_submodule(layer).register_forward_hook(remember)
     rows = []
     for batch in batches(examples):
-        network.influence_loss(batch).sum().backward()
+        network.influence_loss(batch).sum().backward()  # type: ignore[no-untyped-call]
         gradients = found.pop()
         rows.append(functional.pad(gradients, (0, 0, 0, examples.ids.shape[1] - gradients.shape[1])))
     handle.remove()

@@ -43,9 +43,6 @@ class Tiny(nn.Module):
     def influence_loss(self, batch):
         return functional.cross_entropy(self(batch), batch["labels"], reduction="none")
 
-    def influence_embedding_layer(self):
-        return self.embedding
-
 
 def examples(n, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -200,7 +197,7 @@ def test_words_are_paired_with_their_like(network, test, train):
     expected = dense_gradients(network, test, "embedding.weight").flatten(1) @ (
         dense_gradients(network, train, "embedding.weight").flatten(1).T
     )
-    merged = [merged_words(each.ids, word_gradients(network, each)) for each in (test, train)]
+    merged = [merged_words(each.ids, word_gradients(network, "embedding", each)) for each in (test, train)]
     found = [
         paired_products(word_pairs(ids, merged[1][0], torch.eye(VOCABULARY)), gradients, merged[1][1])
         for ids, gradients in zip(*merged[0], strict=True)

@@ -58,10 +58,10 @@ def fitted_last_layer(inputs: Tensor, labels: Tensor, n_classes: int, l2: float)
     def penalised_loss() -> Tensor:
         optimizer.zero_grad()
         loss = functional.cross_entropy(inputs @ weight.T, labels) + l2 * weight.square().sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(penalised_loss)  # type: ignore[arg-type]
+    optimizer.step(penalised_loss)  # type: ignore[no-untyped-call]
     penalised_loss()
     assert weight.grad is not None
     if weight.grad.abs().max() > 1e-6:
@@ -141,7 +141,7 @@ def last_layer_influence(
         part: ((said[part] - functional.one_hot(of_part, n_classes))[:, :, None] * inputs[part][:, None]).flatten(1)
         for part, of_part in zip(("test", "train"), labels, strict=True)
     }
-    solved = torch.linalg.solve(hessian, gradients["train"].T)
+    solved: Tensor = torch.linalg.solve(hessian, gradients["train"].T)
     return (gradients["test"] @ solved).float()
 
 

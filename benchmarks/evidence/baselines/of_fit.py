@@ -81,14 +81,15 @@ def _agreement(fitted: Fitted, otherwise: float | None) -> Tensor:
     return agreement(fitted.task.test.labels, fitted.task.train.labels, 1.0 if otherwise is None else otherwise)
 
 
-def _counts(fitted: Fitted) -> tuple[Tensor, ...]:
+def _counts(fitted: Fitted) -> tuple[Tensor, Tensor]:
     """How often each token that is not special occurs in each test and training example."""
     special = fitted.task.vocabulary.all_special_ids
     ids_and_masks = []
     for examples in (fitted.task.test, fitted.task.train):
         is_special = (examples.ids[:, :, None] == examples.ids.new_tensor(special)).any(2)
         ids_and_masks.append((examples.ids, (examples.mask == 1) & ~is_special))
-    return word_counts(*ids_and_masks)
+    test, train = word_counts(*ids_and_masks)
+    return test, train
 
 
 def _answers(fitted: Fitted) -> tuple[Answers, Answers]:

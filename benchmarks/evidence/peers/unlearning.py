@@ -52,7 +52,7 @@ def untrac_inv(
         optimizer = torch.optim.Adam(learner.parameters(), lr=learning_rate, maximize=True)
         for _ in range(steps):
             optimizer.zero_grad()
-            test_losses(learner, number).sum().backward()
+            test_losses(learner, number).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         with torch.no_grad():
             scores.append(train_losses(learner) - before)

@@ -20,16 +20,15 @@ def with_synonyms(fitted: Fitted, least: float = 0.5) -> Tensor:
     """
     checkpoints = fitted.trace.checkpoints
     networks = [network_with(fitted.module, checkpoint.weights()) for checkpoint in checkpoints]
-    table = networks[-1].influence_embedding_layer().weight.detach()
-    assert isinstance(table, Tensor)
-    test, train = fitted.task.test, fitted.task.train
-    site = words_site(checkpoints[0].sites)
+    site = words_site(fitted.trace.sites)
     assert site is not None
+    table = networks[-1].get_parameter(f"{site.layer}.weight").detach()
+    test, train = fitted.task.test, fitted.task.train
     scores = torch.zeros(len(test), len(train))
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     for checkpoint, network in zip(checkpoints, networks, strict=True):
-        test_ids, test_gradients = merged_words(test.ids, word_gradients(network, test))
-        train_ids, train_gradients = merged_words(train.ids, word_gradients(network, train))
+        test_ids, test_gradients = merged_words(test.ids, word_gradients(network, site.layer, test))
+        train_ids, train_gradients = merged_words(train.ids, word_gradients(network, site.layer, train))
         pairs = pairs or [word_pairs(ids, train_ids, table, least) for ids in test_ids]
         products = [
             paired_products(of_text, gradients, train_gradients)
