@@ -48,6 +48,8 @@ def ours(task: Task) -> Mapping[str, Scorer]:
     if is_from_scratch:  # of all layers of a transformer, whole gradients take gigabytes
         found["layers, products"] = lambda fit: fit.scores(_sum(_linear(fit)))
         found["layers, cosines, residual"] = lambda fit: fit.scores(_sum(_linear(fit, **_LATE)))
+        found["K-FAC layers, full width"] = lambda fit: fit.scores(_sum(_linear(fit, **_KFAC)))
+        found["R1, full width"] = lambda fit: fit.scores(_sum((_words(), *_linear(fit, **_KFAC)), words))
     return found
 
 
