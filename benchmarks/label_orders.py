@@ -38,7 +38,7 @@ _DATA: dict[str, Callable[[], tuple[Labelled, list[str]]]] = {
 def by_class(values: Tensor, labels: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
     """(n,) what is made of the values of each class by themselves."""
     found = torch.empty_like(values)
-    for label in labels.unique():
+    for label in torch.unique(labels):
         found[labels == label] = how(values[labels == label])
     return found
 

@@ -3,8 +3,8 @@
 Flips many labels of BBC News, trains a small network, and asks for the influence of every article on a few whose labels
 are right (the idea of Ren et al. 2020, arXiv 2007.01293). A WeightedRandomSampler then draws articles by it, and the
 network is trained again from the same start. For comparison the trusted articles are added to the training set, which
-uses the same knowledge without any influence; and both are done. Several seeds, with other flips and another start
-each. ``make weights`` runs it.
+uses the same knowledge without any influence; and both are done. Several seeds, with other articles, flips and another
+start each. ``make weights`` runs it.
 
     python -m examples.reweighting                                            # offline
     python -m examples.reweighting --data ag_news                             # a name on the Hugging Face hub
@@ -41,12 +41,16 @@ _SETTINGS = (
 )
 
 
-def weights_of(helpful: Tensor) -> Tensor:
-    """(n,) how often each example is drawn: by its rank, the most harmful never and the most helpful most.
+def weights_of(helpful: Tensor, labels: Tensor) -> Tensor:
+    """(n,) how often each example is drawn: by its rank in its class, the most harmful never and the most helpful most.
 
-    Ranks do not depend on how influence is distributed, which differs between methods and models.
+    By ranks over all classes, those that the network says too seldom would be drawn more, and others all but left out.
     """
-    return helpful.argsort().argsort() / len(helpful)
+    weights = torch.empty(len(helpful))
+    for label in torch.unique(labels):
+        of_class = helpful[labels == label]
+        weights[labels == label] = of_class.argsort().argsort() / len(of_class)
+    return weights
 
 
 def run(given: Labelled, clean: Labelled, trusted: Labelled, fits: Fits, seed: int) -> tuple[list[float], float]:
@@ -58,7 +62,7 @@ def run(given: Labelled, clean: Labelled, trusted: Labelled, fits: Fits, seed: i
     method = TracInLayer("features", normalize="cosine")
     result = trainer.influence(batches(fits.tokenized(trusted), fits.tokenizer), method=method)
     helpful = result.aggregate("mean")
-    weights = weights_of(helpful)
+    weights = weights_of(helpful, torch.tensor([label for _, label in given]))
     of_both = torch.cat([weights, torch.full((len(trusted),), float(weights.max()))])
     trainers = (
         fits.fitted(given, seed, weights=weights),
@@ -91,7 +95,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--train-size", type=int, default=400)
     parser.add_argument("--trusted", type=int, default=100, help="articles whose labels are known to be right")
-    parser.add_argument("--test-size", type=int, default=1000)
+    parser.add_argument("--test-size", type=int, default=500)
     parser.add_argument("--max-length", type=int, default=32, help="tokens of each article")
     parser.add_argument("--flip", type=float, default=0.4, help="share of training labels flipped on purpose")
     parser.add_argument("--seeds", type=int, default=5)
@@ -106,13 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     be_quiet()
     started = time.monotonic()
     texts, names = hub_data(options.data) if options.data else bbc_news()
-    random.Random(options.seed).shuffle(texts)
-    n_known = options.train_size + options.trusted
-    clean, trusted, test = texts[: options.train_size], texts[options.train_size : n_known], texts[-options.test_size :]
-    fits = Fits(test, names, options)
     accuracies, aurocs = [], []
     for seed in range(options.seed, options.seed + options.seeds):
+        drawn = random.Random(seed).sample(texts, len(texts))
+        clean, trusted = drawn[: options.train_size], drawn[options.train_size :][: options.trusted]
         given, _ = flip_labels(clean, options.flip, len(names), seed)
+        fits = Fits(drawn[-options.test_size :], names, options)
         of_seed, auroc = run(given, clean, trusted, fits, seed)
         accuracies.append(of_seed)
         aurocs.append(auroc)

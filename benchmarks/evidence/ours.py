@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -16,8 +15,11 @@ from lightning_tracin import TracInLast, TracInLayer, TracInRidge, TracInSum, Tr
 
 Scorer: TypeAlias = Callable[[Fitted], Tensor]
 
-_LATE = {"normalize": "cosine", "weights": "residual"}  # cosines, checkpoints weighted by what is yet to be learned
-_KFAC = {**_LATE, "precondition": "kfac"}
+_LATE: dict[str, Any] = {
+    "normalize": "cosine",
+    "weights": "residual",
+}  # cosines, checkpoints weighted by what is yet to be learned
+_KFAC: dict[str, Any] = {**_LATE, "precondition": "kfac"}
 
 
 def ours(task: Task) -> Mapping[str, Scorer]:
@@ -26,8 +28,9 @@ def ours(task: Task) -> Mapping[str, Scorer]:
     Args:
         task: whose recorded layers are summed.
     """
-    words = 0.5 if issubclass(task.recipe.network, Convolutional) else 0.25  # what the word table counts in a sum
-    return {
+    is_from_scratch = issubclass(task.recipe.network, Convolutional)
+    words = 0.5 if is_from_scratch else 0.25  # what the word table counts in a sum
+    found: dict[str, Scorer] = {
         "TracIn-WE": partial(Fitted.scores, method=TracInWE()),
         "TracIn-Last": partial(Fitted.scores, method=TracInLast()),
         "WE cosine": partial(Fitted.scores, method=TracInWE(normalize="cosine")),
@@ -35,40 +38,50 @@ def ours(task: Task) -> Mapping[str, Scorer]:
         "WE Adam": partial(Fitted.scores, method=TracInWE(precondition="adam")),
         "WE, last checkpoint": partial(Fitted.scores, method=TracInWE(), checkpoints="last"),
         "WE cosine, residual": partial(Fitted.scores, method=_words()),
-        "Last cosine, residual": partial(Fitted.scores, method=TracInLast(**_LATE)),  # type: ignore[arg-type]
-        "layers, products": lambda fit: fit.scores(_sum((TracInWE(), *_linear(fit)), None, plain=True)),
-        "layers, cosines, residual": lambda fit: fit.scores(_sum((_words(), *_linear(fit, **_LATE)), None, plain=True)),
-        "K-FAC layers, residual": lambda fit: fit.scores(_sum(_linear(fit, **_KFAC), None)),
-        "R1: words and K-FAC layers": lambda fit: fit.scores(_sum((_words(), *_linear(fit, **_KFAC)), words)),
-        "R2: ridge, words and layers": lambda fit: fit.scores(
-            TracInRidge(_sum((_words(), *_linear(fit, **_LATE)), 0.5))
-        ),
+        "Last cosine, residual": partial(Fitted.scores, method=TracInLast(**_LATE)),
+        "K-FAC layers, residual": partial(_of_components, words=0.0),
+        "R1: words and K-FAC layers": partial(_of_components, words=words),
+        "R2: ridge, words and K-FAC layers": partial(_ridge_of_components, words=0.5),
         "ridge, words": partial(Fitted.scores, method=TracInRidge(_words())),
         "ridge without residuals, words": partial(Fitted.scores, method=TracInRidge(_words(), residual=0)),
     }
+    if is_from_scratch:  # of all layers of a transformer, whole gradients take gigabytes
+        found["layers, products"] = lambda fit: fit.scores(_sum(_linear(fit)))
+        found["layers, cosines, residual"] = lambda fit: fit.scores(_sum(_linear(fit, **_LATE)))
+        found["K-FAC layers, full width"] = lambda fit: fit.scores(_sum(_linear(fit, **_KFAC)))
+        found["R1, full width"] = lambda fit: fit.scores(_sum((_words(), *_linear(fit, **_KFAC)), words))
+    return found
+
+
+def _of_components(fit: Fitted, words: float) -> Tensor:
+    """K-FAC cosines of all layers, and as much of the word table's cosine; checkpoints by residuals."""
+    fit = fit.in_components()
+    layers = _linear(fit, **_KFAC)
+    return fit.scores(_sum((_words(), *layers), words) if words else _sum(layers))
+
+
+def _ridge_of_components(fit: Fitted, words: float) -> Tensor:
+    """The dual ridge on these kernels."""
+    fit = fit.in_components()
+    return fit.scores(TracInRidge(_sum((_words(), *_linear(fit, **_KFAC)), words)))
 
 
 def _words() -> TracInWE:
-    return TracInWE(**_LATE)  # type: ignore[arg-type]
+    return TracInWE(**_LATE)
 
 
-def _linear(fit: Fitted, **options: str) -> tuple[TracInLayer | TracInLast, ...]:
-    """The layers of the task's recipe, and the last one, as methods with some options."""
-    recorded = [site for site in fit.trace.checkpoints[0].sites if not site.has_words]
-    wanted = [each for each in recorded if any(fnmatch(each.layer, name) for name in fit.task.recipe.layers)]
-    layers = [TracInLayer(site.layer, **options) for site in wanted]  # type: ignore[arg-type]
-    return (*layers, TracInLast(**options))  # type: ignore[arg-type]
+def _linear(fit: Fitted, **options: Any) -> tuple[TracInLayer | TracInLast, ...]:
+    """The recorded layers and the last one, as methods with some options."""
+    layers = [site.layer for site in fit.trace.checkpoints[0].sites if not site.has_words and not site.is_last]
+    return (*(TracInLayer(each, **options) for each in layers), TracInLast(**options))
 
 
-def _sum(
-    parts: tuple[TracInWE | TracInLayer | TracInLast, ...], words: float | None, *, plain: bool = False
-) -> TracInSum:
-    """The sum of several parts.
+def _sum(parts: Sequence[TracInWE | TracInLayer | TracInLast], words: float | None = None) -> TracInSum:
+    """The sum of several parts, each divided by its standard deviation.
 
     Args:
         parts: the first of which is the word table, if ``words`` is given.
         words: what that counts, the others having the rest in equal shares; None: all alike.
-        plain: not divided by standard deviations.
     """
     mix = None if words is None else (words, *[(1 - words) / (len(parts) - 1)] * (len(parts) - 1))
-    return TracInSum(parts, mix=mix, scales=(1.0,) * len(parts) if plain else None)
+    return TracInSum(parts, mix=mix)

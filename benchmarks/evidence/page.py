@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
     options = parser.parse_args()
     text = options.page.read_text(encoding="utf-8")
-    for part, made in {"lds": lds, "deletion": deletion, "mislabel": mislabel}.items():
+    for part, made in {"lds": lds, "deletion": deletion, "mislabel": mislabel, "shortlist": shortlist}.items():
         tables = read(options.results, part)
         if tables:
             inside = "\n".join([*made(tables), *_commands(tables)])
@@ -119,6 +119,18 @@ def mislabel(tables: Tables) -> Iterator[str]:
         for method in methods
     ]
     yield from _table(head, rows)
+    yield ""
+
+
+def shortlist(tables: Tables) -> Iterator[str]:
+    """What shortlists hold of the strongest proponents."""
+    lengths = list(tables[0]["rows"][0]["recall"])
+    rows = (
+        [each["title"], row["method"], row["nearest_by"], *(f"{row['recall'][length]:.2f}" for length in lengths)]
+        for each in tables
+        for row in each["rows"]
+    )
+    yield from _table(["", "proponents by", "nearest by", *(f"of {length}" for length in lengths)], rows)
     yield ""
 
 

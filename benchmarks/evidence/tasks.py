@@ -14,13 +14,13 @@ from benchmarks.evidence.task import Recipe, Task
 from benchmarks.evidence.texts import Text
 
 _CNN = Recipe(Convolutional, epochs=4, batch_size=64, layers=("convolutions.0", "convolutions.1", "hidden"))
-# What attention and the perceptron of each layer give back. A CPU that has bfloat16 fits twice as fast with it.
+# All linear layers but the last. A CPU that has bfloat16 fits twice as fast with it.
 _MINILM = Recipe(
     MiniLM,
     epochs=3,
     batch_size=32,
     precision="bf16-mixed",
-    layers=("bert.encoder.layer.*output.dense",),
+    layers=("bert.encoder.layer.*",),
 )
 _POOLED_MINILM = replace(_MINILM, network=PooledMiniLM, layers=(*_MINILM.layers, "pooler.dense"))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_tracin.gradients.sites import Site, last_site, words_site
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.retraining.tf_idf import tf_idf_cosines
-from lightning_tracin.scoring.methods import Method, TracInLast, TracInLayer, TracInSum, TracInWE
+from lightning_tracin.scoring.methods import Method, TracInLast, TracInLayer, TracInSum, TracInWE, Weights
 
 Candidates: TypeAlias = Mapping[str, Method]
 
@@ -23,7 +23,7 @@ def candidate_methods(sites: Sequence[Site]) -> dict[str, Method]:
         sites: of the trace.
     """
     words, last = words_site(sites), last_site(sites)
-    weights = "learning-rate" if last is None else "residual"  # residuals are read at the last layer
+    weights: Weights = "learning-rate" if last is None else "residual"  # residuals are read at the last layer
     inner = [TracInLayer(site.layer, normalize="cosine", weights=weights) for site in sites if _is_inner(site)]
     found: dict[str, Method] = {}
     if words is not None:
@@ -38,7 +38,7 @@ def candidate_methods(sites: Sequence[Site]) -> dict[str, Method]:
         found["inner layers, cosine"] = TracInSum(tuple(inner))
     if inner and words is not None:
         share = 1 / len(inner)
-        parts = (TracInWE(normalize="cosine", weights=weights), *inner)
+        parts: tuple[TracInWE | TracInLayer, ...] = (TracInWE(normalize="cosine", weights=weights), *inner)
         found["words and inner layers, cosine"] = TracInSum(parts, mix=(1.0, *([share] * len(inner))))
     return found
 

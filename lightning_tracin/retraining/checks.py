@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.retraining.held_out import HeldOut
 from lightning_tracin.retraining.targets import target_classes
 from lightning_tracin.storage.checkpoint import require_weights
 from lightning_tracin.storage.trace import Trace
@@ -93,14 +94,27 @@ def checked_rows(result: InfluenceResult, asked: Sequence[int] | None) -> Tensor
     return rows
 
 
-def require_same_test(result: InfluenceResult, n_test: int) -> None:
-    """Check that there are as many test examples as in a result.
+def require_same_test(result: InfluenceResult, held_out: HeldOut, module: nn.Module) -> None:
+    """Check that test examples are those of a result, as far as their number and labels tell.
+
+    Args:
+        result: the result.
+        held_out: the test examples.
+        module: finds the labels in their batches.
 
     Raises:
-        ValueError: if there are not.
+        ValueError: if they are others.
     """
-    if n_test != len(result.test_indices):
+    advice = "Pass the test examples that the result was computed for; test_indices=... chooses some of them."
+    n_test = len(result.test_indices)
+    if len(held_out) != n_test:
+        raise ValueError(f"test has {len(held_out)} examples, but the result has {n_test}. {advice}")
+    found, known = held_out.labels(module), result.test_texts.labels
+    if found is None:
+        return
+    others = (known.isfinite() & (known != found)).nonzero().flatten()
+    if len(others):
         raise ValueError(
-            f"test has {n_test} examples, but the result has {len(result.test_indices)}: pass the test examples that "
-            "it was computed for; test_indices=... chooses some of them."
+            f"test is another one than the result's: test example {int(others[0])} has the label "
+            f"{found[others[0]].item()} here, and {known[others[0]].item():g} there. {advice}"
         )

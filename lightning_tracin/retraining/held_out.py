@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import hash_of, seeded
 from lightning_tracin.bridge.loaders import loader_of_batches
+from lightning_tracin.bridge.mixin import labels_of_module
 from lightning_tracin.bridge.query_examples import checked_test_loader
 from lightning_tracin.bridge.unmoved import random_state_kept, unmoved
 from lightning_tracin.gradients.batches import batch_size, described_batch
@@ -41,6 +42,12 @@ class HeldOut:
         """A hash of all of them."""
         in_order = torch.equal(self.places, torch.arange(len(self.places)))
         return hashlib.sha256(b"".join(map(hash_of, [*self.batches, *([] if in_order else [self.places])]))).hexdigest()
+
+    def labels(self, module: nn.Module) -> Tensor | None:
+        """(n_test,) the label of each, as the module finds it in a batch; None where it is not one number."""
+        found = [labels_of_module(module, batch) for batch in self.batches]
+        known = [each for each in found if each is not None and each.dim() == 1]
+        return torch.cat(known)[self.places].cpu() if len(known) == len(found) else None
 
 
 def held_out(test: Any, training_loader: Callable[[], DataLoader[Any]]) -> HeldOut:

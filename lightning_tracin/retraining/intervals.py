@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,4 +33,4 @@ def half_width(values: Tensor) -> Tensor:
     if n < 2:
         return torch.full(values.shape[:-1], torch.nan)
     quantile = _STUDENT[n - 2] if n - 2 < len(_STUDENT) else _NORMAL
-    return quantile * values.std(-1) / n**0.5
+    return values.std(-1) * (quantile / math.sqrt(n))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,7 +18,7 @@ from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, last_la
 from lightning_tracin.gradients.capture import without_inference_tensors
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.gradients.layers import layer_name
-from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, checked_losses, hugging_face_model
+from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, Losses, checked_losses, hugging_face_model
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.outputs import output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
@@ -50,7 +51,7 @@ class Observed:
         Raises:
             ValueError: if there is not one finite loss for each example.
         """
-        found: list[tuple[Tensor, Tensor | None]] = []
+        found: list[_Said] = []
 
         def step(batch: Any, batch_idx: int) -> None:
             with gradients_enabled(module):
@@ -68,47 +69,88 @@ class Observed:
         batches = (batch_to_device(trainer, module, batch) for batch in _Copies(self._batches))
         return self._joined([self._said(module, batch) for batch in batches])
 
-    def _joined(self, found: list[tuple[Tensor, Tensor | None]]) -> Outcome:
-        losses = torch.cat([each for each, _ in found])[self._places]
+    def _joined(self, found: list[_Said]) -> Outcome:
+        """What was said of all batches, in the order of results.
+
+        Raises:
+            ValueError: if a loss is not finite.
+        """
+        losses = torch.cat([each.losses for each in found])[self._places]
         bad = (~losses.isfinite()).nonzero().flatten()
         if len(bad):
             raise ValueError(f"The loss of test example {int(bad[0])} is {losses[bad[0]]:g}. {NOT_FINITE_ADVICE}")
-        said = [each for _, each in found if each is not None]
-        return Outcome(losses, torch.cat(said)[self._places] if len(said) == len(found) else None)
+        said = [each.classes for each in found if each.classes is not None]
+        if len(said) < len(found) or not _are_usual(found):
+            return Outcome(losses, None)
+        return Outcome(losses, torch.cat(said)[self._places])
 
-    def _said(self, module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def _said(self, module: pl.LightningModule, batch: Any) -> _Said:
         """The losses of a batch, and the log probabilities of classes."""
         losses_of_batch = losses_of(module)
         if not self._looked:  # all modules are of one form: it is enough to look once
-            if isinstance(losses_of_batch, MeanLoss):
-                losses_of_batch.check(batch)
-            with suppress(ValueError):
-                self._last_layer = layer_name(module, last_layer_of(module, lambda: losses_of_batch(batch)))
-            labels = [labels_of_module(module, each) for each in self._batches]
-            self._is_binary = all(each is not None and bool((each <= 1).all()) for each in labels)
-            self._looked = True
+            self._look(module, losses_of_batch, batch)
         probe = PredictionProbe(module, self._last_layer)
         with torch.no_grad():
             losses = checked_losses(probe.watching(losses_of_batch)(batch))
             logits = probe.logits(len(losses), (1, 2))
             if isinstance(losses_of_batch, MeanLoss):  # the mean of the batch, where each example's is wanted
                 losses = torch.cat([losses_of_batch(row) for row in losses_of_batch.rows(batch)])
-        classes = None if logits is None else self._classes(module, probe, logits, batch)
-        return losses.float().cpu(), None if classes is None else classes.cpu()
+        classes, labels = (None, None) if logits is None else self._classes(module, probe, logits.float(), batch)
+        return _Said(losses.float().cpu(), classes, labels)
 
-    def _classes(self, module: pl.LightningModule, probe: PredictionProbe, logits: Tensor, batch: Any) -> Tensor | None:
-        """(B, C) log probabilities; None if an example's output is not one of several classes."""
+    def _look(self, module: pl.LightningModule, losses: Losses, batch: Any) -> None:
+        """Find the layer that says the classes, and whether labels may be those of two."""
+        if isinstance(losses, MeanLoss):
+            losses.check(batch)
+        with suppress(ValueError):
+            self._last_layer = layer_name(module, last_layer_of(module, lambda: losses(batch)))
+        labels = [labels_of_module(module, each) for each in self._batches]
+        self._is_binary = all(each is not None and bool((each <= 1).all()) for each in labels)
+        self._looked = True
+
+    def _classes(
+        self, module: pl.LightningModule, probe: PredictionProbe, logits: Tensor, batch: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(B, C) log probabilities, None if an example's output is not one of several classes; labels of one of two."""
         labels = labels_of_module(module, batch)
         if labels is None or labels.is_floating_point():
-            return None
+            return None, None
         model = hugging_face_model(module) if probe.from_hugging_face else None
-        own_loss = getattr(type(module), "influence_loss", None) is not TracInMixin.influence_loss
-        output = output_of(logits.float(), labels, model, own_loss=own_loss, may_be_binary=self._is_binary)
+        own = getattr(type(module), "influence_loss", None)
+        own_loss = own is not None and own is not TracInMixin.influence_loss
+        output = output_of(logits, labels, model, own_loss=own_loss, may_be_binary=self._is_binary)
         if output.kind == "class":
-            return output.logits.log_softmax(1)
-        if output.kind == "binary":
-            return functional.logsigmoid(torch.cat([-output.logits, output.logits], 1))
-        return None
+            return output.logits.log_softmax(1).cpu(), None
+        if output.kind != "binary":
+            return None, None
+        return functional.logsigmoid(torch.cat([-output.logits, output.logits], 1)).cpu(), labels.flatten().cpu()
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a module says of a batch.
+
+    Attributes:
+        losses: (B,).
+        classes: (B, C) log probabilities; None if there are none.
+        labels: (B,) where a single number says which of two classes; else None.
+    """
+
+    losses: Tensor
+    classes: Tensor | None
+    labels: Tensor | None
+
+
+def _are_usual(found: Sequence[_Said]) -> bool:
+    """Whether the losses of two classes are minus log probabilities, or a multiple for each: a squared error is not."""
+    ratios: dict[int, list[float]] = {0: [], 1: []}
+    for each in found:
+        if each.labels is None or each.classes is None:
+            continue
+        for loss, said, label in zip(each.losses.tolist(), each.classes.tolist(), each.labels.tolist(), strict=True):
+            if label in ratios:  # -1 is none
+                ratios[label].append(loss / max(-said[label], 1e-12))
+    return all(max(of_label) <= 1.02 * min(of_label) for of_label in ratios.values() if of_label)
 
 
 class _Copies:

@@ -69,7 +69,7 @@ def does_it_matter(
         place = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="retrainings-"))
         fit = epochs_of(result.trace) if trainer is None else trainer
         runs = Retrainings(place, build, test, n_train=result.n_train, trainer=fit)
-        require_same_test(result, runs.n_test)
+        require_same_test(result, runs.held_out, runs.built_on_few[0])
         check_training_set(result.trace, runs.built_on_all[1])
         removals = Removals(result, rows, k, seeds, against)
         base = [Retraining(removals.drawn, seed) for seed in range(seeds)]

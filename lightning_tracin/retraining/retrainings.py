@@ -71,10 +71,10 @@ class Retrainings:
         self.n_train = n_train
         self._build = build
         self._fit = trainer
-        held = held_out(test, lambda: self.built_on_few[1])
-        self.n_test = len(held)
-        self._observed = Observed(held)
-        self._task: dict[str, Any] = {"n_train": n_train, "n_test": self.n_test, "test": held.fingerprint}
+        self.held_out = held_out(test, lambda: self.built_on_few[1])
+        self.n_test = len(self.held_out)
+        self._observed = Observed(self.held_out)
+        self._task: dict[str, Any] = {"n_train": n_train, "n_test": self.n_test, "test": self.held_out.fingerprint}
 
     @cached_property
     def built_on_few(self) -> tuple[pl.LightningModule, DataLoader[Any]]:

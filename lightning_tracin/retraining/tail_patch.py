@@ -72,7 +72,7 @@ def tail_patch_gains(
         module, loader = built(build, list(range(result.n_train)), 0, result.n_train)
         check_training_set(trace, loader)
         held = held_out(test, lambda: loader)
-        require_same_test(result, len(held))
+        require_same_test(result, held, module)
         module.load_state_dict(checkpoints[-1].weights(), strict=False)
         stepped_on = chosen.unique()
         patch = _TailPatch(module, Observed(held), rate)

@@ -96,7 +96,7 @@ class Landmarks:
             ValueError: if it is not positive definite, as where two landmarks are the same.
         """
         inner = shift * columns[places].double()
-        for rows in columns.split(4096):  # type: ignore[no-untyped-call]
+        for rows in torch.split(columns, 4096):
             inner += rows.double().T @ rows.double()
         # What float32 rounds may make it indefinite where landmarks are alike.
         inner.diagonal().add_(1e-6 * float(inner.diagonal().mean()))
@@ -114,7 +114,8 @@ class Landmarks:
     def on_themselves(self) -> Tensor:
         """As :class:`Solver`: a times the diagonal of C (a W + C' C)⁻¹ C'."""
         halves = torch.linalg.solve_triangular(self.factor, self.columns.T.double(), upper=False)
-        return self.shift * (halves**2).sum(0).float()
+        diagonal: Tensor = (halves**2).sum(0).float()
+        return self.shift * diagonal
 
     def kept(self, scratch: Scratch) -> Landmarks:
         """As :class:`Solver`."""

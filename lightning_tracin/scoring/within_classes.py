@@ -27,7 +27,7 @@ def within_classes(values: Tensor, labels: Tensor) -> Tensor:
     """
     found = torch.full_like(values, torch.nan)
     counts = ~values.isnan() & ~labels.isnan()
-    for label in labels[counts].unique():
+    for label in torch.unique(labels[counts]):
         own = counts & (labels == label)
         deviations = values[own] - values[own].mean()
         spread = deviations.square().mean().sqrt()

@@ -27,15 +27,17 @@ VOCABULARY = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"w{each}" for e
 
 
 class Bag(Network):
-    """The mean of word embeddings and a linear layer."""
+    """The mean of word embeddings, a hidden and a last layer."""
 
     def __init__(self, vocabulary, label_names):
         super().__init__(vocabulary, label_names)
         self.embedding = nn.Embedding(30, 8, padding_idx=0)
+        self.hidden = nn.Linear(8, 8)
         self.head = nn.Linear(8, len(label_names))
 
     def forward(self, batch):
-        return self.head(self.embedding(batch["input_ids"]).sum(1) / batch["attention_mask"].sum(1, keepdim=True))
+        means = self.embedding(batch["input_ids"]).sum(1) / batch["attention_mask"].sum(1, keepdim=True)
+        return self.head(self.hidden(means).tanh())
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.05)
@@ -52,7 +54,7 @@ def examples(n, seed):
 
 @pytest.fixture(scope="module")
 def task():
-    recipe = Recipe(Bag, epochs=2, batch_size=8)
+    recipe = Recipe(Bag, epochs=2, batch_size=8, layers=("hidden",))
     return Task("bags", "Bags", examples(40, 0), examples(10, 1), ("low", "high"), VOCABULARY, recipe)
 
 

@@ -11,7 +11,7 @@ import transformers
 from lightning_utilities.core import rank_zero
 from nbclient import NotebookClient
 
-from examples import label_review, sentiment, spam, topics
+from examples import label_review, reweighting, sentiment, spam, topics
 
 FOLDER = Path(__file__).parents[2] / "examples"
 
@@ -63,6 +63,15 @@ def test_reviewing_label_issues_finds_flipped_labels_and_helps(tmp_path):
     assert before < reviewed
     assert before < clean
     assert (tmp_path / "reviewed.csv").exists()
+
+
+@pytest.mark.slow
+def test_flipped_labels_have_less_influence_on_trusted_examples(tmp_path):
+    figures = reweighting.main(["--seeds", "2", "--output", str(tmp_path)])
+    assert min(figures["aurocs"]) > 0.6  # by chance: 0.5
+    before, _, trusted, _, clean = map(sum, zip(*figures["accuracies"], strict=True))
+    assert before < trusted
+    assert before < clean
 
 
 def executed(name, monkeypatch):

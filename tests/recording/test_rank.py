@@ -238,9 +238,7 @@ def test_a_resumed_fit_goes_on_with_its_rank(tmp_path):
         return trainer
 
     fit(1, RANK).save_checkpoint(tmp_path / "last.ckpt")
-    with pytest.raises(
-        ValueError, match=r"\(rank=\(6, 4\)\), but .* \(rank=\(5, 4\)\).* Resume with the same arguments"
-    ):
+    with pytest.raises(ValueError, match=r"\(rank=\(6, 4\)\), but .* .*rank=\(5, 4\).* Resume with the same"):
         fit(2, (5, 4), ckpt_path=tmp_path / "last.ckpt")
     trainer = fit(2, RANK, ckpt_path=tmp_path / "last.ckpt")
     assert len(Trace(tmp_path / "trace").checkpoints) == 2

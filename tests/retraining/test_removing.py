@@ -9,9 +9,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from planted import COPIES, EPOCHS, N_TEST, TEST, TRAIN, Learner, build
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from toy import quiet
 
-from lightning_tracin import Trace
+from lightning_tracin import Trace, TracInCallback
 from lightning_tracin.retraining import does_it_matter, tail_patch_gains
 from lightning_tracin.retraining.removals import Removals
 from lightning_tracin.retraining.targets import target_classes
@@ -34,8 +35,8 @@ class Fewer(Counted):
     """The same task with half of the training examples."""
 
     def __call__(self, indices, seed):
-        few = torch.utils.data.Subset(TRAIN, range(28))
-        return Learner(), torch.utils.data.DataLoader(torch.utils.data.Subset(few, indices), batch_size=8)
+        few = Subset(TRAIN, range(28))
+        return Learner(), DataLoader(Subset(few, indices), batch_size=8)
 
 
 def by_hand(left_out, seed: int):
@@ -178,6 +179,42 @@ def test_other_targets_have_other_classes(planted_fit, planted_result, folder):
     assert of_pair.targets == ["yes, not no"]
 
 
+class Value(Learner):
+    """Says a value, not a class."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(8, 1)
+
+    def influence_loss(self, batch):
+        return (self(batch[0])[:, 0] - batch[1].float()) ** 2
+
+
+def build_value(indices, seed):
+    return Value(), build(indices, seed)[1]
+
+
+def test_where_no_class_is_said_the_loss_is_measured(tmp_path):
+    pl.seed_everything(0, verbose=False)
+    module, loader = build_value(range(len(TRAIN)), 0)
+    callback = TracInCallback(tmp_path / "trace", dtype="float32", methods=("tracin-we",))
+    trainer = quiet(max_epochs=2, callbacks=[callback])
+    trainer.fit(module, loader)
+    result = trainer.influence(planted.test_loader())
+    effect = does_it_matter(
+        result, build_value, planted.test_loader(), COPIES, 2, test_indices=[1], against=["random"], folder=tmp_path
+    )
+    with torch.no_grad():
+        losses = module.eval().influence_loss(TEST.tensors)
+    assert effect.quantity == "loss"
+    assert torch.allclose(effect.before[0, 0], losses[1], atol=1e-5)  # the fit again
+    assert ("raises" if effect.change(0).mean > 0 else "lowers") in effect.sentence(0)
+    assert "Mean change of the target's loss" in effect.summary()
+    other = trainer.influence(planted.test_loader(), target="prediction")
+    with pytest.raises(ValueError, match="these modules say no class"):
+        does_it_matter(other, build_value, planted.test_loader(), 2, 2, folder=tmp_path, against=[])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -187,9 +224,13 @@ def test_other_targets_have_other_classes(planted_fit, planted_result, folder):
         ({"against": ["nothing"]}, "against must be of 'random'"),
         ({"test_indices": [9]}, "rows of the result, from 0 to 3, but got 9"),
         ({"test_indices": []}, "test_indices is empty"),
-        ({"test": torch.utils.data.DataLoader(torch.utils.data.Subset(TEST, [0, 1]))}, "test has 2 examples"),
+        ({"test": DataLoader(Subset(TEST, [0, 1]))}, "test has 2 examples"),
+        (
+            {"test": DataLoader(TensorDataset(TEST.tensors[0], TEST.tensors[1].roll(1)))},
+            "test example 0 has the label 1 here, and 0 there",
+        ),
     ],
-    ids=["all", "none", "one-seed", "against", "row", "no-row", "other-test"],
+    ids=["all", "none", "one-seed", "against", "row", "no-row", "fewer-tests", "other-tests"],
 )
 def test_wrong_questions_are_refused(planted_result, options, message):
     test = options.pop("test", planted.test_loader())
@@ -199,9 +240,9 @@ def test_wrong_questions_are_refused(planted_result, options, message):
 
 def test_another_training_set_is_told(planted_result, tmp_path):
     def other(indices, seed):
-        return Learner(), torch.utils.data.DataLoader(torch.utils.data.Subset(shifted, indices), batch_size=8)
+        return Learner(), DataLoader(Subset(shifted, indices), batch_size=8)
 
-    shifted = torch.utils.data.TensorDataset(TRAIN.tensors[0].roll(1, 0), TRAIN.tensors[1].roll(1, 0))
+    shifted = TensorDataset(TRAIN.tensors[0].roll(1, 0), TRAIN.tensors[1].roll(1, 0))
     with pytest.warns(UserWarning, match="other training examples than those of the trace"):
         does_it_matter(
             planted_result, other, planted.test_loader(), 2, 2, test_indices=[0], against=[], folder=tmp_path

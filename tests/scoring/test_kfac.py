@@ -158,7 +158,7 @@ def test_every_cache(tmp_path, cache):
 def test_a_part_of_a_sum_beside_words(tmp_path):
     trainer = fitted(tmp_path / "trace", Toy())
     last = TracInLast(normalize="cosine", precondition="kfac")
-    method = TracInSum((TracInWE(normalize="cosine"), last), mix=(1, 0.5))
+    method = TracInSum((TracInWE(normalize="cosine"), last), mix=(1, 0.5), scales=(1, 1))
     result = trainer.influence(loader(test_texts()), method=method)
     parts = [trainer.influence(loader(test_texts()), method=part).scores for part in method.parts]
     torch.testing.assert_close(result.scores, parts[0] + 0.5 * parts[1])
