@@ -40,13 +40,13 @@ def network_with(module: Network, weights: dict[str, Tensor]) -> Network:
 
 def answers(network: Network, examples: Examples) -> Answers:
     """One pass over examples."""
-    features, probabilities = [], []
+    features: list[Tensor] = []
+    head = network.get_submodule("head")
+    handle = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     with torch.no_grad():
-        for batch in batches(examples):
-            inputs = network.features(batch)
-            features.append(inputs)
-            probabilities.append(network.get_submodule("head")(inputs).softmax(1))
-    return Answers(torch.cat(features), torch.cat(probabilities), examples.labels)
+        logits = torch.cat([network(batch) for batch in batches(examples)])
+    handle.remove()
+    return Answers(torch.cat(features), logits.softmax(1), examples.labels)
 
 
 def losses(network: Network, of: Iterable[dict[str, Tensor]]) -> Tensor:

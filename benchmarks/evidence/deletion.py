@@ -98,16 +98,22 @@ def deletion_table(
     after = {SAME_LABEL: [deletion.without_same_label(k, seeds) for k in ks]}
     for name, each in scores.items():
         after[name] = [deletion.without_proponents(each, k, seeds) for k in ks]
-    rows = [{"method": name, **_changes(before, each, ks)} for name, each in after.items()]
-    for row in rows:
-        row["lower_than"] = {
-            other["method"]: [
-                sum(mine < its for mine, its in zip(*pair, strict=True))
-                for pair in zip(row["per_test"], other["per_test"], strict=True)
-            ]
-            for other in rows
-            if other is not row
+    changes = {name: torch.stack([here.exp() - before.exp() for here in each], 2) for name, each in after.items()}
+    logs = {name: torch.stack([here - before for here in each], 2) for name, each in after.items()}
+    rows = [
+        {
+            "method": name,
+            **_summary("p", each, ks),
+            **_summary("log_p", logs[name], ks),
+            "per_test": [_numbers(column) for column in each.mean(1).T],
+            "against": {
+                other: _summary("p", each - its, ks) | {"lower": _numbers((each.mean(1) < its.mean(1)).sum(0))}
+                for other, its in changes.items()
+                if other != name
+            },
         }
+        for name, each in changes.items()
+    ]
     return {
         "task": deletion.task.name,
         "title": deletion.task.title,
@@ -119,20 +125,11 @@ def deletion_table(
     }
 
 
-def _changes(before: Tensor, after: Sequence[Tensor], ks: Sequence[int]) -> dict[str, Any]:
-    """Means over test examples and seeds, and intervals over test examples, at each k."""
-    probabilities = torch.stack([each.exp() - before.exp() for each in after], dim=2)
-    logs = torch.stack([each - before for each in after], dim=2)
-    p, log_p = deletion_curve(probabilities, ks), deletion_curve(logs, ks)
-    return {
-        "p": _numbers(p.curve),
-        "p_low": _numbers(p.curve_interval.low),
-        "p_high": _numbers(p.curve_interval.high),
-        "log_p": _numbers(log_p.curve),
-        "log_p_low": _numbers(log_p.curve_interval.low),
-        "log_p_high": _numbers(log_p.curve_interval.high),
-        "per_test": [_numbers(column) for column in probabilities.mean(1).T],
-    }
+def _summary(name: str, changes: Tensor, ks: Sequence[int]) -> dict[str, list[float]]:
+    """Means over test examples and seeds of changes (n_tests, seeds, n_k), and intervals over test examples."""
+    result = deletion_curve(changes, ks)
+    low, high = result.curve_interval
+    return {name: _numbers(result.curve), f"{name}_low": _numbers(low), f"{name}_high": _numbers(high)}
 
 
 def _numbers(values: Tensor) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from benchmarks.evidence.networks import Network
 from benchmarks.evidence.task import Task
 from lightning_tracin import Trace, TracInCallback, Trainer
 from lightning_tracin.scoring.methods import Method
+
+COMPONENTS = (128, 32)  # of inputs and of output gradients, for K-FAC
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,14 @@ class Fitted:
         )
         assert result.scores is not None
         return result.scores
+
+    def in_components(self) -> Fitted:
+        """The same checkpoints with gradients stored in K-FAC's leading components, which take much less time."""
+        path = self.trace.path.with_name(f"{self.trace.path.name}-components")
+        if not (path / "trace.json").exists():
+            methods = ("tracin-we", "tracin-last", *self.task.recipe.layers)
+            Trace.from_checkpoints(path, self.trace, self.module, self.train_loader(), methods=methods, rank=COMPONENTS)
+        return replace(self, trace=Trace(path))
 
     def self_influence(self, method: str | Method) -> Tensor:
         """Every training example's influence on itself, (n_train,)."""

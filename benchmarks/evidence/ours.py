@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from benchmarks.evidence.fitting import Fitted
+from benchmarks.evidence.networks import Convolutional
 from benchmarks.evidence.task import Task
-from lightning_tracin import TracInLast, TracInLayer, TracInSum, TracInWE
-from lightning_tracin.gradients.sites import Site
+from lightning_tracin import TracInLast, TracInLayer, TracInRidge, TracInSum, TracInWE
 
 Scorer: TypeAlias = Callable[[Fitted], Tensor]
+
+_LATE: dict[str, Any] = {
+    "normalize": "cosine",
+    "weights": "residual",
+}  # cosines, checkpoints weighted by what is yet to be learned
+_KFAC: dict[str, Any] = {**_LATE, "precondition": "kfac"}
 
 
 def ours(task: Task) -> Mapping[str, Scorer]:
@@ -22,6 +28,8 @@ def ours(task: Task) -> Mapping[str, Scorer]:
     Args:
         task: whose recorded layers are summed.
     """
+    is_from_scratch = issubclass(task.recipe.network, Convolutional)
+    words = 0.5 if is_from_scratch else 0.25  # what the word table counts in a sum
     found: dict[str, Scorer] = {
         "TracIn-WE": partial(Fitted.scores, method=TracInWE()),
         "TracIn-Last": partial(Fitted.scores, method=TracInLast()),
@@ -29,20 +37,51 @@ def ours(task: Task) -> Mapping[str, Scorer]:
         "Last cosine": partial(Fitted.scores, method=TracInLast(normalize="cosine")),
         "WE Adam": partial(Fitted.scores, method=TracInWE(precondition="adam")),
         "WE, last checkpoint": partial(Fitted.scores, method=TracInWE(), checkpoints="last"),
-        "all layers": partial(_of_layers, normalize=None),
-        "all layers, cosine": partial(_of_layers, normalize="cosine"),
+        "WE cosine, residual": partial(Fitted.scores, method=_words()),
+        "Last cosine, residual": partial(Fitted.scores, method=TracInLast(**_LATE)),
+        "K-FAC layers, residual": partial(_of_components, words=0.0),
+        "R1: words and K-FAC layers": partial(_of_components, words=words),
+        "R2: ridge, words and K-FAC layers": partial(_ridge_of_components, words=0.5),
+        "ridge, words": partial(Fitted.scores, method=TracInRidge(_words())),
+        "ridge without residuals, words": partial(Fitted.scores, method=TracInRidge(_words(), residual=0)),
     }
+    if is_from_scratch:  # of all layers of a transformer, whole gradients take gigabytes
+        found["layers, products"] = lambda fit: fit.scores(_sum(_linear(fit)))
+        found["layers, cosines, residual"] = lambda fit: fit.scores(_sum(_linear(fit, **_LATE)))
+        found["K-FAC layers, full width"] = lambda fit: fit.scores(_sum(_linear(fit, **_KFAC)))
+        found["R1, full width"] = lambda fit: fit.scores(_sum((_words(), *_linear(fit, **_KFAC)), words))
     return found
 
 
-def _of_layers(fitted: Fitted, normalize: str | None) -> Tensor:
-    """The sum over words, last layer and all recorded layers."""
-    return fitted.scores(TracInSum(tuple(_part(site, normalize) for site in fitted.trace.sites)))
+def _of_components(fit: Fitted, words: float) -> Tensor:
+    """K-FAC cosines of all layers, and as much of the word table's cosine; checkpoints by residuals."""
+    fit = fit.in_components()
+    layers = _linear(fit, **_KFAC)
+    return fit.scores(_sum((_words(), *layers), words) if words else _sum(layers))
 
 
-def _part(site: Site, normalize: str | None) -> TracInWE | TracInLast | TracInLayer:
-    if site.has_words:
-        return TracInWE(normalize=normalize)  # type: ignore[arg-type]
-    if site.is_last:
-        return TracInLast(normalize=normalize)  # type: ignore[arg-type]
-    return TracInLayer(site.layer, normalize=normalize)  # type: ignore[arg-type]
+def _ridge_of_components(fit: Fitted, words: float) -> Tensor:
+    """The dual ridge on these kernels."""
+    fit = fit.in_components()
+    return fit.scores(TracInRidge(_sum((_words(), *_linear(fit, **_KFAC)), words)))
+
+
+def _words() -> TracInWE:
+    return TracInWE(**_LATE)
+
+
+def _linear(fit: Fitted, **options: Any) -> tuple[TracInLayer | TracInLast, ...]:
+    """The recorded layers and the last one, as methods with some options."""
+    layers = [site.layer for site in fit.trace.checkpoints[0].sites if not site.has_words and not site.is_last]
+    return (*(TracInLayer(each, **options) for each in layers), TracInLast(**options))
+
+
+def _sum(parts: Sequence[TracInWE | TracInLayer | TracInLast], words: float | None = None) -> TracInSum:
+    """The sum of several parts, each divided by its standard deviation.
+
+    Args:
+        parts: the first of which is the word table, if ``words`` is given.
+        words: what that counts, the others having the rest in equal shares; None: all alike.
+    """
+    mix = None if words is None else (words, *[(1 - words) / (len(parts) - 1)] * (len(parts) - 1))
+    return TracInSum(parts, mix=mix)

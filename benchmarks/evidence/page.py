@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
     options = parser.parse_args()
     text = options.page.read_text(encoding="utf-8")
-    for part, made in {"lds": lds, "deletion": deletion, "mislabel": mislabel}.items():
+    for part, made in {"lds": lds, "deletion": deletion, "mislabel": mislabel, "shortlist": shortlist}.items():
         tables = read(options.results, part)
         if tables:
             inside = "\n".join([*made(tables), *_commands(tables)])
@@ -76,24 +76,30 @@ def _lds_cell(row: dict[str, Any] | None, best: float) -> str:
 
 
 def deletion(tables: Tables) -> Iterator[str]:
-    """A table for each task."""
+    """A table for each task, a row for each method and number of removed examples."""
     for each in tables:
         n, seeds = len(each["tests"]), len(each["seeds"])
         shown = f"{n} test examples, {_several(seeds, 'seed')}, probability with all {each['probability_with_all']:.2f}"
         yield f"**{each['title']}**: {shown}"
         yield ""
-        head = [f"{k} removed: change of p | of log p | below random" for k in each["ks"]]
-        rows = ([row["method"], *_deletion_cells(row, len(each["ks"]), n)] for row in each["rows"])
-        yield from _table(["", *" | ".join(head).split(" | ")], rows)
+        compared = ("random, same label", "TracIn-Last")
+        head = ["removed", "chosen by", "change of p", "of log p", *(f"p, against {other}" for other in compared)]
+        rows = (
+            [str(k), row["method"], *(_interval(row, name, place) for name in ("p", "log_p"))]
+            + [_against(row["against"].get(other), place, n) for other in compared]
+            for place, k in enumerate(each["ks"])
+            for row in each["rows"]
+        )
+        yield from _table(head, rows)
         yield ""
 
 
-def _deletion_cells(row: dict[str, Any], n_ks: int, n_tests: int) -> Iterator[str]:
-    below = row["lower_than"].get("random, same label")
-    for k in range(n_ks):
-        yield f"{row['p'][k]:+.3f} [{row['p_low'][k]:+.3f}, {row['p_high'][k]:+.3f}]"
-        yield f"{row['log_p'][k]:+.2f} [{row['log_p_low'][k]:+.2f}, {row['log_p_high'][k]:+.2f}]"
-        yield "" if below is None else f"{below[k]} of {n_tests}"
+def _interval(row: dict[str, Any], name: str, place: int) -> str:
+    return f"{row[name][place]:+.3f} [{row[f'{name}_low'][place]:+.3f}, {row[f'{name}_high'][place]:+.3f}]"
+
+
+def _against(pair: dict[str, Any] | None, place: int, n: int) -> str:
+    return "" if pair is None else f"{_interval(pair, 'p', place)}, lower on {pair['lower'][place]:.0f} of {n}"
 
 
 def mislabel(tables: Tables) -> Iterator[str]:
@@ -113,6 +119,18 @@ def mislabel(tables: Tables) -> Iterator[str]:
         for method in methods
     ]
     yield from _table(head, rows)
+    yield ""
+
+
+def shortlist(tables: Tables) -> Iterator[str]:
+    """What shortlists hold of the strongest proponents."""
+    lengths = list(tables[0]["rows"][0]["recall"])
+    rows = (
+        [each["title"], row["method"], row["nearest_by"], *(f"{row['recall'][length]:.2f}" for length in lengths)]
+        for each in tables
+        for row in each["rows"]
+    )
+    yield from _table(["", "proponents by", "nearest by", *(f"of {length}" for length in lengths)], rows)
     yield ""
 
 

@@ -27,15 +27,17 @@ VOCABULARY = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"w{each}" for e
 
 
 class Bag(Network):
-    """The mean of word embeddings and a linear layer."""
+    """The mean of word embeddings, a hidden and a last layer."""
 
     def __init__(self, vocabulary, label_names):
         super().__init__(vocabulary, label_names)
         self.embedding = nn.Embedding(30, 8, padding_idx=0)
+        self.hidden = nn.Linear(8, 8)
         self.head = nn.Linear(8, len(label_names))
 
     def forward(self, batch):
-        return self.head(self.embedding(batch["input_ids"]).sum(1) / batch["attention_mask"].sum(1, keepdim=True))
+        means = self.embedding(batch["input_ids"]).sum(1) / batch["attention_mask"].sum(1, keepdim=True)
+        return self.head(self.hidden(means).tanh())
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.05)
@@ -52,7 +54,7 @@ def examples(n, seed):
 
 @pytest.fixture(scope="module")
 def task():
-    recipe = Recipe(Bag, epochs=2, batch_size=8)
+    recipe = Recipe(Bag, epochs=2, batch_size=8, layers=("hidden",))
     return Task("bags", "Bags", examples(40, 0), examples(10, 1), ("low", "high"), VOCABULARY, recipe)
 
 
@@ -108,13 +110,15 @@ def test_deletion_removes_the_strongest_and_says_by_how_much(task, folder):
     rows = {row["method"]: row for row in table["rows"]}
     assert set(rows) == {SAME_LABEL, *scores}
     assert rows["same label"]["p"][1] < rows["other label"]["p"][1]
-    assert rows["same label"]["lower_than"]["other label"][1] == 4
+    assert rows["same label"]["against"]["other label"]["lower"][1] == 4
     with_all = deletion.with_all([0, 1])
     alone = deletion.without_proponents(same, 18, [1])
     assert with_all.shape == (4, 2)
     change = alone[:, 0].exp() - with_all[:, 1].exp()
     first = deletion.without_proponents(same, 18, [0])[:, 0].exp() - with_all[:, 0].exp()
     assert rows["same label"]["p"][1] == pytest.approx(float((change + first).mean()) / 2, abs=1e-3)
+    difference = rows["same label"]["against"]["other label"]["p"][1]
+    assert difference == pytest.approx(rows["same label"]["p"][1] - rows["other label"]["p"][1], abs=2e-4)
     assert "of 4" in "".join(page.deletion([table]))
 
 

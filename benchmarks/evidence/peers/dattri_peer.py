@@ -23,7 +23,6 @@ def trak(
     names: Sequence[str] | None = None,
     *,
     dimensions: int = 512,
-    batch_size: int = 64,
 ) -> Tensor:
     """TRAK's scores: margins, projected gradients, averaged over checkpoints as over an ensemble.
 
@@ -34,7 +33,6 @@ def trak(
         train: the training examples.
         names: of the parameters that gradients are taken of; None for all.
         dimensions: of the projection.
-        batch_size: of every pass.
 
     Returns:
         (n_test, n_train) float32.
@@ -59,6 +57,7 @@ def trak(
         projector_kwargs={"proj_dim": dimensions},
         layer_name=_wrapped_names(names),
     )
+    batch_size = _batch_size(wrapped, names)
     scores: Tensor = attributor.attribute(_loader(test, batch_size), _loader(train, batch_size))
     return scores.T.detach().float()
 
@@ -88,8 +87,8 @@ def projected_tracin(
         projector_kwargs={"proj_dim": dimensions},
         layer_name=_wrapped_names(names),
     )
-    # It projects test gradients anew for each batch of training examples: large batches.
-    scores: Tensor = attributor.attribute(_loader(train, 400), _loader(test, len(test)))
+    batch_size = _batch_size(wrapped, names)
+    scores: Tensor = attributor.attribute(_loader(train, batch_size), _loader(test, batch_size))
     return scores.T.detach().float()
 
 
@@ -106,6 +105,13 @@ def _attribution_task(function: Any, wrapped: Positional, weights: Sequence[dict
 
 def _wrapped_names(names: Sequence[str] | None) -> list[str] | None:
     return None if names is None else [f"network.{name}" for name in names]
+
+
+def _batch_size(network: Positional, names: Sequence[str] | None) -> int:
+    """As many examples as have a gigabyte of gradients: dattri draws the projection anew for each batch."""
+    parameters = dict(network.named_parameters())
+    n = sum(parameters[name].numel() for name in _wrapped_names(names) or parameters)
+    return max(8, 2**28 // n)
 
 
 def _loader(examples: Examples, batch_size: int) -> DataLoader[Any]:
