@@ -60,7 +60,7 @@ def built(build: Build, indices: Sequence[int], seed: int, n_train: int) -> tupl
     """
     pl.seed_everything(seed, verbose=False)
     try:
-        made = build(indices, seed)
+        made: Any = build(indices, seed)
     except TypeError as error:
         if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # raised by the call itself
             raise TypeError(f"build must be a function of (indices, seed), but: {error}.") from error

@@ -119,7 +119,7 @@ def _results(
     module, loader = runs.built_on_all
     with apart():
         trainer = lightning_of(module).Trainer(**QUIET)
-        asked = {"model": module, "train_dataloaders": loader, "trace": trace}
+        asked: dict[str, Any] = {"model": module, "train_dataloaders": loader, "trace": trace}
         return {name: influence(trainer, test, method=method, **asked) for name, method in candidates.items()}
 
 

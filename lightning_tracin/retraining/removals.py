@@ -79,7 +79,7 @@ class Removals:
         of_train = trace.texts(range(trace.n_train)).labels
         of_test = self._result.test_texts.labels[self._rows]
         chosen = torch.full((len(self._rows), self._n_seeds, self._k), -1)
-        for label in of_test[~of_test.isnan()].unique().tolist():
+        for label in torch.unique(of_test[~of_test.isnan()]).tolist():
             among = (self.drawn & (of_train == label)).nonzero().flatten()
             if len(among) < self._k:
                 continue

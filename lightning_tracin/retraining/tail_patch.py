@@ -74,7 +74,7 @@ def tail_patch_gains(
         held = held_out(test, lambda: loader)
         require_same_test(result, held, module)
         module.load_state_dict(checkpoints[-1].weights(), strict=False)
-        stepped_on = chosen.unique()
+        stepped_on = torch.unique(chosen)
         patch = _TailPatch(module, Observed(held), rate)
         patch.run(loader_of_batches(loader, [[each] for each in stepped_on.tolist()]))
     said = torch.stack([log_probabilities_of(result, rows, each) for each in patch.outcomes])
@@ -113,12 +113,12 @@ class _TailPatch:
     def _step(self, batch: Any, batch_idx: int) -> None:
         module = self._module
         weights = {name: each.detach().clone() for name, each in module.named_parameters()}
-        made = module.optimizers(use_pl_optimizer=False)
-        optimizers: list[Optimizer] = made if isinstance(made, list) else [made]  # type: ignore[assignment,list-item]
+        made: Any = module.optimizers(use_pl_optimizer=False)
+        optimizers: list[Optimizer] = made if isinstance(made, list) else [made]
         with gradients_enabled(module):
             if not self.outcomes:
                 self.outcomes.append(self._observed.outcome_now(self._trainer, module))
-            losses_of(module)(batch).sum().backward()
+            torch.autograd.backward(losses_of(module)(batch).sum())
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = self._rate
