@@ -50,7 +50,7 @@ def candidate_methods(sites: Sequence[Site], n_train: int) -> dict[str, Method]:
 
 def _sum(words: Sequence[TracInWE], layers: Sequence[TracInLayer]) -> TracInWE | TracInLayer | TracInSum | None:
     """Words and layers, each half; a method alone where there is one, None where there is none."""
-    parts = [*words, *layers]
+    parts: list[TracInWE | TracInLayer] = [*words, *layers]
     if len(parts) < 2:
         return parts[0] if parts else None
     shares = [1.0] * len(words) + [1 / len(layers)] * len(layers)
