@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.evidence.baselines.of_fit import BASELINES
 from benchmarks.evidence.contenders import contenders
 from benchmarks.evidence.deletion import Deletion, deletion_table, run_deletion
 from benchmarks.evidence.fitting import Fitted, fitted, right_and_balanced
@@ -57,7 +58,9 @@ def lds_part(task: Task, options: argparse.Namespace) -> None:
         kept_scores(options.folder, name, each, fit)
     scores = all_kept_scores(options.folder, task)
     halves = retrained(task, options.folder, options.halves, range(options.seeds))
-    _write(options, f"lds-{task.name}", lds_table(task, halves, scores) | {"accuracy": round(fit.accuracy(), 4)})
+    _write(
+        options, f"lds-{task.name}", lds_table(task, halves, scores, BASELINES) | {"accuracy": round(fit.accuracy(), 4)}
+    )
 
 
 def deletion_part(task: Task, options: argparse.Namespace) -> None:

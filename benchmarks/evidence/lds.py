@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,29 +13,26 @@ from benchmarks.evidence.task import Task
 from lightning_tracin.metrics.functional import linear_datamodeling_difference, linear_datamodeling_score
 
 
-def lds_table(
-    task: Task, halves: Halves, scores: Mapping[str, Tensor], reference: str = "same label"
-) -> dict[str, Any]:
+def lds_table(task: Task, halves: Halves, scores: Mapping[str, Tensor], baselines: Collection[str]) -> dict[str, Any]:
     """All methods' scores, the best first, as one table of JSON.
 
     Args:
         task: whose.
         halves: what retrained networks say.
         scores: by method, (n_test, n_train).
-        reference: the method that the others are compared with in pairs.
+        baselines: names of methods that know nothing of influence; the others are compared in pairs with the best.
     """
     labels = task.train.labels
     found = {name: linear_datamodeling_score(each, *halves) for name, each in scores.items()}
     with warnings.catch_warnings():  # within classes labels alone say nothing: their score is 0, and that is no fault
         warnings.filterwarnings("ignore", message="Argument `scores` expected to vary")
         within = {name: linear_datamodeling_score(each, *halves, within=labels) for name, each in scores.items()}
+    reference = max((name for name in found if name in baselines), key=lambda each: float(found[each].mean))
     rows = []
     for name in sorted(found, key=lambda each: -float(found[each].mean)):
-        row: dict[str, Any] = {"method": name, **_entry(found[name], ""), **_entry(within[name], "within_")}
-        if reference in found:
-            difference, error = linear_datamodeling_difference(found[name], found[reference])
-            row |= {"above_reference": round(float(difference), 4), "above_reference_se": round(float(error), 4)}
-        rows.append(row)
+        difference, error = linear_datamodeling_difference(found[name], found[reference])
+        above = {"above_reference": _rounded(difference), "above_reference_se": _rounded(error)}
+        rows.append({"method": name, **_entry(found[name], ""), **_entry(within[name], "within_"), **above})
     first, first_within = next(iter(found.values())), next(iter(within.values()))
     m, seeds, n_test = halves.outputs.shape
     return {

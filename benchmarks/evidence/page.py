@@ -57,6 +57,7 @@ def _lds_rows(tables: Tables) -> Iterator[list[str]]:
         "**highest possible** [within]",
         *(f"{_number(each['ceiling'])} [{_number(each['within_ceiling'])}]" for each in tables),
     ]
+    yield ["best baseline", *(each["reference"] for each in tables)]
     found = [{row["method"]: row for row in each["rows"]} for each in tables]
     best = [max(row["lds"] for row in each["rows"]) for each in tables]
 
@@ -71,7 +72,7 @@ def _lds_rows(tables: Tables) -> Iterator[list[str]]:
 def _lds_cell(row: dict[str, Any] | None, best: float) -> str:
     if row is None:
         return ""
-    value = f"{row['lds']:.3f}"
+    value = f"{row['lds']:.3f}{'†' if row['above_reference'] > 2 * row['above_reference_se'] else ''}"
     return f"{f'**{value}**' if row['lds'] == best else value} ± {row['se_subsets']:.3f} [{row['within_lds']:.2f}]"
 
 

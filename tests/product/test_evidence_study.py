@@ -90,7 +90,7 @@ def test_scores_are_computed_once_and_tables_hold_all_methods(task, folder):
     )
     halves = retrained(task, folder, 12, (0, 1))
     same_label = (task.test.labels[:, None] == task.train.labels).float()
-    table = lds_table(task, halves, {**scores, "same label": same_label})
+    table = lds_table(task, halves, {**scores, "same label": same_label}, ["same label", "random"])
     assert table["halves"] == 12
     assert {row["method"] for row in table["rows"]} == {*scores, "same label"}
     assert [row["lds"] for row in table["rows"]] == sorted((row["lds"] for row in table["rows"]), reverse=True)
