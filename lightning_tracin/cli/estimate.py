@@ -14,7 +14,6 @@ from rich.table import Table
 
 from lightning_tracin.cli.model_size import TASKS, ModelSize, size_of_model
 from lightning_tracin.gradients.printable import printable
-from lightning_tracin.storage.encoding import StorageOptions
 from lightning_tracin.storage.sizes import (
     LABEL_BYTES,
     NUMBER_BYTES,
@@ -128,6 +127,8 @@ def _size(arguments: Namespace, model: ModelSize) -> TraceSize:
     if arguments.rank and isinstance(projection, tuple):
         arguments.usage_error("--rank and --projection both make gradients of linear layers smaller: use one of them")
     rank = tuple(arguments.rank) if arguments.rank else None
+    from lightning_tracin.storage.encoding import StorageOptions  # loads torch, which `--help` need not wait for
+
     options = StorageOptions(arguments.dtype, arguments.top_words, projection, rank)
     layers = {name: _layer(arguments, name, model, words, tokens) for name in dict.fromkeys(arguments.methods)}
     for name, layer in layers.items():

@@ -94,7 +94,7 @@ def test_the_result_and_its_file_name_the_steps(fine, tmp_path, capsys):
     loaded = InfluenceResult.load(path)
     assert loaded.checkpoint_steps == [4, 8]
     Console().print(loaded)
-    assert "2 checkpoints (steps 4 to 8)" in capsys.readouterr().out
+    assert "2 checkpoints (steps 4 to 8)" in " ".join(capsys.readouterr().out.split())
     assert "1 checkpoint (step 2)" in str(fine.influence(loader(test_texts()), checkpoints=2))
 
 

@@ -312,7 +312,7 @@ def test_a_collate_function_that_always_adds_or_drops_is_refused_before_training
         (lambda: TracInWE(exclude_tokens=3), "exclude_tokens must be token ids, such as tokenizer.all_special_ids"),
         (lambda: TracInWE(top_words=0), "top_words must be None or at least 1, but got 0"),
         (lambda: TracInWE(normalize="test"), "normalize must be None, 'train' or 'cosine', but got 'test'"),
-        (lambda: TracInLast(precondition="sgd"), "precondition must be None or 'adam', but got 'sgd'"),
+        (lambda: TracInLast(precondition="sgd"), "precondition must be None, 'adam' or 'kfac', but got 'sgd'"),
     ],
 )
 def test_wrong_arguments(make, message):

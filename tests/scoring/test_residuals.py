@@ -198,7 +198,7 @@ class Tagger(Toy):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (Toy, {"methods": ("tracin-we",)}, r"needs the gradients at the last linear layer, but the fit recorded \('tr"),
+        (Toy, {"methods": ("tracin-we",)}, r"need the gradients at the last linear layer, but the fit recorded \('tr"),
         (Toy, {"methods": ("tracin-we", "tracin-last"), "projection": (2, 2)}, "'head' as factors, but .* one matrix"),
         (Tagger, {}, "'head' as factors, but the trace keeps them as one matrix"),
     ],
@@ -217,6 +217,6 @@ def test_a_log_that_needs_residuals_is_refused_before_training(tmp_path):
 
     options = {"methods": ("tracin-we",), "log_examples": 1, "log_method": TracInWE(weights="residual")}
     fit = quiet(callbacks=[TracInCallback(tmp_path / "trace", **options)])
-    with pytest.raises(ValueError, match="needs the gradients at the last linear layer"):
+    with pytest.raises(ValueError, match="need the gradients at the last linear layer"):
         fit.fit(Validated(), loader(), loader())
     assert not (tmp_path / "trace").exists()
