@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_tracin.gradients.sites import Site
-from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint
+from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint, drawn_at
 from lightning_tracin.storage.components import COMPONENTS
 from lightning_tracin.storage.files import size_of
 from lightning_tracin.storage.second_moments import moments_file
@@ -30,7 +30,7 @@ def size_like_trace(folder: str, examples: int | None, checkpoints: int | None) 
     sites = [site for site in trace.sites if found and all(each.has_gradients(site) for each in found)]
     if not sites:
         raise ValueError(f"The trace in {folder} stores no gradients yet: there is nothing to measure.")
-    drawn = sum(_n_drawn(each) for each in found)
+    drawn = sum(len(drawn_at(each)) for each in found)
     n_read = trace.n_train - len(trace.undrawn)
     gradients = {site.name: sum(each.gradients(site).nbytes for each in found) / drawn for site in sites}
     texts = [trace.path / "texts", *(each.path / "texts" for each in found)]
@@ -48,12 +48,6 @@ def size_like_trace(folder: str, examples: int | None, checkpoints: int | None) 
         texts_each=texts_each,
         components=max(sum(_bytes_of_components(each, site) for site in sites) for each in found),
     )
-
-
-def _n_drawn(checkpoint: Checkpoint) -> int:
-    """How many examples a checkpoint has gradients of."""
-    drawn = checkpoint.drawn()
-    return checkpoint.header.n_train if drawn is None else int(drawn.sum())
 
 
 def _bytes_of_moments(checkpoint: Checkpoint) -> int:

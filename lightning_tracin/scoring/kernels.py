@@ -17,7 +17,7 @@ from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.scoring.ridge_solvers import Landmarks, Solver, WholeKernel
 from lightning_tracin.scoring.score import PreparedTests, score
 from lightning_tracin.scoring.terms import Term, terms_at
-from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.checkpoint import Checkpoint, drawn_at
 from lightning_tracin.storage.scratch import Scratch
 
 # Of the gradients, in float32, of training examples that are compared with all others at once.
@@ -108,12 +108,6 @@ class Kernels:
                 torch.index_select(rows, 1, drawn, out=products[start : start + len(chunk)])
             start += len(chunk)
         return products
-
-
-def drawn_at(checkpoint: Checkpoint) -> Tensor:
-    """The indices of the examples that training drew since the checkpoint before, or of all if that is not known."""
-    drawn = checkpoint.drawn()
-    return torch.arange(checkpoint.header.n_train) if drawn is None else torch.nonzero(drawn)[:, 0]
 
 
 def kernels_of(method: Method, processes: Processes, device: torch.device, *, keep: bool) -> Kernels | None:

@@ -23,7 +23,7 @@ from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.ridge_scores import self_influence_of
 from lightning_tracin.storage.checkpoint import WEIGHTS, Checkpoint, undrawn
 from lightning_tracin.storage.shards import Shards
-from lightning_tracin.storage.trace import Trace
+from lightning_tracin.storage.trace import Trace, training_labels
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def reviewed_labels(
     """
     influence = self_influence_of(checkpoints, method, processes)
     order = order_of(influence, undrawn(checkpoints))
-    given = torch.cat([trace.texts(part).labels for part in trace.parts()])
+    given = training_labels(trace)
     probabilities = _mean_probabilities(checkpoints, given, processes)
     if probabilities is None:
         scores = torch.full_like(influence, math.nan)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.sites import Site, last_site
-from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.checkpoint import Checkpoint, drawn_at
 from lightning_tracin.storage.shards import Shards
 
 
@@ -57,8 +57,7 @@ def mean_residual_at(checkpoint: Checkpoint) -> float:
         ValueError: as :func:`residuals_at`.
     """
     shards = checkpoint.gradients(residual_site(checkpoint.sites))
-    drawn = checkpoint.drawn()
-    counted = (shards.n_examples if drawn is None else int(drawn.sum())) - len(shards.not_finite)
+    counted = len(drawn_at(checkpoint)) - len(shards.not_finite)
     return _sum(shards.folder, shards.within, tuple(shards.checksums)) / counted if counted > 0 else 0.0
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.storage.checkpoint import Checkpoint, ever_drawn
-from lightning_tracin.storage.trace import Trace
+from lightning_tracin.storage.trace import Trace, training_labels
 
 
 def within_classes(values: Tensor, labels: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def within_classes_of(trace: Trace, checkpoints: Sequence[Checkpoint], self_infl
     Raises:
         ValueError: if it has no labels that are one number for each example.
     """
-    labels = torch.cat([trace.texts(part).labels for part in trace.parts()]) if trace.has_texts else torch.empty(0)
+    labels = training_labels(trace)
     if not len(labels) or bool(labels.isnan().all()):
         raise ValueError(
             f"within_class=True compares examples of the same label, but the trace in {trace.path} has no labels that "

@@ -234,6 +234,16 @@ def undrawn(checkpoints: Sequence[Checkpoint]) -> Tensor:
     return torch.empty(0, dtype=torch.int64) if drawn is None else torch.nonzero(~drawn)[:, 0]
 
 
+def drawn_at(checkpoint: Checkpoint) -> Tensor:
+    """The indices of the examples that training drew since the checkpoint before, or of all if that is not known.
+
+    Raises:
+        ValueError: if a file is not as it was written.
+    """
+    drawn = checkpoint.drawn()
+    return torch.arange(checkpoint.header.n_train) if drawn is None else torch.nonzero(drawn)[:, 0]
+
+
 def ever_drawn(checkpoints: Sequence[Checkpoint]) -> Tensor | None:
     """(n_train,) bool, the examples that training has drawn before some of the checkpoints; None if all, or not known.
 

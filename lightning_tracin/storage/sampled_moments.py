@@ -12,7 +12,7 @@ from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.kronecker import KroneckerFactors, KroneckerSums, without_bias
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.processes import Processes
-from lightning_tracin.storage.checkpoint import Checkpoint
+from lightning_tracin.storage.checkpoint import Checkpoint, drawn_at
 from lightning_tracin.storage.training_pass import NumberedExamples
 
 #: Second moments are taken over so many training examples.
@@ -21,11 +21,9 @@ N_SAMPLED = 200
 
 def sampled_examples(checkpoint: Checkpoint) -> list[int]:
     """The examples that second moments are taken over: of those drawn before a checkpoint 200, evenly spread."""
-    drawn = checkpoint.drawn()
-    n_drawn = checkpoint.header.n_train if drawn is None else int(drawn.sum())
-    n_sampled = min(N_SAMPLED, n_drawn)
-    places = torch.arange(n_sampled) * n_drawn // max(n_sampled, 1)
-    return (places if drawn is None else torch.nonzero(drawn)[places, 0]).tolist()
+    drawn = drawn_at(checkpoint)
+    n_sampled = min(N_SAMPLED, len(drawn))
+    return drawn[torch.arange(n_sampled) * len(drawn) // max(n_sampled, 1)].tolist()
 
 
 def sampling_order(checkpoint: Checkpoint, examples: NumberedExamples, processes: Processes) -> Sequence[int]:

@@ -405,3 +405,12 @@ def _folder(path: Any) -> Path:
             f"{of_checkpoints}"
         )
     return Path(path)
+
+
+def training_labels(trace: Trace) -> Tensor:
+    """(n_train,) float64, the labels of all training examples, NaN where they are not one number; none if not stored.
+
+    Raises:
+        ValueError: if a file of the texts is damaged.
+    """
+    return torch.cat([trace.texts(part).labels for part in trace.parts()]) if trace.has_texts else torch.empty(0)
