@@ -19,7 +19,7 @@ class AttributionMetric(Metric):
     drawn: ClassVar[str | None] = None  # the field
 
     def plot(self, val: Any = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Draws one value, or several in their order.
+        """Draws one value, or several in their order; of a curve, one with its interval where there is one.
 
         Args:
             val: what ``compute`` or ``forward`` returned, or a list of that; None for ``compute()``.
@@ -31,7 +31,10 @@ class AttributionMetric(Metric):
         Raises:
             ModuleNotFoundError: without matplotlib.
         """
-        val = self.compute() if val is None else val
+        return self._draw(self.compute() if val is None else val, ax)
+
+    def _draw(self, val: Any, ax: _AX_TYPE | None) -> _PLOT_OUT_TYPE:
+        """Draws what ``compute`` returned, or a list of that."""
         if self.drawn is not None:
             val = [getattr(each, self.drawn) for each in val] if isinstance(val, list) else getattr(val, self.drawn)
         return self._plot(val, ax)

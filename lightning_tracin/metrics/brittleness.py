@@ -63,18 +63,6 @@ class Brittleness(AttributionMetric):
         """The brittleness of all test examples so far."""
         return _brittleness_compute(dim_zero_cat(self.smallest), self.ks, *self.bootstrap)
 
-    def plot(self, val: BrittlenessResult | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Draws the share of test examples that have flipped, and its interval.
-
-        Args:
-            val: what ``compute`` or ``forward`` returned; None for ``compute()``.
-            ax: axes to draw on; None for new ones.
-
-        Returns:
-            The figure (None where ``ax`` was given) and its axes.
-
-        Raises:
-            ModuleNotFoundError: without matplotlib.
-        """
-        val = self.compute() if val is None else val
+    def _draw(self, val: BrittlenessResult, ax: _AX_TYPE | None) -> _PLOT_OUT_TYPE:
+        """Draws the share of test examples that have flipped, and its interval."""
         return plot_over_ks(self.ks, val.share, val.interval, "Share flipped", ax)

@@ -74,18 +74,6 @@ class DeletionCurve(AttributionMetric):
         """The curve for all test examples so far."""
         return _deletion_curve_compute(dim_zero_cat(self.curves), *self.bootstrap)
 
-    def plot(self, val: DeletionResult | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Draws the curve and its interval.
-
-        Args:
-            val: what ``compute`` or ``forward`` returned; None for ``compute()``.
-            ax: axes to draw on; None for new ones.
-
-        Returns:
-            The figure (None where ``ax`` was given) and its axes.
-
-        Raises:
-            ModuleNotFoundError: without matplotlib.
-        """
-        val = self.compute() if val is None else val
+    def _draw(self, val: DeletionResult, ax: _AX_TYPE | None) -> _PLOT_OUT_TYPE:
+        """Draws the curve and its interval."""
         return plot_over_ks(self.ks, val.curve, val.curve_interval, "Mean change", ax)

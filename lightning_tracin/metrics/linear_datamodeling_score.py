@@ -74,22 +74,10 @@ class LinearDatamodelingScore(AttributionMetric):
         counts = None if self.within is None else _class_counts(self.subsets, self.within)
         return _linear_datamodeling_score_compute(dim_zero_cat(self.predicted), dim_zero_cat(self.outputs), counts)
 
-    def plot(self, val: LDSResult | list[LDSResult] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Draws one mean or several in their order, with standard errors over subsets, and the ceiling where known.
-
-        Args:
-            val: what ``compute`` or ``forward`` returned, or a list of that; None for ``compute()``.
-            ax: axes to draw on; None for new ones.
-
-        Returns:
-            The figure (None where ``ax`` was given) and its axes.
-
-        Raises:
-            ModuleNotFoundError: without matplotlib.
-        """
-        val = self.compute() if val is None else val
+    def _draw(self, val: LDSResult | list[LDSResult], ax: _AX_TYPE | None) -> _PLOT_OUT_TYPE:
+        """Draws one mean or several in their order, with standard errors over subsets, and the ceiling where known."""
         axes: Any  # torchmetrics types it as one or several
-        figure, axes = super().plot(val, ax)
+        figure, axes = super()._draw(val, ax)
         results = val if isinstance(val, list) else [val]
         for place, result in enumerate(results):
             axes.errorbar(place, float(result.mean), float(result.se_subsets), color="gray", capsize=4, zorder=0)

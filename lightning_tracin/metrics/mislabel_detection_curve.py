@@ -33,21 +33,7 @@ class MislabelDetectionCurve(Suspicion):
         """The curve for all training examples so far."""
         return _mislabel_detection_curve_compute(*self._seen())
 
-    def plot(self, val: MislabelCurve | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Draws the curve.
-
-        Args:
-            val: what ``compute`` or ``forward`` returned; None for ``compute()``.
-            ax: axes to draw on; None for new ones.
-
-        Returns:
-            The figure (None where ``ax`` was given) and its axes.
-
-        Raises:
-            ModuleNotFoundError: without matplotlib.
-        """
-        curve = self.compute() if val is None else val
+    def _draw(self, val: MislabelCurve, ax: _AX_TYPE | None) -> _PLOT_OUT_TYPE:
+        """Draws the curve."""
         labels = ("Share inspected", "Share of the mislabelled found")
-        return plot_curve(
-            (curve.inspected, curve.found, curve.inspected), curve.area, ax, labels, name=type(self).__name__
-        )
+        return plot_curve((val.inspected, val.found, val.inspected), val.area, ax, labels, name=type(self).__name__)
