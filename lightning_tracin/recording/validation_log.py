@@ -101,16 +101,15 @@ class ValidationLog:
 
     def log_page(self, trainer: pl.Trainer) -> None:
         """Write a page of the last validation that was logged, and hand it to the loggers that take files."""
-        if self._last is None:
+        if self._last is None or not trainer.loggers:
             return
         validation, result = self._last
         pages = [logger_folder(logger, trainer.default_root_dir) / PAGE for logger in trainer.loggers]
+        first = result.to_html(pages[0], k=self._k, title=f"Validation at step {validation.step}")
         for logger, page in zip(trainer.loggers, pages, strict=True):
-            if page is pages[0]:
-                result.to_html(page, k=self._k, title=f"Validation at step {validation.step}")
-            elif page != pages[0]:
+            if page != first:
                 page.parent.mkdir(parents=True, exist_ok=True)
-                copyfile(pages[0], page)
+                copyfile(first, page)
             if not log_page(logger, page, step=validation.step):
                 rank_zero_info(f"A page of the last validation's influential examples is in {page}.")
 
