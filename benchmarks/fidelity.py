@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from torchmetrics.functional import spearman_corrcoef
 from transformers import AutoTokenizer
 
 from benchmarks.measure import Row, parser, report
@@ -26,6 +25,7 @@ from benchmarks.workload import quiet
 from examples.classifier import Tokenized
 from examples.data import bbc_news, packaged_minilm
 from lightning_tracin import TracInCallback, TracInLast, TracInMixin, TracInWE
+from lightning_tracin.metrics.functional import linear_datamodeling_score
 
 _TOKENS, _VOCABULARY, _HIDDEN = 48, 30522, 128
 
@@ -103,9 +103,9 @@ def main() -> None:
     ids, labels = test.tensors
     halves, outputs = [], []
     for model in range(options.models):
-        half = torch.zeros(options.examples)
+        half = torch.zeros(options.examples, dtype=torch.bool)
         chosen = torch.randperm(options.examples, generator=torch.Generator().manual_seed(model))
-        half[chosen[: options.examples // 2]] = 1
+        half[chosen[: options.examples // 2]] = True
         module = fit(
             Subset(train, half.nonzero()[:, 0].tolist()), options.epochs, [], model + 1
         ).lightning_module.eval()
@@ -115,10 +115,9 @@ def main() -> None:
     said = torch.stack(outputs)  # (models, tests)
     rows = []
     for name, values in scores.items():
-        predicted = torch.stack(halves) @ values.T
-        each = torch.tensor([float(spearman_corrcoef(predicted[:, i], said[:, i])) for i in range(options.tests)])
-        error = float(each.std()) / options.tests**0.5
-        rows.append(Row(name, float(each.mean()), "", details={"standard error": error, "each": each.tolist()}))
+        found = linear_datamodeling_score(values, torch.stack(halves), said)
+        details = {"standard error": float(found.se_tests), "each": found.per_test.tolist()}
+        rows.append(Row(name, float(found.mean), "", details=details))
     title = f"Linear datamodelling score: {options.models} networks on halves of {options.examples} articles"
     report("fidelity", title, rows, options.out)
 

@@ -25,6 +25,7 @@ from examples.data import Labelled, bbc_news, movie_reviews, sms_spam
 from examples.label_review import Fits, interval, parsed
 from examples.topics import flip_labels
 from lightning_tracin import TracInCallback, TracInLast, TracInRidge
+from lightning_tracin.metrics.functional import mislabel_detection_auroc
 
 console = Console()
 
@@ -50,20 +51,11 @@ def rank(values: Tensor) -> Tensor:
 
 _ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
     "over the mean of the class": lambda values: values / values.mean(),
-    "z-score in the class": lambda values: (values - values.mean()) / values.std(),
     "z-score of logarithms in the class": lambda values: (
         (values.clamp(min=1e-12).log() - values.clamp(min=1e-12).log().mean()) / values.clamp(min=1e-12).log().std()
     ),
     "rank in the class": rank,
 }
-
-
-def auroc(scores: Tensor, flipped: set[int]) -> float:
-    """How often a flipped example's score is above another's; ties count half."""
-    is_flipped = torch.zeros(len(scores), dtype=torch.bool)
-    is_flipped[list(flipped)] = True
-    pairs = scores[is_flipped][:, None] - scores[~is_flipped]
-    return float(((pairs > 0).double() + (pairs == 0).double() / 2).mean())
 
 
 def measured(name: str, share: float, options: argparse.Namespace) -> dict[str, list[float]]:
@@ -80,12 +72,18 @@ def measured(name: str, share: float, options: argparse.Namespace) -> dict[str, 
             callback = TracInCallback(Path(folder) / "trace", methods=("tracin-last",))
             trainer = fits.fitted(given, seed, callback)
             plain = trainer.self_influence(method="tracin-last")
+            in_class = trainer.self_influence(method="tracin-last", within_class=True)
             ridge = trainer.self_influence(method=TracInRidge(TracInLast(normalize="cosine"), residual=1))
-        orders = {"as it is": plain, **{order: by_class(plain, labels, how) for order, how in _ORDERS.items()}}
+        orders = {
+            "as it is": plain,
+            "z-score in the class": in_class,
+            **{order: by_class(plain, labels, how) for order, how in _ORDERS.items()},
+        }
         orders["leverage (TracInRidge, residual=1)"] = ridge
         orders["leverage, rank in the class"] = by_class(ridge, labels, rank)
+        is_flipped = torch.tensor([index in flipped for index in range(len(given))])
         for order, scores in orders.items():
-            found.setdefault(order, []).append(auroc(scores, flipped))
+            found.setdefault(order, []).append(float(mislabel_detection_auroc(scores, is_flipped)))
     return found
 
 

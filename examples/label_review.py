@@ -17,7 +17,7 @@ import csv
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +140,21 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean:.1%} ± {half:.1%}"
 
 
-def compared(accuracies: Sequence[Sequence[float]]) -> Table:
-    """The accuracies of all settings, and each one's gain over that with flipped labels, of the same seeds."""
+def compared(settings: Sequence[str], accuracies: Sequence[Sequence[float]], over: Mapping[str, int]) -> Table:
+    """The accuracies of all settings, and each one's gain over some of them, of the same seeds.
+
+    Args:
+        settings: names of the settings.
+        accuracies: for each seed, that of each setting.
+        over: for each column of gains, the number of the setting that they are over.
+    """
     table = Table(title=f"Accuracy over {len(accuracies)} seeds, with 95 % intervals")
-    for column in ("trained", "accuracy", "gain"):
+    for column in ("trained", "accuracy", *over):
         table.add_column(column, justify="left" if column == "trained" else "right", no_wrap=True)
-    for number, name in enumerate(_SETTINGS):
-        gains = [each[number] - each[0] for each in accuracies]
-        table.add_row(name, interval([each[number] for each in accuracies]), interval(gains) if number else "")
+    for number, name in enumerate(settings):
+        gains = {base: [each[number] - each[base] for each in accuracies] for base in over.values()}
+        shown = ["" if number == base else interval(of_base) for base, of_base in gains.items()]
+        table.add_row(name, interval([each[number] for each in accuracies]), *shown)
     return table
 
 
@@ -190,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         f"{options.review:.0%} of the table. Of {means['probably wrong']:.0f} labels that it calls probably wrong, "
         f"{means['of these flipped']:.0f} are flipped.\n"
     )
-    console.print(compared(accuracies))
+    console.print(compared(_SETTINGS, accuracies, {"gain": 0}))
     console.print(
         f"\nThe reviewed table of the last run: {options.output / 'reviewed.csv'}. "
         f"{time.monotonic() - started:.0f} s in all."

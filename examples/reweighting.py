@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from examples.classifier import batches, be_quiet
 from examples.data import Labelled, bbc_news, hub_data
-from examples.label_review import Fits, interval
+from examples.label_review import Fits, compared, interval
 from examples.topics import flip_labels
 from lightning_tracin import TracInCallback, TracInLayer
+from lightning_tracin.metrics.functional import mislabel_detection_auroc
 
 console = Console()
 
@@ -71,20 +71,8 @@ def run(given: Labelled, clean: Labelled, trusted: Labelled, fits: Fits, seed: i
         fits.fitted(clean, seed),
     )
     is_flipped = torch.tensor([a[1] != b[1] for a, b in zip(given, clean, strict=True)])
-    auroc = (helpful[is_flipped][:, None] < helpful[~is_flipped]).float().mean()
+    auroc = mislabel_detection_auroc(-helpful, is_flipped)
     return [before, *map(fits.accuracy, trainers)], float(auroc)
-
-
-def compared(accuracies: Sequence[Sequence[float]]) -> Table:
-    """The accuracies of all settings, and each one's gain over the first, and over trusted articles, of equal seeds."""
-    table = Table(title=f"Accuracy over {len(accuracies)} seeds, with 95 % intervals")
-    for column in ("trained", "accuracy", "gain", "over trusted added"):
-        table.add_column(column, justify="left" if column == "trained" else "right", no_wrap=True)
-    for number, name in enumerate(_SETTINGS):
-        gains = [[each[number] - each[base] for each in accuracies] for base in (0, 2)]
-        shown = [interval(of) if number != base else "" for of, base in zip(gains, (0, 2), strict=True)]
-        table.add_row(name, interval([each[number] for each in accuracies]), *shown)
-    return table
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -119,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         of_seed, auroc = run(given, clean, trusted, fits, seed)
         accuracies.append(of_seed)
         aurocs.append(auroc)
-    console.print(compared(accuracies))
+    console.print(compared(_SETTINGS, accuracies, {"gain": 0, "over trusted added": 2}))
     console.print(
         f"A flipped article's influence is below another's in {interval(aurocs)} of all pairs. "
         f"{time.monotonic() - started:.0f} s in all."
