@@ -3,6 +3,7 @@
 python -m benchmarks.evidence --quick                        10 minutes, to see that all runs
 python -m benchmarks.evidence                                a night and a day on 2 cores
 python -m benchmarks.evidence --tasks sms-cnn --parts lds    a part of it
+python -m benchmarks.evidence --tasks bbc-cnn --parts matters --ks 50    does_it_matter, as a user would ask
 python -m benchmarks.evidence.page                           docs/evidence.md from the results
 """
 
@@ -24,6 +25,7 @@ from benchmarks.evidence.deletion import Deletion, deletion_table, run_deletion
 from benchmarks.evidence.fitting import Fitted, fitted, right_and_balanced
 from benchmarks.evidence.halves import retrained
 from benchmarks.evidence.lds import lds_table
+from benchmarks.evidence.matters import matters_table
 from benchmarks.evidence.mislabel import disagreed, flipped, mislabel_table
 from benchmarks.evidence.ours import Scorer
 from benchmarks.evidence.scored import all_kept_scores, kept_scores
@@ -75,6 +77,15 @@ def deletion_part(task: Task, options: argparse.Namespace) -> None:
     _write(options, f"deletion-{task.name}", deletion_table(deletion, scores, options.ks, seeds))
 
 
+def matters_part(task: Task, options: argparse.Namespace) -> None:
+    """Ask whether proponents matter, of each number of them."""
+    fit = _fit(task, options)
+    tests = right_and_balanced(fit.probabilities(), task.test.labels, options.tests)
+    for k in options.ks:
+        table = matters_table(fit, options.folder, tests, k, options.deletion_seeds)
+        _write(options, f"matters-{task.name}-{k}", table)
+
+
 def mislabel_part(task: Task, options: argparse.Namespace) -> None:
     """Look for flipped labels, and for those of movie reviews that people disagreed on."""
     for share in (0.05, 0.2):
@@ -101,6 +112,7 @@ _PARTS: Mapping[str, Callable[[Task, argparse.Namespace], None]] = {
     "deletion": deletion_part,
     "mislabel": mislabel_part,
     "shortlist": shortlist_part,
+    "matters": matters_part,
 }
 
 
@@ -139,7 +151,9 @@ def _command(arguments: list[str]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS))
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(_PARTS), default=["lds", "deletion", "mislabel", "shortlist"]
+    )
     parser.add_argument("--quick", action="store_true", help="one task, few fits")
     parser.add_argument("--methods", nargs="*", help="whose scores are computed where they are missing; default: all")
     parser.add_argument(

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-
-from benchmarks.evidence.fitting import fitted, right_and_balanced
-from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.fitting import Fitted
 from lightning_tracin.retraining import does_it_matter
 
 
-def main() -> None:
-    """Retrain, print what comes of it, and write how many test examples show it by themselves."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=sorted(TASKS), default="bbc-cnn")
-    parser.add_argument("--folder", type=Path, default=Path("evidence"), help="of all fits of the study")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
-    parser.add_argument("-k", type=int, default=50, help="proponents that are left out")
-    parser.add_argument("--tests", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=5)
-    options = parser.parse_args()
-    task = TASKS[options.task]()
-    fit = fitted(task, options.folder)
-    tests = right_and_balanced(fit.probabilities(), task.test.labels, options.tests)
+def matters_table(fit: Fitted, folder: Path, tests: Sequence[int], k: int, seeds: int) -> dict[str, Any]:
+    """What comes of leaving out the k proponents of test examples, by plain TracIn-WE.
+
+    Args:
+        fit: of a task.
+        folder: of the whole study; fits that the case deletion has run are not run again.
+        tests: places of the test examples.
+        k: how many proponents.
+        seeds: how many, two at least.
+    """
+    task = fit.task
     result = fit.trainer.influence(
         task.test_loader(), fit.module, train_dataloaders=fit.train_loader(), trace=fit.trace.path
     )
@@ -33,25 +28,19 @@ def main() -> None:
         result,
         task.build,
         task.test_loader(),
-        options.k,
-        options.seeds,
+        k,
+        seeds,
         test_indices=tests,
         against=["random"],
         trainer=task.trainer,
-        folder=options.folder / task.name / "deletion",
+        folder=folder / task.name / "deletion",
     )
-    console = Console()
-    console.print(effect)
     beaten = effect.beats("random")
-    content = {
-        "command": f"python -m benchmarks.evidence.matters --task {task.name} -k {options.k} --seeds {options.seeds}",
+    return {
+        "k": k,
+        "seeds": seeds,
         "summary": effect.summary(),
         "sentences": [effect.sentence(row) for row in range(len(tests))],
         "beats_random": beaten.tolist(),
+        "n_beating_random": int(beaten.sum()),
     }
-    (options.out / f"matters-{options.task}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    console.print(f"{int(beaten.sum())} of {len(tests)} test examples show it by themselves.")
-
-
-if __name__ == "__main__":
-    main()

@@ -24,8 +24,8 @@ def ek_fac(
         test: what is explained; the measurement is the loss.
         train: the training examples, which the factors are of, too.
         batch_size: of every pass.
-        damping: None for kronfluence's own choice, a tenth of the mean eigenvalue of each layer (its default of 1e-8
-            does badly with 1,600 examples: it divides by eigenvalues of rounding errors).
+        damping: None for kronfluence's own choice, a tenth of the mean eigenvalue of each layer (its default is
+            1e-8).
 
     Returns:
         (n_test, n_train) float32.
