@@ -12,7 +12,6 @@ Files appear whole, so that a process that is killed loses the retraining that i
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from lightning_tracin.storage.files import (
     write_json,
     write_tensors,
 )
+from lightning_tracin.storage.lock import NO_LOCKS
 
 _HEADER = "retrainings.json"
 _FORMAT = 1
@@ -182,7 +182,7 @@ class RetrainingFolder:
             yield False
             return
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL):
+            if error.errno not in NO_LOCKS:
                 raise
         try:
             yield True

@@ -24,7 +24,7 @@ from lightning_tracin.retraining.folder import Retraining
 from lightning_tracin.retraining.recommendation import Measured, Question, Recommendation, described
 from lightning_tracin.retraining.removals import Removals
 from lightning_tracin.retraining.retrainings import Retrainings
-from lightning_tracin.retraining.subsets import random_halves
+from lightning_tracin.retraining.subsets import random_halves, without
 from lightning_tracin.retraining.targets import quantity_of, values_of
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.storage.trace import Trace
@@ -126,9 +126,7 @@ def _results(
 def _weighed(trace: Trace, runs: Retrainings, results: Mapping[str, InfluenceResult], n: int) -> Recommendation:
     """A small LDS of each method, and of what knows no model."""
     first = next(iter(results.values()))
-    drawn = torch.ones(trace.n_train, dtype=torch.bool)
-    drawn[first.undrawn] = False
-    halves = random_halves(trace.n_train, n) & drawn
+    halves = random_halves(trace.n_train, n) & without(trace.n_train, first.undrawn)
     twice = halves[: max(FEWEST, n // 2)]
     asked = [*(Retraining(kept, 0) for kept in halves), *(Retraining(kept, 1) for kept in twice)]
     outputs = -torch.stack([each.losses for each in runs.run_each(asked)])

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.retraining.folder import Retraining
+from lightning_tracin.retraining.subsets import without
 from lightning_tracin.retraining.tf_idf import tf_idf_cosines
-from lightning_tracin.storage.trace import Trace
+from lightning_tracin.storage.trace import Trace, training_labels
 
 #: What proponents are compared with.
 Baseline: TypeAlias = Literal["random", "same label", "tf-idf"]
@@ -40,8 +41,7 @@ class Removals:
         self, result: InfluenceResult, rows: Tensor, k: int, n_seeds: int, against: Sequence[Baseline]
     ) -> None:
         self._result, self._rows, self._k, self._n_seeds = result, rows, k, n_seeds
-        self.drawn = torch.ones(result.n_train, dtype=torch.bool)
-        self.drawn[result.undrawn] = False
+        self.drawn = without(result.n_train, result.undrawn)
         self.notes: list[str] = []
         ways: dict[str, Callable[[], Tensor | None]] = {
             PROPONENTS: self._proponents,
@@ -76,7 +76,7 @@ class Removals:
         trace = self._trace("same label")
         if trace is None:
             return None
-        of_train = trace.texts(range(trace.n_train)).labels
+        of_train = training_labels(trace)
         of_test = self._result.test_texts.labels[self._rows]
         chosen = torch.full((len(self._rows), self._n_seeds, self._k), -1)
         for label in torch.unique(of_test[~of_test.isnan()]).tolist():

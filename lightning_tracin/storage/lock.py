@@ -15,8 +15,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 _NAME = ".lightning_tracin.lock"
 
-# The errors of file systems without locks, such as Lustre without its option flock, or NFS without lockd.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+#: The errors of file systems without locks, such as Lustre without its option flock, or NFS without lockd.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def locked(folder: Path, *, within_fit: bool = False) -> Iterator[None]:
             "another dirpath, or wait until the other is done and try again; complete traces can be read meanwhile."
         ) from error
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         rank_zero_warn(
             f"The file system of {folder.absolute()} cannot lock files ({error}): take care that no other fit or query "
