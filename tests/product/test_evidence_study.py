@@ -13,7 +13,7 @@ from benchmarks.evidence.__main__ import _command
 from benchmarks.evidence.deletion import SAME_LABEL, Deletion, deletion_table
 from benchmarks.evidence.examples import Examples
 from benchmarks.evidence.fitting import fitted, right_and_balanced
-from benchmarks.evidence.halves import retrained
+from benchmarks.evidence.halves import Halves, retrained
 from benchmarks.evidence.lds import lds_table
 from benchmarks.evidence.mislabel import flipped, mislabel_table
 from benchmarks.evidence.networks import Network
@@ -96,6 +96,12 @@ def test_scores_are_computed_once_and_tables_hold_all_methods(task, folder):
     assert [row["lds"] for row in table["rows"]] == sorted((row["lds"] for row in table["rows"]), reverse=True)
     by_name = {row["method"]: row for row in table["rows"]}
     assert by_name["same label"]["above_reference"] == 0
+    words = {"WE cosine": scores["WE cosine"]}
+    one_by_one = [
+        lds_table(task, Halves(halves.subsets, halves.outputs[:, [seed]]), words, words)["rows"][0] for seed in (0, 1)
+    ]
+    one_seed = sum(row["lds"] for row in one_by_one) / 2
+    assert by_name["WE cosine"]["one_seed_lds"] == pytest.approx(one_seed, abs=1e-4)
     lines = list(page.lds([table | {"accuracy": 0.9}]))
     assert any(line.startswith("| WE cosine | ") for line in lines)
 
