@@ -13,6 +13,7 @@ from lightning_tracin.gradients.rows import DTYPES
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.scoring.free_memory import free_memory
 from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.residuals import residuals_at
 from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.scoring.ridge_solvers import Landmarks, Solver, WholeKernel
 from lightning_tracin.scoring.score import PreparedTests, score
@@ -34,13 +35,13 @@ class Dual:
     Attributes:
         drawn: (n,) int64, the training examples that training drew before the checkpoint.
         terms: of the kernel, with weights that add up to 1.
-        weight: how much the checkpoint counts.
+        importances: (n,) float32, w residual ** power: what the solution of each drawn example is multiplied by.
         solver: what solves it, in the first process; None in the others.
     """
 
     drawn: Tensor
     terms: Sequence[Term]
-    weight: float
+    importances: Tensor
     solver: Solver | None
 
 
@@ -94,7 +95,13 @@ class Kernels:
             places = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:n_landmarks].sort().values
             rows = self._rows(terms, drawn[places], drawn)
             solver = None if rows is None else Landmarks.of(rows.T, places, shift)
-        return Dual(drawn, terms, weight, solver)
+        return Dual(drawn, terms, weight * self._damped_residuals(checkpoint)[drawn], solver)
+
+    def _damped_residuals(self, checkpoint: Checkpoint) -> Tensor:
+        """(n_train,) residual ** power; without a power they need not be recorded."""
+        if not self.method.residual:
+            return torch.ones(checkpoint.header.n_train)
+        return residuals_at(checkpoint) ** self.method.residual
 
     def _rows(self, terms: Sequence[Term], examples: Tensor, drawn: Tensor) -> Tensor | None:
         """(n_examples, n) float32 products of training examples with all that were drawn; in the first process."""

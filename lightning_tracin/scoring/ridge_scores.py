@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.parallel.processes import ALONE, Processes
-from lightning_tracin.scoring.kernels import Dual, Kernels, require_kernels
+from lightning_tracin.scoring.kernels import Kernels, require_kernels
 from lightning_tracin.scoring.methods import Method
-from lightning_tracin.scoring.residuals import residuals_at
 from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.scoring.score import PreparedTests, Scores, score, self_influences
 from lightning_tracin.scoring.strongest import top_of
@@ -41,7 +40,7 @@ def ridge_scores(tests: PreparedTests, k: int | None, kernels: Kernels) -> Score
         if dual.solver is not None:
             assert products is not None
             solved = dual.solver.solved(products[:, dual.drawn].T).T
-            total[:, dual.drawn] += solved * _importances(dual, checkpoint, kernels.method)
+            total[:, dual.drawn] += solved * dual.importances
     total = kernels.processes.gather(total if kernels.processes.first else None)[0]
     totals = torch.stack([total.clamp(min=0).sum(1), total.clamp(max=0).sum(1)], 1).double()
     if k is None:
@@ -68,7 +67,7 @@ def self_influence_of(checkpoints: Sequence[Checkpoint], method: Method, process
     for checkpoint in checkpoints:
         dual = kernels.at(checkpoint)
         if dual is not None and dual.solver is not None:
-            total[dual.drawn] += dual.solver.on_themselves() * _importances(dual, checkpoint, method)
+            total[dual.drawn] += dual.solver.on_themselves() * dual.importances
     found: Tensor = processes.gather(total if processes.first else None)[0]
     return found
 
@@ -79,10 +78,3 @@ def _by_checkpoint(tests: PreparedTests) -> Iterator[tuple[Checkpoint, list[Any]
     for _, of_checkpoint in groupby(pairs, key=lambda pair: pair[0].checkpoint.id):
         terms, gradients = zip(*of_checkpoint, strict=True)
         yield terms[0].checkpoint, list(gradients)
-
-
-def _importances(dual: Dual, checkpoint: Checkpoint, method: TracInRidge) -> Tensor:
-    """(n,) w residual ** power, what the dual solution of each drawn training example is multiplied by."""
-    if not method.residual:
-        return torch.full((len(dual.drawn),), dual.weight)
-    return dual.weight * residuals_at(checkpoint)[dual.drawn] ** method.residual
