@@ -149,13 +149,18 @@ def test_what_is_recorded_is_what_ddp_learns(fits, name):
             assert moments.rows is None or torch.equal(moments.rows, of_whole.rows)
 
 
+def assert_same_scores(found, expected):
+    """Up to what CPUs round, each adding in an order of its own: scores are sums of terms that may cancel."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", AT_LAYERS)
 def test_any_layer_is_recorded_and_scored(fits, cache, name):
     folder, *found = fits
     alone = scores_in(folder / f"layers {cache}", method=AT_LAYERS[name])
     for each in found:
-        torch.testing.assert_close(torch.tensor(each[f"layers {cache} {name}"]), alone, rtol=1e-5, atol=1e-9)
+        assert_same_scores(torch.tensor(each[f"layers {cache} {name}"]), alone)
     if (cache, name) == ("checkpoint", "layer"):
         rates = [mean_rate(0, 2), mean_rate(2, 4)]
         expected = brute_force(folder / f"layers {cache}", Toy, "hidden", rates).scores()
@@ -235,7 +240,7 @@ def test_processes_that_spread_the_weights_find_what_one_finds(fits, name, metho
     folder, *found = fits
     alone = scores_in(folder / name, Toy if name == "wrapping" else FITS[name][0], method=method)
     for each in found:
-        torch.testing.assert_close(torch.tensor(each[f"{name} {method}"]), alone, rtol=1e-5, atol=1e-9)
+        assert_same_scores(torch.tensor(each[f"{name} {method}"]), alone)
         assert each[f"{name} kept"]  # the module has the weights of the fit again
 
 
@@ -243,16 +248,16 @@ def test_a_new_module_is_spread_for_a_query(fits):
     folder, *found = fits
     alone, own = scores_in(folder / "whole"), quiet().self_influence(trace=folder / "whole")
     for each in found:
-        torch.testing.assert_close(torch.tensor(each["fresh"]), alone, rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(torch.tensor(each["fresh own"]), own, rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(torch.tensor(each["a single one"]), alone[3:4], rtol=1e-5, atol=1e-9)
+        assert_same_scores(torch.tensor(each["fresh"]), alone)
+        assert_same_scores(torch.tensor(each["fresh own"]), own)
+        assert_same_scores(torch.tensor(each["a single one"]), alone[3:4])
 
 
 def test_processes_under_ddp_find_what_one_finds(fits):
     folder, *found = fits
     alone = scores_in(folder / "wrapped")
     for each in found:
-        torch.testing.assert_close(torch.tensor(each["by ddp"]), alone, rtol=1e-5, atol=1e-9)
+        assert_same_scores(torch.tensor(each["by ddp"]), alone)
 
 
 def test_both_processes_compute_at_the_statistics_that_are_recorded(fits, tmp_path):
@@ -261,7 +266,7 @@ def test_both_processes_compute_at_the_statistics_that_are_recorded(fits, tmp_pa
     for checkpoint in Trace(tmp_path / "normed").checkpoints:
         shutil.rmtree(checkpoint.path / "words")
     again = scores_in(tmp_path / "normed", Normed, train_dataloaders=loader(TRAIN))
-    torch.testing.assert_close(scores_in(folder / "normed", Normed), again, rtol=1e-5, atol=1e-9)
+    assert_same_scores(scores_in(folder / "normed", Normed), again)
 
 
 def test_a_resumed_fit_continues_its_trace(fits):
@@ -270,7 +275,7 @@ def test_a_resumed_fit_continues_its_trace(fits):
     assert [each.step for each in resumed] == [each.step for each in whole] == [2, 4]
     assert [each.learning_rate for each in resumed] == [each.learning_rate for each in whole]
     scores = [scores_in(folder / name, Reproducible) for name in ("straight", "resumed")]
-    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-9)
+    assert_same_scores(*scores)
 
 
 @pytest.mark.parametrize(
