@@ -111,7 +111,7 @@ function drawWords() {
         kept.map((number) => make("th", { class: "group", colspan: labels.length, scope: "colgroup", dir: "auto" }, `${group} ${named(classes[number])}`))),
       make("tr", {}, columns.map((each) => header(named(labels[each % labels.length]), each, { class: each % labels.length ? "" : "first" }))));
     const body = order.slice(0, limit).map((word) =>
-      make("tr", {}, make("th", { scope: "row", dir: "auto", title: words[word], class: stops[word] ? "little" : "" }, words[word]),
+      make("tr", {}, make("th", { scope: "row", dir: "auto", title: words[word], class: stops[word] ? "little" : "" }, words[word].trim() === "" ? "(blank)" : words[word]),
         columns.map((each) => {
           const value = values[word][each];
           const level = most ? levelOf(Math.abs(value) / most) : 0;
@@ -229,6 +229,7 @@ list.addEventListener("scroll", () => requestAnimationFrame(drawList), { passive
 addEventListener("resize", drawList);
 addEventListener("hashchange", show);
 for (const id of ["search", "by-label", "by-prediction", "order", "mistaken"]) byId(id).addEventListener("input", find);
+byId("clear").addEventListener("click", clearFilters);
 byId("csv-all").addEventListener("click", () => download([...tests.keys()], "influence.csv"));
 
 fill(byId("by-label"), "All labels", tests.map((test) => test.label));

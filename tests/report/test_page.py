@@ -108,7 +108,7 @@ def test_a_word_is_marked_in_the_test_text_by_its_tokens(browser, tmp_path):
     with opened(browser, write_page(page_of([explanation(0, test, pair)]), tmp_path / "page.html")) as page:
         page.locator(".card .word", has_text="tariff").hover()
         assert page.locator(".subject .lit").all_inner_texts() == ["tariffs", "tall"]  # both begin with that token
-        assert "75 % of what all words add" in page.inner_text("#tip")
+        assert "75\u00a0% of what all words add" in page.inner_text("#tip")
         page.mouse.move(1, 1)
         assert page.locator(".lit").count() == 0
         assert page.locator("#tip").is_hidden()

@@ -138,7 +138,7 @@ def test_words_that_say_little_are_grey_and_parts_are_named(browser, tmp_path):
         amount.hover()
         assert page.inner_text("#tip b") == "£…"
         assert "all that it shares of £900" in page.inner_text("#tip")
-        assert "30 % of what all words add" in page.inner_text("#tip")
+        assert "30\u00a0% of what all words add" in page.inner_text("#tip")
         the.hover()
         assert "in more than a tenth of the training texts" in page.inner_text("#tip")
         assert card.locator(".equal").text_content() == "3 equal texts"
