@@ -72,7 +72,7 @@ def found_table(flipped: set[int], scores: dict[str, Tensor]) -> Table:
         found = [len(flipped & set(values.topk(n_train * percent // 100).indices.tolist())) for percent in (5, 10, 20)]
         table.add_row(method, *(f"{count} ({count / len(flipped):.0%})" for count in found))
     table.add_row(
-        "by chance", *(f"{len(flipped) * percent / 100:.0f} ({percent} %)" for percent in (5, 10, 20)), style="dim"
+        "by chance", *(f"{len(flipped) * percent / 100:.0f} ({percent}%)" for percent in (5, 10, 20)), style="dim"
     )
     return table
 

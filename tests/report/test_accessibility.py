@@ -49,7 +49,9 @@ def bare(tmp_path_factory):
 def faults(page):
     """What axe-core finds, and where first."""
     found = Axe().run(page).response["violations"]
-    return [(each["impact"], each["id"], each["nodes"][0]["target"], each["nodes"][0]["failureSummary"]) for each in found]
+    return [
+        (each["impact"], each["id"], each["nodes"][0]["target"], each["nodes"][0]["failureSummary"]) for each in found
+    ]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from chromium import DESKTOP, PHONE, opened
+from contrasts import contrast
 from pages import HOSTILE, Table, data_of, example, explanation, hostile_page, issues_of, number, page_of, shown
 from toy import N_TRAIN, fitted, loader, test_texts
 
@@ -307,18 +308,6 @@ def test_shaded_words_are_legible_and_told_apart_without_colour(browser, tmp_pat
     thickness = [float(width.removesuffix("px")) for _, _, _, width in found]
     assert thickness[:5] == thickness[5:]
     assert thickness[:5] == sorted(set(thickness), reverse=True)
-
-
-def contrast(ink, ground):
-    """The contrast ratio of two colours (WCAG 2.2)."""
-
-    def luminance(colour):
-        parts = [part / 255 for part in colour]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    dark, light = sorted((luminance(ink), luminance(ground)))
-    return (light + 0.05) / (dark + 0.05)
 
 
 def test_a_page_appears_whole_or_not_at_all(result, tmp_path):
