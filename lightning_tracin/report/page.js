@@ -86,7 +86,7 @@ function shaded(words, unread, terms, { score = 1, limit = Infinity, every = fal
       if (kind & (SPECIAL | PROMPT) || term !== undefined || every) {
         const level = sum ? levelOf(Math.abs(term || 0) / sum) : 0;
         const shade = term === undefined || !level ? "" : `${term * score >= 0 ? "for" : "against"} level-${level}`;
-        const little = kind & SPECIAL ? "special" : stop && shade ? "stop" : kind & PROMPT && !shade ? "prompt" : "";
+        const little = kind & SPECIAL ? "special" : stop && shade ? "stop" : kind & PROMPT ? "prompt" : "";
         const element = make("span", { class: `${little} word ${shade}`, tabindex: "-1" }, content);
         Object.assign(element, { number: words[place], term: term === undefined ? null : term, sum, of, name, stop });
         pieces.append(element);

@@ -291,6 +291,21 @@ def test_right_to_left_texts_are_read_so_by_eye_and_by_arrow_keys(browser, odd):
         assert page.evaluate("document.activeElement.textContent") == "עולם"
 
 
+def test_on_a_phone_what_is_said_of_an_example_stays_with_its_name(browser, tmp_path):
+    test = example(0, ("goal",), "entertainment", prediction="politics and more", confidence=0.6, target="politics")
+    pair = Influential(example(1, ("goal",)), 1.0, 0.5, (1.0,))
+    path = write_page(page_of([explanation(0, test, pair)], target="prediction"), tmp_path / "page.html")
+    top = "element => element.getBoundingClientRect().top + element.getBoundingClientRect().height / 2"
+    with opened(browser, path, viewport=PHONE) as page:
+        page.click(".row")
+        for fact in page.locator(".fact").all():
+            tops = [part.evaluate(top) for part in fact.locator("> *").all()]
+            assert max(tops) - min(tops) < 2
+        head = [page.locator(name).evaluate(top) for name in (".back", "h2", "#next")]
+        assert max(head) - min(head) < 2
+        assert page.locator("h1").is_visible()  # what is read aloud first, though it takes no room
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_shaded_words_are_legible_and_told_apart_without_colour(browser, tmp_path, scheme):
     terms = (0.5, 0.2, 0.1, 0.05, 0.02)
