@@ -48,6 +48,9 @@ def test_piped_output_has_no_colour_and_names_the_words():
     assert "Test example 7, label sport, prediction art (71%)" in shown
     assert "+2  train 7  25.0% of all proponents  label sport" in shown
     assert "words: cup 69%, world 19%, the −12%" in shown  # repeated words are added up; all make 100 %
+    pushed = Influential(example("the world cup"), 2.0, 0.25, (0.001, 0.5, 1.5))
+    shown = printed(explained(explanation(example("a cup"), pushed)))
+    assert "words: cup 75%, world 25%\n" in "\n".join(map(str.rstrip, shown.splitlines()))  # none has 0 %
 
 
 def test_words_are_shaded_by_their_share_and_direction():
