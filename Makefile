@@ -30,8 +30,8 @@ labels: $(VENV)/demo.done  ## review flipped labels, correct them, and train aga
 weights: $(VENV)/demo.done  ## draw articles with noisy labels by their influence on trusted ones
 	$(BIN)/python -m examples.reweighting
 
-picture: $(VENV)/demo.done  ## the same, and make the pictures of the README (of the page with Chromium)
-	$(BIN)/python -m examples.topics --picture docs/terminal.svg
+picture: $(VENV)/demo.done  ## the same, and make the pictures of the documentation (of the page with Chromium)
+	$(BIN)/python -m examples.topics --pictures docs
 	$(BIN)/pip install --quiet --constraint requirements/pinned.txt playwright pillow
 	$(BIN)/python -m examples.screenshots demo_output/page.html docs
 

@@ -1,7 +1,7 @@
-"""Pictures of the HTML page of a result, at the widths of a desktop and of a phone, taken by headless Chromium.
+"""Pictures of the HTML page of a result: of a desktop and of a phone, light and dark, taken by headless Chromium.
 
 python -m examples.topics                                          # leaves demo_output/page.html
-python examples/screenshots.py demo_output/page.html docs          # makes docs/page.png and docs/page-phone.png
+python examples/screenshots.py demo_output/page.html docs          # docs/page-light.png, docs/page-phone-dark.png, ...
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ _ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
+_SCREENS = (("page", 1280, 900), ("page-phone", 390, 844))
+
 _COLOURS = 256  # of a picture, which would be larger than 300 KB with all of them
 
 
@@ -49,19 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Take the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path, help="what result.to_html wrote")
-    parser.add_argument("folder", type=Path, help="where page.png and page-phone.png are put")
+    parser.add_argument("folder", type=Path, help="where the pictures are put")
     parser.add_argument("--example", type=int, default=0, help="the row of the test example that is shown")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     address = f"{options.page.resolve().as_uri()}#test-{options.example}"
     with chromium() as browser:
-        for name, width, height in (("page.png", 1280, 900), ("page-phone.png", 390, 844)):
-            page = browser.new_page(viewport={"width": width, "height": height})
+        for (name, width, height), scheme in product(_SCREENS, ("light", "dark")):
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
             page.goto(address)
             word = page.locator(".card .level-4, .card .level-5").first
             if width > 1000 and word.count():
                 word.hover()
-            (options.folder / name).write_bytes(_small(page.screenshot()))
+            (options.folder / f"{name}-{scheme}.png").write_bytes(_small(page.screenshot()))
+            page.close()
 
 
 def _small(picture: bytes) -> bytes:

@@ -23,6 +23,7 @@ import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -71,7 +72,7 @@ def found_table(flipped: set[int], scores: dict[str, Tensor]) -> Table:
         found = [len(flipped & set(values.topk(n_train * percent // 100).indices.tolist())) for percent in (5, 10, 20)]
         table.add_row(method, *(f"{count} ({count / len(flipped):.0%})" for count in found))
     table.add_row(
-        "by chance", *(f"{len(flipped) * percent / 100:.0f} ({percent} %)" for percent in (5, 10, 20)), style="dim"
+        "by chance", *(f"{len(flipped) * percent / 100:.0f} ({percent}%)" for percent in (5, 10, 20)), style="dim"
     )
     return table
 
@@ -108,6 +109,18 @@ def compared(
     return table
 
 
+def draw_terminals(result: InfluenceResult, found: Table, folder: Path) -> None:
+    """Draw the first answer as SVGs, as light and dark terminals of 80 and 120 columns show it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for width in (80, 120):
+        recorder = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
+        result.show(0, k=2, console=recorder)
+        recorder.print(found)
+        for scheme, theme in (("light", DEFAULT_TERMINAL_THEME), ("dark", SVG_EXPORT_THEME)):
+            path = folder / f"terminal-{width}-{scheme}.svg"
+            recorder.save_svg(str(path), title="trainer.influence(test_loader)", theme=theme, clear=False)
+
+
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,7 +134,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=64, help="tokens of each article")
     parser.add_argument("--flip", type=float, default=0.05, help="share of training labels flipped on purpose")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where trace, result and page go")
-    parser.add_argument("--picture", type=Path, help="also draw the first answer as an SVG (the README's picture)")
+    parser.add_argument("--pictures", type=Path, help="a folder to draw the first answer in, as terminals show it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a quick look, at other defaults")
     options = parser.parse_args(arguments)
@@ -200,11 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     console.print()
     console.print(flipped_table, comparison)
 
-    if options.picture:
-        recorder = Console(record=True, width=110, file=io.StringIO())
-        result.show(0, k=2, console=recorder)
-        recorder.print(flipped_table)
-        recorder.save_svg(str(options.picture), title="trainer.influence(test_loader)")
+    if options.pictures:
+        draw_terminals(result, flipped_table, options.pictures)
     saved = result.save(options.output / "result.safetensors")
     read = test[:100]
     page = (

@@ -152,7 +152,7 @@ class LabelIssues(RichRepr):
 
 def _printed(issues: Sequence[LabelIssue], width: int) -> Table:
     """The table of some examples, as wide as a terminal; rich by itself would give up numbers for the texts."""
-    names = ("rank", "train", "score", "given", "predicted")
+    names = ("rank", "train", "label score", "given", "predicted")
     rows = [
         (
             str(issue.rank),

@@ -26,7 +26,7 @@ function signed(number) {
 }
 function percent(share) {
   if (share === null) return "";
-  return share > 0 && share < 0.001 ? "<0.1 %" : `${(share * 100).toFixed(share < 0.0995 ? 1 : 0)} %`;
+  return share > 0 && share < 0.001 ? "<0.1\u00a0%" : `${(share * 100).toFixed(share < 0.0995 ? 1 : 0)}\u00a0%`;
 }
 const count = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 const numbered = (test) => (test.loader === null ? `${test.index}` : `${test.index} of ${test.loader}`);
@@ -147,7 +147,7 @@ function point(word) {
   const left = Math.max(8, Math.min(at.left, innerWidth - tip.offsetWidth - 8));
   const top = at.top > tip.offsetHeight + 12 ? at.top - tip.offsetHeight - 7 : at.bottom + 7;
   tip.style.transform = `translate(${left}px, ${top}px)`;
-  (word.closest("dialog") || document.body).append(tip); // a dialog covers what is outside it
+  (word.closest("dialog") || document.querySelector("main")).append(tip); // a dialog covers what is outside it
 }
 function unpoint() {
   for (const other of lit) other.classList.remove("lit");
@@ -229,12 +229,8 @@ function find() {
   drawTools();
 }
 function drawList() {
-  if (shown.length === 0) {
-    rows.style.height = "auto";
-    const clear = make("button", { class: "more", click: clearFilters }, "Clear search and filters");
-    rows.replaceChildren(make("p", { class: "empty" }, "No test example matches.", make("br"), clear));
-    return;
-  }
+  list.hidden = shown.length === 0;
+  byId("none").hidden = !list.hidden;
   rows.style.height = `${shown.length * ROW}px`;
   const from = Math.max(0, Math.floor(list.scrollTop / ROW) - 3);
   const to = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 3);
@@ -283,6 +279,8 @@ function reveal(row) {
 
 // One test example
 const detail = byId("detail");
+const says = (text) => (text === "" ? null : make("span", { class: "says" }, text));
+const fact = (name, ...what) => make("span", { class: "fact" }, says(name), what); // on one line, with its name
 function drawDetail(row) {
   const test = tests[row];
   const sides = ["proponents", "opponents"].map((side) => test[side].map(pairOf));
@@ -305,12 +303,14 @@ function drawDetail(row) {
       "div",
       { class: "detail-head" },
       make("button", { class: "back", click: () => goTo("#tests") }, "‹ All"),
-      make("h2", {}, `Test example ${numbered(test)}`),
-      test.label === null ? null : [make("span", { class: "says" }, "label"), chip(test.label)],
-      test.prediction === null ? null : [make("span", { class: "says" }, "model says"), chip(test.prediction, "said")],
-      test.confidence === null ? null : make("span", { class: "says" }, percent(test.confidence)),
-      test.mistaken ? make("span", { class: "differs" }, "≠ label") : null,
-      test.target === null ? null : [make("span", { class: "says" }, "target"), chip(test.target)],
+      make(
+        "div",
+        { class: "heading" },
+        make("h2", {}, `Test example ${numbered(test)}`),
+        test.label === null ? null : fact("label", chip(test.label)),
+        test.prediction === null ? null : fact("model says", chip(test.prediction, "said"), says(percent(test.confidence)), test.mistaken ? make("span", { class: "differs" }, "≠ label") : null),
+        test.target === null ? null : fact("target", chip(test.target))
+      ),
       make(
         "div",
         { class: "tools" },
@@ -434,4 +434,4 @@ function clearIfHidden(row) {
   if (!shown.includes(row)) clearFilters();
 }
 dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-dialog.addEventListener("close", () => (unpoint(), document.body.append(tip)));
+dialog.addEventListener("close", () => (unpoint(), document.querySelector("main").append(tip)));

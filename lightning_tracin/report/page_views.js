@@ -8,7 +8,7 @@ function drawSuspects() {
   }
   const { by, n, n_issues, columns, rows } = suspects;
   const flagged = n_issues === null ? "" : ` Of all, ${count(n_issues, "label")} ${n_issues === 1 ? "is" : "are"} probably wrong: the model has said another class, and thought the label about as unlikely as it does for examples of other labels.`;
-  view.append(make("p", { class: "intro" }, `A training example that influences itself most is often mislabelled, or unlike all others. These are the ${rows.length} highest of ${count(n, "training example")}, by ${by}.${flagged} Say what is right, download the CSV, and hand it to apply_corrections.`));
+  view.append(make("p", { class: "intro" }, `A training example that influences itself most is often mislabelled, or unlike all others. These are the ${rows.length} highest of ${count(n, "training example")}, by ${by}, in bold.${flagged} Label scores go from 0 to 1, lower is worse. Say what is right, download the CSV, and hand it to apply_corrections.`));
   const corrected = new Map(); // what is right, by training example
   const names = [...new Set(rows.flatMap(([index, , , , predicted]) => [train[index][0], predicted]))].filter((name) => name !== null).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
   const field = make("input", { type: "search", placeholder: "Search texts, numbers", "aria-label": "Search the suspected labels", input: () => draw() });
@@ -57,7 +57,7 @@ function drawSuspects() {
         predicted === null || predicted === label ? null : [make("span", { class: "differs", title: "differs from" }, "≠"), chip(predicted, issue ? "said" : "", `the model says ${named(predicted)}`)],
         make("span", { class: "score" }, signed(value).replace("+", "")),
         bar(most ? value / most : 0),
-        make("span", { class: "share", title: "label score: from 0 to 1, lower is worse" }, score === null ? "" : score.toFixed(2)),
+        score === null ? null : make("span", { class: "share" }, `label score ${score.toFixed(2)}`),
         label === null ? null : right,
         link(index, `example ${index}, pushed ${count(pushed, "test example")}`)
       ),
@@ -111,7 +111,7 @@ function drawWords() {
         kept.map((number) => make("th", { class: "group", colspan: labels.length, scope: "colgroup", dir: "auto" }, `${group} ${named(classes[number])}`))),
       make("tr", {}, columns.map((each) => header(named(labels[each % labels.length]), each, { class: each % labels.length ? "" : "first" }))));
     const body = order.slice(0, limit).map((word) =>
-      make("tr", {}, make("th", { scope: "row", dir: "auto", title: words[word], class: stops[word] ? "little" : "" }, words[word]),
+      make("tr", {}, make("th", { scope: "row", dir: "auto", title: words[word], class: stops[word] ? "little" : "" }, words[word].trim() === "" ? "(blank)" : words[word]),
         columns.map((each) => {
           const value = values[word][each];
           const level = most ? levelOf(Math.abs(value) / most) : 0;
@@ -229,6 +229,7 @@ list.addEventListener("scroll", () => requestAnimationFrame(drawList), { passive
 addEventListener("resize", drawList);
 addEventListener("hashchange", show);
 for (const id of ["search", "by-label", "by-prediction", "order", "mistaken"]) byId(id).addEventListener("input", find);
+byId("clear").addEventListener("click", clearFilters);
 byId("csv-all").addEventListener("click", () => download([...tests.keys()], "influence.csv"));
 
 fill(byId("by-label"), "All labels", tests.map((test) => test.label));

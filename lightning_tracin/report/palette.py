@@ -31,6 +31,8 @@ class TerminalStyles(NamedTuple):
     number: str
 
 
-TERMINAL_FOR = TerminalStyles("bold white on dark_blue", "white on dodger_blue3", "underline", "dodger_blue2")
+TERMINAL_FOR = TerminalStyles(
+    "bold bright_white on dark_blue", "bright_white on dodger_blue3", "underline", "dodger_blue1"
+)
 
 TERMINAL_AGAINST = TerminalStyles("bold black on orange1", "black on light_goldenrod2", "underline", "dark_orange3")

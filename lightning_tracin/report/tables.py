@@ -16,6 +16,8 @@ from lightning_tracin.report.palette import TERMINAL_AGAINST, TERMINAL_FOR
 # A word is shaded by its term's share of the sum of all terms' magnitudes, from these on.
 _STRONG, _MEDIUM, _WEAK = 0.2, 0.07, 0.02
 
+_NOTHING = 0.005  # A smaller share would be printed as 0%: its word is not listed.
+
 _LINES = 4  # A training example's text takes this many lines.
 
 _EQUAL = 5  # So many training examples that say the same are named.
@@ -101,9 +103,12 @@ def _words(of: Influential) -> Text:
     total = sum(abs(word.term) for word in of.listed_words(len(of.terms)))
     words = Text()
     for name, term, is_stop in of.listed_words():
+        share = abs(term) / total
+        if share < _NOTHING:
+            continue
         words.append(", " if words else "words: ", style="italic")
         against = "−" if term * of.score < 0 else ""
-        words.append(f"{printable(name)} {against}{abs(term) / total:.0%}", style="dim italic" if is_stop else "italic")
+        words.append(f"{printable(name)} {against}{share:.0%}", style="dim italic" if is_stop else "italic")
     return words
 
 

@@ -89,7 +89,9 @@ class WordTable(RichRepr):
         net = self.values[:_PRINTED_WORDS].sum(2)
         unit = _unit(net)
         of = "" if self.target == "label" else f", target {printable(self.target)}"
-        yield Text(f"Words by their influence on {int(self.class_sizes.sum())} test examples{of}, in {unit:.0e}")
+        yield Text(
+            f"Words by their influence on {int(self.class_sizes.sum())} test examples{of}, in units of {unit:.0e}"
+        )
         yield _printed(self, net / unit, options.max_width)
         if len(self.words) > _PRINTED_WORDS:
             yield f"{_PRINTED_WORDS} of {len(self.words)} words; to_pandas() has all"

@@ -164,17 +164,7 @@ class RemovalEffect(RichRepr):
         )
         yield Text(self.summary())
         yield from (Text(printable(note), style="italic") for note in self.notes)
-        table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column("test", justify="right")
-        table.add_column("target", no_wrap=True, overflow="ellipsis")
-        table.add_column("before", justify="right")
-        for removed in self.changes:
-            table.add_column(removed, justify="right")
-        for row in range(min(len(self.before), _LISTED)):
-            cells = [self._cell(row, removed) for removed in self.changes]
-            before = f"{float(self.before[row].mean()):.2f}"
-            table.add_row(str(int(self.test_indices[row])), printable(self.targets[row]), before, *cells)
-        yield table
+        yield self._printed(options.max_width)
         if len(self.before) > _LISTED:
             yield f"{_LISTED} of {len(self.before)}; to_pandas() has all"
 
@@ -224,6 +214,28 @@ class RemovalEffect(RichRepr):
         title = f"{self.k} training examples removed, {len(self.seeds)} seeds, 95 % intervals"
         label = f"change of the target's {self.quantity}"
         return plot_dots(groups, [*names, f"mean of {len(self.before)}"], title, label, ax)
+
+    def _printed(self, width: int) -> Table:
+        """The table of test examples, as wide as a terminal: of a long target less is shown, of numbers all."""
+        names = ("test", "before", *self.changes)
+        rows = [
+            (
+                Text(str(int(self.test_indices[row]))),
+                Text(f"{float(self.before[row].mean()):.2f}"),
+                *(self._cell(row, removed) for removed in self.changes),
+            )
+            for row in range(min(len(self.before), _LISTED))
+        ]
+        widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+        table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+        for name, of_column in zip(names, widths, strict=True):
+            table.add_column(name, justify="right", no_wrap=True, min_width=of_column)
+            if name == "test":
+                room = width - sum(widths) - 2 * len(widths) - 2
+                table.add_column("target", no_wrap=True, overflow="ellipsis", max_width=max(8, room))
+        for target, (test, *numbers) in zip(self.targets, rows, strict=False):
+            table.add_row(test, Text(printable(target)), *numbers)
+        return table
 
     def _cell(self, row: int, removed: str) -> Text:
         each = self.change(row, removed)

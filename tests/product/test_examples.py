@@ -28,9 +28,11 @@ def loudness():
 
 @pytest.mark.slow
 def test_flipped_labels_are_found_more_often_than_by_chance(tmp_path):
-    figures = topics.main(["--small", "--output", str(tmp_path)])
+    figures = topics.main(["--small", "--output", str(tmp_path), "--pictures", str(tmp_path / "pictures")])
     assert figures["accuracy"] > 0.4  # by chance: 0.2
     assert max(figures["found_in_top_tenth"].values()) >= 0.3  # by chance: 0.1
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert names == {f"terminal-{width}-{scheme}.svg" for width in (80, 120) for scheme in ("light", "dark")}
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from chromium import DESKTOP, PHONE, opened
+from contrasts import contrast
 from pages import HOSTILE, Table, data_of, example, explanation, hostile_page, issues_of, number, page_of, shown
 from toy import N_TRAIN, fitted, loader, test_texts
 
@@ -138,7 +139,7 @@ def test_words_that_say_little_are_grey_and_parts_are_named(browser, tmp_path):
         amount.hover()
         assert page.inner_text("#tip b") == "£…"
         assert "all that it shares of £900" in page.inner_text("#tip")
-        assert "30 % of what all words add" in page.inner_text("#tip")
+        assert "30\u00a0% of what all words add" in page.inner_text("#tip")
         the.hover()
         assert "in more than a tenth of the training texts" in page.inner_text("#tip")
         assert card.locator(".equal").text_content() == "3 equal texts"
@@ -290,6 +291,21 @@ def test_right_to_left_texts_are_read_so_by_eye_and_by_arrow_keys(browser, odd):
         assert page.evaluate("document.activeElement.textContent") == "עולם"
 
 
+def test_on_a_phone_what_is_said_of_an_example_stays_with_its_name(browser, tmp_path):
+    test = example(0, ("goal",), "entertainment", prediction="politics and more", confidence=0.6, target="politics")
+    pair = Influential(example(1, ("goal",)), 1.0, 0.5, (1.0,))
+    path = write_page(page_of([explanation(0, test, pair)], target="prediction"), tmp_path / "page.html")
+    top = "element => element.getBoundingClientRect().top + element.getBoundingClientRect().height / 2"
+    with opened(browser, path, viewport=PHONE) as page:
+        page.click(".row")
+        for fact in page.locator(".fact").all():
+            tops = [part.evaluate(top) for part in fact.locator("> *").all()]
+            assert max(tops) - min(tops) < 2
+        head = [page.locator(name).evaluate(top) for name in (".back", "h2", "#next")]
+        assert max(head) - min(head) < 2
+        assert page.locator("h1").is_visible()  # what is read aloud first, though it takes no room
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_shaded_words_are_legible_and_told_apart_without_colour(browser, tmp_path, scheme):
     terms = (0.5, 0.2, 0.1, 0.05, 0.02)
@@ -307,18 +323,6 @@ def test_shaded_words_are_legible_and_told_apart_without_colour(browser, tmp_pat
     thickness = [float(width.removesuffix("px")) for _, _, _, width in found]
     assert thickness[:5] == thickness[5:]
     assert thickness[:5] == sorted(set(thickness), reverse=True)
-
-
-def contrast(ink, ground):
-    """The contrast ratio of two colours (WCAG 2.2)."""
-
-    def luminance(colour):
-        parts = [part / 255 for part in colour]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    dark, light = sorted((luminance(ink), luminance(ground)))
-    return (light + 0.05) / (dark + 0.05)
 
 
 def test_a_page_appears_whole_or_not_at_all(result, tmp_path):

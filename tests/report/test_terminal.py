@@ -4,11 +4,15 @@ import io
 import re
 
 import pytest
+from contrasts import contrast
 from rich.console import Console
+from rich.style import Style
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME
 from toy import loader, test_texts
 
 from lightning_tracin import TracInLast
 from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
+from lightning_tracin.report.palette import TERMINAL_AGAINST, TERMINAL_FOR
 from lightning_tracin.report.tables import explained, shaded
 
 
@@ -44,6 +48,9 @@ def test_piped_output_has_no_colour_and_names_the_words():
     assert "Test example 7, label sport, prediction art (71%)" in shown
     assert "+2  train 7  25.0% of all proponents  label sport" in shown
     assert "words: cup 69%, world 19%, the −12%" in shown  # repeated words are added up; all make 100 %
+    pushed = Influential(example("the world cup"), 2.0, 0.25, (0.001, 0.5, 1.5))
+    shown = printed(explained(explanation(example("a cup"), pushed)))
+    assert "words: cup 75%, world 25%\n" in "\n".join(map(str.rstrip, shown.splitlines()))  # none has 0 %
 
 
 def test_words_are_shaded_by_their_share_and_direction():
@@ -60,6 +67,17 @@ def test_words_are_shaded_by_their_share_and_direction():
             for span in shaded(example("a world cup"), terms, -1.0).spans
         }["world"]
     )
+
+
+@pytest.mark.parametrize("theme", [DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME], ids=["light", "dark"])
+@pytest.mark.parametrize("styles", [TERMINAL_FOR, TERMINAL_AGAINST], ids=["for", "against"])
+def test_colours_are_legible_on_light_and_dark_terminals(theme, styles):
+    def legibility(style):
+        ground = style.bgcolor.get_truecolor(theme, foreground=False) if style.bgcolor else theme.background_color
+        return contrast(style.color.get_truecolor(theme), ground)
+
+    assert min(legibility(Style.parse(style)) for style in (styles.strong, styles.medium)) >= 4.5
+    assert legibility(Style.parse(styles.number)) >= 3.5  # one colour for both terminals; its sign is printed, too
 
 
 def test_of_a_long_text_the_part_that_matters_is_shown():

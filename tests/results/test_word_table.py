@@ -268,7 +268,7 @@ def test_a_printed_row_has_the_net_influence_and_the_label_that_most_of_it_comes
     values[0] = torch.tensor([[0.0045, -0.0005], [0.0, -0.003]])
     values[1, 0] = torch.tensor([0.0, 0.0001])
     lines = printed(made(values, words=("cup", "[CLS]")))
-    assert lines[0] == "Words by their influence on 20 test examples, in 1e-04"
+    assert lines[0] == "Words by their influence on 20 test examples, in units of 1e-04"
     cup, cls = (next(line for line in lines if word in line) for word in ("cup", "[CLS]"))
     assert cup.split() == ["cup", "14", "+40.0", "label", "0", "-30.0", "label", "1"]
     assert cls.split() == ["[CLS]", "14", "+1.0", "label", "1"]

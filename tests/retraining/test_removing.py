@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import planted
@@ -9,11 +10,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from planted import COPIES, EPOCHS, N_TEST, TEST, TRAIN, Learner, build
+from rich.console import Console
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from toy import quiet
 
 from lightning_tracin import Trace, TracInCallback
 from lightning_tracin.retraining import does_it_matter, tail_patch_gains
+from lightning_tracin.retraining.removal_effect import RemovalEffect
 from lightning_tracin.retraining.removals import Removals
 from lightning_tracin.retraining.targets import target_classes
 
@@ -287,3 +290,21 @@ def test_tail_patch_needs_the_weights(planted_result):
         tail_patch_gains(replace(planted_result, trace=None), build, planted.test_loader())
     with pytest.raises(ValueError, match="a row for each of 4 test examples"):
         tail_patch_gains(planted_result, build, planted.test_loader(), train_indices=torch.zeros(2, 2).long())
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_shows_every_number_whole_and_of_a_long_target_what_fits(width):
+    changes = {name: torch.full((2, 3), -0.25) for name in ("proponents", "random", "same label", "tf-idf")}
+    targets = ["tech", "a class of many words, whose name is longer than what is left of a line of eighty characters"]
+    before = torch.full((2, 3), 0.5)
+    effect = RemovalEffect(5, (0, 1, 2), "probability", torch.tensor([3, 1002]), targets, before, changes)
+    console = Console(width=width, file=io.StringIO())
+    console.print(effect)
+    lines = console.file.getvalue().splitlines()
+    head = next(line for line in lines if line.startswith(" test"))
+    assert head.split() == ["test", "target", "before", "proponents", "random", "same", "label", "tf-idf"]
+    rows = [line for line in lines if line.lstrip().startswith(("3  ", "1002  "))]
+    assert [line.count("-0.25 ± 0.00") for line in rows] == [4, 4]
+    assert "a class" in rows[1]
+    assert "…" in rows[1]
+    assert max(map(len, lines)) <= width
