@@ -145,7 +145,7 @@ def shortlist(tables: Tables) -> Iterator[str]:
 
 def _commands(tables: Tables) -> Iterator[str]:
     yield "Made by"
-    yield "```"
+    yield "```bash"
     yield from sorted({each["command"] for each in tables})
     yield "```"
 

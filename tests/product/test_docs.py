@@ -1,40 +1,88 @@
-"""The examples of the documentation: those of its pages run as they stand, and none names what does not exist."""
+"""The documentation's Python runs as it stands, page by page, and says where each of its names comes from."""
 
 from __future__ import annotations
 
-import ast
+import builtins
 import csv
-import inspect
-import re
+import os
+import symtable
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import toy
+import trainer_runs
+from fences import PAGES, blocks, page_text, prose
+from pytorch_lightning.callbacks import ModelCheckpoint
 from spelled_fits import TEST, TRAIN, Spelled
+from torch import nn
+from torch.nn import functional
 from torch.utils.data import DataLoader
-from toy import quiet
-from transformers import GPT2Config, GPT2LMHeadModel
+from toy import Toy, fitted, loader, quiet
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from twin_toy import TwinToy
 
-import lightning_tracin
-from lightning_tracin import InfluenceResult, TracInCallback, TracInMixin, Trainer
-from lightning_tracin.report.label_issues import LabelIssues
-from lightning_tracin.report.word_table import WordTable
+from lightning_tracin import Trace, TracInCallback, TracInLayer, TracInMixin
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = ["tech", "business", "sport"]
-# Of what the examples call their things, the types.
-KNOWN = {"trainer": Trainer, "result": InfluenceResult, "issues": LabelIssues, "table": WordTable, "Trainer": Trainer}
+# Each page with Python is run by the test here that bears its name, or:
+ELSEWHERE = {
+    "README.md": "test_readme.py, on a model and data of its own",
+    "docs/start.md": "test_site.py: it is the README's script",
+    "docs/command_line.md": "test_commands.py: it is the main.py of the commands there",
+}
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def blocks(page: str) -> list[str]:
-    """The examples of a page."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+@pytest.fixture
+def page(request):
+    """The Python blocks of the page that a test is named after; when it ends it has taken all of them."""
+    left = iter(blocks(f"docs/{request.node.name.removeprefix('test_')}.md", "python"))
+    yield left
+    assert [*map(str, left)] == []
+
+
+@pytest.mark.parametrize("page_name", PAGES)
+def test_every_block_has_a_test(page_name):
+    found = blocks(page_name)
+    assert 2 * len(found) == page_text(page_name).count("```")
+    languages = {block.language for block in found}
+    assert languages <= {"python", "bash", "yaml", "text"}  # text is what something prints; test_commands.py has bash
+    if "python" in languages:
+        assert (f"test_{Path(page_name).stem}" in globals()) != (page_name in ELSEWHERE)
+    if "yaml" in languages:
+        assert page_name == "docs/command_line.md"
+
+
+def free_names(block) -> set[str]:
+    """Names that a block uses and does not make."""
+    used, made = set(), set()
+    tables = [symtable.symtable(block.text, str(block), "exec")]
+    for table in tables:
+        tables.extend(table.get_children())
+        for name in table.get_symbols():
+            if table.get_type() == "module" and (name.is_assigned() or name.is_imported()):
+                made.add(name.get_name())
+            elif name.is_global() or table.get_type() == "module":
+                used.add(name.get_name())
+    return used - made - set(dir(builtins))
+
+
+@pytest.mark.parametrize("page_name", [page for page in PAGES if blocks(page, "python")])
+def test_a_page_says_where_each_name_comes_from(page_name):
+    """Imported, made above, or named in what people read."""
+    made: set[str] = set()
+    for block in blocks(page_name, "python"):
+        assert {name for name in free_names(block) - made if f"`{name}`" not in prose(page_name)} == set()
+        made |= {name.get_name() for name in symtable.symtable(block.text, str(block), "exec").get_symbols()}
 
 
 class News(Spelled):
@@ -45,6 +93,9 @@ class News(Spelled):
 
     def influence_label_names(self):
         return dict(enumerate(NAMES))
+
+    def validation_step(self, batch, batch_idx):
+        return self.training_step(batch, batch_idx)
 
 
 TOKENIZER = News().tokenizer
@@ -67,41 +118,97 @@ class Data(pl.LightningDataModule):
         return batches(TEST)
 
 
+class Bare(pl.LightningModule):
+    """A classifier of token ids that knows nothing of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(toy.VOCABULARY, 8, padding_idx=0)
+        self.head = nn.Linear(8, toy.CLASSES)
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids).mean(1))
+
+    def training_step(self, batch, batch_idx):
+        return functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+class Bert(pl.LightningModule):
+    """A tiny model of Hugging Face, in a module that knows nothing of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = BertConfig(vocab_size=len(TOKENIZER), num_labels=len(NAMES), **sizes)
+        self.model = BertForSequenceClassification(config).train()
+
+    def forward(self, **batch):
+        return self.model(**batch)
+
+    def training_step(self, batch, batch_idx):
+        return self(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+class Layered(News):
+    """Reads texts by a convolution and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList([nn.Conv1d(8, 8, 3, padding=1)])
+        self.encoder = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, ids):
+        return self.head(self.encoder(self.convolutions[0](self.embedding(ids).mT).mean(2)))
+
+
 @pytest.fixture
-def known(tmp_path, monkeypatch):
-    """What the examples of a page take for known, after a fit."""
+def given(tmp_path, monkeypatch):
+    """What the blocks of a page take for known, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     pl.seed_everything(0, verbose=False)
-    trainer, model = quiet(max_epochs=2, callbacks=[TracInCallback("trace")]), News()
-    trainer.fit(model, batches(TRAIN, shuffle=True))
-    public = {name: getattr(lightning_tracin, name) for name in lightning_tracin.__all__}
-    return public | {
-        "DataLoader": DataLoader,
-        "trainer": trainer,
-        "model": model,
+    return {
+        "model": News(),
         "train_loader": batches(TRAIN, shuffle=True),
+        "val_loader": batches(TEST),
         "test_loader": batches(TEST),
-        "train": [{"text": text} for text in TRAIN],
         "train_texts": TRAIN,
         "test_texts": TEST,
     }
 
 
-def run(page: str, known: dict) -> None:
-    for block in blocks(page):
-        exec(block, known)
+@pytest.fixture
+def known(given):
+    """The same after a fit."""
+    trainer = quiet(max_epochs=2, callbacks=[TracInCallback("trace")])
+    trainer.fit(given["model"], given["train_loader"])
+    return given | {"trainer": trainer}
 
 
-def test_targets(known):
-    of_classes, of_tokens, of_modules = blocks("targets")
+def run(page: Iterator, known: dict) -> None:
+    """Run what is left of a page."""
+    for block in page:
+        block.run(known)
+
+
+def test_index(page, given):
+    run(page, given | {"YourModule": Bert})
+
+
+def test_targets(page, known):
     known["texts_from_production"] = TEST
-    exec(of_classes, known)
+    next(page).run(known)
     assert known["result"].target == "tech, not business"
-    exec(of_modules, known)
-    assert known["influence_with_labels"](None, (1, 2, 3), 4) == (1, 4, 3)
     trainer = quiet(max_epochs=1, callbacks=[TracInCallback("of-tokens")])
     trainer.fit(Writer(), tokens(4))
-    exec(of_tokens, {"trainer": trainer, "test_loader": tokens(2)})
+    next(page).run({"trainer": trainer, "test_loader": tokens(2)})
+    next(page).run(known)
+    assert known["influence_with_labels"](None, (1, 2, 3), 4) == (1, 4, 3)
 
 
 class Writer(TracInMixin, pl.LightningModule):
@@ -131,49 +238,103 @@ def tokens(n: int) -> DataLoader:
     return DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=2)
 
 
-def test_methods(known):
+def test_methods(page, known, tmp_path, monkeypatch):
     labels = torch.tensor([each["labels"] for each in items(TRAIN)])
-    known |= {"torch": torch, "trusted_loader": batches(TEST), "train_data": items(TRAIN), "labels": labels}
-    run("methods", known)
-    assert known["weights"].shape == (len(TRAIN),)
-    assert [float(known["weights"][labels == label].min()) for label in range(3)] == [0, 0, 0]
+    known |= {"trusted_loader": batches(TEST), "train_data": items(TRAIN), "labels": labels}
+    next(page).run(known)
+    next(page).run(known)
     assert known["again"].method == known["result"].method
     assert torch.equal(known["again"].scores, known["result"].scores)
+    next(page).run(known)
+    next(page).run(known)
+    of_layers = quiet(max_epochs=1, callbacks=[TracInCallback("of-layers", methods=("encoder.0",))])
+    of_layers.fit(Layered(), known["train_loader"])
+    assert of_layers.influence(known["test_loader"], method=known["method"]).scores.std() > 0
+    next(page).run(known)
+    Path("empty").mkdir()
+    monkeypatch.chdir("empty")
+    of_convolutions = quiet(max_epochs=1, callbacks=[known["callback"]])
+    of_convolutions.fit(Layered(), known["train_loader"])
+    method = TracInLayer("convolutions.0", precondition="kfac")
+    assert of_convolutions.influence(known["test_loader"], method=method).scores.std() > 0
+    monkeypatch.chdir(tmp_path)
+    next(page).run(known)
+    assert known["weights"].shape == (len(TRAIN),)
+    assert [float(known["weights"][labels == label].min()) for label in range(3)] == [0, 0, 0]
 
 
-def test_words(known, capsys):
-    run("words", known)
+def test_modules(page, given):
+    given["YourModule"] = Bare
+    next(page).run(given)
+    own, plain = given["Classifier"](), Bare()
+    own.load_state_dict(plain.state_dict())
+    own, plain = (fitted(str(at), each).influence(loader(toy.test_texts())) for at, each in enumerate((own, plain)))
+    torch.testing.assert_close(own.scores, plain.scores)
+    next(page).run(given)
+    twin = quiet(given["Trainer"], callbacks=[TracInCallback("twin")])
+    twin.fit(TwinToy(), loader())
+    assert twin.influence(loader(toy.test_texts())).scores.shape == (toy.N_TEST, toy.N_TRAIN)
+
+
+def test_processes(page, given):
+    """With one process in the place of sixteen on two nodes; tests/parallel has several."""
+    (block,) = page
+    text = block.text.replace("devices=8, num_nodes=2", "devices=1").replace("/shared/trace", "trace")
+    given["news"] = Data()
+    with patch.dict(os.environ):
+        try:
+            replace(block, text=text).run(given)
+        finally:
+            torch.distributed.destroy_process_group()
+    assert given["result"].scores.shape == (len(TEST), len(TRAIN))
+
+
+def test_recording(page, given):
+    run(page, given | {"model": Bert()})
+
+
+def test_validation(page, given):
+    run(page, given)
+    assert [*Path().rglob("influential.html")]
+
+
+def test_words(page, known, capsys):
+    run(page, known)
+    assert [*Path().rglob("influential.html")]
     assert "Test example 0" in capsys.readouterr().out
 
 
-def test_results(known, capsys, monkeypatch):
+def test_results(page, known, capsys, monkeypatch):
+    """Without the hub of Hugging Face, and without Spotlight, which are not here."""
     datasets = pytest.importorskip("datasets")
     pushed, shown = [], []
+    spotlight = SimpleNamespace(show=shown.append)
+    monkeypatch.setitem(sys.modules, "renumics", module := ModuleType("renumics"))
+    monkeypatch.setattr(module, "spotlight", spotlight, raising=False)
     monkeypatch.setattr(datasets.Dataset, "push_to_hub", lambda self, name: pushed.append(name))
+    run(page, known)
     result = known["trainer"].influence(known["test_loader"])
-    run("results", known | {"result": result, "spotlight": SimpleNamespace(show=shown.append)})
     assert str(result.with_texts(TRAIN, TEST)) in capsys.readouterr().out
     assert pushed == ["me/influence"]
     assert shown[0].column_names == list(result.rows()[0])
     assert all(Path(name).exists() for name in ("page.html", "label_issues.csv", "pairs.parquet"))
 
 
-def test_test_examples(known, monkeypatch):
+def test_test_examples(page, known, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("cache"))
     Path("new.csv").write_text("text,label\nthe cup match,2\n", encoding="utf-8")
-    known |= {"datasets": datasets, "news": Data(), "other_news": Data(), "texts": TEST}
+    known |= {"news": Data(), "other_news": Data(), "sms_texts": TEST}
     known |= {"bbc_loader": batches(TEST), "sms_loader": batches(TEST)}
     known["trainer"] = quiet(max_epochs=1, callbacks=[TracInCallback("another")])
-    run("test_examples", known)
+    run(page, known)
     assert known["result"].test_loader_names == ("bbc", "sms")
 
 
-def test_label_review(known):
-    asking, correcting = blocks("label_review")
+def test_label_review(page, known):
     known |= {"train_data": items(TRAIN), "names": NAMES, "collate": collate}
     known["trainer"] = quiet(max_epochs=1, callbacks=[TracInCallback("another", overwrite=True)])
-    exec(asking, known)
+    next(page).run(known)
     with Path("label_issues.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     rows[0]["corrected_label"], rows[1]["corrected_label"] = "sport", "drop"
@@ -182,29 +343,29 @@ def test_label_review(known):
         writer.writeheader()
         writer.writerows(rows)
     known["trainer"] = quiet(max_epochs=1)
-    exec(correcting, known)
+    next(page).run(known)
     assert len(known["corrected"]) == len(TRAIN) - 1
     assert {"labels": 2}.items() <= known["corrected"][int(rows[0]["train_index"]) - 1].items()
 
 
-def test_metrics(capsys):
+def test_metrics(page, capsys):
     """What the page prints stands beside it."""
     known = {}
-    run("metrics", known)
-    lines = [line for block in blocks("metrics") for line in block.splitlines() if "print(" in line]
+    run(page, known)
+    found = blocks("docs/metrics.md", "python")
+    lines = [line for block in found for line in block.text.splitlines() if "print(" in line]
     assert capsys.readouterr().out.splitlines() == [line.partition("#")[2].strip() for line in lines]
     assert len(lines) == 5
-    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert f"`within.reliability`, {known['within'].reliability:.2f} here" in page
+    assert f"`within.reliability`, {known['within'].reliability:.2f} here" in page_text("docs/metrics.md")
     scores, labels = torch.randn(4, 200), torch.zeros(4, dtype=torch.long)
     trainer = quiet()
     trainer.test(known["Judged"](), DataLoader([*zip(scores, labels, strict=True)], batch_size=2), verbose=False)
     assert 0 <= trainer.callback_metrics["same class"] <= 1
 
 
-def test_retraining(known, capsys):
+def test_retraining(page, known, capsys):
     known |= {"News": News, "train_data": items(TRAIN), "collate": collate}
-    run("retraining", known)
+    run(page, known)
     printed = capsys.readouterr().out
     assert "Test example 0: removing its 2 proponents" in printed
     assert "To explain: fall of the target's probability without the 2 strongest proponents" in printed
@@ -212,29 +373,22 @@ def test_retraining(known, capsys):
     assert known["found"].losses.shape == (8, 2, 3)
 
 
-def named(call: ast.Call) -> object:
-    """What an example calls, if it is of this package."""
-    function = call.func
-    if isinstance(function, ast.Name) and function.id in lightning_tracin.__all__:
-        return getattr(lightning_tracin, function.id)
-    if not isinstance(function, ast.Attribute):
-        return None
-    owner = function.value.func if isinstance(function.value, ast.Call) else function.value
-    if not isinstance(owner, ast.Name):
-        return None
-    kind = KNOWN.get(owner.id) or (owner.id in lightning_tracin.__all__ and getattr(lightning_tracin, owner.id))
-    return getattr(kind, function.attr) if kind else None
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples_name_what_exists(page):
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and node.module == "lightning_tracin":
-                assert {each.name for each in node.names} <= set(lightning_tracin.__all__)
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "result":
-                fields = InfluenceResult.__dataclass_fields__
-                assert node.attr in fields or hasattr(InfluenceResult, node.attr), node.attr
-            if isinstance(node, ast.Call) and (called := named(node)):
-                arguments = inspect.signature(called).parameters
-                assert {each.arg for each in node.keywords} - {None} <= arguments.keys(), ast.unparse(node)
+def test_past_runs(page, given):
+    quiet(enable_checkpointing=True, callbacks=[ModelCheckpoint("runs", save_top_k=-1)]).fit(Toy(), loader())
+    trainer_runs.trained("output")
+    known = {
+        "model": Toy(),
+        "train_loader": loader(),
+        "test_loader": loader(toy.test_texts()),
+        "hf_model": trainer_runs.model(),
+        "hf_train_loader": trainer_runs.batches(trainer_runs.N_TRAIN, 0),
+        "hf_test_loader": trainer_runs.batches(trainer_runs.N_TEST, 1),
+        "pool_loader": loader(toy.texts(9, seed=3)),
+        "trace_of_run": fitted("trace-of-run").callbacks[0].trace,
+    }
+    next(page).run(known)
+    Path("runs/epoch=1-step=10.ckpt").rename("runs/best.ckpt")
+    run(page, known)
+    assert Trace("trace").header.notes == Trace("trace-of-trainer").header.notes == ()
+    assert known["result"].candidates
+    assert len(known["chosen"]) == 2

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from fences import ROOT, blocks
 from spellings import TEXTS, trained
 from transformers import BertConfig, BertForSequenceClassification
 
-README = Path(__file__).parents[2] / "README.md"
-
 
 def test_from_your_own_data_to_a_page(tmp_path):
-    section = README.read_text(encoding="utf-8").split("## From your own data to a page")[1].split("\n## ")[0]
-    script = re.search(r"```python\n(.*?)```", section, re.S)[1]
+    (script,) = blocks("README.md", "python")
     tokenizer = trained("WordPiece")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -29,8 +25,8 @@ def test_from_your_own_data_to_a_page(tmp_path):
         writer.writerow(["text", "label"])
         messages = [*TEXTS * 6, *(word for text in TEXTS for word in text.split())]  # so that few words are common
         writer.writerows([text, ("ham", "spam")[place % 2]] for place, text in enumerate(messages))
-    (tmp_path / "train.py").write_text(script.replace("distilbert-base-uncased", "model"), encoding="utf-8")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(README.parent)}
+    (tmp_path / "train.py").write_text(script.text.replace("distilbert-base-uncased", "model"), encoding="utf-8")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

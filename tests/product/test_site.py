@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from fences import ROOT, blocks
 
-ROOT = Path(__file__).parents[2]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 PUBLIC = [f"lightning_tracin{part}" for part in ("", ".cli", ".metrics", ".metrics.functional", ".retraining")]
-
-
-def complete_script(page: str) -> str:
-    """The Python block of a page that holds a fit and a page."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    (script,) = (block for block in blocks if "import csv" in block)
-    return script
 
 
 @pytest.mark.parametrize("package", PUBLIC)
@@ -39,7 +31,8 @@ def test_what_the_reference_lists_exists():
 
 
 def test_the_site_starts_with_the_script_of_the_readme():
-    assert complete_script("docs/start.md") == complete_script("README.md")
+    (of_the_site,), (of_the_readme,) = blocks("docs/start.md", "python"), blocks("README.md", "python")
+    assert of_the_site.text == of_the_readme.text
 
 
 def test_the_readme_is_one_page():
