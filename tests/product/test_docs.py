@@ -187,6 +187,20 @@ def test_label_review(known):
     assert {"labels": 2}.items() <= known["corrected"][int(rows[0]["train_index"]) - 1].items()
 
 
+def test_own_data(known, capsys):
+    _, asking, of_a_bag = blocks("own_data")
+    known |= {"method": lightning_tracin.TracInLast(), "train": [{"text": text} for text in TRAIN]}
+    exec(asking, known | {"result": known["trainer"].influence(known["test_loader"])})
+    assert "target prediction" in capsys.readouterr().out
+    assert all(Path(name).exists() for name in ("review.csv", "result.safetensors"))
+    with Path("messages.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *((text, NAMES[at % 3]) for at, text in enumerate(TRAIN * 4))])
+    exec(of_a_bag, known)
+    assert known["result"].n_train == len(known["train"])
+    assert "<unk>" not in str(known["result"].word_table())
+    assert Path("page-of-bag.html").exists()
+
+
 def test_metrics(capsys):
     """What the page prints stands beside it."""
     known = {}
