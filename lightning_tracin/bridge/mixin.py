@@ -123,7 +123,7 @@ class TracInMixin:
         return relabelled(self, batch, labels)  # type: ignore[arg-type]
 
     def influence_label_names(self) -> dict[int, str]:
-        """What to print for each label, by its number.
+        """What to print for each label, by its number: ``{0: "ham", 1: "spam"}``, or ``dict(enumerate(names))``.
 
         The default is ``id2label`` of a Hugging Face configuration; without one, and for a regression, the numbers are
         printed.
@@ -254,7 +254,10 @@ def label_names_of(module: nn.Module) -> dict[int, str]:
     own = getattr(module, "influence_label_names", None)
     names = own() if callable(own) else _configured_label_names(module)
     if not isinstance(names, Mapping) or not all(isinstance(number, int) for number in names):
-        raise ValueError(f"influence_label_names must return a name for each label's number, but returned {names!r}.")
+        raise ValueError(
+            "influence_label_names must return a mapping from each label's number to its name, such as "
+            f"{{0: 'ham', 1: 'spam'}}, but returned {names!r}."
+        )
     return {number: str(name) for number, name in names.items()}
 
 

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_tracin.bridge.collated_order import check_order
-from lightning_tracin.bridge.mixin import labels_of_module
+from lightning_tracin.bridge.mixin import label_names_of, labels_of_module
 from lightning_tracin.bridge.module_gradients import inside_fit
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
@@ -70,6 +70,7 @@ def begin(
     with processes.synchronized():
         require_spread(module)
         require_automatic_optimization(module)
+        label_names_of(module)  # which only a question reads; but what is wrong with them is told before training
         path = _locked_path(trainer, plan, processes, writing)
         source = processes.gather(_source(path, plan, resumed) if processes.first else None)[0]
         training_set = TrainingSet(trainer.train_dataloader)

@@ -85,6 +85,7 @@ class Recorder:
         self._labels = labels
         self._indices: list[int] | None = None
         self._learned = False
+        self._without_loss = False
         self._failure: Exception | None = None
         recorded = fit.trace.checkpoints
         self._previous = recorded[-1].id if recorded else None
@@ -229,7 +230,7 @@ class Recorder:
                 "TracInCallback saw no optimizer step in this fit, so there is no checkpoint and nothing to compute "
                 "influence from. Step the optimizers that configure_optimizers returned, by self.optimizers()."
             )
-        elif not self.fit.trace.checkpoints:
+        elif not self.fit.trace.checkpoints and not self._without_loss:
             rank_zero_warn(
                 f"The fit ended before the first checkpoint of the trace in {self.fit.trace.path} was due: there is "
                 "nothing to compute influence from. Lower every_n_epochs or every_n_train_steps."
@@ -269,6 +270,10 @@ class Recorder:
         processes = processes_of(trainer)
         with processes.synchronized():  # before any of them waits for the others
             self._raise_failure()
+        drawn = self._drawn.of_all()
+        if drawn is not None and not drawn.any():
+            self._warn_of_no_loss(step)
+            return
         n_recorded = 0 if self.training is None else self.training.count_recorded()
         by_pass = self._plan.cache == "checkpoint" or (killed and self.training is not None)
         if by_pass and self.training is not None:
@@ -290,7 +295,7 @@ class Recorder:
             epoch=epoch,
             previous=self._previous,
             steps=self.steps,
-            drawn=self._drawn.of_all(),
+            drawn=drawn,
             keep_weights=self._plan.keep_weights,
             processes=processes,
         ) as checkpoint:
@@ -302,6 +307,14 @@ class Recorder:
         self._previous, self.steps = recorded, []
         self._drawn.clear()
         self.log_validations(trainer)
+
+    def _warn_of_no_loss(self, step: int) -> None:
+        self._without_loss = True
+        rank_zero_warn(
+            f"training_step of {type(self.gradients.module).__name__} has returned no loss since the last checkpoint, "
+            f"up to step {step}: nothing was learned, so there is no checkpoint of it. A model of transformers returns "
+            "a loss only for a batch with 'labels'."
+        )
 
     def _store_gradients(self, trainer: pl.Trainer, checkpoint: Checkpoint, processes: Processes) -> None:
         """Store every training example's gradients at the module's present weights."""

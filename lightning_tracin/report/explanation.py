@@ -40,7 +40,7 @@ class Example:
             return self.unread.strip()
         text, border = "", ""
         for word in self.words:
-            if word.special:
+            if word.special and not word.is_unknown:
                 border = border or word.before.strip()  # between two texts, of which the second begins with it
             else:
                 text += f" {border} {word.text}" if border else word.before + word.text
@@ -167,6 +167,11 @@ class Word:
     is_common: bool = False
     is_prompt: bool = False
     tag: str | None = None
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it is the token for what the vocabulary lacks, which stands for a word of the text."""
+        return self.text.strip("[]<>").lower() == "unk"
 
     @property
     def is_stop(self) -> bool:

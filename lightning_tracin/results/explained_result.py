@@ -75,13 +75,15 @@ class ExplainedResult(RankedResult):
                 its datamodule when influence was computed.
 
         Raises:
+            TypeError: if what is given are no texts.
             ValueError: if there is no tokenizer that tells offsets, or not a text for each example.
         """
         tokenizer = tokenizer or self.tokenizer
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 "with_texts needs the fast tokenizer that made the token ids, to find the tokens in the texts, but got "
-                f"{type(tokenizer).__name__}. Pass tokenizer=..."
+                f"{type(tokenizer).__name__}. Pass tokenizer=...; where words are split by other means, the result "
+                "shows those of influence_words without with_texts."
             )
         if train is not None:
             require_texts("train", train, self.n_train)

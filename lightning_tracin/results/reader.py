@@ -19,13 +19,19 @@ RawText: TypeAlias = str | tuple[str, str]
 
 
 def require_texts(name: str, texts: Sequence[RawText], needed: int) -> None:
-    """Check that there are as many raw texts as there are examples.
+    """Check that there are as many raw texts as there are examples, and that the first one is a text.
 
     Raises:
+        TypeError: if it is neither a text nor a pair of texts.
         ValueError: if there are fewer.
     """
     if len(texts) < needed:
         raise ValueError(f"{name} must have a text for each of {needed} examples, but has {len(texts)}.")
+    if needed and not isinstance(texts[0], (str, Sequence)):
+        raise TypeError(
+            f"{name} must have a text, or a pair of texts, for each example, but its first is a "
+            f"{type(texts[0]).__name__}. Of rows, pass the column: [row['text'] for row in rows]."
+        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,8 @@ class Reader:
         found = spans_of(self.tokenizer, raw_text, ids)
         if found is None:
             rank_zero_warn(
-                f"The text given for example {index} is not what its token ids were made of: tokens are shown."
+                f"The text given for example {index} is not what its token ids were made of: tokens are shown. Texts "
+                "must be in the order of the data set."
             )
             return words, ""
         text, spans = found

@@ -34,6 +34,7 @@ from lightning_tracin.storage.layouts import (
     require_unit,
     require_within,
 )
+from lightning_tracin.storage.own_files import has_trace
 from lightning_tracin.storage.schemas import FORMAT_VERSION, Count, Identity, Label, Number, Size, StepNumber
 
 #: The file's metadata: what is not a tensor, as JSON, and the checksum of that and of all tensors.
@@ -109,6 +110,9 @@ def read_result(path: Path) -> tuple[ResultHeader, Method, dict[str, Tensor]]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: there is no result to load.")
+    if path.is_dir():
+        what = "a trace: Trace opens it, and trainer.influence(..., trace=...) makes results of it"
+        raise ValueError(f"A result is one file, but {path} is a folder{f', {what}' if has_trace(path) else ''}.")
     status_of(path)
     try:
         tensors, metadata = open_tensors(path)

@@ -132,8 +132,7 @@ class RemovalEffect(RichRepr):
                 size = f"{verb} the {self.quantity} of {printable(self.targets[row])} by {size}"
                 phrases.append(f"removing {name} {size}")
             else:
-                same = (each.mean < 0) == (self.change(row).mean < 0)
-                phrases.append(f"{name} {'' if same else 'lower it ' if each.mean < 0 else 'raise it '}by {size}")
+                phrases.append(f"{name} {'lower' if each.mean < 0 else 'raise'} it by {size}")
         return f"Test example {int(self.test_indices[row])}: {'; '.join(phrases)}"
 
     def summary(self) -> str:

@@ -7,6 +7,8 @@ import csv
 import os
 import symtable
 import sys
+import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -29,7 +31,7 @@ from toy import Toy, fitted, loader, quiet
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from twin_toy import TwinToy
 
-from lightning_tracin import Trace, TracInCallback, TracInLayer, TracInMixin
+from lightning_tracin import Trace, TracInCallback, TracInLast, TracInLayer, TracInMixin
 
 NAMES = ["tech", "business", "sport"]
 # Each page with Python is run by the test here that bears its name, or:
@@ -346,6 +348,30 @@ def test_label_review(page, known):
     next(page).run(known)
     assert len(known["corrected"]) == len(TRAIN) - 1
     assert {"labels": 2}.items() <= known["corrected"][int(rows[0]["train_index"]) - 1].items()
+
+
+def test_own_data(page, known, capsys):
+    packed = Path(sys.prefix) / "data" / "vaderSentiment-3.3.2.tar.gz"  # from what the page downloads
+    with tarfile.open(packed) as package:
+        inner = package.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=inner) as resources:
+            resources.extract("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt", filter="data")
+    next(page).run({})
+    with Path("messages.csv").open(newline="", encoding="utf-8") as file:
+        found = Counter(row["label"] for row in csv.DictReader(file))
+    assert f"{found.total():,} different sentences, {found['positive']:,} of them positive" in page_text(
+        "docs/own_data.md"
+    )
+    known |= {"method": TracInLast(), "train": [{"text": text} for text in TRAIN]}
+    next(page).run(known | {"result": known["trainer"].influence(known["test_loader"])})
+    assert "target prediction" in capsys.readouterr().out
+    assert all(Path(name).exists() for name in ("review.csv", "result.safetensors"))
+    with Path("messages.csv").open("w", newline="", encoding="utf-8") as file:  # few, to be quick
+        csv.writer(file).writerows([("text", "label"), *((text, NAMES[at % 3]) for at, text in enumerate(TRAIN * 4))])
+    next(page).run(known)
+    assert known["result"].n_train == len(known["train"])
+    assert "<unk>" not in str(known["result"].word_table())
+    assert Path("page-of-bag.html").exists()
 
 
 def test_metrics(page, capsys):

@@ -124,6 +124,43 @@ def test_what_no_batch_has_held_since_a_checkpoint_counts_zero_there(tmp_path, k
     assert any(f"{len(undrawn)} of the 20 examples" in note for note in result.notes) is bool(undrawn)
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # what Lightning says, once a process
+@pytest.mark.parametrize("cache", CACHES)
+def test_an_epoch_without_a_loss_gives_no_checkpoint_and_the_next_one_does(tmp_path, cache):
+    class Late(Watched):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if self.training and self.current_epoch == 0 else loss
+
+    data = texts()
+    module = Late(data)
+    with pytest.warns(UserWarning, match="Late has returned no loss since the last checkpoint, up to step 5: nothing"):
+        fit = fitted(tmp_path, module, loader(data, shuffle=True), cache=cache)
+    (checkpoint,) = Trace(tmp_path).checkpoints
+    assert checkpoint.step == 10
+    result = fit.influence(loader(test_texts()), method="tracin-last")
+    expected, ever = scores_by_hand(fit, module, data, [set(range(N_TRAIN))], "tracin-last")
+    assert ever.all()
+    assert result.undrawn.tolist() == []
+    if cache != "training":
+        assert relative_error(result.scores, expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # what Lightning says, once a process
+def test_a_fit_without_a_loss_says_so_once_and_leaves_nothing_to_ask(tmp_path):
+    """As of a model of transformers whose batches have ``label`` for ``labels``, and so no loss."""
+
+    class Silent(Toy):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if not self.training else None
+
+    with pytest.warns(UserWarning, match="returns a loss only for a batch with 'labels'") as caught:
+        fit = fitted(tmp_path, Silent(), trainer={"max_epochs": 1})
+    assert sum("checkpoint" in str(each.message) for each in caught) == 1
+    with pytest.raises(ValueError, match="no checkpoint"):
+        fit.influence(loader(test_texts()))
+
+
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("of", ["a sampler", "a list of batches"])
 def test_a_checkpoint_inside_of_an_epoch_is_of_what_came_since_the_one_before(tmp_path, cache, of):

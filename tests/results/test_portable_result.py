@@ -291,6 +291,14 @@ def test_forged_headers_are_refused(file, key, value):
 GOOD = {"index": 0, "words": [{"text": "a", "before": "", "places": [0]}], "label": None, "ids": [7]}
 
 
+def test_a_folder_is_no_result_and_a_trace_is_told_apart(tmp_path):
+    with pytest.raises(ValueError, match=r"A result is one file, but .* is a folder\.$"):
+        InfluenceResult.load(tmp_path)
+    fitted(tmp_path / "trace")
+    with pytest.raises(ValueError, match="is a folder, a trace: Trace opens it, and "):
+        InfluenceResult.load(tmp_path / "trace")
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -88,6 +88,12 @@ def test_a_loaded_result_needs_the_tokenizer(asked, tmp_path):
     assert first.text + first.unread == TEST[0]
 
 
+def test_rows_in_the_place_of_texts(asked):
+    _, result = asked
+    with pytest.raises(TypeError, match=r"train must have a text, .* but its first is a dict\. .* \[row\['text'\]"):
+        result.with_texts(train=[{"text": text} for text in TRAIN])
+
+
 def test_too_few_texts(asked):
     _, result = asked
     with pytest.raises(ValueError, match=f"train must have a text for each of {len(TRAIN)} examples, but has 3"):

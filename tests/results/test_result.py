@@ -190,10 +190,15 @@ def test_the_module_names_its_labels(tmp_path, monkeypatch):
     assert "label 0" not in printed
 
 
-def test_label_names_that_are_no_names_by_number_are_an_error(tmp_path, monkeypatch):
+def test_label_names_that_are_no_names_by_number_are_refused_before_training(tmp_path, monkeypatch):
+    asked = fitted(tmp_path / "trace")
     monkeypatch.setattr(Toy, "influence_label_names", lambda self: ["calm", "angry"])
-    with pytest.raises(ValueError, match="influence_label_names must return a name for each label's number, but"):
-        fitted(tmp_path / "trace").influence(loader(test_texts()))
+    message = r"a mapping from each label's number to its name, such as .* but returned \['calm', 'angry'\]"
+    with pytest.raises(ValueError, match=message):
+        fitted(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    with pytest.raises(ValueError, match=message):
+        asked.influence(loader(test_texts()))
 
 
 def test_showing_one_test_example(result, capsys):

@@ -6,7 +6,7 @@ import pytest
 from spellings import KINDS, TEXTS, trained
 from tokenizers import normalizers
 
-from lightning_tracin.report.explanation import Word
+from lightning_tracin.report.explanation import Example, Word
 from lightning_tracin.results.words import is_special, marks_of, shares_of_words, spans_of, words_in, words_of
 
 
@@ -124,3 +124,9 @@ def test_parts_of_words_add_up_to_the_terms(tokenizer):
         terms = {token: generator.gauss(0, 1) for token in set(ids) if generator.random() < 0.7}
         assert sum(shares_of_words(words, ids, terms)) == pytest.approx(sum(terms.values()), abs=1e-12)
     assert shares_of_words([Word("a", "", (0,)), Word("ba", " ", (1, 2))], [5, 6, 5], {5: 3.0, 6: 1.0}) == [1.5, 2.5]
+
+
+def test_a_text_keeps_what_the_vocabulary_lacks_but_not_what_the_tokenizer_added():
+    tokens = ["[CLS]", "nice", "[UNK]", "one", "[SEP]", "[PAD]"]
+    assert Example(0, tuple(words_of(tokens, "##")), None).text == "nice [UNK] one"
+    assert Example(0, tuple(words_of(["<unk>", "<pad>"], None)), None).text == "<unk>"

@@ -108,6 +108,16 @@ def test_it_is_said_in_words(effect):
     assert repr(effect) == f"RemovalEffect(n_test={N_TEST}, k={COPIES}, seeds={SEEDS})"
 
 
+def test_each_removal_has_its_own_verb(effect):
+    changes = {"proponents": -0.5, "random": 0.25, "same label": -0.125, "tf-idf": 0.0625}
+    fixed = replace(effect, changes={name: torch.full((N_TEST, SEEDS), value) for name, value in changes.items()})
+    assert fixed.sentence(1) == (
+        "Test example 1: removing its 4 proponents lowers the probability of yes by 0.50 ± 0.00; 4 random ones raise "
+        "it by 0.25 ± 0.00; 4 random ones of the same label lower it by 0.12 ± 0.00; the 4 nearest by TF-IDF raise it "
+        "by 0.06 ± 0.00"
+    )
+
+
 def test_tables_and_charts(effect):
     pytest.importorskip("pandas")
     pytest.importorskip("matplotlib").use("Agg")
