@@ -95,7 +95,7 @@ def checked_rows(result: InfluenceResult, asked: Sequence[int] | None) -> Tensor
 
 
 def require_same_test(result: InfluenceResult, held_out: HeldOut, module: nn.Module) -> None:
-    """Check that test examples are those of a result, as far as their number and labels tell.
+    """Check that test examples are those of a result, as far as their number and labels tell; warn of other tokens.
 
     Args:
         result: the result.
@@ -110,11 +110,21 @@ def require_same_test(result: InfluenceResult, held_out: HeldOut, module: nn.Mod
     if len(held_out) != n_test:
         raise ValueError(f"test has {len(held_out)} examples, but the result has {n_test}. {advice}")
     found, known = held_out.labels(module), result.test_texts.labels
-    if found is None:
-        return
-    others = (known.isfinite() & (known != found)).nonzero().flatten()
-    if len(others):
+    others = [] if found is None else (known.isfinite() & (known != found)).nonzero().flatten().tolist()
+    if found is not None and others:
         raise ValueError(
-            f"test is another one than the result's: test example {int(others[0])} has the label "
-            f"{found[others[0]].item()} here, and {known[others[0]].item():g} there. {advice}"
+            f"test is another one than the result's: test example {others[0]} has the label {found[others[0]].item()} "
+            f"here, and {known[others[0]].item():g} there. {advice}"
+        )
+    _warn_of_other_tokens(result, held_out)
+
+
+def _warn_of_other_tokens(result: InfluenceResult, held_out: HeldOut) -> None:
+    """A warning, as a module may read other token ids than those of the batch."""
+    pairs = zip(result.test_texts.ids_by_example(), held_out.token_ids() or [], strict=False)
+    other = next((place for place, (known, found) in enumerate(pairs) if not set(known) <= set(found)), None)
+    if other is not None:
+        rank_zero_warn(
+            f"Test example {other} has other tokens here than in the result. If test is another data set, or the same "
+            "in another order, retraining says nothing of the scores."
         )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.fingerprint import hash_of, seeded
 from lightning_tracin.bridge.loaders import loader_of_batches
-from lightning_tracin.bridge.mixin import labels_of_module
+from lightning_tracin.bridge.mixin import labels_of_module, token_ids_of
 from lightning_tracin.bridge.query_examples import checked_test_loader
 from lightning_tracin.bridge.unmoved import random_state_kept, unmoved
 from lightning_tracin.gradients.batches import batch_size, described_batch
@@ -48,6 +48,12 @@ class HeldOut:
         found = [labels_of_module(module, batch) for batch in self.batches]
         known = [each for each in found if each is not None and each.dim() == 1]
         return torch.cat(known)[self.places].cpu() if len(known) == len(found) else None
+
+    def token_ids(self) -> list[list[int]] | None:
+        """The token ids of each, with padding; None where batches have no such matrix."""
+        found = [token_ids_of(batch) for batch in self.batches]
+        rows = [row.tolist() for each in found if each is not None for row in each]
+        return [rows[place] for place in self.places.tolist()] if len(rows) == len(self) else None
 
 
 def held_out(test: Any, training_loader: Callable[[], DataLoader[Any]]) -> HeldOut:

@@ -110,6 +110,8 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with path.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
+            if size > path.stat().st_size:
+                raise ValueError("it does not begin as a safetensors file does")
             if size > _HEADER_BYTES or opened.read(size).count(b"{") > _HEADER_BRACES:
                 raise ValueError(f"its header has {size} bytes, or more than {_HEADER_BRACES} tensors, and is not read")
         with safe_open(path, framework="pt") as file:

@@ -55,6 +55,13 @@ def test_a_bit_that_flips_is_an_error(file):
     InfluenceResult.load(file)
 
 
+def test_another_kind_of_file(tmp_path):
+    path = tmp_path / "review.csv"
+    path.write_text("train_index,text,label\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="it does not begin as a safetensors file does"):
+        InfluenceResult.load(path)
+
+
 @pytest.mark.parametrize("left", [0, 7, 8, 300, -300, -1])
 def test_a_file_that_is_cut_short(file, left):
     truncated(file, left if left >= 0 else file.stat().st_size + left)
@@ -245,7 +252,9 @@ def test_a_result_of_another_number_of_examples_than_its_trace(toy, tmp_path):
 def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
     path = tmp_path / "result.safetensors"
     {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
-    with pytest.raises(ValueError, match=f"{path} is damaged: it is no file"):
+    of_a_file = f"{path} is damaged: it is no file"
+    message = f"A result is one file, but {path} is a folder" if kind == "folder" else of_a_file
+    with pytest.raises(ValueError, match=message):
         InfluenceResult.load(path)
 
 

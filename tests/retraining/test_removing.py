@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import replace
 
 import planted
@@ -249,6 +250,16 @@ def test_wrong_questions_are_refused(planted_result, options, message):
     test = options.pop("test", planted.test_loader())
     with pytest.raises(ValueError, match=message):
         does_it_matter(planted_result, build, test, **{"k": 2, **options})
+
+
+def test_another_test_set_of_the_same_labels_is_told(planted_result):
+    ids, labels = TEST.tensors
+    others = DataLoader(TensorDataset(torch.where(torch.arange(len(ids))[:, None] == 2, ids + 1, ids), labels))
+    with pytest.warns(UserWarning, match="Test example 2 has other tokens here than in the result"):
+        tail_patch_gains(planted_result, build, others, k=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*other tokens")
+        tail_patch_gains(planted_result, build, planted.test_loader(), k=2)
 
 
 def test_another_training_set_is_told(planted_result, tmp_path):
