@@ -57,7 +57,7 @@ def trak(
         projector_kwargs={"proj_dim": dimensions},
         layer_name=_wrapped_names(names),
     )
-    batch_size = _batch_size(wrapped, names)
+    batch_size = _batch_size(wrapped)
     scores: Tensor = attributor.attribute(_loader(test, batch_size), _loader(train, batch_size))
     return scores.T.detach().float()
 
@@ -87,7 +87,7 @@ def projected_tracin(
         projector_kwargs={"proj_dim": dimensions},
         layer_name=_wrapped_names(names),
     )
-    batch_size = _batch_size(wrapped, names)
+    batch_size = _batch_size(wrapped)
     scores: Tensor = attributor.attribute(_loader(train, batch_size), _loader(test, batch_size))
     return scores.T.detach().float()
 
@@ -107,11 +107,12 @@ def _wrapped_names(names: Sequence[str] | None) -> list[str] | None:
     return None if names is None else [f"network.{name}" for name in names]
 
 
-def _batch_size(network: Positional, names: Sequence[str] | None) -> int:
-    """As many examples as have a gigabyte of gradients: dattri draws the projection anew for each batch."""
-    parameters = dict(network.named_parameters())
-    n = sum(parameters[name].numel() for name in _wrapped_names(names) or parameters)
-    return max(8, 2**28 // n)
+def _batch_size(network: Positional) -> int:
+    """As many examples as have a gigabyte of gradients: dattri draws the projection anew for each batch.
+
+    It takes the gradients of all parameters, and leaves out those that are not asked for afterwards.
+    """
+    return max(8, 2**28 // sum(parameter.numel() for parameter in network.parameters()))
 
 
 def _loader(examples: Examples, batch_size: int) -> DataLoader[Any]:
