@@ -36,7 +36,8 @@ def fit(folder, module=None, val=None, *, logger=None, trainer=None, kind=pl.Tra
         folder / "trace", **{"dtype": "float32", "log_examples": 2, "on_error": "raise", **options}
     )
     logger = CSVLogger(folder) if logger is None else logger
-    fitting = quiet(kind, **{"callbacks": [callback], "logger": logger, "log_every_n_steps": 1, **(trainer or {})})
+    settings = {"callbacks": [callback], "logger": logger, "log_every_n_steps": 1, "default_root_dir": folder}
+    fitting = quiet(kind, **{**settings, **(trainer or {})})
     fitting.fit(module, loader(shuffle=True) if train is None else train, loader(test_texts()) if val is None else val)
     return fitting
 

@@ -138,14 +138,8 @@ class Bare(pl.LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
-class Bert(pl.LightningModule):
-    """A tiny model of Hugging Face, in a module that knows nothing of this package."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = BertConfig(vocab_size=len(TOKENIZER), num_labels=len(NAMES), **sizes)
-        self.model = BertForSequenceClassification(config).train()
+class OfHuggingFace(pl.LightningModule):
+    """A module around a model of Hugging Face."""
 
     def forward(self, **batch):
         return self.model(**batch)
@@ -155,6 +149,16 @@ class Bert(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters())
+
+
+class Bert(OfHuggingFace):
+    """A tiny model of Hugging Face, in a module that knows nothing of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = BertConfig(vocab_size=len(TOKENIZER), num_labels=len(NAMES), **sizes)
+        self.model = BertForSequenceClassification(config).train()
 
 
 class Layered(News):
@@ -213,7 +217,7 @@ def test_targets(page, known):
     assert known["influence_with_labels"](None, (1, 2, 3), 4) == (1, 4, 3)
 
 
-class Writer(TracInMixin, pl.LightningModule):
+class Writer(TracInMixin, OfHuggingFace):
     """A language model, and as much of a tokenizer as the names of two tokens take."""
 
     def __init__(self) -> None:
@@ -224,15 +228,6 @@ class Writer(TracInMixin, pl.LightningModule):
             encode=lambda text, **_: [[" Paris", " London"].index(text)],
             convert_ids_to_tokens=lambda ids: [str(token) for token in ids],
         )
-
-    def forward(self, **batch):
-        return self.model(**batch)
-
-    def training_step(self, batch, batch_idx):
-        return self(**batch).loss
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters())
 
 
 def tokens(n: int) -> DataLoader:
