@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from lightning_tracin.gradients.printable import in_a_cell, printable, storable, storable_if_known
 from lightning_tracin.report.explanation import Example
+from lightning_tracin.report.fitted_table import fitted_table
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
 from lightning_tracin.storage.files import output_file
 
@@ -151,25 +151,16 @@ class LabelIssues(RichRepr):
 
 
 def _printed(issues: Sequence[LabelIssue], width: int) -> Table:
-    """The table of some examples, as wide as a terminal; rich by itself would give up numbers for the texts."""
-    names = ("rank", "train", "label score", "given", "predicted")
-    rows = [
-        (
-            str(issue.rank),
-            str(issue.example.index),
-            "" if issue.label_score is None else f"{issue.label_score:.2f}",
-            printable(issue.example.label or "")[:_LABEL_WIDTH],
-            printable(issue.predicted_label or "")[:_LABEL_WIDTH],
-        )
-        for issue in issues
-    ]
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    for name, of_column in zip(names, widths, strict=True):
-        table.add_column(name, justify="left" if name in names[3:] else "right", no_wrap=True, min_width=of_column)
-    room = width - sum(widths) - 2 * len(widths) - 2
-    table.add_column("text", no_wrap=True, overflow="ellipsis", max_width=max(8, room))
-    for issue, cells in zip(issues, rows, strict=True):
-        style = "bold" if issue.is_label_issue else ""
-        table.add_row(*map(Text, cells[:-1]), Text(cells[-1], style=style), Text(printable(issue.example.text)))
-    return table
+    """The table of some examples, as wide as a terminal: of long texts less is shown."""
+    styles = ["bold" if issue.is_label_issue else "" for issue in issues]
+    predicted = [printable(issue.predicted_label or "")[:_LABEL_WIDTH] for issue in issues]
+    scores = ["" if issue.label_score is None else f"{issue.label_score:.2f}" for issue in issues]
+    columns = {
+        "rank": [Text(str(issue.rank)) for issue in issues],
+        "train": [Text(str(issue.example.index)) for issue in issues],
+        "label score": [Text(score) for score in scores],
+        "given": [Text(printable(issue.example.label or "")[:_LABEL_WIDTH]) for issue in issues],
+        "predicted": [Text(label, style=style) for label, style in zip(predicted, styles, strict=True)],
+        "text": [Text(printable(issue.example.text)) for issue in issues],
+    }
+    return fitted_table(columns, width, elastic="text", left=("given", "predicted"))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lightning_tracin.gradients.printable import printable
 from lightning_tracin.metrics.functional.bootstrap import bootstrap_interval
+from lightning_tracin.report.fitted_table import fitted_table
 from lightning_tracin.report.plots import Dots, plot_dots
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
 from lightning_tracin.retraining.intervals import half_width
@@ -216,25 +216,14 @@ class RemovalEffect(RichRepr):
 
     def _printed(self, width: int) -> Table:
         """The table of test examples, as wide as a terminal: of a long target less is shown, of numbers all."""
-        names = ("test", "before", *self.changes)
-        rows = [
-            (
-                Text(str(int(self.test_indices[row]))),
-                Text(f"{float(self.before[row].mean()):.2f}"),
-                *(self._cell(row, removed) for removed in self.changes),
-            )
-            for row in range(min(len(self.before), _LISTED))
-        ]
-        widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-        table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-        for name, of_column in zip(names, widths, strict=True):
-            table.add_column(name, justify="right", no_wrap=True, min_width=of_column)
-            if name == "test":
-                room = width - sum(widths) - 2 * len(widths) - 2
-                table.add_column("target", no_wrap=True, overflow="ellipsis", max_width=max(8, room))
-        for target, (test, *numbers) in zip(self.targets, rows, strict=False):
-            table.add_row(test, Text(printable(target)), *numbers)
-        return table
+        rows = range(min(len(self.before), _LISTED))
+        columns = {
+            "test": [Text(str(int(self.test_indices[row]))) for row in rows],
+            "target": [Text(printable(self.targets[row])) for row in rows],
+            "before": [Text(f"{float(self.before[row].mean()):.2f}") for row in rows],
+            **{removed: [self._cell(row, removed) for row in rows] for removed in self.changes},
+        }
+        return fitted_table(columns, width, elastic="target")
 
     def _cell(self, row: int, removed: str) -> Text:
         each = self.change(row, removed)
