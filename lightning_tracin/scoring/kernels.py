@@ -35,7 +35,8 @@ class Dual:
     Attributes:
         drawn: (n,) int64, the training examples that training drew before the checkpoint.
         terms: of the kernel, with weights that add up to 1.
-        importances: (n,) float32, w residual ** power: what the solution of each drawn example is multiplied by.
+        importances: (n,) float32, w residual ** power: what the solution of each drawn example is multiplied by; in the
+            first process, empty in the others.
         solver: what solves it, in the first process; None in the others.
     """
 
@@ -95,7 +96,8 @@ class Kernels:
             places = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:n_landmarks].sort().values
             rows = self._rows(terms, drawn[places], drawn)
             solver = None if rows is None else Landmarks.of(rows.T, places, shift)
-        return Dual(drawn, terms, weight * self._damped_residuals(checkpoint)[drawn], solver)
+        importances = weight * self._damped_residuals(checkpoint)[drawn] if self.processes.first else torch.empty(0)
+        return Dual(drawn, terms, importances, solver)
 
     def _damped_residuals(self, checkpoint: Checkpoint) -> Tensor:
         """(n_train,) residual ** power; without a power they need not be recorded."""
