@@ -21,9 +21,9 @@ import torch
 
 from benchmarks.evidence.baselines.of_fit import BASELINES
 from benchmarks.evidence.contenders import contenders
-from benchmarks.evidence.deletion import Deletion, deletion_table, run_deletion
+from benchmarks.evidence.deletion import Deletion, changes_of, deletion_table, with_seed
 from benchmarks.evidence.fitting import Fitted, fitted, right_and_balanced
-from benchmarks.evidence.halves import retrained
+from benchmarks.evidence.halves import halves_of
 from benchmarks.evidence.lds import lds_table
 from benchmarks.evidence.matters import matters_table
 from benchmarks.evidence.mislabel import disagreed, flipped, mislabel_table
@@ -59,22 +59,25 @@ def lds_part(task: Task, options: argparse.Namespace) -> None:
     for name, each in _scorers(task, options).items():
         kept_scores(options.folder, name, each, fit)
     scores = all_kept_scores(options.folder, task)
-    halves = retrained(task, options.folder, options.halves, range(options.seeds))
-    _write(
-        options, f"lds-{task.name}", lds_table(task, halves, scores, BASELINES) | {"accuracy": round(fit.accuracy(), 4)}
-    )
+    halves = halves_of(task, options.folder, options.out / "halves", options.halves, range(options.seeds))
+    table = lds_table(task, halves, scores, BASELINES, former=_read(options, f"lds-{task.name}"))
+    _write(options, f"lds-{task.name}", table | {"accuracy": round(fit.accuracy(), 4)})
 
 
 def deletion_part(task: Task, options: argparse.Namespace) -> None:
-    """Fit without proponents."""
+    """Fit without proponents, seed by seed: a run that is broken off has all methods with fewer seeds."""
     fit = _fit(task, options)
     tests = right_and_balanced(fit.probabilities(), task.test.labels, options.tests)
     known = contenders(task)
     scores = {name: kept_scores(options.folder, name, known[name], fit) for name in options.deletion_methods}
     deletion = Deletion(task, options.folder, tests)
-    seeds = range(options.deletion_seeds)
-    run_deletion(deletion, scores, options.ks, seeds)
-    _write(options, f"deletion-{task.name}", deletion_table(deletion, scores, options.ks, seeds))
+    table = _read(options, f"deletion-{task.name}")
+    if table and table["tests"] != tests:
+        raise SystemExit(f"{options.out}/deletion-{task.name}.json is of other test examples: remove it to begin anew.")
+    changes = changes_of(table) if table else []
+    for seed in range(options.deletion_seeds):
+        changes = with_seed(changes, deletion, scores, options.ks, seed)
+        _write(options, f"deletion-{task.name}", deletion_table(deletion, changes))
 
 
 def matters_part(task: Task, options: argparse.Namespace) -> None:
@@ -128,10 +131,17 @@ def _fit(task: Task, options: argparse.Namespace) -> Fitted:
     return fit
 
 
+def _read(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """A table that was written before; empty if there is none."""
+    path = options.out / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def _write(options: argparse.Namespace, name: str, table: dict[str, Any]) -> None:
-    """Write a table, and beside it the command that made it."""
+    """Write a table, and beside it the commands that made it."""
     options.out.mkdir(parents=True, exist_ok=True)
-    content = {"command": _command(sys.argv[1:]), "torch": torch.__version__, **table}
+    commands = dict.fromkeys([*_read(options, name).get("commands", []), _command(sys.argv[1:])])
+    content = {"commands": list(commands), "torch": torch.__version__, **table}
     (options.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out / name}.json", flush=True)  # noqa: T201
 

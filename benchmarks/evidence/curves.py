@@ -19,7 +19,7 @@ def draw(part: str, tables: list[dict[str, Any]], folder: Path) -> None:
     """
     panels = {"deletion": _deletion, "mislabel": _mislabel}
     if part == "deletion":
-        tables = [each for each in tables if len(each["ks"]) > 1]
+        tables = [each for each in tables if len({row["k"] for row in each["rows"]}) > 1]
     if part not in panels or not tables:
         return
     with mpl.rc_context({"svg.hashsalt": "evidence", "font.size": 8}):
@@ -35,9 +35,12 @@ def draw(part: str, tables: list[dict[str, Any]], folder: Path) -> None:
 
 
 def _deletion(place: Any, table: dict[str, Any]) -> None:
-    for row in table["rows"]:
-        place.plot(table["ks"], row["p"], marker="o", markersize=3, label=row["method"])
-        place.fill_between(table["ks"], row["p_low"], row["p_high"], alpha=0.15)
+    for method in dict.fromkeys(row["method"] for row in table["rows"]):
+        rows = [row for row in table["rows"] if row["method"] == method]
+        ks = [row["k"] for row in rows]
+        mean, low, high = zip(*(row["p"] for row in rows), strict=True)
+        place.plot(ks, mean, marker="o", markersize=3, label=method)
+        place.fill_between(ks, low, high, alpha=0.15)
     place.axhline(0, color="grey", linewidth=0.5)
     place.set_xlabel("proponents removed")
     place.set_ylabel("change of the probability")

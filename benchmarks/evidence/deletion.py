@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,29 @@ from lightning_tracin.metrics.functional import deletion_curve
 from lightning_tracin.retraining import Retrainings, without
 
 SAME_LABEL = "random, same label"
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What removing proponents changes in a network's answers, the mean over seeds.
+
+    Attributes:
+        method: by which proponents were found.
+        k: how many were removed.
+        seeds: of the fits.
+        p: the change of the probability of each test example's label, (n_tests,).
+    """
+
+    method: str
+    k: int
+    seeds: tuple[int, ...]
+    p: Tensor
+
+    def and_also(self, other: Change) -> Change:
+        """The same with the seeds of another."""
+        seeds = (*self.seeds, *other.seeds)
+        share = len(other.seeds) / len(seeds)
+        return replace(self, seeds=seeds, p=torch.lerp(self.p, other.p, share))
 
 
 class Deletion:
@@ -73,63 +97,75 @@ class Deletion:
         return without(len(self.task.train), same[drawn])
 
 
-def run_deletion(deletion: Deletion, scores: Mapping[str, Tensor], ks: Sequence[int], seeds: Sequence[int]) -> None:
-    """Retrain seed by seed, so that a run that is broken off has all methods with fewer seeds.
+def with_seed(
+    changes: Sequence[Change], deletion: Deletion, scores: Mapping[str, Tensor], ks: Sequence[int], seed: int
+) -> list[Change]:
+    """What removing changes, with one more seed in the means of those that do not have it yet.
 
     Args:
+        changes: what is known.
         deletion: of a task.
         scores: by method, (n_test, n_train).
         ks: how many proponents are removed.
-        seeds: of the fits.
+        seed: of the fits.
     """
-    for seed in seeds:
-        deletion.with_all([seed])
-        for k in ks:
-            deletion.without_same_label(k, [seed])
-            for each in scores.values():
-                deletion.without_proponents(each, k, [seed])
+    known = {(each.method, each.k): each for each in changes}
+    for k in ks:
+        for method in (SAME_LABEL, *scores):
+            before = known.get((method, k))
+            if before is not None and seed in before.seeds:
+                continue
+            said = (
+                deletion.without_same_label(k, [seed])
+                if method == SAME_LABEL
+                else deletion.without_proponents(scores[method], k, [seed])
+            )
+            alone = Change(method, k, (seed,), (said.exp() - deletion.with_all([seed]).exp())[:, 0])
+            known[method, k] = alone if before is None else before.and_also(alone)
+    return list(known.values())
 
 
-def deletion_table(
-    deletion: Deletion, scores: Mapping[str, Tensor], ks: Sequence[int], seeds: Sequence[int]
-) -> dict[str, Any]:
-    """What removing changes, by method, as one table of JSON; retrains what is missing."""
-    before = deletion.with_all(seeds)
-    after = {SAME_LABEL: [deletion.without_same_label(k, seeds) for k in ks]}
-    for name, each in scores.items():
-        after[name] = [deletion.without_proponents(each, k, seeds) for k in ks]
-    changes = {name: torch.stack([here.exp() - before.exp() for here in each], 2) for name, each in after.items()}
-    logs = {name: torch.stack([here - before for here in each], 2) for name, each in after.items()}
-    rows = [
-        {
-            "method": name,
-            **_summary("p", each, ks),
-            **_summary("log_p", logs[name], ks),
-            "per_test": [_numbers(column) for column in each.mean(1).T],
-            "against": {
-                other: _summary("p", each - its, ks) | {"lower": _numbers((each.mean(1) < its.mean(1)).sum(0))}
-                for other, its in changes.items()
-                if other != name
-            },
-        }
-        for name, each in changes.items()
-    ]
+def deletion_table(deletion: Deletion, changes: Sequence[Change]) -> dict[str, Any]:
+    """What removing changes, as one table of JSON: a row for each method and number of removed examples."""
+    seeds = sorted({seed for each in changes for seed in each.seeds})
     return {
         "task": deletion.task.name,
         "title": deletion.task.title,
         "tests": deletion.tests,
-        "seeds": list(seeds),
-        "ks": list(ks),
-        "probability_with_all": round(float(before.exp().mean()), 4),
-        "rows": rows,
+        "probability_with_all": round(float(deletion.with_all(seeds).exp().mean()), 4),
+        "rows": [
+            {
+                "method": each.method,
+                "k": each.k,
+                "seeds": list(each.seeds),
+                "p": _mean_and_interval(each.p),
+                "against": {other.method: _pair(each, other) for other in changes if _compares(each, other)},
+                "per_test": _numbers(each.p),
+            }
+            for each in sorted(changes, key=lambda each: each.k)
+        ],
     }
 
 
-def _summary(name: str, changes: Tensor, ks: Sequence[int]) -> dict[str, list[float]]:
-    """Means over test examples and seeds of changes (n_tests, seeds, n_k), and intervals over test examples."""
-    result = deletion_curve(changes, ks)
-    low, high = result.curve_interval
-    return {name: _numbers(result.curve), f"{name}_low": _numbers(low), f"{name}_high": _numbers(high)}
+def changes_of(table: Mapping[str, Any]) -> list[Change]:
+    """The changes that a table is of."""
+    return [
+        Change(row["method"], row["k"], tuple(row["seeds"]), torch.tensor(row["per_test"])) for row in table["rows"]
+    ]
+
+
+def _compares(one: Change, other: Change) -> bool:
+    return one.k == other.k and one.method != other.method
+
+
+def _pair(one: Change, other: Change) -> dict[str, Any]:
+    return {"p": _mean_and_interval(one.p - other.p), "lower": int((one.p < other.p).sum())}
+
+
+def _mean_and_interval(per_test: Tensor) -> list[float]:
+    """The mean over test examples, and its 95 % interval by the bootstrap over them."""
+    result = deletion_curve(per_test[:, None, None], [1])
+    return _numbers(torch.cat([result.curve, *result.curve_interval]))
 
 
 def _numbers(values: Tensor) -> list[float]:

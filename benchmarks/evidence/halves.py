@@ -1,4 +1,8 @@
-"""The truth that scores of whole training sets are held to: networks fitted to random halves, over seeds."""
+"""The truth that scores of whole training sets are held to: networks fitted to random halves, over seeds.
+
+What they say is committed with the tables, a file for each task and seed: another method is held to the same networks
+without a fit, and a further seed adds to them. A file that is removed is made anew.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.evidence.task import Task
@@ -24,18 +31,47 @@ class Halves(NamedTuple):
     outputs: Tensor
 
 
-def retrained(task: Task, folder: Path, n: int = 100, seeds: Sequence[int] = (0, 1)) -> Halves:
-    """Fit to random halves, as far as that has not been done.
+def halves_of(task: Task, folder: Path, kept: Path, n: int = 100, seeds: Sequence[int] = (0, 1)) -> Halves:
+    """What networks say that are fitted to random halves; fits what is not known yet.
 
     Args:
         task: what is fitted.
         folder: of all retrainings of the study; a task has a folder there.
+        kept: folder of the files that hold what is known.
         n: number of halves.
         seeds: with each of which a network is fitted to each half.
+
+    Raises:
+        SystemExit: if a file is of other examples, or of other halves.
     """
-    halves = random_halves(len(task.train), n)
-    found = retrainings(task, folder / task.name / "halves").run(halves, seeds)
-    return Halves(found.subsets, -found.losses)
+    subsets = random_halves(len(task.train), n)
+    outputs = [_said(task, folder, kept / f"{task.name}-{seed}.safetensors", subsets, seed) for seed in seeds]
+    return Halves(subsets, torch.stack(outputs, 1))
+
+
+def _said(task: Task, folder: Path, path: Path, subsets: Tensor, seed: int) -> Tensor:
+    """Log-probabilities of the test examples' labels by networks of one seed, (m, n_test)."""
+    known = _read(path, task, subsets)
+    if len(known) < len(subsets):
+        found = retrainings(task, folder / task.name / "halves").run(subsets[len(known) :], [seed])
+        known = torch.cat([known, -found.losses[:, 0]])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"outputs": known, "subsets": subsets[: len(known)].to(torch.uint8)}
+        save_file(tensors, path, {"task": task.name, "seed": str(seed), "examples": task.fingerprint()})
+    return known[: len(subsets)]
+
+
+def _read(path: Path, task: Task, subsets: Tensor) -> Tensor:
+    """What a file holds, (m, n_test); of none, no rows."""
+    if not path.exists():
+        return torch.empty(0, len(task.test))
+    with safe_open(path, "pt") as opened:
+        examples, known = opened.metadata()["examples"], opened.get_tensor("subsets").bool()
+        outputs: Tensor = opened.get_tensor("outputs")
+    shared = min(len(known), len(subsets))
+    if examples != task.fingerprint() or not torch.equal(known[:shared], subsets[:shared]):
+        raise SystemExit(f"{path} is of other examples or halves than {task.title} has here: remove it to fit anew.")
+    return outputs
 
 
 def retrainings(task: Task, folder: Path) -> Retrainings:

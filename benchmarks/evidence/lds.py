@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,13 @@ from benchmarks.evidence.task import Task
 from lightning_tracin.metrics.functional import linear_datamodeling_difference, linear_datamodeling_score
 
 
-def lds_table(task: Task, halves: Halves, scores: Mapping[str, Tensor], baselines: Collection[str]) -> dict[str, Any]:
+def lds_table(
+    task: Task,
+    halves: Halves,
+    scores: Mapping[str, Tensor],
+    baselines: Collection[str],
+    former: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """All methods' scores, the best first, as one table of JSON.
 
     Args:
@@ -22,6 +29,7 @@ def lds_table(task: Task, halves: Halves, scores: Mapping[str, Tensor], baseline
         halves: what retrained networks say.
         scores: by method, (n_test, n_train).
         baselines: names of methods that know nothing of influence; the others are compared in pairs with the best.
+        former: a table of the same halves, seeds and best baseline, whose other methods stay.
     """
     labels = task.train.labels
     found = {name: linear_datamodeling_score(each, *halves) for name, each in scores.items()}
@@ -30,13 +38,15 @@ def lds_table(task: Task, halves: Halves, scores: Mapping[str, Tensor], baseline
         within = {name: linear_datamodeling_score(each, *halves, within=labels) for name, each in scores.items()}
     reference = max((name for name in found if name in baselines), key=lambda each: float(found[each].mean))
     rows = []
-    for name in sorted(found, key=lambda each: -float(found[each].mean)):
+    for name in found:
         difference, error = linear_datamodeling_difference(found[name], found[reference])
         above = {"above_reference": _rounded(difference), "above_reference_se": _rounded(error)}
         whole = _entry(found[name], "") | {"one_seed_lds": _rounded(_against_one_seed(scores[name], halves))}
         rows.append({"method": name, **whole, **_entry(within[name], "within_"), **above})
     first, first_within = next(iter(found.values())), next(iter(within.values()))
     m, seeds, n_test = halves.outputs.shape
+    if [former.get(each) for each in ("halves", "seeds", "reference")] == [m, seeds, reference]:
+        rows += [row for row in former["rows"] if row["method"] not in found]
     return {
         "task": task.name,
         "title": task.title,
@@ -49,7 +59,7 @@ def lds_table(task: Task, halves: Halves, scores: Mapping[str, Tensor], baseline
         "within_reliability": _rounded(first_within.reliability),
         "within_ceiling": _rounded(first_within.ceiling),
         "reference": reference,
-        "rows": rows,
+        "rows": sorted(rows, key=lambda row: -row["lds"]),
     }
 
 

@@ -87,28 +87,26 @@ def _lds_cell(row: dict[str, Any] | None, best: float) -> str:
 def deletion(tables: Tables) -> Iterator[str]:
     """A table for each task, a row for each method and number of removed examples."""
     for each in tables:
-        n, seeds = len(each["tests"]), len(each["seeds"])
-        shown = f"{n} test examples, {_several(seeds, 'seed')}, probability with all {each['probability_with_all']:.2f}"
-        yield f"**{each['title']}**: {shown}"
+        n, compared = len(each["tests"]), ("random, same label", "TracIn-Last")
+        yield f"**{each['title']}**: {n} test examples, probability with all {each['probability_with_all']:.2f}"
         yield ""
-        compared = ("random, same label", "TracIn-Last")
-        head = ["removed", "chosen by", "change of p", "of log p", *(f"p, against {other}" for other in compared)]
+        head = ["removed", "chosen by", "seeds", "change of p"]
         rows = (
-            [str(k), row["method"], *(_interval(row, name, place) for name in ("p", "log_p"))]
-            + [_against(row["against"].get(other), place, n) for other in compared]
-            for place, k in enumerate(each["ks"])
+            [str(row["k"]), row["method"], str(len(row["seeds"])), _interval(row["p"])]
+            + [_against(row["against"].get(other), n) for other in compared]
             for row in each["rows"]
         )
-        yield from _table(head, rows)
+        yield from _table([*head, *(f"p, against {other}" for other in compared)], rows)
         yield ""
 
 
-def _interval(row: dict[str, Any], name: str, place: int) -> str:
-    return f"{row[name][place]:+.3f} [{row[f'{name}_low'][place]:+.3f}, {row[f'{name}_high'][place]:+.3f}]"
+def _interval(values: Sequence[float]) -> str:
+    mean, low, high = values
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def _against(pair: dict[str, Any] | None, place: int, n: int) -> str:
-    return "" if pair is None else f"{_interval(pair, 'p', place)}, lower on {pair['lower'][place]:.0f} of {n}"
+def _against(pair: dict[str, Any] | None, n: int) -> str:
+    return "" if pair is None else f"{_interval(pair['p'])}, lower on {pair['lower']} of {n}"
 
 
 def mislabel(tables: Tables) -> Iterator[str]:
@@ -146,7 +144,7 @@ def shortlist(tables: Tables) -> Iterator[str]:
 def _commands(tables: Tables) -> Iterator[str]:
     yield "Made by"
     yield "```bash"
-    yield from sorted({each["command"] for each in tables})
+    yield from sorted({command for each in tables for command in each["commands"]})
     yield "```"
 
 

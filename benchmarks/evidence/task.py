@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,6 +83,13 @@ class Task:
         gc.collect()  # A module and its trainer refer to each other, and are large: those of the fit before go now.
         settings = {"max_epochs": self.recipe.epochs, "accelerator": "cpu", "precision": self.recipe.precision}
         return quiet(**{**settings, **options})
+
+    def fingerprint(self) -> str:
+        """What tells its examples from others."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.test):
+            digest.update(repr((part.texts, part.labels.tolist())).encode())
+        return digest.hexdigest()[:16]
 
     def with_train_labels(self, labels: torch.Tensor) -> Task:
         """The same task with other training labels, (n_train,)."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
 from benchmarks.evidence import page
 from benchmarks.evidence.__main__ import _command
-from benchmarks.evidence.deletion import SAME_LABEL, Deletion, deletion_table
-from benchmarks.evidence.examples import Examples
+from benchmarks.evidence.deletion import SAME_LABEL, Deletion, changes_of, deletion_table, with_seed
+from benchmarks.evidence.examples import Examples, Rows, trimmed
 from benchmarks.evidence.fitting import fitted, right_and_balanced
-from benchmarks.evidence.halves import Halves, retrained
+from benchmarks.evidence.halves import Halves, halves_of
 from benchmarks.evidence.lds import lds_table
 from benchmarks.evidence.mislabel import flipped, mislabel_table
 from benchmarks.evidence.networks import Network
@@ -88,7 +89,7 @@ def test_scores_are_computed_once_and_tables_hold_all_methods(task, folder):
     assert torch.equal(
         kept_scores(folder, "WE cosine", lambda _: pytest.fail("computed anew"), fit), scores["WE cosine"]
     )
-    halves = retrained(task, folder, 12, (0, 1))
+    halves = halves_of(task, folder, folder / "halves", 12, (0, 1))
     same_label = (task.test.labels[:, None] == task.train.labels).float()
     table = lds_table(task, halves, {**scores, "same label": same_label}, ["same label", "random"])
     assert table["halves"] == 12
@@ -106,26 +107,68 @@ def test_scores_are_computed_once_and_tables_hold_all_methods(task, folder):
     assert any(line.startswith("| WE cosine | ") for line in lines)
 
 
+def test_what_halves_say_is_kept_and_added_to(task, folder, tmp_path, monkeypatch):
+    first = halves_of(task, folder, tmp_path, 4, (0,))
+    more = halves_of(task, folder, tmp_path, 6, (0, 1))
+    assert more.outputs.shape == (6, 2, 10)
+    assert torch.equal(more.outputs[:4, :1], first.outputs)
+    module, loader = task.build(more.subsets[5].nonzero()[:, 0].tolist(), 1)
+    pl.seed_everything(1, verbose=False)
+    task.trainer().fit(module, loader)
+    batch = trimmed(list(Rows(task.test, range(10))))
+    assert torch.allclose(more.outputs[5, 1], -module.influence_loss(batch), atol=1e-5)
+    monkeypatch.setattr(Network, "training_step", lambda *_: pytest.fail("fitted anew"))
+    assert torch.equal(halves_of(task, folder / "elsewhere", tmp_path, 5, (1,)).outputs, more.outputs[:5, 1:])
+    with pytest.raises(SystemExit, match="of other examples or halves"):
+        halves_of(task.with_train_labels(1 - task.train.labels), folder, tmp_path, 4, (0,))
+
+
+def test_a_method_that_is_not_run_again_keeps_its_row_as_long_as_the_halves_are_the_same(task, folder):
+    halves = halves_of(task, folder, folder / "halves", 12, (0, 1))
+    scores = {"same label": (task.test.labels[:, None] == task.train.labels).float()}
+    both = lds_table(task, halves, scores | {"other label": -scores["same label"]}, ["same label"])
+    assert lds_table(task, halves, scores, ["same label"], former=both)["rows"] == both["rows"]
+    fewer = Halves(halves.subsets, halves.outputs[:, :1])
+    assert len(lds_table(task, fewer, scores, ["same label"], former=both)["rows"]) == 1
+
+
 def test_deletion_removes_the_strongest_and_says_by_how_much(task, folder):
     fit = fitted(task, folder)
     tests = right_and_balanced(fit.probabilities(), task.test.labels, 4)
     deletion = Deletion(task, folder, tests)
     same = (task.test.labels[:, None] == task.train.labels).float()
     scores = {"same label": same, "other label": -same}
-    table = deletion_table(deletion, scores, [15, 18], [0, 1])
-    rows = {row["method"]: row for row in table["rows"]}
-    assert set(rows) == {SAME_LABEL, *scores}
-    assert rows["same label"]["p"][1] < rows["other label"]["p"][1]
-    assert rows["same label"]["against"]["other label"]["lower"][1] == 4
-    with_all = deletion.with_all([0, 1])
-    alone = deletion.without_proponents(same, 18, [1])
+    once = with_seed([], deletion, scores, [15, 18], 0)
+    table = deletion_table(deletion, with_seed(once, deletion, scores, [18], 1))
+    rows = {(row["method"], row["k"]): row for row in table["rows"]}
+    assert set(rows) == {(name, k) for name in (SAME_LABEL, *scores) for k in (15, 18)}
+    assert rows["same label", 15]["seeds"] == [0]
+    assert rows["same label", 18]["seeds"] == [0, 1]
+    assert rows["same label", 18]["p"][0] < rows["other label", 18]["p"][0]
+    assert rows["same label", 18]["against"]["other label"]["lower"] == 4
+    with_all = deletion.with_all([0, 1]).exp()
     assert with_all.shape == (4, 2)
-    change = alone[:, 0].exp() - with_all[:, 1].exp()
-    first = deletion.without_proponents(same, 18, [0])[:, 0].exp() - with_all[:, 0].exp()
-    assert rows["same label"]["p"][1] == pytest.approx(float((change + first).mean()) / 2, abs=1e-3)
-    difference = rows["same label"]["against"]["other label"]["p"][1]
-    assert difference == pytest.approx(rows["same label"]["p"][1] - rows["other label"]["p"][1], abs=2e-4)
+    assert table["probability_with_all"] == pytest.approx(float(with_all.mean()), abs=1e-4)
+    changes = [deletion.without_proponents(same, 18, [seed])[:, 0].exp() - with_all[:, seed] for seed in (0, 1)]
+    mean = float(sum(changes).mean()) / 2
+    low, high = rows["same label", 18]["p"][1:]
+    assert rows["same label", 18]["p"][0] == pytest.approx(mean, abs=1e-4)
+    assert low < mean < high
+    difference = rows["same label", 18]["against"]["other label"]["p"][0]
+    assert difference == pytest.approx(mean - rows["other label", 18]["p"][0], abs=2e-4)
     assert "of 4" in "".join(page.deletion([table]))
+
+
+def test_a_seed_that_comes_later_counts_as_if_it_had_been_there(task, folder):
+    deletion = Deletion(task, folder, [1, 4, 7])
+    scores = {"same label": (task.test.labels[:, None] == task.train.labels).float()}
+    changes = with_seed([], deletion, scores, [18], 0)
+    for seed in (1, 2):
+        changes = with_seed(changes_of(deletion_table(deletion, changes)), deletion, scores, [18], seed)
+    again = with_seed(changes, deletion, scores, [18], 2)
+    assert [each.seeds for each in again] == [(0, 1, 2)] * 2
+    expected = deletion.without_proponents(scores["same label"], 18, range(3)).exp() - deletion.with_all(range(3)).exp()
+    assert torch.allclose(again[1].p, expected.mean(1), atol=2e-4)
 
 
 def test_flipped_labels_are_found(task, folder):
