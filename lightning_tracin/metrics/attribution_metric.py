@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
@@ -17,6 +20,20 @@ class AttributionMetric(Metric):
     plot_lower_bound: float | None = 0.0
     plot_upper_bound: float | None = 1.0
     drawn: ClassVar[str | None] = None  # the field
+
+    def _tell_apart(self, *options: Any) -> None:
+        """Add a state of the class and of the options that ``update`` goes by.
+
+        A MetricCollection updates one metric alone of those whose states have the same names and, after the first
+        batch, the same values, as those of two k often have.
+
+        Args:
+            options: tensors, or what ``repr`` tells apart.
+        """
+        digest = hashlib.sha256(type(self).__name__.encode())
+        for each in options:
+            digest.update(each.cpu().numpy().tobytes() if isinstance(each, Tensor) else repr(each).encode())
+        self.add_state("options", default=torch.tensor(list(digest.digest()[:8])), dist_reduce_fx="max")
 
     def plot(self, val: Any = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
         """Draws one value, or several in their order; of a curve, one with its interval where there is one.

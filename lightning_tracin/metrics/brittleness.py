@@ -53,6 +53,7 @@ class Brittleness(AttributionMetric):
         check_bootstrap(level, resamples)
         self.ks = tuple(ks)
         self.bootstrap = (level, resamples, seed)
+        self._tell_apart(self.ks)
         self.add_state("smallest", default=[], dist_reduce_fx="cat")
 
     def update(self, predictions: Tensor, reference: Tensor) -> None:

@@ -39,6 +39,7 @@ class ClassDetection(MeanOverTests):
         check_count("k", k)
         self.register_buffer("train_labels", train_labels, persistent=False)
         self.k = k
+        self._tell_apart(train_labels, k)
 
     def update(self, scores: Tensor, test_labels: Tensor) -> None:
         """Takes a batch of test examples."""

@@ -43,6 +43,7 @@ class CommonWordShare(AttributionMetric):
         super().__init__(**kwargs)
         check_whole("common", common, "(n_common,)", (1,))
         self.register_buffer("common", common, persistent=False)
+        self._tell_apart(common)
         self.add_state("is_common", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
 

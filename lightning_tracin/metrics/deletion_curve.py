@@ -11,7 +11,7 @@ from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from lightning_tracin.metrics.attribution_metric import AttributionMetric
 from lightning_tracin.metrics.functional.bootstrap import check_bootstrap
-from lightning_tracin.metrics.functional.checks import check_ks
+from lightning_tracin.metrics.functional.checks import check_ks, check_length
 from lightning_tracin.metrics.functional.deletion_curve import (
     DeletionResult,
     _deletion_curve_compute,
@@ -31,7 +31,7 @@ class DeletionCurve(AttributionMetric):
     Args:
         ks: numbers of examples that were removed, growing.
         level: of the intervals.
-        resamples: of the bootstrap over test examples.
+        resamples: of the bootstrap over test examples and seeds.
         seed: of the bootstrap.
         kwargs: those of every torchmetrics metric.
 
@@ -48,7 +48,7 @@ class DeletionCurve(AttributionMetric):
     plot_lower_bound = None
     plot_upper_bound = None
 
-    curves: list[Tensor]
+    changes: list[Tensor]
 
     def __init__(
         self,
@@ -64,15 +64,18 @@ class DeletionCurve(AttributionMetric):
         check_bootstrap(level, resamples)
         self.ks = tuple(ks)
         self.bootstrap = (level, resamples, seed)
-        self.add_state("curves", default=[], dist_reduce_fx="cat")
+        self.add_state("changes", default=[], dist_reduce_fx="cat")
 
     def update(self, changes: Tensor) -> None:
         """Takes a batch of test examples."""
-        self.curves.append(_deletion_curve_update(changes, self.ks))
+        changes = _deletion_curve_update(changes, self.ks)
+        if self.changes:
+            check_length("changes", changes.shape[1], self.changes[0].shape[1], "seeds of the batches before")
+        self.changes.append(changes)
 
     def compute(self) -> DeletionResult:
         """The curve for all test examples so far."""
-        return _deletion_curve_compute(dim_zero_cat(self.curves), *self.bootstrap)
+        return _deletion_curve_compute(dim_zero_cat(self.changes), *self.bootstrap)
 
     def _draw(self, val: DeletionResult, ax: _AX_TYPE | None) -> _PLOT_OUT_TYPE:
         """Draws the curve and its interval."""

@@ -49,6 +49,7 @@ class LeaveOneOutCorrelation(AttributionMetric):
         if removed is not None:
             check_whole("removed", removed, "(n_removed,)", (1,))
         self.register_buffer("removed", removed, persistent=False)
+        self._tell_apart(removed)
         self.add_state("per_test", default=[], dist_reduce_fx="cat")
 
     def update(self, scores: Tensor, outputs: Tensor) -> None:

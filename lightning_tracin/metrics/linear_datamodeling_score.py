@@ -58,6 +58,7 @@ class LinearDatamodelingScore(AttributionMetric):
         _check_subsets(subsets, within)
         self.register_buffer("subsets", subsets, persistent=False)
         self.register_buffer("within", within, persistent=False)
+        self._tell_apart(subsets)
         self.add_state("predicted", default=[], dist_reduce_fx="cat")
         self.add_state("outputs", default=[], dist_reduce_fx="cat")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from lightning_tracin.metrics.functional.model_randomization import _model_randomization_update
@@ -28,6 +30,10 @@ class ModelRandomization(MeanOverTests):
 
     higher_is_better = False
     plot_lower_bound = -1.0
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._tell_apart()
 
     def update(self, scores: Tensor, randomized: Tensor) -> None:
         """Takes a batch of test examples."""

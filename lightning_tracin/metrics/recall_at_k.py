@@ -36,6 +36,7 @@ class RecallAtK(MeanOverTests):
         check_counting(counting)
         self.k = k
         self.counting: Counting = counting
+        self._tell_apart(k, counting)
 
     def update(self, scores: Tensor, relevant: Tensor) -> None:
         """Takes a batch of test examples."""

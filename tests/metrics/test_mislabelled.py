@@ -77,8 +77,15 @@ def test_votes_that_most_examples_do_not_get():
     assert noise_detection_rate(votes, noisy, at=0.2) == pytest.approx(0.4 + 0.6 * 16 / 96)
 
 
+@pytest.mark.filterwarnings("ignore:Argument `values` expected to vary")
 def test_constant_values_are_chance():
     values, noisy = torch.ones(200), torch.arange(200) < 20
     assert mislabel_detection_auroc(values, noisy) == 0.5
     assert mislabel_detection_curve(values, noisy).area == pytest.approx(0.5, abs=1e-4)
     assert noise_detection_rate(values, noisy, at=0.3) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("metric", [mislabel_detection_auroc, mislabel_detection_curve, noise_detection_rate])
+def test_values_that_are_all_the_same_are_warned_of(metric):
+    with pytest.warns(UserWarning, match="expected to vary over the training examples, but got 0.25 for all 8"):
+        metric(torch.full((8,), 0.25), torch.arange(8) < 2)

@@ -44,7 +44,7 @@ REFUSED = {
     ),
     "indices for subsets": (
         lambda: F.linear_datamodeling_score(SCORES, torch.arange(135).view(9, 15), OUTPUTS),
-        "`subsets` expected to be a mask of 0 and 1, but got the value 134: of indices make a mask first",
+        "`subsets` expected to be a mask of 0 and 1, but got the value 2: of indices make a mask first",
     ),
     "one row of scores": (
         lambda: F.top_k_cardinality(VALUES),

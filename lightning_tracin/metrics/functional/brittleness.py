@@ -43,7 +43,8 @@ def _brittleness_compute(
     smallest: Tensor, ks: Sequence[int], level: float, resamples: int, seed: int
 ) -> BrittlenessResult:
     has_flipped = (smallest.unsqueeze(1) <= torch.tensor(ks, device=smallest.device)).float()
-    return BrittlenessResult(smallest, has_flipped.mean(0), bootstrap_interval(has_flipped, level, resamples, seed))
+    low, high = bootstrap_interval(has_flipped, level, resamples, seed)
+    return BrittlenessResult(smallest, has_flipped.mean(0), Interval(low.clamp(0, 1), high.clamp(0, 1)))
 
 
 def brittleness(

@@ -42,9 +42,10 @@ def check_mask(name: str, values: Tensor, shape: str, dims: tuple[int, ...]) -> 
         found = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"Argument `{name}` expected to be a tensor of bool, but got {found}.")
     _check_shape(name, values, shape, dims)
-    if not ((values == 0) | (values == 1)).all():
+    others = values[(values != 0) & (values != 1)]
+    if len(others):
         raise ValueError(
-            f"Argument `{name}` expected to be a mask of 0 and 1, but got the value {int(values.max())}: "
+            f"Argument `{name}` expected to be a mask of 0 and 1, but got the value {int(others[0])}: "
             "of indices make a mask first."
         )
 

@@ -33,21 +33,21 @@ class DeletionResult(NamedTuple):
 
 
 def _deletion_curve_update(changes: Tensor, ks: Sequence[int]) -> Tensor:
-    """Each test example's curve (b, n_k): the mean of its seeds."""
+    """The changes (b, n_seeds, n_k) of a batch of test examples."""
     check_finite("changes", changes, "(n_test, n_k) or (n_test, n_seeds, n_k)", (2, 3))
     check_length("changes", changes.shape[-1], len(ks), "numbers of removed examples of `ks`")
-    return precise(changes if changes.ndim == 2 else changes.mean(1))
+    return precise(changes.unsqueeze(1) if changes.ndim == 2 else changes)
 
 
-def _deletion_curve_compute(curves: Tensor, level: float, resamples: int, seed: int) -> DeletionResult:
-    per_test = curves.mean(1)
-    ends = bootstrap_interval(torch.cat((curves, per_test.unsqueeze(1)), dim=1), level, resamples, seed)
+def _deletion_curve_compute(changes: Tensor, level: float, resamples: int, seed: int) -> DeletionResult:
+    areas = changes.mean(2, keepdim=True)
+    ends = bootstrap_interval(torch.cat((changes, areas), dim=2), level, resamples, seed)
     return DeletionResult(
-        curves.mean(0).float(),
-        per_test.mean().float(),
+        changes.mean((0, 1)).float(),
+        areas.mean().float(),
         Interval(ends.low[-1], ends.high[-1]),
         Interval(ends.low[:-1], ends.high[:-1]),
-        per_test.float(),
+        areas.mean((1, 2)).float(),
     )
 
 
@@ -67,9 +67,9 @@ def deletion_curve(
         resamples: of the bootstrap.
         seed: of the bootstrap, which takes no random number from elsewhere.
 
-    The bootstrap draws test examples; their seeds were averaged before, so that the noise between seeds is a part of
-    the spread between test examples. For the interval of *one* test example over its seeds, pass these in the place of
-    test examples: ``changes[i].unsqueeze(1)``.
+    The bootstrap draws test examples, and seeds independently of them: retrainings of one seed that several test
+    examples share, above all the one with nothing removed, move all of them together. Of test examples with a single
+    seed each the interval knows nothing of that, and is too narrow. Of one test example it is over its seeds.
 
     Raises:
         TypeError: ``changes`` is no tensor of floating-point numbers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_tracin.metrics.functional.checks import check_finite, check_length, check_mask
 from lightning_tracin.metrics.functional.correlations import precise, ranks
@@ -20,21 +21,28 @@ def check_suspicion(values: Tensor, mislabelled: Tensor) -> None:
     check_length("mislabelled", len(mislabelled), len(values), "training examples of `values`")
 
 
-def check_both_kinds(mislabelled: Tensor) -> None:
-    """Refuses a training set that is mislabelled as a whole, or not at all.
+def check_tells(values: Tensor, mislabelled: Tensor) -> None:
+    """Refuses a training set that is mislabelled as a whole, or not at all; warns where all values are the same.
 
     Raises:
         ValueError: it is.
     """
     if mislabelled.all() or not mislabelled.any():
         raise ValueError(
-            f"Argument `mislabelled` expected to name some of the {len(mislabelled)} training examples, "
-            f"but got {int(mislabelled.sum())} of them."
+            f"Argument `mislabelled` expected to name some of the {len(mislabelled)} training examples, but got "
+            f"{int(mislabelled.sum())} of them. Of batches, of which some may hold none, call `update`, and `compute` "
+            "at the end."
+        )
+    if (values == values[0]).all():
+        rank_zero_warn(
+            f"Argument `values` expected to vary over the training examples, but got {float(values[0]):.4g} for all "
+            f"{len(values)}: they find mislabelled examples by chance alone.",
+            UserWarning,
         )
 
 
 def _mislabel_detection_auroc_compute(values: Tensor, mislabelled: Tensor) -> Tensor:
-    check_both_kinds(mislabelled)
+    check_tells(values, mislabelled)
     mislabelled = mislabelled.bool()
     noisy, n = int(mislabelled.sum()), len(values)
     sum_of_ranks = ranks(values.unsqueeze(1))[mislabelled].sum()

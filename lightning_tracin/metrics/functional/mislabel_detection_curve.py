@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.metrics.functional.correlations import precise
-from lightning_tracin.metrics.functional.mislabel_detection_auroc import check_both_kinds, check_suspicion
+from lightning_tracin.metrics.functional.mislabel_detection_auroc import check_suspicion, check_tells
 
 
 class MislabelCurve(NamedTuple):
@@ -39,7 +39,7 @@ def found_by_inspecting(values: Tensor, mislabelled: Tensor) -> Tensor:
 
 
 def _mislabel_detection_curve_compute(values: Tensor, mislabelled: Tensor) -> MislabelCurve:
-    check_both_kinds(mislabelled)
+    check_tells(values, mislabelled)
     found, n = found_by_inspecting(values, mislabelled), len(values)
     inspected = torch.arange(1, n + 1, device=values.device) / n
     return MislabelCurve(inspected, found.float(), (torch.trapezoid(found) / n).float())

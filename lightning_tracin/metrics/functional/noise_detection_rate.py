@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_tracin.metrics.functional.checks import check_share
-from lightning_tracin.metrics.functional.mislabel_detection_auroc import check_both_kinds, check_suspicion
+from lightning_tracin.metrics.functional.mislabel_detection_auroc import check_suspicion, check_tells
 from lightning_tracin.metrics.functional.mislabel_detection_curve import found_by_inspecting
 
 
 def _noise_detection_rate_compute(values: Tensor, mislabelled: Tensor, at: float) -> Tensor:
-    check_both_kinds(mislabelled)
+    check_tells(values, mislabelled)
     return found_by_inspecting(-values, mislabelled)[max(round(at * len(values)), 1) - 1].float()
 
 
