@@ -28,7 +28,7 @@ def lds_table(
         task: whose.
         halves: what retrained networks say.
         scores: by method, (n_test, n_train).
-        baselines: names of methods that know nothing of influence; the others are compared in pairs with the best.
+        baselines: names of methods that need no trace; the others are compared in pairs with the best of them.
         former: a table of the same halves, seeds and best baseline, whose other methods stay.
     """
     labels = task.train.labels
