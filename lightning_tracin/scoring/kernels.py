@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
+from rich.filesize import decimal
 from torch import Tensor
 
 from lightning_tracin.gradients.rows import DTYPES
@@ -147,14 +148,14 @@ def require_memory(method: TracInRidge, n_train: int) -> None:
     if free is not None and needed > free:
         fitting = int(free / (2 * _BYTES_PER_PAIR * n_train))
         raise ValueError(
-            f"TracInRidge compares {n_train:,} training examples with {columns:,}, which takes {needed / 1e9:.1f} GB "
-            f"of memory, but {free / 1e9:.1f} GB are free. Approximate it by some of the examples, "
+            f"TracInRidge compares {n_train:,} training examples with {columns:,}, which takes {decimal(needed)} of "
+            f"memory, but {decimal(free)} are free. Approximate it by some of the examples, "
             f"TracInRidge(..., landmarks={fitting}), ask by the method inside it, or fit on fewer examples."
         )
-    of = "" if free is None else f", of {free / 1e9:.1f} GB that are free"
+    of = "" if free is None else f", of {decimal(free)} that are free"
     by = "" if columns == n_train else f" by {columns:,} landmarks"
     rank_zero_info(
-        f"TracInRidge: the kernel of {n_train:,} training examples{by} takes {needed / 1e9:.2g} GB of memory{of}."
+        f"TracInRidge: the kernel of {n_train:,} training examples{by} takes {decimal(needed)} of memory{of}."
     )
 
 
