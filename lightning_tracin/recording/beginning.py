@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning_tracin.gradients.eval_mode import zero_weights_filled
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.parallel.fsdp import full_state_dict, require_automatic_optimization, require_spread
 from lightning_tracin.parallel.processes import Processes, wait_until_visible
-from lightning_tracin.recording.cost import cost_of, say_cost
+from lightning_tracin.recording.cost import Cost, cost_of, say_cost
 from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.first_batch import FirstBatch, look_at_first_batch, stored_sites
 from lightning_tracin.recording.loggers import logger_folder
@@ -40,6 +40,35 @@ from lightning_tracin.storage.sampled_moments import require_readable_apart
 from lightning_tracin.storage.schemas import Step, TraceHeader
 from lightning_tracin.storage.shards import fitting_shard_examples
 from lightning_tracin.storage.trace import Trace
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What the checks of a fit that is about to begin found.
+
+    Attributes:
+        path: of the trace.
+        source: of the trace that a resumed fit goes on with; None for a fit from the start.
+        training_set: the fit's.
+        fingerprint: of the training set.
+        first: what was found on the first batch.
+        state: the module's weights, by name.
+        cost: of the trace.
+        model_class: the module's.
+        sites: where gradients are stored.
+        form: how training's own gradients are made of those of the examples' losses, where they are used.
+    """
+
+    path: Path
+    source: Path | None
+    training_set: TrainingSet
+    fingerprint: str
+    first: FirstBatch
+    state: Mapping[str, Any]
+    cost: Cost
+    model_class: str
+    sites: tuple[Site, ...]
+    form: TrainingForm | None
 
 
 def begin(
@@ -66,61 +95,19 @@ def begin(
         OSError: if the disk has not enough space.
     """
     processes = processes_of(trainer)
-    form = None
     with processes.synchronized():
-        require_spread(module)
-        require_automatic_optimization(module)
-        label_names_of(module)  # which only a question reads; but what is wrong with them is told before training
-        path = _locked_path(trainer, plan, processes, writing)
-        source = processes.gather(_source(path, plan, resumed) if processes.first else None)[0]
-        training_set = TrainingSet(trainer.train_dataloader)
-        training_set.agree_on_batches(processes)
-        if plan.options.rank is not None:
-            require_readable_apart(training_set)
-        if plan.cache != "on_demand":
-            training_set.check_divisible(processes)
-        fingerprint = training_set.fingerprint()
-        training_set.warn_of_unseen()
-        processes.require_same("training sets", fingerprint)
-        check_order(training_set.loader, "training", training_set.looked)
-        first = look_at_first_batch(trainer, module, training_set, plan.methods, compared=plan.cache != "training")
-        state = full_state_dict(module)
-        cost = cost_of(trainer, plan, state, first, training_set)
-        sites = stored_sites(first, plan.options, cost.layers)
-        plan.log.check(sites, module, trainer.optimizers, len(training_set))
-        if plan.cache == "training":
-            form = _training_form(trainer, module, first)
-        if processes.first:
-            require_space(trainer, plan, path, cost, training_set)
-        say_cost(plan, path, cost, first)
-    n_raw = 0 if source is None else resumed.get("raw_steps", 0)  # which Lightning does not count
-    with processes.synchronized():
-        if source is not None:
-            trace = Trace(source)
-            trace.check_data(len(training_set), fingerprint)
-            if processes.first:
-                trace.check_model(state, type(module).__name__)
-            _require_same_sites(trace, sites, plan)
-            if processes.first and source == path:
-                trace.drop_checkpoints_after(trainer.global_step + n_raw)
-            elif processes.first:
-                trace.branch(path, trainer.global_step + n_raw)
-        elif processes.first:
-            per_example = sum(cost.size.gradients.values())
-            header = TraceHeader(
-                n_train=len(training_set),
-                data_fingerprint=fingerprint,
-                model_fingerprint=model_fingerprint(state),
-                model_class=type(module).__name__,
-                sites=sites,
-                dtype=plan.options.dtype,
-                shard_examples=fitting_shard_examples(per_example, len(training_set), processes),
-            )
-            Trace.create(path, header)
-    fit = RecordedFit(_opened(path, processes), training_set)
+        begun = _checked(trainer, module, plan, resumed, writing)
+    n_raw = 0 if begun.source is None else resumed.get("raw_steps", 0)  # which Lightning does not count
     done = trainer.global_step + n_raw
-    steps = [] if source is None else _steps_to_go_on_with(fit.trace, resumed, done, processes)
+    with processes.synchronized():
+        if begun.source is not None:
+            _go_on(begun, begun.source, plan, done, processes)
+        elif processes.first:
+            Trace.create(begun.path, _header(begun, plan, processes))
+    fit = RecordedFit(_opened(begun.path, processes), begun.training_set)
+    steps = [] if begun.source is None else _steps_to_go_on_with(fit.trace, resumed, done, processes)
     tolerant = plan.on_error == "warn"
+    form, first = begun.form, begun.first
     training = None if form is None else TrainingCache(module, fit.trace, form, processes, tolerant=tolerant)
     recorder = Recorder(
         fit,
@@ -135,8 +122,71 @@ def begin(
         due=resumed.get("due") if steps else None,
     )
     recorder.validations = _validations(trainer, recorder, plan)
-    recorder.first_of_stream = _first_of_stream(module, training_set, first)
+    recorder.first_of_stream = _first_of_stream(module, begun.training_set, first)
     return recorder
+
+
+def _checked(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    plan: RecordingPlan,
+    resumed: Mapping[str, Any],
+    writing: ExitStack,
+) -> _Begun:
+    """What is found by all checks, in the order of what they cost; says what the trace will take."""
+    processes = processes_of(trainer)
+    require_spread(module)
+    require_automatic_optimization(module)
+    label_names_of(module)  # which only a question reads; but what is wrong with them is told before training
+    path = _locked_path(trainer, plan, processes, writing)
+    source = processes.gather(_source(path, plan, resumed) if processes.first else None)[0]
+    training_set = TrainingSet(trainer.train_dataloader)
+    training_set.agree_on_batches(processes)
+    if plan.options.rank is not None:
+        require_readable_apart(training_set)
+    if plan.cache != "on_demand":
+        training_set.check_divisible(processes)
+    fingerprint = training_set.fingerprint()
+    training_set.warn_of_unseen()
+    processes.require_same("training sets", fingerprint)
+    check_order(training_set.loader, "training", training_set.looked)
+    first = look_at_first_batch(trainer, module, training_set, plan.methods, compared=plan.cache != "training")
+    state = full_state_dict(module)
+    cost = cost_of(trainer, plan, state, first, training_set)
+    sites = stored_sites(first, plan.options, cost.layers)
+    plan.log.check(sites, module, trainer.optimizers, len(training_set))
+    form = _training_form(trainer, module, first) if plan.cache == "training" else None
+    if processes.first:
+        require_space(trainer, plan, path, cost, training_set)
+    say_cost(plan, path, cost, first)
+    return _Begun(path, source, training_set, fingerprint, first, state, cost, type(module).__name__, sites, form)
+
+
+def _header(begun: _Begun, plan: RecordingPlan, processes: Processes) -> TraceHeader:
+    """What a new trace is of."""
+    per_example = sum(begun.cost.size.gradients.values())
+    return TraceHeader(
+        n_train=len(begun.training_set),
+        data_fingerprint=begun.fingerprint,
+        model_fingerprint=model_fingerprint(begun.state),
+        model_class=begun.model_class,
+        sites=begun.sites,
+        dtype=plan.options.dtype,
+        shard_examples=fitting_shard_examples(per_example, len(begun.training_set), processes),
+    )
+
+
+def _go_on(begun: _Begun, source: Path, plan: RecordingPlan, done: int, processes: Processes) -> None:
+    """Make the trace of the fit that this one resumes one that goes on after the steps which that had done."""
+    trace = Trace(source)
+    trace.check_data(len(begun.training_set), begun.fingerprint)
+    if processes.first:
+        trace.check_model(begun.state, begun.model_class)
+    _require_same_sites(trace, begun.sites, plan)
+    if processes.first and source == begun.path:
+        trace.drop_checkpoints_after(done)
+    elif processes.first:
+        trace.branch(begun.path, done)
 
 
 def _training_form(trainer: pl.Trainer, module: pl.LightningModule, first: FirstBatch) -> TrainingForm:

@@ -243,18 +243,6 @@ def _change(values: Tensor) -> Change:
     return Change(mean, mean - width, mean + width)
 
 
-def _change(values: Tensor) -> Change:
-    """The mean of seeds (s,), and its interval."""
-    mean, width = float(values.mean()), float(half_width(values))
-    return Change(mean, mean - width, mean + width)
-
-
-def _change(values: Tensor) -> Change:
-    """The mean of seeds (s,), and its interval."""
-    mean, width = float(values.mean()), float(half_width(values))
-    return Change(mean, mean - width, mean + width)
-
-
 def _signed(value: float) -> str:
     """A number with its sign; none for what is rounded to zero.
 
