@@ -16,6 +16,21 @@ _STUDENT = (
 _NORMAL = 1.960
 
 
+def student(n: int) -> float:
+    """How many standard errors to each side of a mean of n values its 95 % interval reaches, by Student's t.
+
+    Args:
+        n: values that are independent of each other; NaN for one.
+
+    Example:
+        >>> student(3), student(8), student(100)
+        (4.303, 2.365, 1.96)
+    """
+    if n < 2:
+        return math.nan
+    return _STUDENT[n - 2] if n - 2 < len(_STUDENT) else _NORMAL
+
+
 def half_width(values: Tensor) -> Tensor:
     """Half the width of the 95 % interval of a mean, by Student's t.
 
@@ -32,5 +47,4 @@ def half_width(values: Tensor) -> Tensor:
     n = values.shape[-1]
     if n < 2:
         return torch.full(values.shape[:-1], torch.nan)
-    quantile = _STUDENT[n - 2] if n - 2 < len(_STUDENT) else _NORMAL
-    return values.std(-1) * (quantile / math.sqrt(n))
+    return values.std(-1) * (student(n) / math.sqrt(n))

@@ -14,6 +14,7 @@ from rich.text import Text
 from lightning_tracin.gradients.printable import printable
 from lightning_tracin.report.plots import Dots, plot_dots
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
+from lightning_tracin.retraining.intervals import student
 from lightning_tracin.scoring.methods import Method
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 #: What scores are wanted for: to show a few examples that explain a prediction, or to weigh all data.
 Question: TypeAlias = Literal["explain", "weigh"]
 
-_CLEAR = 2.0  # standard errors
+_BLIND = ("random", "same label")  # baselines that do not look at what is in an example
 
 _MEASURED = {
-    "explain": "fall of the target's {quantity} without the {k} strongest proponents",
+    "explain": "{change} without the {k} strongest proponents",
     "weigh": "LDS: rank correlation of summed scores with {n} retrainings on halves",
 }
 
@@ -43,6 +44,7 @@ class Measured:
         error: its standard error.
         behind: how far it is behind the best method.
         behind_error: the standard error of that, taken pair by pair.
+        n: how many independent values both errors are over: test examples, or halves.
     """
 
     name: str
@@ -51,16 +53,32 @@ class Measured:
     error: float
     behind: float
     behind_error: float
+    n: int
+
+    @property
+    def width(self) -> float:
+        """Half the width of the 95 % interval of the value, by Student's t."""
+        return student(self.n) * self.error
+
+    @property
+    def behind_width(self) -> float:
+        """Half the width of the 95 % interval of how far it is behind."""
+        return student(self.n) * self.behind_error
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether the value is clearly above 0: its interval is."""
+        return self.value > self.width
 
     @property
     def is_behind(self) -> bool:
-        """Whether it is clearly behind the best method: by two standard errors of the difference."""
-        return self.behind > _CLEAR * self.behind_error
+        """Whether it is clearly behind the best method: the interval of the difference leaves out 0."""
+        return self.behind > self.behind_width
 
     @property
     def is_ahead(self) -> bool:
         """Whether it is clearly ahead of the best method, as a baseline may be."""
-        return -self.behind > _CLEAR * self.behind_error
+        return -self.behind > self.behind_width
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -98,42 +116,46 @@ class Recommendation(RichRepr):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the best method is clearly better than all others, baselines too."""
-        return all(each.is_behind for each in self.measured if each != self.best)
+        """Whether the best method is clearly above 0, and better than all others, baselines too."""
+        return self.best.is_positive and all(each.is_behind for each in self.measured if each != self.best)
 
     def sentence(self) -> str:
         """What to use, or that it cannot be told."""
         best = repr(self.best.name)
+        baselines = [each for each in self.measured if each.method is None]
+        unbeaten = [each for each in baselines if each.is_ahead or (each.name in _BLIND and not each.is_behind)]
+        if unbeaten or not self.best.is_positive:
+            above = _listed(unbeaten) if self.best.is_positive else "0"
+            return (
+                f"No method can be recommended: the best, {best}, is not above {above} by these retrainings. Run more, "
+                "or trust none."
+            )
         if sum(each.method is not None for each in self.measured) == 1:
             told = f"{best} is the only method."
         elif not self.tied:
-            told = f"Use {best}: it is better than all other methods by two standard errors."
+            told = f"Use {best}: it is better than all other methods, beyond the 95 % intervals of the differences."
         else:
             told = (
                 f"{best} has the highest value, but cannot be told from {_listed(self.tied)} by these retrainings: run "
                 "more, or use the cheapest."
             )
-        baselines = [each for each in self.measured if each.method is None]
-        ahead = [each for each in baselines if each.is_ahead]
-        level = [each for each in baselines if not each.is_ahead and not each.is_behind]
-        if ahead:
-            told += f" But {_listed(ahead)}, which know no model, are better than it."
+        level = [each for each in baselines if not each.is_behind]
         if level:
-            told += f" It cannot be told from {_listed(level)}, which know no model."
+            told += f" It cannot be told from {_listed(level)} (no model)."
         return told
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(f"To {self.question}: {self.what}; {self.n_fits} fits")
+        yield Text(f"To {self.question}: {self.what}; {self.n_fits} fits; 95 % intervals")
         table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
         for name in ("", "value", "behind the best", ""):
             table.add_column(name, justify="left" if not name else "right")
         for each in self.measured:
             is_best = each == self.best
             verdict = "no model" if each.method is None else ""
-            told = "" if is_best else f"{each.behind:.2f} ± {each.behind_error:.2f}"
+            told = "" if is_best else f"{each.behind:.2f} ± {each.behind_width:.2f}"
             style = "bold" if is_best else "" if each.method is not None else "italic"
             table.add_row(
-                Text(printable(each.name), style=style), f"{each.value:.2f} ± {each.error:.2f}", told, Text(verdict)
+                Text(printable(each.name), style=style), f"{each.value:.2f} ± {each.width:.2f}", told, Text(verdict)
             )
         yield table
         if self.ceiling is not None:
@@ -168,7 +190,7 @@ class Recommendation(RichRepr):
         return data_frame(self.rows())
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw what was measured, with intervals of two standard errors.
+        """Draw what was measured, with 95 % intervals.
 
         Args:
             ax: where to draw; a new figure by default.
@@ -176,11 +198,9 @@ class Recommendation(RichRepr):
         Raises:
             ModuleNotFoundError: without matplotlib: ``pip install lightning-tracin[plot]``.
         """
-        values = [
-            (each.value, each.value - _CLEAR * each.error, each.value + _CLEAR * each.error) for each in self.measured
-        ]
+        values = [(each.value, each.value - each.width, each.value + each.width) for each in self.measured]
         names = [each.name for each in self.measured]
-        return plot_dots([Dots("± 2 standard errors", values)], names, f"To {self.question}", self.what, ax)
+        return plot_dots([Dots("95 % intervals", values)], names, f"To {self.question}", self.what, ax)
 
 
 def _listed(measured: Sequence[Measured]) -> str:

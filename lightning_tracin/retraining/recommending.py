@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_tracin.bridge.compat import lightning_of
@@ -21,15 +22,21 @@ from lightning_tracin.retraining.candidates import baseline_scores, candidate_me
 from lightning_tracin.retraining.checks import checked_rows, epochs_of
 from lightning_tracin.retraining.fits import QUIET, Build, Fit, apart
 from lightning_tracin.retraining.folder import Retraining
+from lightning_tracin.retraining.outcomes import Outcome
 from lightning_tracin.retraining.recommendation import Measured, Question, Recommendation, described
-from lightning_tracin.retraining.removals import Removals
+from lightning_tracin.retraining.removals import BASELINES, PROPONENTS, Removals
 from lightning_tracin.retraining.retrainings import Retrainings
 from lightning_tracin.retraining.subsets import random_halves, without
-from lightning_tracin.retraining.targets import quantity_of, values_of
+from lightning_tracin.retraining.targets import Quantity, quantity_of, values_of
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.storage.trace import Trace
 
-_SEEDS = 2  # of "explain": half of the test examples are looked at with each
+_ENOUGH = 8  # test examples, below which their mean is mostly chance
+
+_CHANGES: dict[Quantity, str] = {  # for the worse
+    "probability": "fall of the target's probability",
+    "loss": "rise of the target's loss",
+}
 
 
 def recommend(
@@ -51,16 +58,19 @@ def recommend(
     something is not what predicts best what any part of the data would do.
 
     "explain" retrains without the ``k`` strongest proponents of some test examples, for each method, and asks whose
-    removal lowers the probability of the label most. Beside them stand random examples of the same label, and the
-    nearest by TF-IDF. Standard errors are over test examples.
+    removal lowers the probability of the label most, or raises the loss where no class is said. Beside them stand
+    random examples of the same label (of any, where one has no or few of its label), and the nearest by TF-IDF. Each
+    test example has a seed of its own, so that no two share a fit: they are independent, and standard errors are over
+    them. It takes at most ``retrainings`` x (methods + 3) fits: one on all, and one for each method and baseline.
 
     "weigh" retrains on random halves, and asks whose summed scores tell best which half is better for a test example:
     a small linear datamodeling score (LDS). Beside them stand the number of examples of the same label, and TF-IDF.
     Standard errors are over halves, by the jackknife. Half of the halves are retrained on with a second seed: what that
     changes no method can know, and sets a ceiling.
 
-    Methods are compared pair by pair, on the same retrainings: one is better than another if the difference is two
-    standard errors. 8 halves tell coarse differences, in nine of ten draws; finer ones need more.
+    Methods are compared pair by pair, on the same retrainings: one is better than another if the 95 % interval of the
+    difference, by Student's t, leaves out 0. None is recommended that is not above 0, and above what is left out at
+    random. 8 halves put coarse differences in the right order, in nine of ten draws; finer ones need more.
 
     Args:
         trace: what the fit recorded, or its folder. Gradients that a candidate needs and the trace lacks are computed,
@@ -69,18 +79,22 @@ def recommend(
             training examples with these indices. It must train as the fit did that left the trace.
         test: test examples, in a loader or a data set, with their labels; or several of these.
         question: what scores are wanted for.
-        retrainings: "explain": how many test examples are looked at, each with a retraining for each method; "weigh":
-            how many halves.
+        retrainings: "explain": how many test examples are looked at, each with a retraining for each method and
+            baseline; "weigh": how many halves.
         methods: the candidates, by name or in a list; by default those that make sense for what the trace has.
         k: of "explain", how many proponents are removed.
-        test_indices: of "explain", which test examples; by default some at random.
+        test_indices: of "explain", which test examples, instead of ``retrainings`` of them at random.
         trainer: a number of epochs, for a quiet trainer on one device; or a function that makes a new trainer for each
             fit. By default as many epochs as the trace has.
         folder: where retrainings are kept; by default in a temporary one, which is removed.
 
     Raises:
         TypeError: if ``build`` takes or returns something else, or the test examples come in something else.
-        ValueError: if the training set is not that of the trace, if there are too few retrainings, or no candidates.
+        ValueError: if the training set is not that of the trace, if there are too few retrainings or test examples, or
+            no candidates.
+
+    Warns:
+        UserWarning: there are fewer than 8 test examples to explain, or halves to weigh.
     """
     if question not in ("explain", "weigh"):
         raise ValueError(f"question must be 'explain' or 'weigh', but got {question!r}.")
@@ -94,10 +108,11 @@ def recommend(
         place = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="retrainings-"))
         fit = epochs_of(trace) if trainer is None else trainer
         runs = Retrainings(place, build, test, n_train=trace.n_train, trainer=fit)
-        results = _results(trace, runs, test, candidates)
         if question == "weigh":
-            return _weighed(trace, runs, results, retrainings)
-        return _explained(runs, results, k, _chosen_rows(results, retrainings, test_indices))
+            return _weighed(trace, runs, _results(trace, runs, test, candidates), retrainings)
+        chosen = _chosen_tests(runs.n_test, retrainings, test_indices)
+        results = _results(trace, runs, test, candidates)
+        return _explained(runs, results, k, checked_rows(next(iter(results.values())), chosen))
 
 
 def _named(methods: Mapping[str, Method] | Sequence[Method]) -> dict[str, Method]:
@@ -155,7 +170,8 @@ def _measured_lds(
 ) -> Measured:
     behind, error = (0.0, 0.0) if name == best else map(float, linear_datamodeling_difference(lds[best], lds[name]))
     method = results[name].method if name in results else None
-    return Measured(name, method, float(lds[name].mean), float(lds[name].se_subsets), behind, error)
+    n_halves = len(lds[name].leave_one_out)
+    return Measured(name, method, float(lds[name].mean), float(lds[name].se_subsets), behind, error, n_halves)
 
 
 def _all_scores(result: InfluenceResult) -> Tensor:
@@ -163,13 +179,27 @@ def _all_scores(result: InfluenceResult) -> Tensor:
     return result.scores
 
 
-def _chosen_rows(results: Mapping[str, InfluenceResult], n: int, test_indices: Sequence[int] | None) -> Tensor:
-    """Test examples at random, the same each time."""
-    first = next(iter(results.values()))
-    if test_indices is not None:
-        return checked_rows(first, test_indices)
-    n_test = len(first.test_indices)
-    return torch.randperm(n_test, generator=torch.Generator().manual_seed(0))[:n].sort().values
+def _chosen_tests(n_test: int, n: int, asked: Sequence[int] | None) -> list[int]:
+    """Which test examples are looked at: each once, at random if none are asked for, the same first ones each time.
+
+    Raises:
+        ValueError: if there is only one.
+    """
+    if asked is None:
+        chosen = torch.randperm(n_test, generator=torch.Generator().manual_seed(0))[:n].tolist()
+    else:
+        chosen = list(dict.fromkeys(torch.as_tensor(asked).reshape(-1).tolist()))
+    if len(chosen) < 2:
+        raise ValueError(
+            f"'explain' needs at least 2 different test examples, but got {len(chosen)}: one tells nothing about which "
+            "method is better. To ask of one prediction whether its proponents matter, use does_it_matter."
+        )
+    if len(chosen) < _ENOUGH:
+        rank_zero_warn(
+            f"{len(chosen)} test examples are looked at: below {_ENOUGH} it is mostly chance which method is better.",
+            category=UserWarning,
+        )
+    return chosen
 
 
 def _explained(runs: Retrainings, results: Mapping[str, InfluenceResult], k: int, rows: Tensor) -> Recommendation:
@@ -177,53 +207,60 @@ def _explained(runs: Retrainings, results: Mapping[str, InfluenceResult], k: int
     first = next(iter(results.values()))
     if not 1 <= k < first.n_train - len(first.undrawn):
         raise ValueError(f"k must be from 1 to {first.n_train - len(first.undrawn) - 1}, but got {k}.")
-    removals = Removals(first, rows, k, _SEEDS, ("same label", "tf-idf"))
+    seeds = range(len(rows))  # one for each test example: a fit that two shared would err for both alike
+    removals = Removals(first, rows, k, len(seeds), BASELINES)
     chosen: dict[str, Tensor] = {name: result.proponents(k).indices[rows] for name, result in results.items()}
-    seeds = torch.arange(len(rows)) % _SEEDS
-    for name in ("same label", "tf-idf"):
-        if name in removals.chosen:
-            chosen[name] = removals.chosen[name][torch.arange(len(rows)), seeds]
-    base = [Retraining(removals.drawn, seed) for seed in range(_SEEDS)]
+    baselines = _of_baselines(removals)
+    chosen |= baselines
+    base = [Retraining(removals.drawn, seed) for seed in seeds]
     asked = {
-        name: [removals.without(*pair) for pair in zip(each, seeds.tolist(), strict=True)]
-        for name, each in chosen.items()
+        name: [each for each in map(removals.without, of_name, seeds) if each is not None]
+        for name, of_name in chosen.items()
     }
-    wanted = [*base, *(each for of_name in asked.values() for each in of_name if each is not None)]
+    wanted = [*base, *(each for of_name in asked.values() for each in of_name)]
     found = dict(zip((each.key for each in wanted), runs.run_each(wanted), strict=True))
     quantity = quantity_of(first, found[base[0].key])
-    sign = 1 if quantity == "probability" else -1
-
-    def fall(place: int, seed: int, each: Retraining | None) -> float:
-        if each is None:
-            return float("nan")
-        row = rows[place : place + 1]
-        before, after = (values_of(first, row, found[key]) for key in (base[seed].key, each.key))
-        return sign * float(before - after)
-
-    falls = {
-        name: torch.tensor([fall(place, int(seeds[place]), each) for place, each in enumerate(of_name)])
-        for name, of_name in asked.items()
-    }
-    best = max(results, key=lambda name: float(falls[name].mean()))
-    measured = [_measured_fall(name, falls, best, results) for name in falls]
+    before, sign = _said(first, rows, base, found), -1 if quantity == "probability" else 1
+    changes = {name: sign * (_said(first, rows, of_name, found) - before) for name, of_name in asked.items()}
+    best = max(results, key=lambda name: float(changes[name].mean()))
+    stands_in = ["Random examples stand in for those of the same label."] if "random" in baselines else []
+    measured = [_measured_change(name, changes, best, results) for name in changes]
     return Recommendation(
         question="explain",
-        what=described("explain", quantity=quantity, k=k),
+        what=described("explain", change=_CHANGES[quantity], k=k),
         measured=sorted(measured, key=lambda each: -each.value),
         n_fits=len({each.key for each in wanted}),
-        notes=[f"{len(rows)} test examples, {_SEEDS} seeds.", *removals.notes],
+        notes=[f"{len(rows)} test examples, each with a seed of its own.", *removals.notes, *stands_in],
     )
 
 
-def _measured_fall(
-    name: str, falls: Mapping[str, Tensor], best: str, results: Mapping[str, InfluenceResult]
+def _of_baselines(removals: Removals) -> dict[str, Tensor]:
+    """What baselines leave out, (n, k) for each test example with its own seed.
+
+    Random examples stand in for those of the same label where a test example has not enough of these.
+    """
+    chosen = {name: each.diagonal().T for name, each in removals.chosen.items() if name != PROPONENTS}
+    has_all = "same label" in chosen and bool((chosen["same label"] >= 0).all())
+    return {name: each for name, each in chosen.items() if name != ("random" if has_all else "same label")}
+
+
+def _said(
+    result: InfluenceResult, rows: Tensor, retrainings: Sequence[Retraining], found: Mapping[str, Outcome]
+) -> Tensor:
+    """(n,) what is said of the target of each row by a retraining of its own."""
+    of_each = zip(rows[:, None], retrainings, strict=True)
+    return torch.cat([values_of(result, row, found[each.key]) for row, each in of_each])
+
+
+def _measured_change(
+    name: str, changes: Mapping[str, Tensor], best: str, results: Mapping[str, InfluenceResult]
 ) -> Measured:
-    value, error = _mean_and_error(falls[name])
-    behind, behind_error = (0.0, 0.0) if name == best else _mean_and_error(falls[best] - falls[name])
-    return Measured(name, results[name].method if name in results else None, value, error, behind, behind_error)
+    value, error = _mean_and_error(changes[name])
+    behind, behind_error = _mean_and_error(changes[best] - changes[name])
+    method = results[name].method if name in results else None
+    return Measured(name, method, value, error, behind, behind_error, len(changes[name]))
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    """The mean over test examples, and its standard error; NaN of an example counts as missing."""
-    known = values[~values.isnan()]
-    return float(known.mean()), float(known.std() / len(known) ** 0.5)
+    """The mean over test examples, and its standard error."""
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -47,7 +48,7 @@ def tail_patch_gains(
         build: ``build(indices, seed)`` as for :func:`does_it_matter`.
         test: the result's test examples, with their labels.
         k: how many proponents.
-        train_indices: (n, k) other training examples than the proponents.
+        train_indices: (n, k) int64, other training examples than the proponents.
         test_indices: which rows of the result; all by default.
         learning_rate: of the step; by default the mean of the trace's checkpoints.
 
@@ -56,14 +57,17 @@ def tail_patch_gains(
         the module says no class, the loss before minus after.
 
     Raises:
-        TypeError: if ``build`` takes or returns something else, or the test examples come in something else.
-        ValueError: if there is no trace with weights, or the test set is not that of the result.
+        TypeError: if ``build`` takes or returns something else, the test examples come in something else, or
+            ``train_indices`` is no tensor.
+        ValueError: if there is no trace with weights, the test set is not that of the result, or ``train_indices`` has
+            another shape, or holds what is no training example.
     """
     trace = require_trace(result)
     rows = checked_rows(result, test_indices)
-    chosen = result.proponents(k).indices[rows] if train_indices is None else train_indices
-    if chosen.shape[0] != len(rows):
-        raise ValueError(f"train_indices must have a row for each of {len(rows)} test examples, but has {len(chosen)}.")
+    if train_indices is None:
+        chosen = result.proponents(k).indices[rows]
+    else:
+        chosen = _checked_indices(train_indices, len(rows), result.n_train)
     checkpoints = trace.checkpoints
     rate = (
         sum(each.learning_rate for each in checkpoints) / len(checkpoints) if learning_rate is None else learning_rate
@@ -80,6 +84,29 @@ def tail_patch_gains(
     said = torch.stack([log_probabilities_of(result, rows, each) for each in patch.outcomes])
     gains = said[1:] - said[0]
     return gains[torch.searchsorted(stepped_on, chosen), torch.arange(len(rows))[:, None]]
+
+
+def _checked_indices(asked: Tensor, n: int, n_train: int) -> Tensor:
+    """Training examples that were asked for instead of proponents, (n, k) int64.
+
+    Raises:
+        TypeError: if they come in something else than a tensor.
+        ValueError: if the tensor has another shape, or holds what is no training example.
+    """
+    if not isinstance(asked, Tensor):
+        raise TypeError(f"train_indices must be a tensor of shape (n, k), but got {type(asked).__name__}.")
+    if asked.dim() != 2 or not asked.shape[1] or asked.is_floating_point() or asked.dtype == torch.bool:
+        raise ValueError(
+            f"train_indices must be whole numbers of shape (n, k), but got {asked.dtype} of shape {tuple(asked.shape)}."
+        )
+    if len(asked) != n:
+        raise ValueError(f"train_indices must have a row for each of {n} test examples, but has {len(asked)}.")
+    bad = asked[(asked < 0) | (asked >= n_train)]
+    if len(bad):
+        raise ValueError(
+            f"train_indices must be numbers of training examples, from 0 to {n_train - 1}, but got {int(bad[0])}."
+        )
+    return asked.long().cpu()
 
 
 class _TailPatch:
@@ -106,11 +133,16 @@ class _TailPatch:
 
     def run(self, loader: Any) -> None:
         """Take a step on each of a loader's batches."""
-        self._module.automatic_optimization = False
-        with attribute_set(self._module, "training_step", self._step):
+        own = self._module.training_step, self._module.automatic_optimization
+
+        def step(batch: Any, batch_idx: int) -> None:
+            with _optimizing(self._module, *own):  # without the mixin, losses are what its own training_step returns
+                self._step(batch)
+
+        with _optimizing(self._module, step, automatic=False):
             self._trainer.fit(self._module, loader)
 
-    def _step(self, batch: Any, batch_idx: int) -> None:
+    def _step(self, batch: Any) -> None:
         module = self._module
         weights = {name: each.detach().clone() for name, each in module.named_parameters()}
         made: Any = module.optimizers(use_pl_optimizer=False)
@@ -129,3 +161,15 @@ class _TailPatch:
         with torch.no_grad():
             for name, each in module.named_parameters():
                 each.copy_(weights[name])
+
+
+@contextmanager
+def _optimizing(module: pl.LightningModule, step: Callable[..., Any], automatic: bool) -> Iterator[None]:
+    """Set the ``training_step`` of a module, and whether Lightning makes its steps, for a while."""
+    before = module.automatic_optimization
+    module.automatic_optimization = automatic
+    try:
+        with attribute_set(module, "training_step", step):
+            yield
+    finally:
+        module.automatic_optimization = before

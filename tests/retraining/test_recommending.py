@@ -8,19 +8,24 @@ from dataclasses import replace
 
 import planted
 import pytest
+import pytorch_lightning as pl
 import torch
-from planted import COPIES, N_TEST, TEST, TRAIN, build
+from planted import COPIES, EPOCHS, N_TEST, TEST, TRAIN, Learner, build
+from torch.utils.data import DataLoader, Subset
+from toy import quiet
 
-from lightning_tracin import TracInLast, TracInRidge, TracInWE
+from lightning_tracin import TracInCallback, TracInLast, TracInRidge, TracInWE
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.metrics.functional import linear_datamodeling_score
 from lightning_tracin.retraining import recommend, stored_outcomes
 from lightning_tracin.retraining.candidates import baseline_scores, candidate_methods
 from lightning_tracin.retraining.recommendation import Measured, Recommendation
+from lightning_tracin.retraining.recommending import _measured_change
 from lightning_tracin.retraining.tf_idf import tf_idf_cosines
 
 METHODS = {"words": TracInWE(normalize="cosine"), "last": TracInLast()}
+few = pytest.mark.filterwarnings("ignore:. test examples are looked at")
 
 
 def test_a_small_lds_weighs(planted_fit, tmp_path):
@@ -36,17 +41,20 @@ def test_a_small_lds_weighs(planted_fit, tmp_path):
         lds = linear_datamodeling_score(scores, stored.subsets, -stored.losses[:, 0])
         assert by_name[name].value == pytest.approx(float(lds.mean), abs=1e-5)
         assert by_name[name].error == pytest.approx(float(lds.se_subsets), abs=1e-5)
+        assert by_name[name].width == pytest.approx(2.365 * by_name[name].error, rel=1e-3)  # 8 halves
         assert by_name[name].method == method
     assert [each.value for each in found.measured] == sorted((each.value for each in found.measured), reverse=True)
     assert 0 < found.ceiling <= 1
     assert "Perfect scores would reach" in str(found)
 
 
+@few
 def test_a_small_deletion_explains(planted_fit, tmp_path):
     trace = planted_fit.callbacks[0].trace.path
-    found = recommend(
-        trace, build, planted.test_loader(), "explain", N_TEST, methods=METHODS, k=COPIES, folder=tmp_path
-    )
+    asked = {"methods": METHODS, "k": COPIES, "folder": tmp_path}
+    recommend(trace, build, planted.test_loader(), "explain", 2, **asked)
+    found = recommend(trace, build, planted.test_loader(), "explain", N_TEST, **asked)
+    assert len([*tmp_path.glob("*.safetensors")]) == found.n_fits  # the fits of two test examples were among them
     by_name = {each.name: each for each in found.measured}
     assert found.best.name == "words"
     assert by_name["last"].is_behind
@@ -54,21 +62,91 @@ def test_a_small_deletion_explains(planted_fit, tmp_path):
     assert by_name["words"].value == pytest.approx(by_name["tf-idf"].value)  # both find the copies
     assert not by_name["tf-idf"].is_behind
     assert not found.is_clear
-    words = planted_fit.influence(planted.test_loader(), method=METHODS["words"]).proponents(COPIES).indices
-    stored = stored_outcomes(tmp_path, seeds=(0,))
-    everything = stored.subsets.all(1)
-    kept = torch.ones(len(TRAIN), dtype=torch.bool).scatter_(0, words[2], False)
-    label = int(TEST.tensors[1][2])
-    own = stored.log_probabilities[:, 0, 2, label].exp()
-    fall = float((own[everything] - own[(stored.subsets == kept).all(1)]).item())
-    assert fall > 0.2  # of test example 2, which is looked at with seed 0
-    assert found.sentence().startswith(
-        "Use 'words': it is better than all other methods by two standard errors. It cannot"
+    assert found.what == "fall of the target's probability without the 4 strongest proponents"
+    assert found.sentence() == (
+        "Use 'words': it is better than all other methods, beyond the 95 % intervals of the differences. It cannot be "
+        "told from 'tf-idf' (no model)."
     )
 
 
-def measured(name, value, behind, error, method=None):
-    return Measured(name, method, value, 0.05, behind, error)
+@few
+def test_no_two_test_examples_share_a_fit(planted_fit, planted_result, tmp_path):
+    """Or the chance of one fit would count as that of several: each has its own base, and its own random removal."""
+    trace, options = planted_fit.callbacks[0].trace, {"k": COPIES, "folder": tmp_path}
+    rows = [2, 0, 2, 1]  # one of them twice
+    methods = {"words": METHODS["words"]}
+    found = recommend(trace, build, planted.test_loader(), methods=methods, test_indices=rows, **options)
+    chosen = planted_result.proponents(COPIES).indices
+    falls = []
+    for seed, row in enumerate((2, 0, 1)):
+        stored = stored_outcomes(tmp_path, seeds=(seed,))
+        assert len(stored.subsets) == 3  # all, without the proponents, which are the nearest, without four of the label
+        own = stored.log_probabilities[:, 0, row, int(TEST.tensors[1][row])].exp()
+        kept = torch.ones(len(TRAIN), dtype=torch.bool).scatter_(0, chosen[row], False)
+        falls.append(float(own[stored.subsets.all(1)] - own[(stored.subsets == kept).all(1)]))
+    assert found.n_fits == 3 * 3
+    assert found.best.n == 3
+    assert min(falls) > 0
+    assert found.best.value == pytest.approx(sum(falls) / 3, abs=1e-6)
+    assert found.best.error == pytest.approx(float(torch.tensor(falls).std()) / 3**0.5, abs=1e-6)
+
+
+class Value(Learner):
+    """Says a value, not a class, and shows no label: 2 of the planted words, 0 of the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(8, 1)
+
+    def influence_loss(self, batch):
+        return (self(batch[0])[:, 0] - 2.0 * (batch[0][:, 0] >= 30)) ** 2
+
+    def influence_labels(self, batch):
+        return None
+
+
+def build_value(indices, seed):
+    return Value(), build(indices, seed)[1]
+
+
+@few
+def test_without_its_causes_the_loss_of_a_value_rises(tmp_path):
+    pl.seed_everything(0, verbose=False)
+    module, loader = build_value(range(len(TRAIN)), 0)
+    callback = TracInCallback(tmp_path / "trace", dtype="float32", methods=("tracin-we",))
+    quiet(max_epochs=EPOCHS, callbacks=[callback]).fit(module, loader)
+    methods = {"words": METHODS["words"]}
+    options = {"methods": methods, "k": COPIES, "test_indices": [0, 1], "folder": tmp_path / "runs"}
+    found = recommend(tmp_path / "trace", build_value, planted.test_loader(), **options)
+    stored = stored_outcomes(tmp_path / "runs", seeds=(1,))
+    losses = stored.losses[:, 0, 1]
+    without_copies = (~stored.subsets).sum(1).eq(COPIES) & ~stored.subsets[:, 4:8].any(1)  # what is planted
+    assert float(losses[without_copies] - losses[stored.subsets.all(1)]) > 0.5  # nothing is known of its word
+    assert found.best.value > 0.5
+    assert found.what == "rise of the target's loss without the 4 strongest proponents"
+    assert "fall" not in str(found)
+    assert {each.name for each in found.measured} == {"words", "random", "tf-idf"}  # there is no label to share
+    assert "Random examples stand in for those of the same label." in found.notes
+
+
+def test_one_test_example_is_refused_and_few_are_warned_of(planted_fit):
+    trace, refused = planted_fit.callbacks[0].trace, "needs at least 2 different test examples, but got 1"
+    for test, options in (
+        (DataLoader(Subset(TEST, [1])), {}),
+        (planted.test_loader(), {"test_indices": [3]}),
+        (planted.test_loader(), {"test_indices": [3, 3]}),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            recommend(trace, build, test, methods=["not even looked at"], **options)
+    with (
+        pytest.warns(UserWarning, match="3 test examples are looked at: below 8 it is mostly chance"),
+        pytest.raises(ValueError, match="k must be from 1"),
+    ):
+        recommend(trace, build, planted.test_loader(), "explain", 3, methods=[TracInWE()], k=99)
+
+
+def measured(name, value, behind, error, method=None, n=100):
+    return Measured(name, method, value, 0.05, behind, error, n)
 
 
 def test_what_cannot_be_told_is_said():
@@ -78,12 +156,52 @@ def test_what_cannot_be_told_is_said():
     assert unclear.tied == [near]
     assert "'a' has the highest value, but cannot be told from 'b' by these retrainings" in unclear.sentence()
     clear = Recommendation("weigh", "LDS", [best, far, measured("same label", 0.1, 0.5, 0.1)], 12)
+    use = "Use 'a': it is better than all other methods, beyond the 95 % intervals of the differences."
     assert clear.is_clear
-    assert clear.sentence() == "Use 'a': it is better than all other methods by two standard errors."
-    beaten = Recommendation("weigh", "LDS", [measured("same label", 0.9, -0.3, 0.1), best, far], 12)
-    assert beaten.best == best
-    assert "But 'same label', which know no model, are better than it." in beaten.sentence()
+    assert clear.sentence() == use
+    level = Recommendation("weigh", "LDS", [best, measured("tf-idf", 0.55, 0.05, 0.1), far], 12)
+    assert level.sentence() == f"{use} It cannot be told from 'tf-idf' (no model)."
+    assert not level.is_clear
     assert "'a' is the only method." in Recommendation("weigh", "LDS", [best], 12).sentence()
+
+
+@pytest.mark.parametrize(
+    ("value", "baseline", "above"),
+    [
+        (-0.01, None, "0"),
+        (0.08, None, "0"),  # 1.6 standard errors
+        (0.6, measured("same label", 0.9, -0.3, 0.1), "'same label'"),
+        (0.6, measured("random", 0.5, 0.1, 0.1), "'random'"),
+        (0.6, measured("tf-idf", 0.9, -0.3, 0.1), "'tf-idf'"),
+    ],
+    ids=["below 0", "level with 0", "behind the label", "level with chance", "behind tf-idf"],
+)
+def test_what_is_not_above_chance_is_not_recommended(value, baseline, above):
+    best, far = measured("a", value, 0.0, 0.0, TracInWE()), measured("c", value - 0.5, 0.5, 0.06, TracInLast())
+    found = Recommendation("explain", "fall", [best, *([baseline] if baseline else []), far], 12)
+    assert not found.is_clear
+    assert found.sentence() == (
+        f"No method can be recommended: the best, 'a', is not above {above} by these retrainings. Run more, or trust "
+        "none."
+    )
+
+
+def test_of_few_test_examples_student_tells_what_is_clear():
+    """Two standard errors of three differences are passed by chance in one of five draws, not one of twenty."""
+    best = torch.tensor([0.30, 0.32, 0.34])
+    others = {"near": best - torch.tensor([0.02, 0.06, 0.10]), "far": best - torch.tensor([0.05, 0.06, 0.07])}
+    changes, results = {"best": best, **others}, {}
+    near, far = (_measured_change(name, changes, "best", results) for name in others)
+    assert near.behind == pytest.approx(far.behind) == pytest.approx(0.06, abs=1e-6)
+    assert near.behind_error == pytest.approx(0.04 / 3**0.5, abs=1e-6)  # 2.6 of them
+    assert near.behind_width == pytest.approx(4.303 * 0.04 / 3**0.5, abs=1e-5)  # two degrees of freedom
+    assert not near.is_behind
+    assert far.is_behind
+    shared = torch.tensor([0.5, -0.5, 0.1])  # what the fits with nothing left out say more or less
+    moved = {name: each + shared for name, each in changes.items()}
+    again = _measured_change("far", moved, "best", results)
+    assert again.behind_error == pytest.approx(far.behind_error, abs=1e-6)
+    assert again.error > 5 * far.error  # of the fall itself it is a part
 
 
 def test_tables_and_charts():
@@ -92,6 +210,7 @@ def test_tables_and_charts():
     best = measured("a", 0.6, 0.0, 0.0, TracInWE())
     found = Recommendation("weigh", "LDS", [best, measured("same label", 0.2, 0.4, 0.06)], 12)
     assert found.to_pandas().behind.tolist() == [0.0, 0.4]
+    assert "a           0.60 ± 0.10 " in str(found)  # 1.96 standard errors
     facts = {"value": 0.2, "error": 0.05, "behind": 0.4, "behind_error": 0.06}
     assert found.rows()[1] == {"name": "same label", "method": None, **facts}
     _, ax = found.plot()
@@ -109,11 +228,13 @@ def test_tables_and_charts():
     ],
     ids=["question", "weigh", "explain", "methods", "k"],
 )
+@few
 def test_wrong_questions_are_refused(planted_fit, options, message):
     with pytest.raises(ValueError, match=message):
         recommend(planted_fit.callbacks[0].trace, build, planted.test_loader(), **options)
 
 
+@few
 def test_the_trace_of_another_training_set_is_refused(planted_fit, trace):
     with pytest.raises(ValueError, match="is of another"):  # the toy's, not the planted task's
         recommend(trace, build, planted.test_loader(), methods=[TracInWE()], k=2)

@@ -341,11 +341,90 @@ def test_tail_patch_is_one_step_of_the_own_optimizer(planted_fit, planted_result
     ).all()
 
 
+class Bare(pl.LightningModule):
+    """The task's network without the mixin: it says nothing of influence."""
+
+    def __init__(self):
+        super().__init__()
+        for name, layer in Learner().named_children():
+            self.add_module(name, layer)
+
+    forward = Learner.forward
+
+    def training_step(self, batch, batch_idx):
+        assert self.automatic_optimization
+        self.log("loss", 1.0)
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+class WithMixin(Learner):
+    configure_optimizers = Bare.configure_optimizers
+
+
+class Manual(Bare):
+    """Makes its own steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+def test_tail_patch_takes_the_same_step_with_and_without_the_mixin(planted_result):
+    modules = {kind: kind() for kind in (Bare, WithMixin, Manual)}
+
+    def gains(kind):
+        def made(indices, seed):
+            return modules[kind], build(indices, seed)[1]
+
+        return tail_patch_gains(planted_result, made, planted.test_loader(), k=2, learning_rate=0.3)
+
+    found = gains(Bare)
+    assert torch.allclose(found, gains(WithMixin), atol=1e-6)
+    ids, labels = TEST.tensors
+    weights = planted_result.trace.checkpoints[-1].weights()
+    for row, chosen in enumerate(planted_result.proponents(2).indices.tolist()):
+        for rank, proponent in enumerate(chosen):
+            module = Bare()
+            module.load_state_dict(weights)
+            said = [module(ids)[row].log_softmax(0)[labels[row]]]
+            one, label = (each[proponent : proponent + 1] for each in TRAIN.tensors)
+            torch.nn.functional.cross_entropy(module(one), label).backward()
+            with torch.no_grad():
+                for each in module.parameters():
+                    each -= 0.3 * each.grad
+            said.append(module(ids)[row].log_softmax(0)[labels[row]])
+            assert float(found[row, rank]) == pytest.approx((said[1] - said[0]).item(), abs=1e-5)
+    assert "training_step" not in vars(modules[Bare])  # the module is as it was
+    assert modules[Bare].automatic_optimization
+    with pytest.raises(ValueError, match="Manual optimizes manually in training_step"):  # this one does
+        gains(Manual)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        (torch.full((N_TEST, 2), 99), ValueError, "from 0 to 55, but got 99"),
+        (torch.full((N_TEST, 2), -1), ValueError, "from 0 to 55, but got -1"),
+        ([[0, 1]] * N_TEST, TypeError, "must be a tensor of shape .n, k., but got list"),
+        (torch.zeros(N_TEST, 2), ValueError, "whole numbers of shape .n, k., but got torch.float32"),
+        (torch.ones(N_TEST, len(TRAIN)).bool(), ValueError, "but got torch.bool"),
+        (torch.arange(N_TEST), ValueError, "but got torch.int64 of shape .4,."),
+        (torch.zeros(N_TEST, 0).long(), ValueError, "of shape .4, 0."),
+        (torch.zeros(2, 2).long(), ValueError, "a row for each of 4 test examples, but has 2"),
+    ],
+    ids=["beyond", "negative", "list", "float", "mask", "row", "none", "other-tests"],
+)
+def test_tail_patch_refuses_what_are_no_training_examples(planted_result, asked, error, message):
+    with pytest.raises(error, match=message):
+        tail_patch_gains(planted_result, build, planted.test_loader(), train_indices=asked)
+
+
 def test_tail_patch_needs_the_weights(planted_result):
     with pytest.raises(ValueError, match="The trace that the result was computed from is not there"):
         tail_patch_gains(replace(planted_result, trace=None), build, planted.test_loader())
-    with pytest.raises(ValueError, match="a row for each of 4 test examples"):
-        tail_patch_gains(planted_result, build, planted.test_loader(), train_indices=torch.zeros(2, 2).long())
 
 
 @pytest.mark.parametrize("width", [80, 120])
