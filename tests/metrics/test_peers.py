@@ -89,6 +89,7 @@ def test_quanda_ranks_by_the_index():
     assert without == pytest.approx(float(best))
 
 
+@pytest.mark.filterwarnings("ignore:Argument `values` expected to vary")
 def test_dattri_gives_ties_an_area_by_their_order():
     values, noisy = torch.zeros(20), torch.arange(20) < 5
     assert F.mislabel_detection_auroc(values, noisy) == 0.5
