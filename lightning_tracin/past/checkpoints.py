@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_tracin.gradients.printable import enumerated, printable
@@ -108,9 +108,13 @@ def in_order(found: Sequence[PastCheckpoint], learning_rates: Sequence[float] | 
 
     Where none tells its step, they are in order, and numbered from 1. A file that is there twice counts once.
 
+    Args:
+        found: in the order in which they were passed, those of a folder in the order of their steps.
+        learning_rates: one for each, in that order.
+
     Raises:
-        ValueError: if there are none, if only some tell their steps, if different ones tell the same, or if not one
-            rate is given for each.
+        ValueError: if there are none, if only some tell their steps, if different ones, or different rates, tell the
+            same, or if not one rate is given for each.
     """
     if not found:
         raise ValueError(f"There is no checkpoint to make a trace of. {WHAT_TO_PASS}")
@@ -133,18 +137,40 @@ def in_order(found: Sequence[PastCheckpoint], learning_rates: Sequence[float] | 
             f"{enumerated(silent, _NAMED)} do not tell which step they are of, but others do: their order cannot be "
             "known. Pass checkpoints of one kind."
         )
+    by_step = sorted(found, key=lambda each: each.number)
+    if len({each.rate for each in found}) > 1 and [each.step for each in by_step] != [each.step for each in found]:
+        given = [f"{each.rate:g} for {each.name} (step {each.step})" for each in found]
+        rank_zero_warn(
+            "The learning rates go to the checkpoints in the order in which these were passed, which is not that of "
+            f"their steps: {enumerated(given, _NAMED)}. Names that are sorted as text have 10 before 9."
+        )
     ordered: list[PastCheckpoint] = []
-    for each in sorted(found, key=lambda each: each.number):
+    for each in by_step:
         if ordered and ordered[-1].step == each.step:
-            if not _same(ordered[-1].weights(), each.weights()):
-                raise ValueError(
-                    f"{ordered[-1].name} and {each.name} are both of step {each.step}, but their weights differ: pass "
-                    "the checkpoints of one run."
-                )
+            _require_same(ordered[-1], each)
             rank_zero_info(f"{each.name} is {ordered[-1].name} once more, and counts once.")
         else:
             ordered.append(each)
     return ordered
+
+
+def _require_same(one: PastCheckpoint, other: PastCheckpoint) -> None:
+    """Check that two checkpoints of one step are the same.
+
+    Raises:
+        ValueError: if they are not, or were given different learning rates.
+    """
+    a, b = one.weights(), other.weights()
+    if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
+        raise ValueError(
+            f"{one.name} and {other.name} are both of step {one.step}, but their weights differ: pass the checkpoints "
+            "of one run."
+        )
+    if one.rate != other.rate:
+        raise ValueError(
+            f"{one.name} and {other.name} are the same checkpoint, of step {one.step}, but learning_rates gives them "
+            f"{one.rate:g} and {other.rate:g}: pass it once."
+        )
 
 
 def torch_content(path: Path) -> Any:
@@ -268,10 +294,6 @@ def _of_trace(trace: Trace) -> list[PastCheckpoint]:
     checkpoints = trace.checkpoints
     trace.check_whole(checkpoints)
     return [PastCheckpoint(str(each.path), each.weights, each.step, each.epoch, recorded=each) for each in checkpoints]
-
-
-def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def _finite(value: Any, what: str) -> float:

@@ -67,7 +67,8 @@ class Trace(StoredTrace, metaclass=_Opened):
                 its own, that holds *candidates*, which were not trained on.
             model: the LightningModule that was trained, or a Hugging Face model.
             train_dataloaders: one loader of the training set, or a datamodule.
-            learning_rates: one for each checkpoint, in their order, in the place of those that the files tell.
+            learning_rates: one for each checkpoint, in the order in which they are passed, in the place of those that
+                the files tell. Those of a folder are in the order of their steps.
             methods: as for :class:`~lightning_tracin.TracInCallback`, like ``rank``.
             rank: how many of K-FAC's components of linear layers' gradients are stored.
 

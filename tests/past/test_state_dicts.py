@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import pickle
 import shutil
@@ -101,6 +102,22 @@ def test_scores_are_those_of_brute_force(tmp_path, expected, made):
     past = past_of(tmp_path / "trace", made(tmp_path))
     torch.testing.assert_close(scores_of(past).double(), expected, rtol=2e-3, atol=1e-5)
     assert [problem for _, problem in verify(past) if problem] == []
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["steps told", "names alone"])
+def test_rates_go_to_the_checkpoints_of_a_folder_by_their_steps(tmp_path, told):
+    """As text, checkpoint-1000 comes before checkpoint-500."""
+    for step in (500, 1000):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        save_file(weights(step), folder / "model.safetensors")
+        if told:
+            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    past = past_of(tmp_path / "trace", tmp_path / "run", learning_rates=[0.5, 0.001])
+    steps = [500, 1000] if told else [1, 2]
+    assert [(each.step, each.learning_rate) for each in past.checkpoints] == [(steps[0], 0.5), (steps[1], 0.001)]
+    for checkpoint, step in zip(past.checkpoints, (500, 1000), strict=True):
+        assert same_weights(checkpoint.weights(), weights(step))
 
 
 class Around(pl.LightningModule):
