@@ -1,6 +1,6 @@
 """What the checkpoints of a run that is over hold: Lightning's files, state dicts, folders of Hugging Face's Trainer.
 
-Nothing is unpickled, and nothing that a file says is believed before it has the types that it should have.
+No code in a file is run, and nothing that it says is believed before it has the types that it should have.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from lightning_tracin.storage.trace import Trace
 _MOST_STEPS = 999_999_999
 
 _NAMED = 5  # files that a message names
+
+# Before it, torch.load(weights_only=True) can be made to run code that is in the file (CVE-2025-32434).
+_SAFE_TORCH = "2.6"
 
 WHAT_TO_PASS = (
     "Pass .ckpt files of Lightning, checkpoint folders of Hugging Face's Trainer, state dicts (.pt, .safetensors, or "
@@ -174,12 +177,14 @@ def _require_same(one: PastCheckpoint, other: PastCheckpoint) -> None:
 
 
 def torch_content(path: Path) -> Any:
-    """What ``torch.save`` wrote to a file, memory-mapped where its form allows; nothing is unpickled.
+    """What ``torch.save`` wrote to a file, memory-mapped where its form allows; no code in it is run.
 
     Raises:
-        ValueError: if it is damaged, or holds objects that only unpickling would give.
+        ValueError: if it is damaged, holds objects that only unpickling would give, or if this torch cannot read it
+            without running what may be in it.
     """
     status_of(path)
+    _require_safe_torch(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -196,6 +201,21 @@ def torch_content(path: Path) -> Any:
         if isinstance(error, MemoryError):
             raise
         raise ValueError(f"{path} is damaged, or is no checkpoint: {first_line(error)}.") from error
+
+
+def _require_safe_torch(path: Path) -> None:
+    """Check that reading what ``torch.save`` wrote runs no code.
+
+    Raises:
+        ValueError: if it can.
+    """
+    if torch.__version__ < _SAFE_TORCH:
+        raise ValueError(
+            f"{path} is not read: with torch {torch.__version__}, a file of torch.save can run any code when it is "
+            f"loaded (CVE-2025-32434). Update torch to {_SAFE_TORCH} or newer; or save the weights as safetensors "
+            "(safetensors.torch.save_file) and pass that file, with learning_rates=[...]. If you trust the file, load "
+            "it yourself and pass what torch.load returns."
+        )
 
 
 def safe_tensors(path: Path) -> dict[str, Tensor]:

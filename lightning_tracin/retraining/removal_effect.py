@@ -12,7 +12,6 @@ from rich.text import Text
 from torch import Tensor
 
 from lightning_tracin.gradients.printable import printable
-from lightning_tracin.metrics.functional.bootstrap import bootstrap_interval
 from lightning_tracin.report.fitted_table import fitted_table
 from lightning_tracin.report.plots import Dots, plot_dots
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
@@ -85,22 +84,21 @@ class RemovalEffect(RichRepr):
             row: its place in ``test_indices``.
             removed: what was left out.
         """
-        values = self.changes[removed][row]
-        mean, width = float(values.mean()), float(half_width(values))
-        return Change(mean, mean - width, mean + width)
+        return _change(self.changes[removed][row])
 
     def mean_change(self, removed: str = PROPONENTS, against: str | None = None) -> Change:
-        """The mean change over test examples, with an interval by the bootstrap over them.
+        """The mean change of these test examples, with an interval over seeds by Student's t.
+
+        Test examples of one seed share retrainings (the one with nothing removed, and random removals), so each seed
+        counts as one observation: their mean. What it says of test examples that were not asked about is another
+        question, for :class:`~lightning_tracin.metrics.DeletionCurve`.
 
         Args:
             removed: what was left out.
             against: what else was left out, whose change is taken from it.
         """
         values = self.changes[removed] - (0 if against is None else self.changes[against])
-        of_tests = values.mean(1)
-        of_tests = of_tests[~of_tests.isnan()]
-        ends = bootstrap_interval(of_tests[:, None])
-        return Change(float(of_tests.mean()), float(ends.low[0]), float(ends.high[0]))
+        return _change(values[~values.isnan().any(1)].mean(0))
 
     def beats(self, against: str = "random") -> Tensor:
         """For which test examples the proponents matter more than something else.
@@ -136,7 +134,7 @@ class RemovalEffect(RichRepr):
         return f"Test example {int(self.test_indices[row])}: {'; '.join(phrases)}"
 
     def summary(self) -> str:
-        """What was found for all test examples together, with 95 % intervals over them."""
+        """What was found for all test examples together, with 95 % intervals over seeds."""
         parts = []
         for removed in self.changes:
             mean, low, high = self.mean_change(removed)
@@ -159,7 +157,7 @@ class RemovalEffect(RichRepr):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(
             f"{len(self.before)} test examples, {self.k} training examples removed, {len(self.seeds)} seeds; "
-            "95 % intervals"
+            "95 % intervals over seeds"
         )
         yield Text(self.summary())
         yield from (Text(printable(note), style="italic") for note in self.notes)
@@ -210,7 +208,7 @@ class RemovalEffect(RichRepr):
             Dots(removed, [*(self.change(row, removed) for row in range(n)), self.mean_change(removed)])
             for removed in self.changes
         ]
-        title = f"{self.k} training examples removed, {len(self.seeds)} seeds, 95 % intervals"
+        title = f"{self.k} training examples removed, {len(self.seeds)} seeds, 95 % intervals over seeds"
         label = f"change of the target's {self.quantity}"
         return plot_dots(groups, [*names, f"mean of {len(self.before)}"], title, label, ax)
 
@@ -237,6 +235,12 @@ class RemovalEffect(RichRepr):
     def _worse(self, changes: Tensor) -> Tensor:
         """Changes that are positive where the target became less likely."""
         return -changes if self.quantity == "probability" else changes
+
+
+def _change(values: Tensor) -> Change:
+    """The mean of seeds (s,), and its interval."""
+    mean, width = float(values.mean()), float(half_width(values))
+    return Change(mean, mean - width, mean + width)
 
 
 def _signed(value: float) -> str:

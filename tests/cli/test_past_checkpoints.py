@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_files
 from pytorch_lightning.callbacks import ModelCheckpoint
 from toy import Data, Toy, fitted, loader, quiet
 
@@ -62,6 +63,7 @@ def test_label_issues_are_those_of_the_checkpoints_that_are_asked_for(project, m
     assert issues.rows() != quiet().label_issues(Toy(), trace=project / "trace").rows()
 
 
+@torch_files.are_read
 def test_files_of_a_run_that_is_over(project, monkeypatch, tmp_path):
     files = sorted(str(path) for path in Path(project / "files").glob("*.ckpt"))
     output, method = (
@@ -97,6 +99,7 @@ def test_a_wrong_choice_is_one_clear_error(project, monkeypatch, arguments, mess
         asked(project, monkeypatch, "influence", *arguments)
 
 
+@torch_files.are_read
 def test_rates_in_the_order_of_a_shell_are_told(project, monkeypatch, tmp_path):
     """Which puts epoch=10 before epoch=9."""
     for epoch, file in zip((9, 10), sorted((project / "files").glob("*.ckpt")), strict=True):

@@ -8,6 +8,7 @@ import lightning.pytorch as twin
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch_files
 from families import FAMILIES
 from lightning.pytorch.callbacks import ModelCheckpoint as TwinModelCheckpoint
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -21,7 +22,7 @@ from lightning_tracin import Trace, TracInCallback, TracInLast, TracInWE
 
 METHODS = ("tracin-we", "tracin-last")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*not known.*count as trained on")
+pytestmark = [torch_files.are_read, pytest.mark.filterwarnings("ignore:.*not known.*count as trained on")]
 
 
 class Constant(Toy):

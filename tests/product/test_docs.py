@@ -19,6 +19,7 @@ from unittest.mock import patch
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch_files
 import toy
 import trainer_runs
 from fences import PAGES, blocks, page_text, prose
@@ -394,6 +395,7 @@ def test_retraining(page, known, capsys):
     assert known["found"].losses.shape == (8, 2, 3)
 
 
+@torch_files.are_read
 def test_past_runs(page, given):
     quiet(enable_checkpointing=True, callbacks=[ModelCheckpoint("runs", save_top_k=-1)]).fit(Toy(), loader())
     trainer_runs.trained("output")
