@@ -52,6 +52,8 @@ class StoredResult:
         candidates: whether the scored examples were not trained on, but might be.
         target: what of the test examples is explained, as it was asked for.
         target_names: what that came to for each test example; empty where it is their labels.
+        target_classes: the number of the class that was named, or of the two; empty where none was, for tokens, and
+            in older files.
         excerpt: what a file that the result was loaded from holds of the trace: texts, labels and words of all that it
             lists.
         common_tokens: (n,) int64, the ids of tokens that more than a tenth of the training examples hold, ascending;
@@ -79,6 +81,7 @@ class StoredResult:
     candidates: bool = False
     target: str = "label"
     target_names: list[str] = field(default_factory=list)
+    target_classes: list[int] = field(default_factory=list)
     excerpt: Excerpt | None = None
     common_tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
@@ -106,6 +109,7 @@ class StoredResult:
             candidates=self.candidates,
             target=storable(self.target),
             target_names=[storable(name) for name in self.target_names],
+            target_classes=self.target_classes,
             excerpt=None if self.excerpt is None else header_of(self.excerpt),
         )
         text = header.to_json()
@@ -184,6 +188,7 @@ class StoredResult:
             candidates=header.candidates,
             target=header.target,
             target_names=header.target_names,
+            target_classes=header.target_classes,
             excerpt=excerpt,
             common_tokens=tensors.get("common_tokens", torch.empty(0, dtype=torch.int64)),
         )

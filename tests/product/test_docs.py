@@ -211,6 +211,7 @@ def test_targets(page, known):
     known["texts_from_production"] = TEST
     next(page).run(known)
     assert known["result"].target == "tech, not business"
+    assert known["result"].target_classes == [0, 1]
     trainer = quiet(max_epochs=1, callbacks=[TracInCallback("of-tokens")])
     trainer.fit(Writer(), tokens(4))
     next(page).run({"trainer": trainer, "test_loader": tokens(2)})
