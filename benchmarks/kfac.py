@@ -107,7 +107,7 @@ def main() -> None:
         for name in ASKED:
             sizes = ("--examples", str(options.examples), "--tests", str(options.tests))
             taken = in_own_process("benchmarks.kfac", *sizes, "--ask", place, name)
-            scores = torch.load(folder / "scores.pt")
+            scores = torch.load(folder / "scores.pt", weights_only=True)
             exact = scores if exact is None else exact
             rows.append(Row(name, taken["seconds"], "CPU s", details=taken))
             rows.append(Row("   memory", taken["megabytes"], "MB"))

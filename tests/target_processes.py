@@ -25,7 +25,7 @@ def main(folder):
         for target, asked in TARGETS.items():
             for labelled, data in tests.items():
                 result = trainer.influence(data, target=asked)
-                found[f"{name} {target}{labelled}"] = result.scores.tolist(), result.target_names
+                found[f"{name} {target}{labelled}"] = result.scores.tolist(), result.target_names, result.target_classes
         found[f"{name} unknown"] = error_of(trainer.influence, tests[""], target=3)
         found[f"{name} without labels"] = error_of(trainer.influence, tests[" unlabelled"])
     (folder / f"found-{trainer.global_rank}.json").write_text(json.dumps(found))

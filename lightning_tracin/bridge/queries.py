@@ -55,6 +55,7 @@ class Queries:
         labels = torch.empty(0) if self.target.is_plain else _training_labels(trace)
         self.targets = TargetLosses(module, self.target, self.probe, labels)
         self.target_names: list[str] = []
+        self.target_classes: list[int] = []
         self.predictions = torch.empty(0, 2, dtype=torch.float64)
         self.indices = torch.empty(0, dtype=torch.long)
         self.texts = Texts.empty(0)
@@ -106,10 +107,12 @@ class Queries:
         keys = list(dict.fromkeys(term.site.key for term in terms))
         blocks = {key: [captured.gradients[key] for captured in self._captured] for key in keys}
         names = [] if self.target.is_plain else [self.targets.name_of(number) for number in self._taken]
-        parts = processes.gather((self._taken, self._texts, self._predictions, names, blocks, self.vocabulary))
+        own = (self._taken, self._texts, self._predictions, names, blocks, self.vocabulary, self.targets.classes)
+        parts = processes.gather(own)
         taken, texts, predictions, names = ([each for part in parts for each in part[number]] for number in range(4))
         for part in parts:
-            self.vocabulary.update(part[-1])
+            self.vocabulary.update(part[5])
+            self.target_classes = list(part[6]) or self.target_classes  # a process without examples knows none
         if not taken:
             raise ValueError("The test loader is empty: there is nothing to explain.")
         places, indices = _places(taken)
@@ -212,6 +215,7 @@ def result_of(blocks: Sequence[Queries], gradients: Sequence[list[WordGradients]
         common_tokens=first.texts.ids[:0] if word_part(first.method) is None else common_tokens(first.trace),
         target=str(first.target),
         target_names=[name for block in blocks for name in block.target_names],
+        target_classes=first.target_classes,
         tokenizer=tokenizer_of(first.module),
         scratch=scratch,
     )

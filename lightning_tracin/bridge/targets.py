@@ -51,6 +51,11 @@ class TargetLosses:
         self._said: dict[int, Tensor] = {}
         self._said_names: dict[int, str] = {}
 
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The class that is explained of every example, or a pair; none of a target that names none, or tokens."""
+        return () if self.target.has_positions else self._classes
+
     def of(self, batch: Any, numbers: Sequence[int] | None) -> list[Losses]:
         """The losses of a batch's examples; of a pair, those of the first class and those that are taken from them.
 

@@ -375,7 +375,10 @@ def _result(path: str, trace: str | None) -> lightning_tracin.InfluenceResult:
     """A result; it is said if its texts cannot be shown."""
     result = lightning_tracin.InfluenceResult.load(path, trace)
     if result.trace is None and result.excerpt is None:
-        _tell("the trace of these scores is not where it was: texts and words are missing. Pass the folder it is in.")
+        _tell(
+            "the trace of these scores is not where it was, or cannot be read: texts and words are missing. Pass the "
+            "folder that it is in."
+        )
     return result
 
 

@@ -267,7 +267,8 @@ def _add_common_arguments(parser: LightningArgumentParser, method: str = "tracin
     parser.add_argument(
         "--learning_rates",
         type=list[float] | None,
-        help="With files of checkpoints, the learning rate of each, where the files do not tell.",
+        help="With files of checkpoints, the learning rate of each, in their order, where the files do not tell; those "
+        "of a folder are in the order of their steps.",
     )
     for name in _OF_FIT:
         parser.add_argument(

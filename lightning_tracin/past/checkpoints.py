@@ -1,6 +1,6 @@
 """What the checkpoints of a run that is over hold: Lightning's files, state dicts, folders of Hugging Face's Trainer.
 
-Nothing is unpickled, and nothing that a file says is believed before it has the types that it should have.
+No code in a file is run, and nothing that it says is believed before it has the types that it should have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_tracin.gradients.printable import enumerated, printable
@@ -27,6 +27,9 @@ from lightning_tracin.storage.trace import Trace
 _MOST_STEPS = 999_999_999
 
 _NAMED = 5  # files that a message names
+
+# Before it, torch.load(weights_only=True) can be made to run code that is in the file (CVE-2025-32434).
+_SAFE_TORCH = "2.6"
 
 WHAT_TO_PASS = (
     "Pass .ckpt files of Lightning, checkpoint folders of Hugging Face's Trainer, state dicts (.pt, .safetensors, or "
@@ -108,9 +111,13 @@ def in_order(found: Sequence[PastCheckpoint], learning_rates: Sequence[float] | 
 
     Where none tells its step, they are in order, and numbered from 1. A file that is there twice counts once.
 
+    Args:
+        found: in the order in which they were passed, those of a folder in the order of their steps.
+        learning_rates: one for each, in that order.
+
     Raises:
-        ValueError: if there are none, if only some tell their steps, if different ones tell the same, or if not one
-            rate is given for each.
+        ValueError: if there are none, if only some tell their steps, if different ones, or different rates, tell the
+            same, or if not one rate is given for each.
     """
     if not found:
         raise ValueError(f"There is no checkpoint to make a trace of. {WHAT_TO_PASS}")
@@ -133,27 +140,51 @@ def in_order(found: Sequence[PastCheckpoint], learning_rates: Sequence[float] | 
             f"{enumerated(silent, _NAMED)} do not tell which step they are of, but others do: their order cannot be "
             "known. Pass checkpoints of one kind."
         )
+    by_step = sorted(found, key=lambda each: each.number)
+    if len({each.rate for each in found}) > 1 and [each.step for each in by_step] != [each.step for each in found]:
+        given = [f"{each.rate:g} for {each.name} (step {each.step})" for each in found]
+        rank_zero_warn(
+            "The learning rates go to the checkpoints in the order in which these were passed, which is not that of "
+            f"their steps: {enumerated(given, _NAMED)}. Names that are sorted as text have 10 before 9."
+        )
     ordered: list[PastCheckpoint] = []
-    for each in sorted(found, key=lambda each: each.number):
+    for each in by_step:
         if ordered and ordered[-1].step == each.step:
-            if not _same(ordered[-1].weights(), each.weights()):
-                raise ValueError(
-                    f"{ordered[-1].name} and {each.name} are both of step {each.step}, but their weights differ: pass "
-                    "the checkpoints of one run."
-                )
+            _require_same(ordered[-1], each)
             rank_zero_info(f"{each.name} is {ordered[-1].name} once more, and counts once.")
         else:
             ordered.append(each)
     return ordered
 
 
-def torch_content(path: Path) -> Any:
-    """What ``torch.save`` wrote to a file, memory-mapped where its form allows; nothing is unpickled.
+def _require_same(one: PastCheckpoint, other: PastCheckpoint) -> None:
+    """Check that two checkpoints of one step are the same.
 
     Raises:
-        ValueError: if it is damaged, or holds objects that only unpickling would give.
+        ValueError: if they are not, or were given different learning rates.
+    """
+    a, b = one.weights(), other.weights()
+    if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
+        raise ValueError(
+            f"{one.name} and {other.name} are both of step {one.step}, but their weights differ: pass the checkpoints "
+            "of one run."
+        )
+    if one.rate != other.rate:
+        raise ValueError(
+            f"{one.name} and {other.name} are the same checkpoint, of step {one.step}, but learning_rates gives them "
+            f"{one.rate:g} and {other.rate:g}: pass it once."
+        )
+
+
+def torch_content(path: Path) -> Any:
+    """What ``torch.save`` wrote to a file, memory-mapped where its form allows; no code in it is run.
+
+    Raises:
+        ValueError: if it is damaged, holds objects that only unpickling would give, or if this torch cannot read it
+            without running what may be in it.
     """
     status_of(path)
+    _require_safe_torch(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -170,6 +201,21 @@ def torch_content(path: Path) -> Any:
         if isinstance(error, MemoryError):
             raise
         raise ValueError(f"{path} is damaged, or is no checkpoint: {first_line(error)}.") from error
+
+
+def _require_safe_torch(path: Path) -> None:
+    """Check that reading what ``torch.save`` wrote runs no code.
+
+    Raises:
+        ValueError: if it can.
+    """
+    if torch.__version__ < _SAFE_TORCH:
+        raise ValueError(
+            f"{path} is not read: with torch {torch.__version__}, a file of torch.save can run any code when it is "
+            f"loaded (CVE-2025-32434). Update torch to {_SAFE_TORCH} or newer; or save the weights as safetensors "
+            "(safetensors.torch.save_file) and pass that file, with learning_rates=[...]. If you trust the file, load "
+            "it yourself and pass what torch.load returns."
+        )
 
 
 def safe_tensors(path: Path) -> dict[str, Tensor]:
@@ -268,10 +314,6 @@ def _of_trace(trace: Trace) -> list[PastCheckpoint]:
     checkpoints = trace.checkpoints
     trace.check_whole(checkpoints)
     return [PastCheckpoint(str(each.path), each.weights, each.step, each.epoch, recorded=each) for each in checkpoints]
-
-
-def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def _finite(value: Any, what: str) -> float:

@@ -52,10 +52,10 @@ class Trace(StoredTrace, metaclass=_Opened):
     ) -> Self:
         """Make a trace of a run that is over; training examples' gradients are computed at the first question.
 
-        Nothing is unpickled. Where the trainer saved its optimizers, each layer has the learning rate of its parameter
-        group, and Adam's second moments are there for ``precondition="adam"``. What is only approximate (rates between
-        checkpoints that cannot be told) is warned of, and said by every result. Examples that the loader's sampler can
-        draw are taken for trained on.
+        No code in a file is run: what ``torch.save`` wrote is read with torch 2.6 or newer. Where the trainer saved
+        its optimizers, each layer has the learning rate of its parameter group, and Adam's second moments are there for
+        ``precondition="adam"``. What is only approximate (rates between checkpoints that cannot be told) is warned of,
+        and said by every result. Examples that the loader's sampler can draw are taken for trained on.
 
         Call it in one process. The model's weights are afterwards as they were.
 
@@ -67,15 +67,17 @@ class Trace(StoredTrace, metaclass=_Opened):
                 its own, that holds *candidates*, which were not trained on.
             model: the LightningModule that was trained, or a Hugging Face model.
             train_dataloaders: one loader of the training set, or a datamodule.
-            learning_rates: one for each checkpoint, in their order, in the place of those that the files tell.
+            learning_rates: one for each checkpoint, in the order in which they are passed, in the place of those that
+                the files tell. Those of a folder are in the order of their steps.
             methods: as for :class:`~lightning_tracin.TracInCallback`, like ``rank``.
             rank: how many of K-FAC's components of linear layers' gradients are stored.
 
         Raises:
             FileExistsError: if a trace, or files of others, are in the folder.
             FileNotFoundError: if a checkpoint is missing.
-            ValueError: if a file is damaged, holds objects that only unpickling would give, or is of another model; if
-                it does not tell learning rates and none are given; or on what influence cannot be computed for.
+            ValueError: if a file is damaged, holds objects that only unpickling would give, was written by
+                ``torch.save`` and torch is older than 2.6, or is of another model; if it does not tell learning rates
+                and none are given; or on what influence cannot be computed for.
             BlockingIOError: if a fit or a query is writing into the folder.
 
         Example::

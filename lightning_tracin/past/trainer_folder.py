@@ -52,7 +52,7 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 def read_folder(path: Path) -> list[PastCheckpoint]:
-    """What is known of a checkpoint in a folder, or of those in its folders ``checkpoint-*``.
+    """What is known of a checkpoint in a folder, or of those in its folders ``checkpoint-*``, by their numbers.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -62,8 +62,13 @@ def read_folder(path: Path) -> list[PastCheckpoint]:
         inner = [each for each in path.glob("checkpoint-*") if each.is_dir() and re.fullmatch(r".*-\d+", each.name)]
         if not inner:
             raise FileNotFoundError(_nothing_in(path))
-        return [_read(each) for each in sorted(inner)]
+        return [_read(each) for each in sorted(inner, key=_number_of)]
     return [_read(path)]
+
+
+def _number_of(path: Path) -> int:
+    """The step in the name of a folder ``checkpoint-*``; as text, 1000 would come before 500."""
+    return int(path.name.rpartition("-")[2])
 
 
 def _nothing_in(path: Path) -> str:

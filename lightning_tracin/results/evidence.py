@@ -11,9 +11,8 @@ import torch
 
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.results.excerpt import TokenTerms
-from lightning_tracin.results.stored_result import StoredResult
+from lightning_tracin.results.stored_result import StoredResult, left_without_trace
 from lightning_tracin.scoring.methods import Method, TracInWE
-from lightning_tracin.scoring.naming import described
 from lightning_tracin.scoring.terms import Term, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.trace import Trace
@@ -57,17 +56,11 @@ class Evidence:
         Raises:
             FileNotFoundError: if it is gone; the message says what is left.
         """
-        evidence, held = cls.find(result), result.excerpt
+        evidence = cls.find(result)
         if evidence is None:
-            left = "nothing but the scores is left"
-            if held is not None:
-                left = (
-                    f"the file of the result holds the words and texts of the {held.k} strongest of each side, and "
-                    f"self-influence by {described(held.review_method)}, alone"
-                )
             raise FileNotFoundError(
                 "The trace that these scores were computed from is gone, or another fit took its place, and "
-                f"{left}. Load the result where its trace is, or with trace=...."
+                f"{left_without_trace(result.excerpt)}. Load the result where its trace is, or with trace=...."
             )
         return evidence
 

@@ -64,6 +64,7 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         candidates: whether the scored examples were not trained on.
         target: what of the test examples is explained.
         target_names: what that came to for each test example; none where it is their labels.
+        target_classes: the numbers of the class, or of the two, that the target names; empty in older files.
         excerpt: what the result holds of its trace; None where that is nothing.
     """
 
@@ -81,6 +82,7 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     candidates: bool = False
     target: Label = "label"
     target_names: list[str] = msgspec.field(default_factory=list)
+    target_classes: Annotated[list[Annotated[int, Meta(ge=0, le=_MOST_ID)]], Meta(max_length=2)] = []
     excerpt: ExcerptHeader | None = None
 
     def to_json(self) -> str:
@@ -221,6 +223,9 @@ def _check_header(header: ResultHeader, n_test: int) -> None:
         raise ValueError(
             f"it names the targets ({header.target!r}) of {len(header.target_names)} test examples, but has {n_test}"
         )
+    classes = header.target_classes
+    if classes and (header.target in ("label", "prediction") or len(set(classes)) < len(classes)):
+        raise ValueError(f"its target {header.target!r} cannot be of the classes {classes}")
 
 
 def _forms(header: ResultHeader, tensors: Mapping[str, Tensor], n_test: int) -> dict[str, Form]:

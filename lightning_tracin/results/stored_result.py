@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_tracin.gradients.printable import storable
+from lightning_tracin.gradients.printable import printable, storable
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.gradients.word_gradients import WordGradients
 from lightning_tracin.results.excerpt import Excerpt
 from lightning_tracin.results.excerpt_file import excerpt_from, header_of, tensors_of
 from lightning_tracin.results.result_file import FILE_CHECKSUM, HEADER, WORD_TENSORS, ResultHeader, read_result
 from lightning_tracin.scoring.methods import Method
-from lightning_tracin.scoring.naming import method_to_json
+from lightning_tracin.scoring.naming import described, method_to_json
 from lightning_tracin.scoring.strongest import TopK
 from lightning_tracin.storage.files import hash_of_tensors, write_tensors
 from lightning_tracin.storage.schemas import FORMAT_VERSION
@@ -51,6 +52,8 @@ class StoredResult:
         candidates: whether the scored examples were not trained on, but might be.
         target: what of the test examples is explained, as it was asked for.
         target_names: what that came to for each test example; empty where it is their labels.
+        target_classes: the number of the class that was named, or of the two; empty where none was, for tokens, and
+            in older files.
         excerpt: what a file that the result was loaded from holds of the trace: texts, labels and words of all that it
             lists.
         common_tokens: (n,) int64, the ids of tokens that more than a tenth of the training examples hold, ascending;
@@ -78,6 +81,7 @@ class StoredResult:
     candidates: bool = False
     target: str = "label"
     target_names: list[str] = field(default_factory=list)
+    target_classes: list[int] = field(default_factory=list)
     excerpt: Excerpt | None = None
     common_tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
@@ -105,6 +109,7 @@ class StoredResult:
             candidates=self.candidates,
             target=storable(self.target),
             target_names=[storable(name) for name in self.target_names],
+            target_classes=self.target_classes,
             excerpt=None if self.excerpt is None else header_of(self.excerpt),
         )
         text = header.to_json()
@@ -134,21 +139,24 @@ class StoredResult:
     def load(cls, path: str | Path, trace: str | Path | None = None) -> Self:
         """Read a result that ``save`` wrote; its trace is opened if it is where it was.
 
+        A trace that is there and cannot be read is warned of, and the result has none: its own file is whole without.
+
         Args:
             path: the file.
-            trace: folder of the trace, where it is at another place now.
+            trace: folder of the trace, where it is at another place now; it must be one that can be read.
 
         Raises:
             FileNotFoundError: if there is no such file, or no trace in the folder.
             TypeError: if either is no path.
             ValueError: if the file holds no result, or one of another version, or is damaged, or if the folder holds
-                another trace.
+                another trace, or a damaged one.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"A result is one file, but got a {type(path).__name__}: {path!r}. Load them one by one.")
         path = Path(path)
         header, method, tensors = read_result(path)
-        opened = _find_trace(header, path) if trace is None else _trace_of(header, trace, path)
+        excerpt = None if header.excerpt is None else excerpt_from(header.excerpt, tensors, path)
+        opened, vocabulary = _find_trace(header, path, excerpt) if trace is None else _trace_of(header, trace, path)
         n_test = len(tensors["test_indices"])
         tops = [
             TopK(tensors[f"{name}.values"], tensors[f"{name}.indices"]) if f"{name}.values" in tensors else None
@@ -164,7 +172,7 @@ class StoredResult:
                 [_word_gradients(tensors, f"gradients.{block}.{number}", n) for number, n in enumerate(of_block)]
                 for block, of_block in enumerate(header.gradients)
             ],
-            words_of_ids=words if opened is None else {**opened.vocabulary, **words},
+            words_of_ids={**vocabulary, **words},
             label_names={int(number): name for number, name in header.label_names.items()},
             predictions=tensors["predictions"],
             trace=opened,
@@ -180,7 +188,8 @@ class StoredResult:
             candidates=header.candidates,
             target=header.target,
             target_names=header.target_names,
-            excerpt=None if header.excerpt is None else excerpt_from(header.excerpt, tensors, path),
+            target_classes=header.target_classes,
+            excerpt=excerpt,
             common_tokens=tensors.get("common_tokens", torch.empty(0, dtype=torch.int64)),
         )
 
@@ -194,31 +203,61 @@ def _word_gradients(tensors: Mapping[str, Tensor], prefix: str, n_examples: int)
     return WordGradients(n_examples, **{name: tensors[f"{prefix}.{name}"] for name in WORD_TENSORS})
 
 
-def _find_trace(header: ResultHeader, path: Path) -> Trace | None:
-    """The trace that a result was computed from, if it is where it was, or lies as it did beside the result."""
+def left_without_trace(excerpt: Excerpt | None) -> str:
+    """What is left of a result whose trace is not at hand, as the end of a sentence."""
+    if excerpt is None:
+        return "nothing but the scores is left"
+    return (
+        f"the file of the result holds the words and texts of the {excerpt.k} strongest of each side, and "
+        f"self-influence by {described(excerpt.review_method)}, alone"
+    )
+
+
+def _find_trace(header: ResultHeader, path: Path, excerpt: Excerpt | None) -> tuple[Trace | None, Mapping[int, str]]:
+    """The trace of a result, if it is where it was, or lies as it did beside the result; and its vocabulary."""
+    faults: list[str] = []
     for place in (header.trace, header.trace_relative and path.parent / header.trace_relative):
         if place is not None and os.path.exists(os.path.join(place, "trace.json")):  # noqa: PTH110, PTH118 (never raises)
-            trace = Trace(place)
-            if _holds(trace, header, path):
-                return trace
-    return None
+            try:
+                trace = Trace(place)
+                if not _is_trace_of(trace, header):
+                    continue
+                vocabulary = trace.vocabulary
+            except (OSError, ValueError) as error:
+                faults.append(printable(str(error)))
+                continue
+            _require_same_number(trace, header, path)
+            return trace, vocabulary
+    if faults:
+        rank_zero_warn(
+            f"{path} is loaded without its trace, for what is in its place cannot be read: {faults[0]} Without it, "
+            f"{left_without_trace(excerpt)}."
+        )
+    return None, {}
 
 
-def _trace_of(header: ResultHeader, folder: str | Path, path: Path) -> Trace:
-    """The trace in a folder, which must be the one that a result was computed from."""
+def _trace_of(header: ResultHeader, folder: str | Path, path: Path) -> tuple[Trace, Mapping[int, str]]:
+    """The trace in a folder, which must be the one that a result was computed from; and its vocabulary."""
     trace = Trace(folder)
-    if not _holds(trace, header, path):
+    if not _is_trace_of(trace, header):
         raise ValueError(f"The trace in {folder} is of another fit than the one that the scores were computed from.")
-    return trace
+    _require_same_number(trace, header, path)
+    return trace, trace.vocabulary
 
 
-def _holds(trace: Trace, header: ResultHeader, path: Path) -> bool:
-    """Whether a trace has the checkpoints of a result, and, if so, the result the examples of the trace."""
-    if not set(header.checkpoint_ids) <= {each.id for each in trace.checkpoints}:
-        return False
+def _is_trace_of(trace: Trace, header: ResultHeader) -> bool:
+    """Whether a trace has the checkpoints of a result."""
+    return set(header.checkpoint_ids) <= {each.id for each in trace.checkpoints}
+
+
+def _require_same_number(trace: Trace, header: ResultHeader, path: Path) -> None:
+    """Check that a result has as many training examples as its trace.
+
+    Raises:
+        ValueError: if it has not.
+    """
     if header.n_train != trace.n_train:
         raise ValueError(
             f"{path} is damaged: it has {header.n_train} training examples, but the trace in {trace.path} has "
             f"{trace.n_train}. Restore the file from a copy, or ask trainer.influence again."
         )
-    return True

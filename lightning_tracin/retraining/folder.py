@@ -12,19 +12,23 @@ Files appear whole, so that a process that is killed loses the retraining that i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from lightning_tracin.gradients.printable import printable
 from lightning_tracin.retraining.outcomes import Outcome, Outcomes
 from lightning_tracin.storage.files import (
+    damage_named,
     hash_of_tensors,
     open_tensors,
     read_json,
@@ -32,10 +36,14 @@ from lightning_tracin.storage.files import (
     write_json,
     write_tensors,
 )
+from lightning_tracin.storage.layouts import Form, require_forms, require_within
 from lightning_tracin.storage.lock import NO_LOCKS
+from lightning_tracin.storage.schemas import Size
 
 _HEADER = "retrainings.json"
 _FORMAT = 1
+_REPAIR = "Remove it, and run it again."
+_ROUNDING = 1e-3  # by which the logarithm of a probability may be above 0
 
 # What of a header tells another task, and how to name it.
 _TOLD = {
@@ -46,6 +54,13 @@ _TOLD = {
     "module": "its module is {}, this one {}",
     "fit": "its fits are of {}, these of {}",
 }
+
+
+class _Sizes(msgspec.Struct, frozen=True):
+    """What of the header the files of retrainings are checked by."""
+
+    n_train: Size
+    n_test: Size
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +90,7 @@ class RetrainingFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._n_classes: int | None = None  # as the files say that were read
 
     @property
     def header(self) -> dict[str, Any] | None:
@@ -91,6 +107,7 @@ class RetrainingFolder:
                 f"{self.path} holds retrainings in the format {header.get('format')!r}, but this version reads "
                 f"{_FORMAT}. Read it with the version that wrote it, or choose another folder."
             )
+        _sizes_of(header, self.path / _HEADER)
         return header
 
     def claim(self, task: dict[str, Any]) -> None:
@@ -122,7 +139,9 @@ class RetrainingFolder:
         other = next((name for name in _TOLD if name in task and task[name] != header.get(name)), None)
         if other is not None:
             told = _TOLD[other].format(header.get(other), task[other])
-            raise ValueError(f"{self.path} holds retrainings of another task: {told}. Choose another folder.")
+            raise ValueError(
+                f"{self.path} holds retrainings of another task: {printable(told)}. Choose another folder."
+            )
 
     def has(self, retraining: Retraining) -> bool:
         """Whether a retraining is there."""
@@ -145,9 +164,9 @@ class RetrainingFolder:
 
         Raises:
             FileNotFoundError: if it is not there.
-            ValueError: if its file is damaged.
+            ValueError: if its file is damaged, or of another retraining.
         """
-        return self._read(self._file(retraining))[1]
+        return self._read(self._file(retraining), self._sizes)[1]
 
     def remove(self, retraining: Retraining) -> None:
         """Forget a retraining, which was found to be wrong."""
@@ -157,11 +176,13 @@ class RetrainingFolder:
         """All that is there, by seed and by a key of the subset: the examples that were kept, and the outcome.
 
         Raises:
+            FileNotFoundError: if there are no retrainings.
             ValueError: if a file is damaged.
         """
         found: dict[int, dict[str, tuple[Tensor, Outcome]]] = {}
+        sizes = self._sizes
         for path in sorted(self.path.glob("*.safetensors")):
-            retraining, outcome = self._read(path)
+            retraining, outcome = self._read(path, sizes)
             of_subset = Retraining(retraining.kept, 0).key
             found.setdefault(retraining.seed, {})[of_subset] = (retraining.kept, outcome)
         return found
@@ -195,16 +216,59 @@ class RetrainingFolder:
     def _file(self, retraining: Retraining) -> Path:
         return self.path / f"{retraining.key}.safetensors"
 
-    def _read(self, path: Path) -> tuple[Retraining, Outcome]:
+    @property
+    def _sizes(self) -> _Sizes:
+        """What the header says of the files.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        header = self.header
+        if header is None:
+            raise FileNotFoundError(f"{self.path} holds no retrainings: there is no {_HEADER} in it.")
+        return _sizes_of(header, self.path / _HEADER)
+
+    def _read(self, path: Path, sizes: _Sizes) -> tuple[Retraining, Outcome]:
         status_of(path)
         tensors, metadata = open_tensors(path)
-        seed = metadata.get("seed", "")
-        if metadata.get("content") != hash_of_tensors(tensors, seed) or not seed.isdecimal():
-            raise ValueError(f"{path} is damaged: its content is not what was written. Remove it, and run it again.")
-        return (
-            Retraining(tensors["kept"].bool(), int(seed)),
-            Outcome(tensors["losses"].clone(), tensors["log_probabilities"].clone() if len(tensors) > 2 else None),
-        )
+        with damage_named(path, _REPAIR):
+            seed = metadata.get("seed", "")
+            if metadata.get("content") != hash_of_tensors(tensors, seed) or not seed.isdecimal():
+                raise ValueError("its content is not what was written")
+            _check(tensors, sizes, self._n_classes)
+            retraining = Retraining(tensors["kept"].bool(), int(seed))
+            if retraining.key != path.stem:
+                raise ValueError(f"it is of another retraining, {retraining.key}, than its name says")
+        said = tensors.get("log_probabilities")
+        if said is not None:
+            self._n_classes = said.shape[1]
+        return retraining, Outcome(tensors["losses"].clone(), None if said is None else said.clone())
+
+
+def _sizes_of(header: Mapping[str, Any], path: Path) -> _Sizes:
+    with damage_named(path, "Restore the file from a copy, or choose another folder."):
+        return msgspec.convert(header, _Sizes)
+
+
+def _check(tensors: Mapping[str, Tensor], sizes: _Sizes, n_classes: int | None) -> None:
+    """Check the tensors of a retraining's file, before anything in them is used.
+
+    Args:
+        tensors: by name.
+        sizes: what the header says.
+        n_classes: of the other files; None where that is not known.
+
+    Raises:
+        ValueError: if they have other names, types, shapes or ranges.
+    """
+    forms: dict[str, Form] = {"kept": (torch.uint8, (sizes.n_train,)), "losses": (torch.float32, (sizes.n_test,))}
+    if "log_probabilities" in tensors:
+        forms["log_probabilities"] = (torch.float32, (sizes.n_test, "n_classes" if n_classes is None else n_classes))
+    require_forms(tensors, forms)
+    require_within("kept", tensors["kept"], 0, 1)
+    require_within("losses", tensors["losses"], -math.inf, math.inf)
+    if "log_probabilities" in tensors and bool((tensors["log_probabilities"] > _ROUNDING).any()):
+        raise ValueError("log_probabilities holds numbers above 0")
 
 
 def stored_outcomes(folder: str | Path, seeds: Sequence[int] | None = None) -> Outcomes:
@@ -221,10 +285,7 @@ def stored_outcomes(folder: str | Path, seeds: Sequence[int] | None = None) -> O
         FileNotFoundError: if there are no retrainings in the folder.
         ValueError: if there are no subsets with all of these seeds, or if a file is damaged.
     """
-    opened = RetrainingFolder(folder)
-    if opened.header is None:
-        raise FileNotFoundError(f"{folder} holds no retrainings: there is no {_HEADER} in it.")
-    found = opened.all()
+    found = RetrainingFolder(folder).all()
     asked = tuple(sorted(found) if seeds is None else seeds)
     common = sorted(set.intersection(*(set(found.get(seed, {})) for seed in asked))) if asked else []
     if not common:

@@ -14,7 +14,7 @@ from lightning_tracin.retraining.outcomes import Outcome
 #: What is measured of a test example.
 Quantity: TypeAlias = Literal["probability", "loss"]
 
-_PAIR = ", not "  # between the two classes of a target's name
+_PAIR = ", not "  # between the two classes of a target's name, and perhaps in the names of classes
 
 
 def quantity_of(result: InfluenceResult, outcome: Outcome) -> Quantity:
@@ -78,9 +78,26 @@ def target_classes(result: InfluenceResult) -> Tensor:
             bad = int(of_each.isnan().nonzero()[0])
             raise ValueError(f"Test example {int(result.test_indices[bad])} has no {result.target} that is one class.")
         return of_each.long()[:, None]
-    named = result.target.split(_PAIR) if _PAIR in result.target else [result.target]
-    numbers = [number_of_class(each, result.label_names) for each in named]
+    numbers = result.target_classes or _classes_named(result)
     return torch.tensor([numbers]).expand(len(result.test_indices), -1)
+
+
+def _classes_named(result: InfluenceResult) -> list[int]:
+    """The class, or the two, that the target of an older file names, which has their text alone.
+
+    Raises:
+        ValueError: if there are no such classes, or if it may be others.
+    """
+    parts = result.target.split(_PAIR)
+    pairs = [[_PAIR.join(parts[:at]), _PAIR.join(parts[at:])] for at in range(1, len(parts))]
+    known = {*result.label_names.values()}
+    found = [names for names in ([result.target], *pairs) if all(each in known or each.isdecimal() for each in names)]
+    if len(found) > 1:
+        raise ValueError(
+            f"target={result.target!r} may be {' or '.join(map(repr, found))}, which this older result does not tell. "
+            "Ask trainer.influence again."
+        )
+    return [number_of_class(each, result.label_names) for each in (found[0] if found else [result.target])]
 
 
 def target_name(result: InfluenceResult, row: int) -> str:

@@ -73,7 +73,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             save_file(contiguous, partial, metadata=dict(metadata or {}))
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}. What was stored before is complete.") from error
-        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
+        # safetensors creates files that only their owner can read; who writes this one, may, whatever the folder says
+        partial.chmod(path.parent.stat().st_mode & 0o666 | 0o600)
         return _hash_of_file(partial)
 
 
@@ -321,7 +322,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
         yield partial
-        with partial.open("rb") as file:
+        with partial.open("r+b") as file:  # Windows refuses to synchronise a file that is open for reading alone
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:

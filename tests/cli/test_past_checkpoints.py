@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_files
 from pytorch_lightning.callbacks import ModelCheckpoint
 from toy import Data, Toy, fitted, loader, quiet
 
@@ -62,6 +63,7 @@ def test_label_issues_are_those_of_the_checkpoints_that_are_asked_for(project, m
     assert issues.rows() != quiet().label_issues(Toy(), trace=project / "trace").rows()
 
 
+@torch_files.are_read
 def test_files_of_a_run_that_is_over(project, monkeypatch, tmp_path):
     files = sorted(str(path) for path in Path(project / "files").glob("*.ckpt"))
     output, method = (
@@ -95,3 +97,14 @@ def test_files_of_a_run_that_is_over(project, monkeypatch, tmp_path):
 def test_a_wrong_choice_is_one_clear_error(project, monkeypatch, arguments, message):
     with pytest.raises(ValueError, match=message):
         asked(project, monkeypatch, "influence", *arguments)
+
+
+@torch_files.are_read
+def test_rates_in_the_order_of_a_shell_are_told(project, monkeypatch, tmp_path):
+    """Which puts epoch=10 before epoch=9."""
+    for epoch, file in zip((9, 10), sorted((project / "files").glob("*.ckpt")), strict=True):
+        (tmp_path / f"epoch={epoch}.ckpt").write_bytes(file.read_bytes())
+    files = sorted(map(str, tmp_path.glob("*.ckpt")))
+    options = ["--learning_rates", "[0.5,0.001]", "--output", str(tmp_path / "r.safetensors"), "--checkpoints", *files]
+    with pytest.warns(UserWarning, match=r"0\.5 for .*epoch=10\.ckpt \(step 10\), 0\.001 for .*epoch=9\.ckpt"):
+        asked(project, monkeypatch, "influence", "--trace", str(tmp_path / "past"), *options)

@@ -27,10 +27,11 @@ def test_one_process_finds_what_two_found(two, name, target):
     data = loader(texts(TESTS, seed=1, length=LENGTH))
     alone = quiet().influence(data, FITS[name][0](), trace=folder / name, target=TARGETS[target])
     for labelled in ("", " unlabelled"):
-        scores, names = first[f"{name} {target}{labelled}"]
+        scores, names, classes = first[f"{name} {target}{labelled}"]
         assert first[f"{name} {target}{labelled}"] == second[f"{name} {target}{labelled}"]
         torch.testing.assert_close(torch.tensor(scores), alone.scores, rtol=1e-5, atol=1e-9)
         assert names == alone.target_names
+        assert classes == alone.target_classes
 
 
 @pytest.mark.parametrize("name", FITS)

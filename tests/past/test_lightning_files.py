@@ -8,6 +8,7 @@ import lightning.pytorch as twin
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch_files
 from families import FAMILIES
 from lightning.pytorch.callbacks import ModelCheckpoint as TwinModelCheckpoint
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -21,7 +22,7 @@ from lightning_tracin import Trace, TracInCallback, TracInLast, TracInWE
 
 METHODS = ("tracin-we", "tracin-last")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*not known.*count as trained on")
+pytestmark = [torch_files.are_read, pytest.mark.filterwarnings("ignore:.*not known.*count as trained on")]
 
 
 class Constant(Toy):
@@ -257,14 +258,42 @@ def test_groups_of_different_rates_whose_layers_are_not_known_are_refused(tmp_pa
 
 def test_rates_given_by_hand_go_with_their_files(run, tmp_path):
     _, files, _ = run
-    past = Trace.from_checkpoints(
-        tmp_path / "past", [files[1], files[0]], Toy(), loader(), learning_rates=[0.5, 2], methods=["head", "tracin-we"]
-    )
+    given = [files[1], files[0]]
+    with pytest.warns(UserWarning, match=r"not that of their steps: 0\.5 for .* \(step 10\), 2 for .* \(step 5\)"):
+        past = Trace.from_checkpoints(
+            tmp_path / "past", given, Toy(), loader(), learning_rates=[0.5, 2], methods=["head", "tracin-we"]
+        )
     assert [each.learning_rate for each in past.checkpoints] == [2, 0.5]
     assert [site.name for site in past.sites] == ["tracin-we", "head"]
     assert past.checkpoints[0].second_moments(past.sites[0]).values.any()
     best = Trace.from_checkpoints(tmp_path / "best", files[1], Toy(), loader(), learning_rates=[1.0])
     assert [each.learning_rate for each in best.checkpoints] == [1.0]
+
+
+def test_names_that_are_sorted_as_text_are_told(run, tmp_path):
+    """Epoch 10 comes before epoch 9; in the order of the steps nothing is to be said."""
+    _, files, _ = run
+    named = [tmp_path / f"epoch={epoch}-step={step}.ckpt" for epoch, step in ((9, 5), (10, 10))]
+    for path, file in zip(named, files, strict=True):
+        path.write_bytes(file.read_bytes())
+    rates = {"learning_rates": [0.5, 0.001]}
+    past = Trace.from_checkpoints(tmp_path / "past", named, Toy(), loader(), **rates)
+    assert [(each.step, each.learning_rate) for each in past.checkpoints] == [(5, 0.5), (10, 0.001)]
+    as_text = sorted(tmp_path.glob("*.ckpt"))
+    assert as_text == named[::-1]
+    with pytest.warns(UserWarning, match=r"0\.5 for .*epoch=10-step=10\.ckpt \(step 10\), 0\.001 for .*10 before 9"):
+        Trace.from_checkpoints(tmp_path / "as_text", as_text, Toy(), loader(), **rates)
+
+
+def test_one_checkpoint_has_one_rate(run, tmp_path):
+    _, files, _ = run
+    last = tmp_path / "last.ckpt"
+    last.write_bytes(files[1].read_bytes())
+    given = [*files, last]
+    past = Trace.from_checkpoints(tmp_path / "past", given, Toy(), loader(), learning_rates=[1, 2, 2])
+    assert [each.learning_rate for each in past.checkpoints] == [1, 2]
+    with pytest.raises(ValueError, match=r"last\.ckpt are the same checkpoint, of step 10, but .* gives them 2 and 3"):
+        Trace.from_checkpoints(tmp_path / "two", given, Toy(), loader(), learning_rates=[1, 2, 3])
 
 
 def test_a_datamodule_in_the_place_of_the_loader(run, tmp_path):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import pickle
+import re
 import shutil
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch_files
 from brute_force import BruteForce, dense_gradients
 from safetensors.torch import save_file
 from torch import nn
+from torch.torch_version import TorchVersion
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SubsetRandomSampler
 from toy import N_TRAIN, Toy, fitted, loader, quiet, same_weights, test_texts, texts
 
@@ -94,13 +98,34 @@ def with_prefix(prefix):
 
 @pytest.mark.parametrize(
     "made",
-    [as_objects, as_pt, as_old_pt, as_safetensors, as_lightning_weights, *map(with_prefix, ("net.", "module.a."))],
+    [
+        as_objects,
+        as_safetensors,
+        *map(with_prefix, ("net.", "module.a.")),
+        *(pytest.param(made, marks=torch_files.are_read) for made in (as_pt, as_old_pt, as_lightning_weights)),
+    ],
     ids=lambda made: made.__name__,
 )
 def test_scores_are_those_of_brute_force(tmp_path, expected, made):
     past = past_of(tmp_path / "trace", made(tmp_path))
     torch.testing.assert_close(scores_of(past).double(), expected, rtol=2e-3, atol=1e-5)
     assert [problem for _, problem in verify(past) if problem] == []
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["steps told", "names alone"])
+def test_rates_go_to_the_checkpoints_of_a_folder_by_their_steps(tmp_path, told):
+    """As text, checkpoint-1000 comes before checkpoint-500."""
+    for step in (500, 1000):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        save_file(weights(step), folder / "model.safetensors")
+        if told:
+            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    past = past_of(tmp_path / "trace", tmp_path / "run", learning_rates=[0.5, 0.001])
+    steps = [500, 1000] if told else [1, 2]
+    assert [(each.step, each.learning_rate) for each in past.checkpoints] == [(steps[0], 0.5), (steps[1], 0.001)]
+    for checkpoint, step in zip(past.checkpoints, (500, 1000), strict=True):
+        assert same_weights(checkpoint.weights(), weights(step))
 
 
 class Around(pl.LightningModule):
@@ -157,6 +182,7 @@ class Evil:
         return os.mkdir, (str(self.place),)
 
 
+@torch_files.are_read
 @pytest.mark.parametrize("zipped", [True, False])
 def test_nothing_is_unpickled(tmp_path, zipped):
     content = {"state_dict": weights(1), "global_step": 1, "hyper_parameters": {"x": Evil(tmp_path / "ran")}}
@@ -166,10 +192,46 @@ def test_nothing_is_unpickled(tmp_path, zipped):
     assert not (tmp_path / "ran").exists()
 
 
+@torch_files.are_read
 def test_an_object_of_a_class_is_named_with_what_to_do(tmp_path):
     torch.save({"state_dict": weights(1), "when": datetime.timedelta(1)}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"object of datetime\.timedelta.*add_safe_globals, or save again"):
         past_of(tmp_path / "trace", tmp_path / "a.ckpt", learning_rates=[1])
+
+
+@pytest.mark.parametrize("version", ["2.4.0", "2.5.1+cu124"])
+@pytest.mark.parametrize("name", ["a.ckpt", "run/checkpoint-1/pytorch_model.bin", "run/checkpoint-1/optimizer.pt"])
+def test_files_that_an_older_torch_would_run_are_refused(tmp_path, monkeypatch, name, version):
+    """They are not opened at all: what is evil in this one is not seen by the check of weights_only."""
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent != tmp_path:
+        (path.parent / "trainer_state.json").write_text('{"global_step": 1}')
+    if path.name == "optimizer.pt":
+        save_file(weights(1), path.parent / "model.safetensors")
+    torch.save(weights(1), path)
+    given = tmp_path / name.split("/")[0]
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("the file was loaded"))
+    with pytest.raises(
+        ValueError, match=rf"{path} is not read: with torch {re.escape(version)}, .*torch to 2\.6 or newer"
+    ):
+        past_of(tmp_path / "trace", given, learning_rates=[1])
+    assert not (tmp_path / "trace").exists()
+
+
+def test_an_older_torch_reads_what_is_no_file_of_its_own(tmp_path, monkeypatch, expected):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.4.0"))
+    given = [as_safetensors(tmp_path)[0], weights(2)]
+    past = past_of(tmp_path / "trace", given)
+    torch.testing.assert_close(scores_of(past).double(), expected, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.6.0+cpu", "2.10.0"])
+def test_a_torch_that_is_not_older_reads_them(tmp_path, monkeypatch, version):
+    files = as_pt(tmp_path)
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    assert len(past_of(tmp_path / "trace", files).checkpoints) == 2
 
 
 def damaged(folder, content):
@@ -189,6 +251,7 @@ def optimizer_with(state=None, **group):
     }
 
 
+@torch_files.are_read
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -9,6 +9,7 @@ from importlib.metadata import version
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch_files
 from brute_force import BruteForce, dense_gradients
 from packaging.version import Version
 from torch.utils.data import default_collate
@@ -20,7 +21,10 @@ from lightning_tracin import Trace, TracInLast, TracInMixin, TracInWE
 
 EMBEDDING = "bert.embeddings.word_embeddings"
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(transformers|accelerate|torch).*")
+pytestmark = [
+    torch_files.are_read,  # as optimizer.pt is
+    pytest.mark.filterwarnings("ignore::UserWarning:(transformers|accelerate|torch).*"),
+]
 
 
 @pytest.fixture(scope="module")

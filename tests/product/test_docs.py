@@ -19,6 +19,7 @@ from unittest.mock import patch
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch_files
 import toy
 import trainer_runs
 from fences import PAGES, blocks, page_text, prose
@@ -210,6 +211,7 @@ def test_targets(page, known):
     known["texts_from_production"] = TEST
     next(page).run(known)
     assert known["result"].target == "tech, not business"
+    assert known["result"].target_classes == [0, 1]
     trainer = quiet(max_epochs=1, callbacks=[TracInCallback("of-tokens")])
     trainer.fit(Writer(), tokens(4))
     next(page).run({"trainer": trainer, "test_loader": tokens(2)})
@@ -394,6 +396,7 @@ def test_retraining(page, known, capsys):
     assert known["found"].losses.shape == (8, 2, 3)
 
 
+@torch_files.are_read
 def test_past_runs(page, given):
     quiet(enable_checkpointing=True, callbacks=[ModelCheckpoint("runs", save_top_k=-1)]).fit(Toy(), loader())
     trainer_runs.trained("output")

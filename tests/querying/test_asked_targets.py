@@ -124,6 +124,7 @@ def test_a_result_remembers_its_target(toy, trace, tmp_path):
     result = asked(toy, trace, kind=NamedToy, target=("tech", 0))
     loaded = InfluenceResult.load(result.save(tmp_path / "result.safetensors"))
     assert (loaded.target, loaded.target_names) == ("tech, not 0", ["tech, not art"] * N_TEST)
+    assert loaded.target_classes == result.target_classes == [1, 0]  # not 2, whose name is "0"
     assert {row["target"] for row in loaded.rows()} == {"tech, not art"}
     file = io.StringIO()
     Console(file=file, width=120).print(loaded)

@@ -121,6 +121,17 @@ def test_targets_that_are_not_named_for_each_test_example(file, target, names):
         InfluenceResult.load(rewritten(file, tensors, json.dumps(header)))
 
 
+@pytest.mark.parametrize(
+    ("target", "classes"),
+    [("label", [1]), ("prediction", [1]), ("a", [1, 1]), ("a", [-1]), ("a", [0, 1, 2]), ("a", "1")],
+)
+def test_classes_that_are_not_those_of_a_target(file, target, classes):
+    tensors, metadata = content_of(file)
+    named = {"target": target, "target_names": [] if target == "label" else ["a"] * 6, "target_classes": classes}
+    with pytest.raises(ValueError, match=f"{file} is damaged: "):
+        InfluenceResult.load(rewritten(file, tensors, json.dumps({**json.loads(metadata[HEADER]), **named})))
+
+
 def test_a_result_of_before_there_were_targets(file):
     tensors, metadata = content_of(file)
     header = {name: each for name, each in json.loads(metadata[HEADER]).items() if not name.startswith("target")}

@@ -14,11 +14,13 @@ from pages import data_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from spellings import TEXTS, trained
+from stored_files import truncated
 from toy import Toy, fitted, loader, test_texts, texts
 
 from lightning_tracin import InfluenceResult, TracInLast, TracInSum, TracInWE
 from lightning_tracin.cli.command import main
-from lightning_tracin.storage.files import hash_of_tensors
+from lightning_tracin.storage.files import hash_of_tensors, read_json, write_json
+from lightning_tracin.storage.own_files import mark_removed
 
 K = 3
 
@@ -361,3 +363,70 @@ def test_a_file_that_was_written_before_is_read(toy, tmp_path):
     assert header.pop("target") == "label"
     resaved(tensors, path, json.dumps(header))
     assert InfluenceResult.load(path).rows(2) == toy.influence(loader(test_texts())).rows(2)
+
+
+def checkpoint_file(trace):
+    return sorted(trace.glob("checkpoints/*/checkpoint.json"))[-1]
+
+
+BAD_TRACES = {
+    "being replaced": (mark_removed, r"was being replaced by that of another fit"),
+    "newer": (
+        lambda trace: write_json(trace / "trace.json", {**read_json(trace / "trace.json"), "version": 3}),
+        r"is of format version 3, .* Update lightning_tracin",
+    ),
+    "cut short": (lambda trace: truncated(trace / "trace.json", 40), r"trace\.json is damaged"),
+    "empty": (lambda trace: (trace / "trace.json").write_text("{}"), r"trace\.json is damaged"),
+    "a checkpoint": (lambda trace: truncated(checkpoint_file(trace), 40), r"checkpoint\.json is damaged"),
+    "vocabulary": (lambda trace: truncated(trace / "vocabulary.json", 9), r"vocabulary\.json is damaged"),
+}
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """A result, and the folder that holds its file and its trace."""
+    folder = tmp_path_factory.mktemp("beside")
+    result = fitted(folder / "trace", trainer={"max_epochs": 2}).influence(loader(test_texts()))
+    result.save(folder / "result.safetensors", k=K)
+    result.save(folder / "scores.safetensors", k=0)
+    return result, folder
+
+
+@pytest.mark.parametrize(("damage", "told"), BAD_TRACES.values(), ids=BAD_TRACES)
+def test_it_is_whole_beside_a_trace_that_cannot_be_read(beside, tmp_path, damage, told):
+    before, folder = beside
+    rows = before.rows(K)
+    top = int(before.proponents(1).indices[2, 0])
+    words, texts_of_tests = before.words(2, top), [each.test.text for each in before.explanations(k=1)]
+    shutil.copytree(folder, tmp_path / "there")
+    shutil.move(folder / "trace", folder / "away")  # or it would be found there
+    try:
+        damage(tmp_path / "there" / "trace")
+        with pytest.warns(
+            UserWarning, match=rf"(?s){told}.*Without it, the file of the result holds .* 3 strong"
+        ) as all_:
+            after = InfluenceResult.load(tmp_path / "there" / "result.safetensors")
+        with pytest.warns(UserWarning, match=rf"(?s){told}.*Without it, nothing but the scores is left"):
+            scores = InfluenceResult.load(tmp_path / "there" / "scores.safetensors").scores
+        with pytest.raises((ValueError, FileNotFoundError), match=told):
+            InfluenceResult.load(tmp_path / "there" / "result.safetensors", trace=tmp_path / "there" / "trace")
+    finally:
+        shutil.move(folder / "away", folder / "trace")
+    assert len(all_) == 1
+    assert after.trace is None
+    assert torch.equal(after.scores, before.scores)
+    assert torch.equal(scores, before.scores)
+    assert after.rows(K) == rows
+    assert after.words(2, top) == words
+    assert [each.test.text for each in after.explanations(k=1)] == texts_of_tests
+
+
+def test_a_trace_beside_it_serves_where_the_one_at_its_old_place_cannot_be_read(tmp_path):
+    result = fitted(tmp_path / "here" / "trace").influence(loader(test_texts()))
+    result.save(tmp_path / "here" / "result.safetensors", k=0)
+    words = result.words(0, 1)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    BAD_TRACES["a checkpoint"][0](tmp_path / "here" / "trace")
+    after = InfluenceResult.load(tmp_path / "there" / "result.safetensors")
+    assert after.trace.path == tmp_path / "there" / "trace"
+    assert after.words(0, 1) == words

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from toy import quiet
 
-from lightning_tracin import Trace, TracInCallback
+from lightning_tracin import InfluenceResult, Trace, TracInCallback
 from lightning_tracin.retraining import does_it_matter, tail_patch_gains
 from lightning_tracin.retraining.removal_effect import RemovalEffect
 from lightning_tracin.retraining.removals import Removals
@@ -226,6 +226,48 @@ def test_other_targets_have_other_classes(planted_fit, planted_result, folder):
     said_by_hand = by_hand((), 0)[1]  # there is a third class
     assert torch.allclose(of_pair.before[0, 0], said_by_hand[1] / said_by_hand[:2].sum(), atol=1e-6)
     assert of_pair.targets == ["yes, not no"]
+
+
+class Rated(Learner):
+    """Names of classes that hold what stands between the two of a pair, and one that is another's number."""
+
+    def influence_label_names(self):
+        return {0: "good", 1: "good, not great", 2: "0"}
+
+
+@pytest.mark.parametrize(
+    ("target", "classes"),
+    [
+        ("good, not great", [1]),
+        (("good", "good, not great"), [0, 1]),
+        (("good, not great", "good"), [1, 0]),
+        (("good, not great", "0"), [1, 2]),
+        (("good, not great", 0), [1, 0]),
+        (0, [0]),
+        ("0", [2]),
+    ],
+    ids=str,
+)
+def test_names_of_classes_may_be_anything(planted_fit, tmp_path, target, classes):
+    result = planted_fit.influence(planted.test_loader(), Rated(), target=target)
+    loaded = InfluenceResult.load(result.save(tmp_path / "result.safetensors", k=0))
+    for each in (result, loaded):
+        assert target_classes(each).tolist() == [classes] * N_TEST
+
+
+def test_an_older_result_tells_its_classes_where_its_target_does(planted_result):
+    def of(target, names):
+        older = replace(planted_result, target=target, label_names=names)
+        return target_classes(older)[0].tolist()
+
+    assert of("good, not bad", {0: "good", 1: "bad"}) == [0, 1]
+    assert of("good, not 1", {0: "good", 1: "bad"}) == [0, 1]
+    assert of("good, not great", {1: "good, not great", 2: "bad"}) == [1]
+    assert of("bad, not good, not great", {1: "good, not great", 2: "bad"}) == [2, 1]
+    with pytest.raises(ValueError, match=r"may be \['good, not great'\] or \['good', 'great'\].*Ask trainer.influence"):
+        of("good, not great", {0: "good", 1: "good, not great", 2: "great"})
+    with pytest.raises(ValueError, match="There is no class 'good, not dull'"):
+        of("good, not dull", {0: "good"})
 
 
 class Value(Learner):

@@ -26,6 +26,8 @@ from toy import Toy, environment, loader, quiet, test_texts, texts
 
 from lightning_tracin.retraining import random_halves, stored_outcomes, without
 from lightning_tracin.retraining.folder import Retraining, RetrainingFolder
+from lightning_tracin.retraining.outcomes import Outcome
+from lightning_tracin.storage.files import hash_of_tensors, open_tensors, write_json, write_tensors
 
 HALVES = random_halves(N_TRAIN, 3)
 
@@ -352,6 +354,70 @@ def test_a_damaged_file_is_refused(tmp_path):
         stored_outcomes(tmp_path)
 
 
+def forged(folder, change, seed=None):
+    """The file of a retraining, changed, with a checksum that is right."""
+    (file,) = folder.glob("*.safetensors")
+    tensors, metadata = open_tensors(file)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    seed = metadata["seed"] if seed is None else seed
+    write_tensors(file, tensors, {"seed": seed, "content": hash_of_tensors(tensors, seed)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("losses"), r"lacks the tensors \['losses'\]"),
+        (lambda t: t.pop("kept"), r"lacks the tensors \['kept'\]"),
+        (lambda t: t.update(more=torch.ones(1)), r"has \['more'\] besides"),
+        (lambda t: t.update(said=t.pop("log_probabilities")), r"has \['said'\] besides"),
+        (lambda t: t.update(kept=t["kept"][1:]), r"kept is torch.uint8 of shape \(19,\).* of \(20,\)"),
+        (lambda t: t.update(kept=t["kept"].float()), r"kept is torch.float32"),
+        (lambda t: t.update(kept=t["kept"] * 3), "kept holds numbers from 0 to 3"),
+        (lambda t: t.update(kept=1 - t["kept"]), "is of another retraining, [0-9a-f]{20}, than its name says"),
+        (lambda t: t.update(losses=t["losses"][:5]), r"losses is torch.float32 of shape \(5,\).* of \(6,\)"),
+        (lambda t: t.update(losses=t["losses"].double()), r"losses is torch.float64"),
+        (lambda t: t.update(losses=t["losses"][0]), r"losses is torch.float32 of shape \(\)"),
+        (lambda t: t.update(losses=t["losses"] * torch.inf), "losses holds numbers"),
+        (lambda t: t.update(log_probabilities=t["log_probabilities"][:, 0]), r"log_probabilities is .* shape \(6,\)"),
+        (lambda t: t.update(log_probabilities=-t["log_probabilities"]), "log_probabilities holds numbers above 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_was_forged_is_refused(tmp_path, change, message):
+    """Whoever makes it can compute its checksum."""
+    retraining, folder = Retraining(HALVES[0], 0), RetrainingFolder(tmp_path)
+    folder.claim({"n_train": N_TRAIN, "n_test": 6})
+    folder.write(retraining, Outcome(torch.rand(6), torch.rand(6, 3).log_softmax(1)))
+    forged(tmp_path, change)
+    for read in (lambda: stored_outcomes(tmp_path), lambda: folder.read(retraining)):
+        with pytest.raises(ValueError, match=rf"\.safetensors is damaged: .*{message}.* Remove it, and run it again"):
+            read()
+
+
+def test_a_file_of_another_seed_or_of_more_classes_is_refused(tmp_path):
+    folder = RetrainingFolder(tmp_path)
+    folder.claim({"n_train": N_TRAIN, "n_test": 6})
+    folder.write(Retraining(HALVES[0], 0), Outcome(torch.rand(6), torch.rand(6, 3).log_softmax(1)))
+    for seed in ("1", "x", "9" * 5000):
+        forged(tmp_path, lambda tensors: None, seed)
+        with pytest.raises(ValueError, match=r"\.safetensors is damaged: "):
+            stored_outcomes(tmp_path)
+    forged(tmp_path, lambda tensors: None, "0")
+    folder.write(Retraining(HALVES[1], 0), Outcome(torch.rand(6), torch.rand(6, 4).log_softmax(1)))
+    with pytest.raises(
+        ValueError, match=r"log_probabilities is torch\.float32 of shape \(6, [34]\), but should be .*6"
+    ):
+        stored_outcomes(tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n_train": "20", "n_test": 6}, {"n_train": 20, "n_test": -6}], ids=str)
+def test_a_header_that_was_forged_is_refused(tmp_path, sizes):
+    write_json(tmp_path / "retrainings.json", {"format": 1, **sizes})
+    with pytest.raises(ValueError, match=r"retrainings\.json is damaged: .* Restore the file from a copy"):
+        stored_outcomes(tmp_path)
+
+
 def test_a_trainer_of_ones_own_serves(tmp_path):
     made = []
 
@@ -386,8 +452,6 @@ def test_without_leaves_out():
 
 
 def test_a_later_format_is_not_read(tmp_path):
-    from lightning_tracin.storage.files import write_json
-
     write_json(tmp_path / "retrainings.json", {"format": 2})
     with pytest.raises(ValueError, match="format 2, but this version reads 1"):
         _ = RetrainingFolder(tmp_path).header
