@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from lightning_tracin.checked_numbers import whole_numbers
 from lightning_tracin.retraining.outcomes import Outcome, Outcomes
 from lightning_tracin.storage.files import (
     hash_of_tensors,
@@ -225,7 +226,7 @@ def stored_outcomes(folder: str | Path, seeds: Sequence[int] | None = None) -> O
     if opened.header is None:
         raise FileNotFoundError(f"{folder} holds no retrainings: there is no {_HEADER} in it.")
     found = opened.all()
-    asked = tuple(sorted(found) if seeds is None else seeds)
+    asked = tuple(sorted(found)) if seeds is None else whole_numbers("seeds", seeds, at_least=0)
     common = sorted(set.intersection(*(set(found.get(seed, {})) for seed in asked))) if asked else []
     if not common:
         raise ValueError(
