@@ -16,6 +16,7 @@ from lightning_tracin.metrics.functional.bootstrap import bootstrap_interval
 from lightning_tracin.report.fitted_table import fitted_table
 from lightning_tracin.report.plots import Dots, plot_dots
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
+from lightning_tracin.results.rows import checked_row
 from lightning_tracin.retraining.intervals import half_width
 from lightning_tracin.retraining.removals import PROPONENTS
 from lightning_tracin.retraining.targets import Quantity
@@ -64,6 +65,7 @@ class RemovalEffect(RichRepr):
         changes: by what was left out ("proponents", "random", ...), (n, s) float32: with it left out minus before, of
             the same seed; NaN where there was not enough to leave out.
         notes: what is missing, and why.
+        test_rows: (n,) int64, the test examples' rows of the result; None where they are all of it.
     """
 
     k: int
@@ -74,6 +76,7 @@ class RemovalEffect(RichRepr):
     before: Tensor
     changes: Mapping[str, Tensor]
     notes: Sequence[str] = ()
+    test_rows: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"RemovalEffect(n_test={len(self.before)}, k={self.k}, seeds={len(self.seeds)})"
@@ -82,10 +85,13 @@ class RemovalEffect(RichRepr):
         """The change for one test example, with an interval over seeds by Student's t.
 
         Args:
-            row: its place in ``test_indices``.
+            row: of this effect: its place in ``test_indices``.
             removed: what was left out.
+
+        Raises:
+            IndexError: if there is no such row.
         """
-        values = self.changes[removed][row]
+        values = self.changes[removed][checked_row(row, self.test_indices)]
         mean, width = float(values.mean()), float(half_width(values))
         return Change(mean, mean - width, mean + width)
 
@@ -118,8 +124,12 @@ class RemovalEffect(RichRepr):
         """What was found for one test example, with 95 % intervals over seeds.
 
         Args:
-            row: its place in ``test_indices``.
+            row: of this effect: its place in ``test_indices``.
+
+        Raises:
+            IndexError: if there is no such row.
         """
+        row = checked_row(row, self.test_indices)
         phrases = []
         for removed in self.changes:
             each = self.change(row, removed)
@@ -169,8 +179,10 @@ class RemovalEffect(RichRepr):
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each test example, what was left out, and seed: the rows of :meth:`to_pandas`."""
+        rows = range(len(self.before)) if self.test_rows is None else self.test_rows.tolist()
         return [
             {
+                "test_row": rows[row],
                 "test_index": int(self.test_indices[row]),
                 "target": self.targets[row],
                 "removed": removed,
@@ -187,8 +199,9 @@ class RemovalEffect(RichRepr):
         """A row for each test example, what was left out, and seed.
 
         Returns:
-            Columns ``test_index``, ``target``, ``removed``, ``seed``, ``before`` (the probability, or loss, with
-            nothing left out) and ``change``.
+            Columns ``test_row`` (row of the result), ``test_index`` (index in the test data set), which join it with
+            :meth:`InfluenceResult.to_pandas`, ``target``, ``removed``, ``seed``, ``before`` (the probability, or loss,
+            with nothing left out) and ``change``.
 
         Raises:
             ModuleNotFoundError: without pandas: ``pip install lightning-tracin[pandas]``.
