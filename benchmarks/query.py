@@ -21,7 +21,7 @@ from benchmarks.workload import HIDDEN, word_gradients
 from lightning_tracin import TracInWE
 from lightning_tracin.gradients.rows import DTYPES
 from lightning_tracin.scoring.strongest import merge_top, top_of
-from lightning_tracin.storage.encoding import encoded_bytes
+from lightning_tracin.storage.encoding import encode
 from lightning_tracin.storage.shards import Shards, ShardWriter, fitting_shard_examples
 
 _BLOCK = 500
@@ -101,7 +101,8 @@ def main() -> None:
 def _stored(folder: Path, n_examples: int, dtype: str) -> Shards:
     """Synthetic gradients on disk."""
     block = word_gradients(_BLOCK, seed=2)
-    per_example = encoded_bytes(block, dtype) / _BLOCK  # type: ignore[arg-type]
+    encoded = encode(block.as_dtype(dtype))  # type: ignore[arg-type]
+    per_example = sum(tensor.nbytes for tensor in encoded.values()) / _BLOCK
     size = fitting_shard_examples(per_example, n_examples)
     everything = range(n_examples)
     with ShardWriter(folder, dtype=dtype, shard_examples=size, examples=everything) as writer:  # type: ignore[arg-type]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from lightning_tracin.gradients.ragged import Ragged
+from lightning_tracin.gradients.rows import Dtype
+from lightning_tracin.storage.encoding import encode
+
 
 def flipped(path, bit):
     content = bytearray(path.read_bytes())
@@ -11,6 +15,11 @@ def flipped(path, bit):
 
 def truncated(path, n_bytes):
     path.write_bytes(path.read_bytes()[:n_bytes])
+
+
+def encoded_bytes(block: Ragged, dtype: Dtype) -> int:
+    """What a block's tensors take on disk, with directions of a type."""
+    return sum(tensor.nbytes for tensor in encode(block.as_dtype(dtype)).values())
 
 
 def bytes_of_tensors(folder, names="*.safetensors") -> int:

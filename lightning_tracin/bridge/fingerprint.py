@@ -18,7 +18,7 @@ from lightning_tracin.bridge.unmoved import random_state_kept
 
 _Note = TypeVar("_Note")
 
-_SAMPLED = 64  # examples that the fingerprint looks at
+N_READ = 64  # examples, spread evenly, that a data set is known by
 
 
 def lengths_of(items: Sequence[Any]) -> list[int]:
@@ -55,7 +55,7 @@ def fingerprint_of(loader: DataLoader[Any], note: Callable[[Any], _Note]) -> tup
     """
     dataset: Any = loader.dataset
     n_examples = len(dataset)
-    indices = range(0, n_examples, max(1, n_examples // _SAMPLED))
+    indices = range(0, n_examples, max(1, n_examples // N_READ))
     with random_state_kept():
         read = items_of(loader, [*indices, *indices], _Noticing(note), seeded)
         seeded()

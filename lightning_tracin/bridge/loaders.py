@@ -45,11 +45,11 @@ class _AsListed(BatchSampler):
 def loader_over(loader: DataLoader[Any], indices: Sequence[int], **others: Any) -> DataLoader[Any]:
     """A loader like another, but for some options, over some examples in their order."""
     if hands_out_batches(loader):
-        return loader_of_batches(loader, list(BatchSampler(indices, _batch_size(loader), drop_last=False)), **others)
-    n_batches = -(-len(indices) // _batch_size(loader))
+        return loader_of_batches(loader, list(BatchSampler(indices, batch_size_of(loader), drop_last=False)), **others)
+    n_batches = -(-len(indices) // batch_size_of(loader))
     options = _all_options(loader, others, n_batches)
     return DataLoader(
-        loader.dataset, batch_size=_batch_size(loader), sampler=_InOrder(loader.dataset, indices), **options
+        loader.dataset, batch_size=batch_size_of(loader), sampler=_InOrder(loader.dataset, indices), **options
     )
 
 
@@ -136,7 +136,8 @@ def _begin_worker(own: Callable[[int], None] | None, begin: Callable[[], None], 
     begin()
 
 
-def _batch_size(loader: DataLoader[Any]) -> int:
+def batch_size_of(loader: DataLoader[Any]) -> int:
+    """How many examples a loader puts into a batch; where it does not tell, as many as are usual."""
     own = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     return loader.batch_size or getattr(own, "batch_size", None) or _BATCH_SIZE
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch.utils.data import DataLoader
 
-from lightning_tracin.bridge.fingerprint import _SAMPLED, length_of
+from lightning_tracin.bridge.fingerprint import N_READ, length_of
 from lightning_tracin.bridge.loaders import loader_over
 from lightning_tracin.bridge.unmoved import random_state_kept
 
@@ -57,7 +57,7 @@ def looks_at(loader: DataLoader[Any], indices: Sequence[int]) -> dict[int, Look]
         loader: of the examples.
         indices: those that may be read.
     """
-    size = min(_SAMPLED, len(indices))
+    size = min(N_READ, len(indices))
     sampled = [int(indices[place * (len(indices) - 1) // max(1, size - 1)]) for place in range(size)]
     if loader.batch_size is None and loader.batch_sampler is None:  # the data set hands out batches
         return dict.fromkeys(sampled, UNSEEN)

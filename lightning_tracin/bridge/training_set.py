@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_tracin.bridge.extents import Extent, extent_of
 from lightning_tracin.bridge.fingerprint import fingerprint_of, hash_of, lengths_of, number_hash, seeded
 from lightning_tracin.bridge.loaders import (
-    _batch_size,
+    batch_size_of,
     batches_over,
     hands_out_batches,
     items_of,
@@ -145,7 +145,7 @@ class TrainingSet:
             return list(range(len(self)))
         if self._first_indices is None and self.batches is not None:
             self._first_indices = differing_in_batch(self.loader, self.batches, N_CHECKED)
-        return self._first_indices or differing(self.looked, min(N_CHECKED, _batch_size(self.loader)))
+        return self._first_indices or differing(self.looked, min(N_CHECKED, batch_size_of(self.loader)))
 
     @property
     def first_size(self) -> int | None:

@@ -26,9 +26,9 @@ example:
   lightning-tracin export result.safetensors --csv pairs.csv
   lightning-tracin export result.safetensors --json - | jq '.[0]'
 
-The columns are those of InfluenceResult.to_pandas: test_index, test_text, test_label, prediction, confidence, target,
-role, rank, train_index, score, share, train_text, train_label, words (in CSV on one line, else a
-list). Where test examples came in several loaders, test_loader comes before them."""
+The columns are those of InfluenceResult.to_pandas: test_row (of the scores), test_index (in the test data set),
+test_text, test_label, prediction, confidence, target, role, rank, train_index, score, share, train_text, train_label,
+words (in CSV on one line, else a list). Where test examples came in several loaders, test_loader comes before them."""
 
 LABELS_NOTES = """\
 example:

@@ -10,13 +10,13 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from lightning_tracin.metrics.attribution_metric import AttributionMetric
-from lightning_tracin.metrics.functional.bootstrap import check_bootstrap
+from lightning_tracin.metrics.functional.bootstrap import checked_bootstrap
 from lightning_tracin.metrics.functional.brittleness import (
     BrittlenessResult,
     _brittleness_compute,
     _brittleness_update,
 )
-from lightning_tracin.metrics.functional.checks import check_ks
+from lightning_tracin.metrics.functional.checks import growing_ks
 from lightning_tracin.metrics.plots import plot_over_ks
 
 
@@ -49,10 +49,8 @@ class Brittleness(AttributionMetric):
         self, ks: Sequence[int], *, level: float = 0.95, resamples: int = 2000, seed: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        check_ks(ks, least=0)
-        check_bootstrap(level, resamples)
-        self.ks = tuple(ks)
-        self.bootstrap = (level, resamples, seed)
+        self.ks = growing_ks(ks, least=0)
+        self.bootstrap = checked_bootstrap(level, resamples, seed)
         self._tell_apart(self.ks)
         self.add_state("smallest", default=[], dist_reduce_fx="cat")
 

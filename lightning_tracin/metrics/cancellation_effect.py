@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tracin.checked_numbers import whole_number
 from lightning_tracin.metrics.attribution_metric import AttributionMetric
 from lightning_tracin.metrics.functional.cancellation_effect import (
     _cancellation_effect_compute,
     _cancellation_effect_update,
 )
-from lightning_tracin.metrics.functional.checks import check_count, check_length
+from lightning_tracin.metrics.functional.checks import check_length
 
 
 class CancellationEffect(AttributionMetric):
@@ -42,10 +43,9 @@ class CancellationEffect(AttributionMetric):
 
     def __init__(self, n_parameters: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_count("n_parameters", n_parameters)
-        self.n_parameters = n_parameters
+        self.n_parameters = whole_number("n_parameters", n_parameters)
         self.add_state("sum_of_norms", default=torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("gradient", default=torch.zeros(n_parameters, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("gradient", default=torch.zeros(self.n_parameters, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, gradients: Tensor) -> None:
         """Takes a batch of training examples."""

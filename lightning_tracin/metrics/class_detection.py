@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_tracin.metrics.functional.checks import check_count, check_whole
+from lightning_tracin.checked_numbers import whole_number
+from lightning_tracin.metrics.functional.checks import check_whole
 from lightning_tracin.metrics.functional.class_detection import _class_detection_update
 from lightning_tracin.metrics.mean_over_tests import MeanOverTests
 
@@ -36,10 +37,9 @@ class ClassDetection(MeanOverTests):
     def __init__(self, train_labels: Tensor, k: int = 5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_whole("train_labels", train_labels, "(n_train,)", (1,))
-        check_count("k", k)
         self.register_buffer("train_labels", train_labels, persistent=False)
-        self.k = k
-        self._tell_apart(train_labels, k)
+        self.k = whole_number("k", k)
+        self._tell_apart(train_labels, self.k)
 
     def update(self, scores: Tensor, test_labels: Tensor) -> None:
         """Takes a batch of test examples."""

@@ -10,8 +10,8 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from lightning_tracin.metrics.attribution_metric import AttributionMetric
-from lightning_tracin.metrics.functional.bootstrap import check_bootstrap
-from lightning_tracin.metrics.functional.checks import check_ks, check_length
+from lightning_tracin.metrics.functional.bootstrap import checked_bootstrap
+from lightning_tracin.metrics.functional.checks import check_length, growing_ks
 from lightning_tracin.metrics.functional.deletion_curve import (
     DeletionResult,
     _deletion_curve_compute,
@@ -60,10 +60,8 @@ class DeletionCurve(AttributionMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_ks(ks)
-        check_bootstrap(level, resamples)
-        self.ks = tuple(ks)
-        self.bootstrap = (level, resamples, seed)
+        self.ks = growing_ks(ks)
+        self.bootstrap = checked_bootstrap(level, resamples, seed)
         self.add_state("changes", default=[], dist_reduce_fx="cat")
 
     def update(self, changes: Tensor) -> None:

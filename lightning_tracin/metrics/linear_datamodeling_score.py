@@ -12,10 +12,10 @@ from lightning_tracin.metrics.attribution_metric import AttributionMetric
 from lightning_tracin.metrics.functional.checks import check_length
 from lightning_tracin.metrics.functional.linear_datamodeling_score import (
     LDSResult,
-    _check_subsets,
-    _class_counts,
     _linear_datamodeling_score_compute,
     _linear_datamodeling_score_update,
+    check_subsets,
+    class_counts,
 )
 
 
@@ -55,7 +55,7 @@ class LinearDatamodelingScore(AttributionMetric):
 
     def __init__(self, subsets: Tensor, within: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _check_subsets(subsets, within)
+        check_subsets(subsets, within)
         self.register_buffer("subsets", subsets, persistent=False)
         self.register_buffer("within", within, persistent=False)
         self._tell_apart(subsets)
@@ -72,7 +72,7 @@ class LinearDatamodelingScore(AttributionMetric):
 
     def compute(self) -> LDSResult:
         """The score for all test examples so far."""
-        counts = None if self.within is None else _class_counts(self.subsets, self.within)
+        counts = None if self.within is None else class_counts(self.subsets, self.within)
         return _linear_datamodeling_score_compute(dim_zero_cat(self.predicted), dim_zero_cat(self.outputs), counts)
 
     def _draw(self, val: LDSResult | list[LDSResult], ax: _AX_TYPE | None) -> _PLOT_OUT_TYPE:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_tracin.metrics.functional.checks import check_share
+from lightning_tracin.checked_numbers import real_number
 from lightning_tracin.metrics.functional.noise_detection_rate import _noise_detection_rate_compute
 from lightning_tracin.metrics.suspicion import Suspicion
 
@@ -31,8 +31,7 @@ class NoiseDetectionRate(Suspicion):
 
     def __init__(self, at: float = 0.2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_share("at", at)
-        self.at = at
+        self.at = real_number("at", at, above=0, below=1)
 
     def compute(self) -> Tensor:
         """The rate for all training examples so far."""

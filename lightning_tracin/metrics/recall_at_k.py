@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_tracin.metrics.functional.checks import check_count
+from lightning_tracin.checked_numbers import whole_number
 from lightning_tracin.metrics.functional.recall_at_k import Counting, _recall_at_k_update, check_counting
 from lightning_tracin.metrics.mean_over_tests import MeanOverTests
 
@@ -32,11 +32,10 @@ class RecallAtK(MeanOverTests):
 
     def __init__(self, k: int = 10, counting: Counting = "any", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_count("k", k)
         check_counting(counting)
-        self.k = k
+        self.k = whole_number("k", k)
         self.counting: Counting = counting
-        self._tell_apart(k, counting)
+        self._tell_apart(self.k, counting)
 
     def update(self, scores: Tensor, relevant: Tensor) -> None:
         """Takes a batch of test examples."""

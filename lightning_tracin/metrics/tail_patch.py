@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_tracin.metrics.attribution_metric import AttributionMetric
-from lightning_tracin.metrics.functional.bootstrap import check_bootstrap
+from lightning_tracin.metrics.functional.bootstrap import checked_bootstrap
 from lightning_tracin.metrics.functional.tail_patch import (
     TailPatchResult,
     _tail_patch_compute,
@@ -45,8 +45,7 @@ class TailPatch(AttributionMetric):
 
     def __init__(self, *, level: float = 0.95, resamples: int = 2000, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_bootstrap(level, resamples)
-        self.bootstrap = (level, resamples, seed)
+        self.bootstrap = checked_bootstrap(level, resamples, seed)
         self.add_state("gains", default=[], dist_reduce_fx="cat")
 
     def update(self, gains: Tensor) -> None:

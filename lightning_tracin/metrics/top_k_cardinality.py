@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
+from lightning_tracin.checked_numbers import whole_number
 from lightning_tracin.metrics.attribution_metric import AttributionMetric
-from lightning_tracin.metrics.functional.checks import check_count
 from lightning_tracin.metrics.functional.strongest import strongest
 from lightning_tracin.metrics.functional.top_k_cardinality import _top_k_cardinality_compute
 
@@ -36,8 +36,7 @@ class TopKCardinality(AttributionMetric):
 
     def __init__(self, k: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_count("k", k)
-        self.k = k
+        self.k = whole_number("k", k)
         self.add_state("chosen", default=[], dist_reduce_fx="cat")
 
     def update(self, scores: Tensor) -> None:

@@ -27,6 +27,7 @@ from lightning_tracin.bridge.own_batches import own_batch_sampler
 from lightning_tracin.bridge.queries import weights_kept
 from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.bridge.unmoved import module_unmoved, unmoved
+from lightning_tracin.checked_numbers import real_numbers
 from lightning_tracin.gradients.printable import storable
 from lightning_tracin.parallel.fsdp import full_state_dict
 from lightning_tracin.parallel.processes import ALONE
@@ -51,6 +52,8 @@ from lightning_tracin.storage.trace import Trace
 
 _OPTIONS = StorageOptions("float16")  # as TracInCallback's by default
 
+_RATES = {"at_least": 0, "at_most": 1e30}  # the most as of schemas.Rate
+
 
 def begin_past(
     path: str | Path,
@@ -65,6 +68,7 @@ def begin_past(
     """Make a trace of a run that is over; see :meth:`~lightning_tracin.past.trace.Trace.from_checkpoints`."""
     folder = local_path(path, "path of a trace")
     asked, options = methods_to_record(methods), replace(_OPTIONS, rank=component_numbers(rank))
+    rates = None if learning_rates is None else real_numbers("learning_rates", learning_rates, **_RATES)
     single = isinstance(checkpoints, (str, Path, Trace)) or hasattr(checkpoints, "keys")
     sources = [checkpoints] if single else list(checkpoints)
     with locked(folder):
@@ -75,7 +79,7 @@ def begin_past(
                 "it, or pass another folder."
             )
         read = [each for at, source in enumerate(sources) for each in read_checkpoint(source, at, read_folder)]
-        found = in_order(read, learning_rates)
+        found = in_order(read, rates)
         module = given_module(None, model, train_dataloaders)
         if not hasattr(module, "configure_optimizers"):
             raise TypeError(

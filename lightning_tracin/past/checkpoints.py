@@ -125,13 +125,12 @@ def in_order(found: Sequence[PastCheckpoint], learning_rates: Sequence[float] | 
     if traces != {None} and len(traces) > 1:
         raise ValueError("Of several traces, or a trace and other checkpoints, no trace can be made: pass one alone.")
     if learning_rates is not None:
-        rates = [_finite(rate, "learning_rates") for rate in learning_rates]
-        if len(rates) != len(found):
+        if len(learning_rates) != len(found):
             raise ValueError(
-                f"learning_rates must give one for each of the {len(found)} checkpoints, but got {len(rates)}: "
-                f"{enumerated([each.name for each in found], _NAMED)}."
+                f"learning_rates must give one for each of the {len(found)} checkpoints, but got "
+                f"{len(learning_rates)}: {enumerated([each.name for each in found], _NAMED)}."
             )
-        found = [replace(each, rate=rate) for each, rate in zip(found, rates, strict=True)]
+        found = [replace(each, rate=rate) for each, rate in zip(found, learning_rates, strict=True)]
     silent = [each.name for each in found if each.step is None]
     if len(silent) == len(found):
         return [replace(each, step=number) for number, each in enumerate(found, start=1)]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, TypeAlias
 
+from lightning_tracin.checked_numbers import is_whole
 from lightning_tracin.gradients.printable import enumerated
 from lightning_tracin.storage.checkpoint import Checkpoint
 
@@ -36,8 +36,8 @@ def chosen_checkpoints(checkpoints: Sequence[Checkpoint], choice: CheckpointChoi
         if not found and checkpoints:
             raise ValueError(f"checkpoints={choice} names none of the {len(checkpoints)} checkpoints. {there}")
         return found
-    wanted: Any = [choice] if _is_step(choice) else choice
-    if not isinstance(wanted, Sequence) or isinstance(wanted, str) or not all(map(_is_step, wanted)) or not wanted:
+    wanted: Any = [choice] if is_whole(choice) else choice
+    if not isinstance(wanted, Sequence) or isinstance(wanted, str) or not all(map(is_whole, wanted)) or not wanted:
         raise ValueError(
             'checkpoints must be "all", "last", a step, several steps or a slice of the list of checkpoints, but got '
             f"{choice!r}. {there}"
@@ -46,7 +46,3 @@ def chosen_checkpoints(checkpoints: Sequence[Checkpoint], choice: CheckpointChoi
     if missing:
         raise ValueError(f"The trace has no checkpoint of step {enumerated(missing, _NAMED)}. {there}")
     return [checkpoint for checkpoint in checkpoints if checkpoint.step in wanted]
-
-
-def _is_step(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from lightning_tracin.bridge.queries import Queries, result_of, weights_kept
 from lightning_tracin.bridge.query_examples import example_blocks
 from lightning_tracin.bridge.strategy import launched, require_results
 from lightning_tracin.bridge.target_names import require_known
+from lightning_tracin.checked_numbers import whole_number
 from lightning_tracin.gradients.rows import DTYPES
 from lightning_tracin.gradients.targets import Asked, Positions, Target
 from lightning_tracin.gradients.word_gradients import WordGradients
@@ -104,6 +105,7 @@ def influence(
         BlockingIOError: if gradients are missing, and a fit or another query is writing into the trace.
     """
     chosen, explained = method_of(method), Target.of(target, positions)
+    k = None if k is None else whole_number("k", k)
     require_idle(trainer)
     require_results(trainer)
     datamodule, dataloaders, train_dataloaders = datamodule_asked(datamodule, dataloaders, train_dataloaders)

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_tracin.bridge.mixin import label_names_of, tokenizer_of
+from lightning_tracin.checked_numbers import whole_number_or_none
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
 from lightning_tracin.querying.training import Training, ready_training
 from lightning_tracin.querying.undisturbed import left_as_found
@@ -67,10 +68,10 @@ def label_issues(
 
     Raises:
         ValueError: see :func:`influence`; or if self-influence is the same for every example, as with
-            ``normalize="cosine"``, or if there is not a text for each example.
+            ``normalize="cosine"``, if there is not a text for each example, or if ``n`` is under 0.
         BlockingIOError: see :func:`influence`.
     """
-    chosen = method_of(method)
+    chosen, n = method_of(method), whole_number_or_none("n", n, at_least=0)
     require_not_constant(chosen)
     with left_as_found(trainer):
         training = Training(model, datamodule, train_dataloaders, trace, checkpoints)

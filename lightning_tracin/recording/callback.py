@@ -16,6 +16,7 @@ from lightning_tracin.bridge.compat import DualCallback
 from lightning_tracin.bridge.strategy import require_strategy, spreads
 from lightning_tracin.bridge.training_set import RecordedFit
 from lightning_tracin.bridge.unmoved import unmoved
+from lightning_tracin.checked_numbers import whole_number, whole_number_or_none
 from lightning_tracin.gradients.rows import Dtype
 from lightning_tracin.recording.beginning import begin
 from lightning_tracin.recording.behind import BehindModelCheckpoint
@@ -138,13 +139,18 @@ class TracInCallback(DualCallback):
     ) -> None:
         self.plan = RecordingPlan(
             dirpath=None if dirpath is None else local_path(dirpath, "dirpath"),
-            every_n_epochs=every_n_epochs,
-            every_n_train_steps=every_n_train_steps,
+            every_n_epochs=whole_number("every_n_epochs", every_n_epochs),
+            every_n_train_steps=whole_number_or_none("every_n_train_steps", every_n_train_steps),
             cache=cache,
             methods=methods_to_record(methods),
-            options=StorageOptions(dtype, top_words, projection_sizes(projection), component_numbers(rank)),
+            options=StorageOptions(
+                dtype,
+                whole_number_or_none("top_words", top_words),
+                projection_sizes(projection),
+                component_numbers(rank),
+            ),
             log_examples=examples_to_log(log_examples),
-            log_k=log_k,
+            log_k=whole_number("log_k", log_k),
             log=LogPlan.of(log_method, log_texts),
             on_error=on_error,
             overwrite=overwrite,

@@ -35,8 +35,8 @@ def rows_of(
 ) -> list[Row]:
     """The table of a validation: a line for each proponent and opponent of each example, if it pushed at all.
 
-    The columns of :func:`~lightning_tracin.report.pairs.rows_of_pairs` follow those of the validation; ``test_index``
-    is the example's index in its data set, long texts are cut, words are on one line.
+    The columns of :func:`~lightning_tracin.report.pairs.rows_of_pairs` follow those of the validation; ``test_row`` is
+    the example's place among those that it logs, long texts are cut, words are on one line.
 
     Args:
         explanations: of the validation's examples.
@@ -45,18 +45,18 @@ def rows_of(
         epoch: of the validation.
     """
     return [
-        {"step": step, "epoch": epoch, "dataloader_idx": loader, "loss": loss, **_shown(row, explanation)}
+        {"step": step, "epoch": epoch, "dataloader_idx": loader, "loss": loss, **_shown(row)}
         for explanation, (loader, loss) in zip(explanations, examples, strict=True)
         for row in rows_of_pairs(explanation)
     ]
 
 
-def _shown(row: Row, explanation: Explanation) -> Row:
-    """A row of the table of pairs, as it can be shown, with the index of the example in its data set."""
+def _shown(row: Row) -> Row:
+    """A row of the table of pairs, as it can be shown."""
     cut = {name: shorten(printable(row[name]), _CHARACTERS, placeholder=" ...") for name in ("test_text", "train_text")}
     labels = {name: _printable(row[name]) for name in ("test_label", "prediction", "target", "train_label")}
     words = printable(words_in_a_line(row["words"]))
-    return {**row, **cut, **labels, "test_index": explanation.test.index, "words": words}
+    return {**row, **cut, **labels, "words": words}
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from lightning_tracin.checked_numbers import is_whole, pair_of_whole_numbers, whole_number
 from lightning_tracin.gradients.rows import DTYPES
 from lightning_tracin.recording.log_plan import LogPlan
 from lightning_tracin.scoring.methods import TracInLast, TracInLayer, TracInWE
@@ -49,18 +49,6 @@ class RecordingPlan:
             raise ValueError(f"cache must be 'checkpoint', 'training' or 'on_demand', but got {self.cache!r}.")
         if self.options.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {tuple(DTYPES)}, but got {self.options.dtype!r}.")
-        projection = self.options.projection
-        sizes = projection if isinstance(projection, tuple) else (projection,)
-        at_least_one = [
-            ("top_words", self.options.top_words),
-            ("every_n_train_steps", self.every_n_train_steps),
-            *(("projection", size) for size in sizes),
-        ]
-        for name, value in at_least_one:
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be None or at least 1, but got {value}.")
-        if self.every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1, but got {self.every_n_epochs}.")
         if self.on_error not in ("warn", "raise"):
             raise ValueError(f"on_error must be 'warn' or 'raise', but got {self.on_error!r}.")
         self._check_rank()
@@ -86,8 +74,6 @@ class RecordingPlan:
 
     def _check_log(self) -> None:
         """Check that validations can be logged as they are asked for."""
-        if self.log_k < 1:
-            raise ValueError(f"log_k must be at least 1, but got {self.log_k}.")
         if not self.log_examples and not self.log.is_default:
             raise ValueError("log_method and log_texts go with log_examples, the validation examples to log.")
         if self.log_examples and self.cache == "on_demand":
@@ -155,15 +141,12 @@ def projection_sizes(value: Any) -> int | tuple[int, int] | None:
     Raises:
         ValueError: if it is neither.
     """
-    if value is None or isinstance(value, int):
-        return value
-    sizes = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
-        raise ValueError(
-            "projection must be a number for word gradients, or a pair of numbers for linear layers (of the gradient "
-            f"at the output, and of the input), but got {value!r}."
-        )
-    return (sizes[0], sizes[1])
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return pair_of_whole_numbers("projection", value, "of the gradient at the output and of the input")
+    of_both = "a pair of whole numbers for linear layers, or one for word gradients,"
+    return whole_number("projection", value, allowed=of_both)
 
 
 def component_numbers(value: Any) -> tuple[int, int] | None:
@@ -172,16 +155,8 @@ def component_numbers(value: Any) -> tuple[int, int] | None:
     Raises:
         ValueError: if it is none.
     """
-    numbers = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if value is None:
-        return None
-    whole = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool) and number > 0]
-    if len(numbers) != 2 or len(whole) != 2:
-        raise ValueError(
-            "rank must be a pair of numbers from 1 on, of components of the inputs and of the output gradients of "
-            f"linear layers, such as (128, 32), but got {value!r}."
-        )
-    return (numbers[0], numbers[1])
+    of = "of components of the inputs and of the output gradients of linear layers, such as (128, 32)"
+    return None if value is None else pair_of_whole_numbers("rank", value, of)
 
 
 def examples_to_log(value: Any) -> int | tuple[int, ...]:
@@ -192,7 +167,7 @@ def examples_to_log(value: Any) -> int | tuple[int, ...]:
     """
     indices = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
     for each in [value] if indices is None else indices:
-        if isinstance(each, bool) or not isinstance(each, Integral) or int(each) < 0:
+        if not is_whole(each) or each < 0:
             raise ValueError(
                 f"log_examples must be a number of validation examples or a list of their indices, but got {value!r}."
             )

@@ -135,7 +135,7 @@ function save(name, lines) {
   make("a", { href: address, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(address), 60000);
 }
-const COLUMNS = "test_index,test_text,test_label,prediction,confidence,target,role,rank,train_index,score,share,train_text,train_label,words";
+const COLUMNS = "test_row,test_index,test_text,test_label,prediction,confidence,target,role,rank,train_index,score,share,train_text,train_label,words";
 function strongestWords(words, terms, parts) {
   const found = new Map(); // by name, what its words add, and whether all of them are stop words
   for (const [place, term] of terms) {
@@ -154,7 +154,7 @@ function download(which, name) {
   const textAndLabel = (index) => [textOf(train[index][1]) || train[index][2], train[index][0]].map(cellOf).join(",");
   for (const row of which) {
     const test = tests[row];
-    const first = [...(several ? [test.loader] : []), row, textOf(test.words) || test.unread, test.label, test.prediction, test.confidence, test.target ?? test.label].map(cellOf).join(",");
+    const first = [...(several ? [test.loader] : []), row, test.index, textOf(test.words) || test.unread, test.label, test.prediction, test.confidence, test.target ?? test.label].map(cellOf).join(",");
     for (const role of ["proponent", "opponent"])
       test[`${role}s`].map(pairOf).forEach(({ index, score, share, terms, parts }, place) => {
         if (!texts.has(index)) texts.set(index, textAndLabel(index));

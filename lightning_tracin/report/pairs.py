@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Row: TypeAlias = dict[str, Any]
 
 _TYPES = {
+    "test_row": "int64",
     "test_index": "int64",
     "test_text": "string",
     "test_label": "string",
@@ -41,16 +42,17 @@ def rows_of_pairs(explanation: Explanation) -> Iterator[Row]:
         explanation: the test example, and who pushed it.
 
     Yields:
-        ``test_loader`` (only where there were several), ``test_index`` (row of the scores), ``test_text``,
-        ``test_label``, ``prediction``, ``confidence``, ``target`` (what of it is explained), ``role`` ("proponent" or
-        "opponent"), ``rank`` (from 1), ``train_index``, ``score``, ``share`` (of all scores of its sign that the test
-        example has), ``train_text``, ``train_label``, and ``words``: the strongest of the training example, each with
-        its ``word`` and ``term``. None stands for what is not known.
+        ``test_loader`` (only where there were several), ``test_row`` (row of the scores), ``test_index`` (index in its
+        data set), ``test_text``, ``test_label``, ``prediction``, ``confidence``, ``target`` (what of it is explained),
+        ``role`` ("proponent" or "opponent"), ``rank`` (from 1), ``train_index``, ``score``, ``share`` (of all scores of
+        its sign that the test example has), ``train_text``, ``train_label``, and ``words``: the strongest of the
+        training example, each with its ``word`` and ``term``. None stands for what is not known.
     """
     test = explanation.test
     of_test: Row = {} if test.loader is None else {"test_loader": storable(test.loader)}
     of_test |= {
-        "test_index": explanation.row,
+        "test_row": explanation.row,
+        "test_index": test.index,
         "test_text": storable(test.text),
         "test_label": storable_if_known(test.label),
         "prediction": storable_if_known(test.prediction),

@@ -28,7 +28,7 @@ _UNREAD = 80  # So many characters are shown of the part of a text that the mode
 def explained(explanation: Explanation) -> RenderableType:
     """A panel with the test example, and below it its proponents and opponents, strongest first."""
     text = shaded(explanation.test, explanation.terms, sum(explanation.terms))
-    parts: list[RenderableType] = [Panel(text, title=_title(explanation.test), title_align="left")]
+    parts: list[RenderableType] = [Panel(text, title=_title(explanation), title_align="left")]
     for name, influentials in (("Proponents", explanation.proponents), ("Opponents", explanation.opponents)):
         parts.append(Text(name if influentials else f"No {name.lower()}", style="bold"))
         parts += map(_Entry, influentials)
@@ -140,7 +140,8 @@ def _filled(chosen: range, lengths: Sequence[int], room: int) -> range:
     return range(start, stop)
 
 
-def _title(test: Example) -> Text:
+def _title(explanation: Explanation) -> Text:
+    test = explanation.test
     title = Text(f"Test example {test.index}")
     if test.loader is not None:
         title.append(f" of {printable(test.loader)}")
@@ -151,6 +152,8 @@ def _title(test: Example) -> Text:
         title.append("" if test.confidence is None else f" ({test.confidence:.0%})")
     if test.target is not None:
         title.append(f", target {printable(test.target)}")
+    if explanation.row != test.index:  # by which result.show and result.words ask for it
+        title.append(f", row {explanation.row}")
     return title
 
 

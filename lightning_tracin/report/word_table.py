@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lightning_tracin.checked_numbers import real_number
 from lightning_tracin.gradients.printable import printable
 from lightning_tracin.report.palette import TERMINAL_AGAINST, TERMINAL_FOR
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
@@ -116,8 +117,9 @@ class WordTable(RichRepr):
             Of the words that are listed, special tokens left out, those whose strongest label pushes towards the class.
 
         Raises:
-            ValueError: if there is only one label.
+            ValueError: if there is only one label, or ``purity`` is not from 0 to 1.
         """
+        purity = real_number("purity", purity, at_least=0, at_most=1)
         if len(self.labels) < 2:
             raise ValueError(f"shortcuts needs training examples of several labels, but all have {self.labels[0]!r}.")
         best = self.values.max(2)

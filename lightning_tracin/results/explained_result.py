@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_tracin.checked_numbers import index_of, whole_number, whole_number_or_none
 from lightning_tracin.report.explanation import Example, Explanation, Influential
 from lightning_tracin.report.word_table import WordTable
 from lightning_tracin.results.evidence import Evidence
@@ -19,6 +20,7 @@ from lightning_tracin.results.excerpt import TokenTerms, first_words
 from lightning_tracin.results.listing import Entry, Sides, TextKeys, listed
 from lightning_tracin.results.ranked_result import RankedResult
 from lightning_tracin.results.reader import RawText, Reader, require_texts
+from lightning_tracin.results.rows import checked_row
 from lightning_tracin.results.train_examples import train_examples
 from lightning_tracin.results.word_sums import groups_of, word_table_of
 from lightning_tracin.results.words import shares_of_words
@@ -26,7 +28,6 @@ from lightning_tracin.scoring.methods import word_part
 from lightning_tracin.scoring.naming import require_not_constant
 from lightning_tracin.scoring.ridge import TracInRidge
 from lightning_tracin.scoring.ridge_scores import self_influence_of
-from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.storage.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -107,12 +108,13 @@ class ExplainedResult(RankedResult):
             k: how many of each; fewer where fewer were kept, or where no more of them pushed.
 
         Raises:
-            IndexError: if there is no such test example.
+            IndexError: if there is no such row.
+            ValueError: if ``k`` is no whole number of at least 1.
         """
-        rows = list(range(len(self.test_indices)) if test_indices is None else test_indices)
-        for row in rows:
-            self._check_test_index(row)
-        yield from self._explanations_from(Evidence.find(self), rows, k)
+        k = whole_number("k", k)
+        asked = range(len(self.test_indices)) if test_indices is None else test_indices
+        rows = [checked_row(each, self.test_indices) for each in asked]
+        return self._explanations_from(Evidence.find(self), rows, k)
 
     def words(self, test_index: int, train_index: int) -> list[tuple[str, float]]:
         """The term of each shared word in a pair's score (Yeh et al. 2022, section 4).
@@ -131,15 +133,15 @@ class ExplainedResult(RankedResult):
 
         Raises:
             ValueError: if the method is not TracIn-WE.
+            IndexError: if there is no such row, or no such training example.
             FileNotFoundError: if the trace that the scores were computed from is gone, and the pair is none of those
                 that the file of the result holds.
         """
-        self._check_test_index(test_index)
-        train_index = int(train_index)
-        if not 0 <= train_index < self.n_train:
-            raise IndexError(f"There are training examples 0 to {self.n_train - 1}, but got {train_index}.")
+        row, index = checked_row(test_index, self.test_indices), index_of(train_index)
+        if index is None or not 0 <= index < self.n_train:
+            raise IndexError(f"There are training examples 0 to {self.n_train - 1}, but got {train_index!r}.")
         self._require_words()
-        (named,) = self._named_terms(test_index, [train_index])
+        (named,) = self._named_terms(row, [index])
         return sorted(named.items(), key=lambda word: -abs(word[1]))
 
     def word_table(self, n: int | None = 50, *, min_examples: int = 0) -> WordTable:
@@ -158,13 +160,12 @@ class ExplainedResult(RankedResult):
             ``target="label"`` that is their own label, also where the model says another class.
 
         Raises:
-            ValueError: if the method is not TracIn-WE, or n is under 1.
+            ValueError: if the method is not TracIn-WE, ``n`` is under 1, or ``min_examples`` under 0.
             FileNotFoundError: if the trace that the scores were computed from is gone, and the file of the result holds
                 fewer words.
         """
+        n, min_examples = whole_number_or_none("n", n), whole_number("min_examples", min_examples, at_least=0)
         self._require_words()
-        if n is not None and n < 1:
-            raise ValueError(f"n must be None or at least 1, but got {n}.")
         evidence = Evidence.find(self)
         if evidence is None and self.excerpt is not None and self.excerpt.word_table is not None:
             return first_words(self.excerpt.word_table, n, min_examples)
@@ -223,14 +224,10 @@ class ExplainedResult(RankedResult):
         return {row: self.excerpt.terms.of_row(row) for row in pairs}
 
     def _listed(self, evidence: Evidence | None, rows: Sequence[int], k: int) -> dict[int, Sides]:
-        """The k strongest proponents and opponents of test examples that say something else, by row.
-
-        Raises:
-            ValueError: if k is under 1.
-        """
+        """The k strongest proponents and opponents of test examples that say something else, by row."""
         held = {} if self.excerpt is None else self.excerpt.train
         keys = TextKeys(held if evidence is None else evidence.trace)
-        return listed(clipped_k(min(k, self._n_kept), self._n_kept), rows, self._pushing, keys)
+        return listed(min(k, self._n_kept), rows, self._pushing, keys)
 
     def _first_explanations(self, evidence: Evidence | None) -> list[Explanation]:
         """Those that ``print(result)`` shows."""
@@ -332,10 +329,6 @@ class ExplainedResult(RankedResult):
             confidence=confidence,
         )
         return replace(example, loader=loader, target=self.target_names[row] if self.target_names else None)
-
-    def _train_examples(self, indices: Sequence[int]) -> dict[int, Example]:
-        """What training examples say, by index; nothing where the trace is gone."""
-        return self._examples_in(Evidence.find(self), indices)
 
     def _examples_in(self, evidence: Evidence | None, indices: Sequence[int]) -> dict[int, Example]:
         """What training examples say, by index, as an excerpt or the evidence has it; nothing where there is none."""

@@ -47,12 +47,7 @@ def label_issues_of(
         reader: what to print for labels.
         examples: what training examples say, by index.
         n: how many to list, those of highest self-influence; None for all.
-
-    Raises:
-        ValueError: if n is negative.
     """
-    if n is not None and n < 0:
-        raise ValueError(f"n must be None or at least 0, but got {n}.")
     order = review.order[:n]
     known = examples(order.tolist())
     ranks = review.ranks_in_class().tolist()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from lightning_tracin.checked_numbers import whole_number, whole_number_or_none
 from lightning_tracin.report.explanation import Example
 from lightning_tracin.report.label_issues import LabelIssues
 from lightning_tracin.results.evidence import Evidence
@@ -45,8 +46,7 @@ class PortableResult(ExplainedResult):
         Raises:
             ValueError: if k is negative.
         """
-        if k < 0:
-            raise ValueError(f"k must be at least 0, but got {k}.")
+        k = whole_number("k", k, at_least=0)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         return replace(self, excerpt=self._excerpted(k) if k else None).write(path)
@@ -60,9 +60,11 @@ class PortableResult(ExplainedResult):
             n: list only so many, those of highest self-influence.
 
         Raises:
-            ValueError: if the fit did not record what the method needs, or if its self-influence is constant.
+            ValueError: if the fit did not record what the method needs, if its self-influence is constant, or if n is
+                under 0.
             FileNotFoundError: if the trace is gone, and the file of the result holds no review by this method.
         """
+        n = whole_number_or_none("n", n, at_least=0)
         evidence = Evidence.find(self)
         chosen = None if method is None else method_of(method)
         if evidence is None and self.excerpt is not None and chosen in (None, self.excerpt.review_method):

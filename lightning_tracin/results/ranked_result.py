@@ -94,10 +94,6 @@ class RankedResult(StoredResult):
         """The name of the loader that a test example came in; None where there was one."""
         return None if self.test_loaders is None else self.test_loader_names[int(self.test_loaders[row])]
 
-    def _check_test_index(self, test_index: int) -> None:
-        if not 0 <= test_index < len(self.test_indices):
-            raise IndexError(f"There are test examples 0 to {len(self.test_indices) - 1}, but got {test_index}.")
-
     def _strongest(self, k: int, kept: TopK | None, *, largest: bool) -> TopK:
         """The k strongest of one side: of all scores, or of those that were kept."""
         k = clipped_k(k, self._n_drawn)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from lightning_tracin.checked_numbers import whole_number
 from lightning_tracin.gradients.printable import printable
 from lightning_tracin.report.explanation import Explanation
 from lightning_tracin.report.page import Page, write_page
@@ -22,6 +23,7 @@ from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.results.excerpt import LISTED_SUSPECTS, LISTED_WORDS
 from lightning_tracin.results.notes import notes_of_page, notes_of_result, notes_of_trace, notes_of_words
 from lightning_tracin.results.portable_result import PortableResult
+from lightning_tracin.results.rows import checked_row
 from lightning_tracin.scoring.naming import described
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class InfluenceResult(RichRepr, PortableResult):
         yield from map(explained, first)
         left = n_test - len(first)
         if left:
-            yield f"... and {left} more test example{'s' * (left > 1)}: result.show(index), index up to {n_test - 1}"
+            yield f"... and {left} more test example{'s' * (left > 1)}: result.show(row), row up to {n_test - 1}"
 
     @property
     def notes(self) -> list[str]:
@@ -78,12 +80,13 @@ class InfluenceResult(RichRepr, PortableResult):
         """Print one test example with its k strongest proponents and opponents.
 
         Args:
-            test_index: row of the scores.
+            test_index: row of the scores, which is the index in the test data set where all of that was asked about.
             k: how many of each.
             console: where to print; the terminal by default.
 
         Raises:
-            IndexError: if there is no such test example.
+            IndexError: if there is no such row.
+            ValueError: if ``k`` is no whole number of at least 1.
         """
         console = console or Console()
         for explanation in self.explanations([test_index], k):
@@ -104,11 +107,12 @@ class InfluenceResult(RichRepr, PortableResult):
         are one row, that of the strongest of them.
 
         Returns:
-            Columns ``test_loader`` (its name, where there were several), ``test_index`` (row of the scores),
-            ``test_text``, ``test_label``, ``prediction``, ``confidence``, ``target`` (what is explained), ``role``
-            ("proponent" or "opponent"), ``rank`` (from 1), ``train_index``, ``score``, its ``share`` of all scores of
-            its sign that the test example has, ``train_text``, ``train_label``, and ``words``, a list of the strongest,
-            each with ``word`` and ``term``; as far as they are known.
+            Columns ``test_loader`` (its name, where there were several), ``test_row`` (row of the scores),
+            ``test_index`` (index in the test data set, as ``test_indices`` has it), ``test_text``, ``test_label``,
+            ``prediction``, ``confidence``, ``target`` (what is explained), ``role`` ("proponent" or "opponent"),
+            ``rank`` (from 1), ``train_index``, ``score``, its ``share`` of all scores of its sign that the test example
+            has, ``train_text``, ``train_label``, and ``words``, a list of the strongest, each with ``word`` and
+            ``term``; as far as they are known.
 
         Raises:
             ModuleNotFoundError: without pandas: ``pip install lightning-tracin[pandas]``.
@@ -156,23 +160,23 @@ class InfluenceResult(RichRepr, PortableResult):
             ValueError: if the arguments do not go together, or the method has no words.
             FileNotFoundError: if the trace that the scores were computed from is gone; scores can still be drawn.
         """
-        _check_plot(kind, test_index, train_index, k)
-        if test_index is not None:
-            self._check_test_index(test_index)
+        k = whole_number("k", k)
+        _check_plot(kind, test_index, train_index)
+        row = None if test_index is None else checked_row(test_index, self.test_indices)
         if kind == "self_influence":
             return plot_self_influence(self.self_influence(), k, ax)
-        whose = "all test examples" if test_index is None else self._test_name(test_index)
+        whose = "all test examples" if row is None else self._test_name(row)
         if self.target != "label":
-            whose += f" (target {self.target if test_index is None else self.target_names[test_index]})"
+            whose += f" (target {self.target if row is None else self.target_names[row]})"
         if kind == "scores":
             which = "" if self.scores is not None else f"the {self._n_kept} most positive and most negative of "
             title = f"Scores of {which}{self._n_drawn} training examples for {whose}"
-            return plot_scores(self._known_scores(test_index), title, ax)
+            return plot_scores(self._known_scores(row), title, ax)
         k = min(k, self._n_kept)
         if kind == "labels":
-            whose = f"each of {len(self.test_indices)} test examples" if test_index is None else whose
-            return plot_labels(*self._labels_of(test_index, k), f"Labels of the {k} strongest for {whose}", ax)
-        words, of_whom = self._words_of(test_index, train_index, k)
+            whose = f"each of {len(self.test_indices)} test examples" if row is None else whose
+            return plot_labels(*self._labels_of(row, k), f"Labels of the {k} strongest for {whose}", ax)
+        words, of_whom = self._words_of(row, train_index, k)
         return plot_words(words, f"Words of {of_whom} for {whose}", ax)
 
     def to_html(
@@ -197,8 +201,7 @@ class InfluenceResult(RichRepr, PortableResult):
             ValueError: if ``k`` is under 1 or ``suspects`` under 0.
             OSError: if the file cannot be written.
         """
-        if suspects < 0:
-            raise ValueError(f"suspects must be at least 0, but got {suspects}.")
+        k, suspects = whole_number("k", k), whole_number("suspects", suspects, at_least=0)
         evidence = Evidence.find(self)
         n_test, n_kept = len(self.test_indices), self._n_kept
         is_known = evidence is not None or self.excerpt is not None
@@ -280,7 +283,7 @@ class InfluenceResult(RichRepr, PortableResult):
         return labels[0], labels[1]
 
 
-def _check_plot(kind: str, test_index: int | None, train_index: int | None, k: int) -> None:
+def _check_plot(kind: str, test_index: int | None, train_index: int | None) -> None:
     """Check the arguments of a plot, and that matplotlib is installed, before anything is computed.
 
     Raises:
@@ -293,8 +296,6 @@ def _check_plot(kind: str, test_index: int | None, train_index: int | None, k: i
         raise ValueError(f"train_index goes with kind='words' and a test_index, but got kind={kind!r}, {test_index=}.")
     if test_index is not None and kind == "self_influence":
         raise ValueError("kind='self_influence' is about training examples alone: leave out test_index.")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, but got {k}.")
     pyplot()
 
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_tracin.bridge.training_set import TrainingSet
+from lightning_tracin.checked_numbers import whole_number
 from lightning_tracin.results.result import InfluenceResult
+from lightning_tracin.results.rows import checked_row
 from lightning_tracin.retraining.held_out import HeldOut
 from lightning_tracin.retraining.targets import target_classes
 from lightning_tracin.storage.checkpoint import require_weights
@@ -80,18 +82,31 @@ def checked_rows(result: InfluenceResult, asked: Sequence[int] | None) -> Tensor
     Raises:
         ValueError: if there is no such row, or a test example has no target that is one class.
     """
-    n_test = len(result.test_indices)
-    rows = torch.arange(n_test) if asked is None else torch.as_tensor(asked, dtype=torch.long).reshape(-1)
-    bad = rows[(rows < 0) | (rows >= n_test)]
-    if len(bad) or not len(rows):
-        raise ValueError(
-            f"test_indices must be rows of the result, from 0 to {n_test - 1}, but got {int(bad[0])}."
-            if len(bad)
-            else "test_indices is empty: there is no test example to look at."
-        )
+    if asked is None:
+        rows = torch.arange(len(result.test_indices))
+    elif not len(asked):
+        raise ValueError("test_indices is empty: there is no test example to look at.")
+    else:
+        try:
+            rows = torch.tensor([checked_row(each, result.test_indices) for each in asked])
+        except IndexError as error:
+            raise ValueError(f"test_indices must be rows of the result. {error}") from error
     if result.target != "label" or bool((~result.test_texts.labels.isnan()).any()):
         target_classes(result)  # before hours of training
     return rows
+
+
+def number_removed(k: int, n_drawn: int) -> int:
+    """How many training examples are left out, of which some must be left to train on.
+
+    Args:
+        k: what was asked for.
+        n_drawn: how many training has drawn.
+
+    Raises:
+        ValueError: if it is no whole number, or too many.
+    """
+    return whole_number("k", k, 1, n_drawn - 1, why=f", as {n_drawn} examples were trained on")
 
 
 def require_same_test(result: InfluenceResult, held_out: HeldOut, module: nn.Module) -> None:
@@ -113,8 +128,8 @@ def require_same_test(result: InfluenceResult, held_out: HeldOut, module: nn.Mod
     others = [] if found is None else (known.isfinite() & (known != found)).nonzero().flatten().tolist()
     if found is not None and others:
         raise ValueError(
-            f"test is another one than the result's: test example {others[0]} has the label {found[others[0]].item()} "
-            f"here, and {known[others[0]].item():g} there. {advice}"
+            f"test is another one than the result's: {_test_example(result, others[0])} has the label "
+            f"{found[others[0]].item()} here, and {known[others[0]].item():g} there. {advice}"
         )
     _warn_of_other_tokens(result, held_out)
 
@@ -124,7 +139,14 @@ def _warn_of_other_tokens(result: InfluenceResult, held_out: HeldOut) -> None:
     pairs = zip(result.test_texts.ids_by_example(), held_out.token_ids() or [], strict=False)
     other = next((place for place, (known, found) in enumerate(pairs) if not set(known) <= set(found)), None)
     if other is not None:
+        name = _test_example(result, other).capitalize()
         rank_zero_warn(
-            f"Test example {other} has other tokens here than in the result. If test is another data set, or the same "
-            "in another order, retraining says nothing of the scores."
+            f"{name} has other tokens here than in the result. If test is another data set, or the same in another "
+            "order, retraining says nothing of the scores."
         )
+
+
+def _test_example(result: InfluenceResult, row: int) -> str:
+    """The test example of a row, as it is named where results are shown."""
+    index = int(result.test_indices[row])
+    return f"test example {index}" if index == row else f"test example {index} (row {row} of the result)"

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.compat import lightning_of, twin
 from lightning_tracin.bridge.unmoved import random_state_kept
+from lightning_tracin.checked_numbers import is_whole, whole_number
 
 #: Makes a module, initialised by a seed, and a loader of the training examples with some indices, in their order.
 Build: TypeAlias = Callable[[Sequence[int], int], tuple[pl.LightningModule, Any]]
@@ -34,21 +35,21 @@ QUIET: dict[str, Any] = {
 }
 
 
-def require_fit(fit: Fit) -> None:
-    """Check, before anything is run, how fits are to run.
+def checked_fit(fit: Fit) -> Fit:
+    """How fits are to run, checked before anything is.
 
     Raises:
         TypeError: if it is neither a number of epochs nor a function.
         ValueError: if there are no epochs.
     """
-    if isinstance(fit, int) and not isinstance(fit, bool):
-        if fit < 1:
-            raise ValueError(f"trainer must be a number of epochs of at least 1, but got {fit}.")
-    elif not callable(fit) or isinstance(fit, type):
+    if is_whole(fit):
+        return whole_number("trainer", fit, allowed="a number of epochs")
+    if not callable(fit) or isinstance(fit, type):
         raise TypeError(
             "trainer must be a number of epochs, or a function that makes a new trainer for each fit, as in "
             f"trainer=lambda: pl.Trainer(max_epochs=3), but got {type(fit).__name__}."
         )
+    return fit
 
 
 def built(build: Build, indices: Sequence[int], seed: int, n_train: int) -> tuple[pl.LightningModule, DataLoader[Any]]:

@@ -25,6 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from lightning_tracin.checked_numbers import whole_numbers
 from lightning_tracin.gradients.printable import printable
 from lightning_tracin.retraining.outcomes import Outcome, Outcomes
 from lightning_tracin.storage.files import (
@@ -286,7 +287,7 @@ def stored_outcomes(folder: str | Path, seeds: Sequence[int] | None = None) -> O
         ValueError: if there are no subsets with all of these seeds, or if a file is damaged.
     """
     found = RetrainingFolder(folder).all()
-    asked = tuple(sorted(found) if seeds is None else seeds)
+    asked = tuple(sorted(found)) if seeds is None else whole_numbers("seeds", seeds, at_least=0)
     common = sorted(set.intersection(*(set(found.get(seed, {})) for seed in asked))) if asked else []
     if not common:
         raise ValueError(

@@ -14,12 +14,13 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_tracin.bridge.compat import lightning_of
+from lightning_tracin.checked_numbers import whole_number
 from lightning_tracin.metrics.functional import linear_datamodeling_difference, linear_datamodeling_score
 from lightning_tracin.metrics.functional.linear_datamodeling_score import FEWEST, LDSResult
 from lightning_tracin.querying.influence import influence
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.retraining.candidates import baseline_scores, candidate_methods
-from lightning_tracin.retraining.checks import checked_rows, epochs_of
+from lightning_tracin.retraining.checks import checked_rows, epochs_of, number_removed
 from lightning_tracin.retraining.fits import QUIET, Build, Fit, apart
 from lightning_tracin.retraining.folder import Retraining
 from lightning_tracin.retraining.outcomes import Outcome
@@ -83,7 +84,8 @@ def recommend(
             baseline; "weigh": how many halves.
         methods: the candidates, by name or in a list; by default those that make sense for what the trace has.
         k: of "explain", how many proponents are removed.
-        test_indices: of "explain", which test examples, instead of ``retrainings`` of them at random.
+        test_indices: of "explain", which test examples, by their rows of a result; by default ``retrainings`` of them
+            at random.
         trainer: a number of epochs, for a quiet trainer on one device; or a function that makes a new trainer for each
             fit. By default as many epochs as the trace has.
         folder: where retrainings are kept; by default in a temporary one, which is removed.
@@ -98,11 +100,10 @@ def recommend(
     """
     if question not in ("explain", "weigh"):
         raise ValueError(f"question must be 'explain' or 'weigh', but got {question!r}.")
-    if question == "weigh" and retrainings < FEWEST:
-        raise ValueError(f"retrainings must be at least {FEWEST} to weigh, but got {retrainings}; 8 are few.")
-    if question == "explain" and retrainings < 2:
-        raise ValueError(f"retrainings must be at least 2 to explain, but got {retrainings}; 8 are few.")
+    fewest = FEWEST if question == "weigh" else 2
+    retrainings = whole_number("retrainings", retrainings, fewest, why=f" to {question}, where 8 are few")
     trace = trace if isinstance(trace, Trace) else Trace(trace)
+    k = number_removed(k, trace.n_train - len(trace.undrawn)) if question == "explain" else whole_number("k", k)
     candidates = _named(candidate_methods(trace.sites, trace.n_train) if methods is None else methods)
     with ExitStack() as stack:
         place = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="retrainings-"))
@@ -205,8 +206,6 @@ def _chosen_tests(n_test: int, n: int, asked: Sequence[int] | None) -> list[int]
 def _explained(runs: Retrainings, results: Mapping[str, InfluenceResult], k: int, rows: Tensor) -> Recommendation:
     """A small case deletion by each method, and by what knows no model."""
     first = next(iter(results.values()))
-    if not 1 <= k < first.n_train - len(first.undrawn):
-        raise ValueError(f"k must be from 1 to {first.n_train - len(first.undrawn) - 1}, but got {k}.")
     seeds = range(len(rows))  # one for each test example: a fit that two shared would err for both alike
     removals = Removals(first, rows, k, len(seeds), BASELINES)
     chosen: dict[str, Tensor] = {name: result.proponents(k).indices[rows] for name, result in results.items()}

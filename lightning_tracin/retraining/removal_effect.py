@@ -15,6 +15,7 @@ from lightning_tracin.gradients.printable import printable
 from lightning_tracin.report.fitted_table import fitted_table
 from lightning_tracin.report.plots import Dots, plot_dots
 from lightning_tracin.report.rich_repr import RichRepr, data_frame
+from lightning_tracin.results.rows import checked_row
 from lightning_tracin.retraining.intervals import half_width
 from lightning_tracin.retraining.removals import PROPONENTS
 from lightning_tracin.retraining.targets import Quantity
@@ -63,6 +64,7 @@ class RemovalEffect(RichRepr):
         changes: by what was left out ("proponents", "random", ...), (n, s) float32: with it left out minus before, of
             the same seed; NaN where there was not enough to leave out.
         notes: what is missing, and why.
+        test_rows: (n,) int64, the test examples' rows of the result; None where they are all of it.
     """
 
     k: int
@@ -73,6 +75,7 @@ class RemovalEffect(RichRepr):
     before: Tensor
     changes: Mapping[str, Tensor]
     notes: Sequence[str] = ()
+    test_rows: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"RemovalEffect(n_test={len(self.before)}, k={self.k}, seeds={len(self.seeds)})"
@@ -81,10 +84,13 @@ class RemovalEffect(RichRepr):
         """The change for one test example, with an interval over seeds by Student's t.
 
         Args:
-            row: its place in ``test_indices``.
+            row: of this effect: its place in ``test_indices``.
             removed: what was left out.
+
+        Raises:
+            IndexError: if there is no such row.
         """
-        return _change(self.changes[removed][row])
+        return _change(self.changes[removed][checked_row(row, self.test_indices)])
 
     def mean_change(self, removed: str = PROPONENTS, against: str | None = None) -> Change:
         """The mean change of these test examples, with an interval over seeds by Student's t.
@@ -116,8 +122,12 @@ class RemovalEffect(RichRepr):
         """What was found for one test example, with 95 % intervals over seeds.
 
         Args:
-            row: its place in ``test_indices``.
+            row: of this effect: its place in ``test_indices``.
+
+        Raises:
+            IndexError: if there is no such row.
         """
+        row = checked_row(row, self.test_indices)
         phrases = []
         for removed in self.changes:
             each = self.change(row, removed)
@@ -167,8 +177,10 @@ class RemovalEffect(RichRepr):
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each test example, what was left out, and seed: the rows of :meth:`to_pandas`."""
+        rows = range(len(self.before)) if self.test_rows is None else self.test_rows.tolist()
         return [
             {
+                "test_row": rows[row],
                 "test_index": int(self.test_indices[row]),
                 "target": self.targets[row],
                 "removed": removed,
@@ -185,8 +197,9 @@ class RemovalEffect(RichRepr):
         """A row for each test example, what was left out, and seed.
 
         Returns:
-            Columns ``test_index``, ``target``, ``removed``, ``seed``, ``before`` (the probability, or loss, with
-            nothing left out) and ``change``.
+            Columns ``test_row`` (row of the result), ``test_index`` (index in the test data set), which join it with
+            :meth:`InfluenceResult.to_pandas`, ``target``, ``removed``, ``seed``, ``before`` (the probability, or loss,
+            with nothing left out) and ``change``.
 
         Raises:
             ModuleNotFoundError: without pandas: ``pip install lightning-tracin[pandas]``.

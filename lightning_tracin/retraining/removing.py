@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tracin.checked_numbers import whole_number
 from lightning_tracin.results.result import InfluenceResult
-from lightning_tracin.retraining.checks import check_training_set, checked_rows, epochs_of, require_same_test
+from lightning_tracin.retraining.checks import (
+    check_training_set,
+    checked_rows,
+    epochs_of,
+    number_removed,
+    require_same_test,
+)
 from lightning_tracin.retraining.fits import Build, Fit
 from lightning_tracin.retraining.folder import Retraining
 from lightning_tracin.retraining.outcomes import Outcome
@@ -64,7 +71,9 @@ def does_it_matter(
             training examples left, fewer than two seeds, or if what is trained on does not depend on the indices.
     """
     rows = checked_rows(result, test_indices)
-    _check_counts(result, k, seeds, against)
+    _check_asked(result, against)
+    k = number_removed(k, result.n_train - len(result.undrawn))
+    seeds = whole_number("seeds", seeds, at_least=2, why=", as one says nothing of chance")
     with ExitStack() as stack:
         place = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="retrainings-"))
         fit = epochs_of(result.trace) if trainer is None else trainer
@@ -105,6 +114,7 @@ def _effect(
         k=k,
         seeds=tuple(each.seed for each in base),
         quantity=quantity,
+        test_rows=rows,
         test_indices=result.test_indices[rows],
         targets=[target_name(result, int(row)) for row in rows],
         before=before,
@@ -113,12 +123,7 @@ def _effect(
     )
 
 
-def _check_counts(result: InfluenceResult, k: int, seeds: int, against: Sequence[Baseline]) -> None:
-    n_drawn = result.n_train - len(result.undrawn)
-    if not 1 <= k < n_drawn:
-        raise ValueError(f"k must be from 1 to {n_drawn - 1}, as {n_drawn} examples were trained on, but got {k}.")
-    if seeds < 2:
-        raise ValueError(f"seeds must be at least 2, as one says nothing of chance, but got {seeds}.")
+def _check_asked(result: InfluenceResult, against: Sequence[Baseline]) -> None:
     unknown = [each for each in against if each not in BASELINES]
     if unknown:
         raise ValueError(f"against must be of {', '.join(map(repr, BASELINES))}, but got {unknown[0]!r}.")

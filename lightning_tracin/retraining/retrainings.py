@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from lightning_tracin.bridge.fingerprint import fingerprint_of
 from lightning_tracin.bridge.looks import look_of
-from lightning_tracin.retraining.fits import Build, Fit, apart, built, fitted, memory_freed, require_fit
+from lightning_tracin.checked_numbers import whole_number, whole_numbers
+from lightning_tracin.retraining.fits import Build, Fit, apart, built, checked_fit, fitted, memory_freed
 from lightning_tracin.retraining.folder import Retraining, RetrainingFolder
 from lightning_tracin.retraining.held_out import held_out
 from lightning_tracin.retraining.observed import Observed
@@ -64,17 +65,14 @@ class Retrainings:
     def __init__(self, folder: str | Path, build: Build, test: Any, *, n_train: int, trainer: Fit) -> None:
         if not callable(build):
             raise TypeError(f"build must be a function of (indices, seed), but got {type(build).__name__}.")
-        if n_train < 2:
-            raise ValueError(f"n_train must be at least 2, but got {n_train}.")
-        require_fit(trainer)
+        self.n_train = whole_number("n_train", n_train, at_least=2)
+        self._fit = checked_fit(trainer)
         self.folder = RetrainingFolder(folder)
-        self.n_train = n_train
         self._build = build
-        self._fit = trainer
         self.held_out = held_out(test, lambda: self.built_on_few[1])
         self.n_test = len(self.held_out)
         self._observed = Observed(self.held_out)
-        self._task: dict[str, Any] = {"n_train": n_train, "n_test": self.n_test, "test": self.held_out.fingerprint}
+        self._task: dict[str, Any] = {"n_train": self.n_train, "n_test": self.n_test, "test": self.held_out.fingerprint}
 
     @cached_property
     def built_on_few(self) -> tuple[pl.LightningModule, DataLoader[Any]]:
@@ -97,7 +95,7 @@ class Retrainings:
             subsets: (m, n_train) or (n_train,) bool, True for the training examples that are kept.
             seeds: with each of which a fit is run on each subset.
         """
-        asked = _asked(checked_subsets(subsets, self.n_train), seeds)
+        asked = _asked(checked_subsets(subsets, self.n_train), _checked_seeds(seeds))
         return sum(not self.folder.has(each) for each in asked)
 
     def run(self, subsets: Tensor, seeds: Sequence[int] = (0,)) -> Outcomes:
@@ -117,7 +115,7 @@ class Retrainings:
             ValueError: if the folder holds retrainings of another task, if subsets are none of this training set, or if
                 what is trained on does not depend on the indices.
         """
-        subsets = checked_subsets(subsets, self.n_train)
+        subsets, seeds = checked_subsets(subsets, self.n_train), _checked_seeds(seeds)
         found = self.run_each(_asked(subsets, seeds))
         m = len(subsets)
         return Outcomes.of(subsets, seeds, [found[number::m] for number in range(m)])
@@ -220,15 +218,20 @@ class Retrainings:
 
 
 def _asked(subsets: Tensor, seeds: Sequence[int]) -> list[Retraining]:
-    """Each subset with the first seed, then with the second, and so on.
+    """Each subset with the first seed, then with the second, and so on."""
+    return [Retraining(kept, seed) for seed in seeds for kept in subsets]
+
+
+def _checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """Seeds as Python's own numbers.
 
     Raises:
         ValueError: if there is no seed, one occurs twice, or one is no seed.
     """
-    bad = [seed for seed in seeds if isinstance(seed, bool) or not 0 <= seed <= _LARGEST_SEED]
-    if bad or not len(seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be different whole numbers from 0 to {_LARGEST_SEED}, but got {list(seeds)}.")
-    return [Retraining(kept, seed) for seed in seeds for kept in subsets]
+    numbers = whole_numbers("seeds", seeds, 0, _LARGEST_SEED)
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"seeds must be different whole numbers from 0 to {_LARGEST_SEED}, but got {list(numbers)}.")
+    return numbers
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_tracin.checked_numbers import real_number, whole_number
+
 
 def random_halves(n_train: int, n: int, share: float = 0.5, seed: int = 0) -> Tensor:
     """Random parts of a training set, each of the same size, drawn without replacement.
@@ -23,7 +25,7 @@ def random_halves(n_train: int, n: int, share: float = 0.5, seed: int = 0) -> Te
         (n, n_train) bool, True for the examples that are kept.
 
     Raises:
-        ValueError: if there would be no part, or none or all of the examples in it.
+        ValueError: if a number is none of this kind, or if none or all of the examples would be in a part.
 
     Example:
         >>> halves = random_halves(6, 2)
@@ -32,9 +34,9 @@ def random_halves(n_train: int, n: int, share: float = 0.5, seed: int = 0) -> Te
         >>> bool((halves == random_halves(6, 5)[:2]).all())
         True
     """
+    n_train, n = whole_number("n_train", n_train, at_least=2), whole_number("n", n)
+    share, seed = real_number("share", share, above=0, below=1), whole_number("seed", seed, at_least=0)
     n_kept = round(share * n_train)
-    if n < 1:
-        raise ValueError(f"n must be at least 1, but got {n}.")
     if not 0 < n_kept < n_train:
         raise ValueError(
             f"A share of {share} of {n_train} training examples keeps {n_kept}; it must keep some and leave some out."
@@ -63,7 +65,11 @@ def without(n_train: int, indices: Sequence[int] | Tensor) -> Tensor:
         >>> without(5, [1, 3]).tolist()
         [True, False, True, False, True]
     """
-    left_out = torch.as_tensor(indices, dtype=torch.long).reshape(-1)
+    n_train = whole_number("n_train", n_train)
+    left_out = torch.as_tensor(indices).reshape(-1)
+    if len(left_out) and (left_out.dtype == torch.bool or left_out.is_floating_point() or left_out.is_complex()):
+        raise ValueError(f"indices must be whole numbers from 0 to {n_train - 1}, but got {indices!r}.")
+    left_out = left_out.long()
     bad = left_out[(left_out < 0) | (left_out >= n_train)]
     if len(bad):
         raise ValueError(f"There is no training example {int(bad[0])}; they are numbered from 0 to {n_train - 1}.")

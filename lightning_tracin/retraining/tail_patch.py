@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_tracin.bridge.compat import lightning_of
 from lightning_tracin.bridge.loaders import loader_of_batches
 from lightning_tracin.bridge.mixin import losses_of
+from lightning_tracin.checked_numbers import real_number
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.querying.passes import attribute_set
 from lightning_tracin.results.result import InfluenceResult
@@ -69,9 +70,10 @@ def tail_patch_gains(
     else:
         chosen = _checked_indices(train_indices, len(rows), result.n_train)
     checkpoints = trace.checkpoints
-    rate = (
-        sum(each.learning_rate for each in checkpoints) / len(checkpoints) if learning_rate is None else learning_rate
-    )
+    if learning_rate is None:
+        rate = sum(each.learning_rate for each in checkpoints) / len(checkpoints)
+    else:
+        rate = real_number("learning_rate", learning_rate)
     with apart():
         module, loader = built(build, list(range(result.n_train)), 0, result.n_train)
         check_training_set(trace, loader)

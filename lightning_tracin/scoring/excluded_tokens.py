@@ -37,10 +37,12 @@ class ExcludedTokens(tuple[int | str, ...]):
     def __new__(cls, asked: Any, ids: Iterable[int] | None = None) -> ExcludedTokens:
         """Check what is asked for."""
         try:
-            several = [asked] if isinstance(asked, str) else asked
+            several = [asked] if isinstance(asked, str) else list(asked)
             tokens = [each if isinstance(each, str) else index(each) for each in several]
         except TypeError as error:
             raise _refusal(asked) from error
+        if any(isinstance(each, bool) for each in several):
+            raise _refusal(asked)
         numbers = [token for token in tokens if isinstance(token, int)]
         found = numbers if len(numbers) == len(tokens) else ids
         if any(abs(token) >= _MOST for token in (*numbers, *(found or ()))) or "" in tokens:

@@ -7,15 +7,19 @@ prepared rows, so they add up to the score. A sum adds the scores of several suc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lightning_tracin.checked_numbers import (
+    pair_of_whole_numbers,
+    real_number,
+    real_numbers,
+    whole_number_or_none,
+)
 from lightning_tracin.gradients.factor_gradients import FactorGradients
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.sites import Site, last_site, words_site
@@ -33,7 +37,6 @@ Weights: TypeAlias = Literal["learning-rate", "equal", "residual"]
 LinearPrecondition: TypeAlias = Literal["adam", "kfac"] | None
 _Linear: TypeAlias = FactorGradients | MatrixGradients
 
-_MOST = 2**62  # Larger numbers do not fit into a tensor.
 _DAMPING = 0.1
 
 
@@ -123,8 +126,7 @@ class TracInWE:
 
     def __post_init__(self) -> None:
         _check_options(self, "adam")
-        fits = self.top_words is None or 1 <= self.top_words < _MOST
-        _require(fits, "top_words", "None or at least 1", self.top_words)
+        object.__setattr__(self, "top_words", whole_number_or_none("top_words", self.top_words))
         if not isinstance(self.exclude_tokens, ExcludedTokens):
             object.__setattr__(self, "exclude_tokens", ExcludedTokens(self.exclude_tokens))
 
@@ -205,11 +207,9 @@ class _AtLinearLayer:
 
     def __post_init__(self) -> None:
         _check_options(self, "adam", "kfac")
-        damping: Any = self.damping
-        fits = not isinstance(damping, bool) and isinstance(damping, (int, float)) and 0 < damping < math.inf
-        _require(fits, "damping", "a finite number above 0", damping)
-        object.__setattr__(self, "damping", float(damping))
-        object.__setattr__(self, "rank", _checked_rank(self.rank))
+        object.__setattr__(self, "damping", real_number("damping", self.damping, above=0))
+        if self.rank is not None:
+            object.__setattr__(self, "rank", pair_of_whole_numbers("rank", self.rank, "of inputs and of outputs"))
         if self.precondition != "kfac":
             _require(self.rank is None, "rank", 'None without precondition="kfac"', self.rank)
             _require(self.damping == _DAMPING, "damping", f'{_DAMPING} without precondition="kfac"', self.damping)
@@ -359,11 +359,10 @@ class TracInSum:
         n_words = sum(isinstance(each, TracInWE) for each in parts)
         _require(n_words < 2, "parts", "methods of which at most one is a TracInWE", self.parts)
         object.__setattr__(self, "parts", parts)
-        for name, kind, least in (("mix", "finite", -math.inf), ("scales", "positive", 0.0)):
+        for name, above in (("mix", None), ("scales", 0)):
             if getattr(self, name) is not None:
-                numbers = tuple(float(number) for number in getattr(self, name))
-                fit = len(numbers) == len(parts) and all(least < number < math.inf for number in numbers)
-                _require(fit, name, f"{len(parts)} {kind} numbers, one for each part", getattr(self, name))
+                numbers = real_numbers(name, getattr(self, name), above=above)
+                _require(len(numbers) == len(parts), name, f"{len(parts)} numbers, one for each part", numbers)
                 object.__setattr__(self, name, numbers)
 
     @property
@@ -405,15 +404,6 @@ def _check_options(method: TracInWE | _AtLinearLayer, *preconditions: str) -> No
     _require(method.precondition in (None, *preconditions), "precondition", listed, method.precondition)
     known = ("learning-rate", "equal", "residual")
     _require(method.weights in known, "weights", "'learning-rate', 'equal' or 'residual'", method.weights)
-
-
-def _checked_rank(rank: Any) -> tuple[int, int] | None:
-    """The numbers of components as a pair, also where they came as a list."""
-    numbers: tuple[Any, ...] = tuple(rank) if isinstance(rank, Sequence) else ()
-    counts = [int(each) for each in numbers if not isinstance(each, bool) and isinstance(each, Integral)]
-    fits = rank is None or (len(numbers) == len(counts) == 2 and all(1 <= each < _MOST for each in counts))
-    _require(fits, "rank", "None or a pair of whole numbers from 1 on, of inputs and of outputs", rank)
-    return None if rank is None else (counts[0], counts[1])
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

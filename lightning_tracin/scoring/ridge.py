@@ -5,10 +5,11 @@ The method as an object to ask by; what it computes stands in ``kernels.py`` and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+from lightning_tracin.checked_numbers import real_number, whole_number_or_none
 
 
 class _Summed(Protocol):
@@ -76,12 +77,9 @@ class TracInRidge:
             raise ValueError(f"TracInRidge mixes cosines, which need no scales, but got {self.method!r}.")
         if min(self._mix) < 0 or sum(self._mix) <= 0:
             raise ValueError(f"mix must have no number under 0, and one above, for TracInRidge, but got {self._mix}.")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha must be a finite number above 0, but got {self.alpha!r}.")
-        if not (math.isfinite(self.residual) and self.residual >= 0):
-            raise ValueError(f"residual must be a finite number, 0 or above, but got {self.residual!r}.")
-        if not (self.landmarks is None or (isinstance(self.landmarks, int) and self.landmarks >= 1)):
-            raise ValueError(f"landmarks must be None or a number of examples, at least 1, but got {self.landmarks!r}.")
+        object.__setattr__(self, "alpha", real_number("alpha", self.alpha, above=0))
+        object.__setattr__(self, "residual", real_number("residual", self.residual, at_least=0))
+        object.__setattr__(self, "landmarks", whole_number_or_none("landmarks", self.landmarks))
 
     @property
     def summands(self) -> tuple[Any, ...]:

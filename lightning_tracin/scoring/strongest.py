@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+
+from lightning_tracin.checked_numbers import whole_number
 
 
 class TopK(NamedTuple):
@@ -74,8 +75,7 @@ def clipped_k(k: Any, n_train: int) -> int:
     Raises:
         ValueError: if ``k`` is not a whole number of at least 1.
     """
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise ValueError(f"k must be a whole number of at least 1, but got {k!r}.")
-    if k > n_train:
-        rank_zero_warn(f"k={k} is larger than the training set: all {n_train} training examples are kept.")
-    return min(int(k), n_train)
+    wanted = whole_number("k", k)
+    if wanted > n_train:
+        rank_zero_warn(f"k={wanted} is larger than the training set: all {n_train} training examples are kept.")
+    return min(wanted, n_train)

@@ -110,11 +110,6 @@ def decode(kind: str, stored: Mapping[str, Tensor], rows: Tensor | slice, n_exam
     return block_type(n_examples=n_examples, **columns)
 
 
-def encoded_bytes(block: Ragged, dtype: Dtype) -> int:
-    """The number of bytes that a block's tensors take on disk, with directions of the given type."""
-    return sum(tensor.nbytes for tensor in encode(block.as_dtype(dtype)).values())
-
-
 def size_of_captured(gradients: Gradients) -> LayerSize:
     """How large the gradients of a few examples are, as they were captured: words, or factors."""
     columns = [gradients.deltas, gradients.inputs] if isinstance(gradients, FactorGradients) else [gradients.directions]

@@ -11,6 +11,7 @@ from still_fits import Still, build
 from torch.nn import functional
 from torch.utils.data import default_collate
 from toy import N_TEST, N_TRAIN, fitted, loader, quiet, test_texts, texts
+from training_examples import examples_of_training
 from transformers import BatchEncoding
 
 from lightning_tracin import TracInCallback, TracInMixin
@@ -89,7 +90,7 @@ def asked(path, form, kind=Formed, cache="checkpoint"):
     fit = fitted(path, module, loader(collate_fn=collate), cache=cache, trainer={"max_epochs": 1})
     result = fit.influence(loader(test_texts(), collate_fn=collate))
     explained = list(result.explanations(k=N_TRAIN))
-    trained = {index: each.label for index, each in result._train_examples(range(N_TRAIN)).items()}
+    trained = {index: each.label for index, each in examples_of_training(result, range(N_TRAIN)).items()}
     for each in explained:
         assert all(one.example.label == trained[one.example.index] for one in each.proponents)
     return [each.test.label for each in explained], [trained[index] for index in range(N_TRAIN)]

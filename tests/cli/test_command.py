@@ -176,7 +176,7 @@ def test_csv_reads_back_as_to_pandas(result, file, tmp_path, capsys):
     expected = result.to_pandas(4)
     expected["words"] = [words_in_a_line(words) for words in expected["words"]]
     exact = dict.fromkeys(("score", "share", "confidence"), float)  # pandas before 3 itself may miss the last digit
-    texts = dict.fromkeys(expected.columns.difference([*exact, "test_index", "rank", "train_index"]), str)
+    texts = dict.fromkeys(expected.columns.difference([*exact, "test_row", "test_index", "rank", "train_index"]), str)
     read = pd.read_csv(tmp_path / "pairs.csv", dtype=texts, converters=exact, keep_default_na=False)
     pd.testing.assert_frame_equal(read, expected, check_exact=True)
     assert run("export", file, "--csv", "-", "-k", 4) == 0
@@ -327,7 +327,7 @@ def test_what_is_no_result_is_told(tmp_path, file, capsys):
     cut = shutil.copy(file, tmp_path / "cut")
     truncated(cut, 500)
     assert "holds no InfluenceResult, or is damaged" in failed(capsys, "html", cut, "-o", tmp_path / "page.html")
-    assert "There are test examples 0 to 5, but got 9" in failed(capsys, "top", file, "--test", 9)
+    assert "rows 0 to 5 (test examples 0 to 5 of the data set), but got 9" in failed(capsys, "top", file, "--test", 9)
     assert "nowhere" in failed(capsys, "export", file, "--csv", tmp_path / "nowhere" / "pairs.csv")
 
 

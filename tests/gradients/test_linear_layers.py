@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from brute_force import relative_error, with_bias
+from stored_files import encoded_bytes
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,7 +16,7 @@ from lightning_tracin.gradients.linear_layers import as_matrix
 from lightning_tracin.gradients.matrix_gradients import MatrixGradients
 from lightning_tracin.gradients.sites import Site
 from lightning_tracin.scoring.methods import TracInLayer
-from lightning_tracin.storage.encoding import StorageOptions, encoded_bytes, size_of_captured
+from lightning_tracin.storage.encoding import StorageOptions, size_of_captured
 from lightning_tracin.storage.second_moments import SecondMoments
 from lightning_tracin.storage.sizes import LayerSize
 

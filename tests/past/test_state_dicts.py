@@ -291,7 +291,11 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, content, message):
             ValueError,
             "one for each of the 2 checkpoints, but got 1: state dict 0, state dict",
         ),
-        ({"learning_rates": [1.0, float("nan")]}, ValueError, "learning_rates must be a number, but got nan"),
+        (
+            {"learning_rates": [1.0, float("nan")]},
+            ValueError,
+            r"learning_rates\[1\] must be .* but got nan",
+        ),
         ({"checkpoints": [weights(1), STATE]}, ValueError, "state dict 0 do not tell which step"),
         (
             {"checkpoints": [{"state_dict": weights(seed), "global_step": 5} for seed in (1, 2)]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ FLOORS = (
     "parallel",
 )
 CORE = FLOORS[FLOORS.index("results") :]
+# Below it: numbers that users pass, which every folder checks alike.
+GROUND = "checked_numbers"
 # Beside the house: judges scores, whoever made them, and knows tensors alone.
 BESIDE = "metrics"
 MAY_JUDGE = ("retraining",)  # the folders that use it
@@ -55,12 +58,16 @@ def own_imports(path: Path) -> set[Path]:
 
 def test_every_file_lives_on_a_floor():
     assert {module.parts[0] for module in MODULES if len(module.parts) > 1} == {*FLOORS, BESIDE}
-    assert {module.name for module in MODULES if len(module.parts) == 1} == {"__init__", "__main__"}
+    assert {module.name for module in MODULES if len(module.parts) == 1} == {
+        "__init__",
+        "__main__",
+        GROUND,
+    }
 
 
 @pytest.mark.parametrize("floor", FLOORS)
 def test_imports_point_downwards(floor):
-    below = {*FLOORS[FLOORS.index(floor) :], BESIDE}
+    below = {*FLOORS[FLOORS.index(floor) :], BESIDE, GROUND}
     up = {
         f"{module} imports {each}"
         for module, path in MODULES.items()
@@ -83,11 +90,26 @@ def test_metrics_know_tensors_alone():
     for module, path in MODULES.items():
         if module.parts[0] != BESIDE:
             continue
-        assert {each.parts[0] for each in own_imports(path)} <= {BESIDE}
+        assert {each.parts[0] for each in own_imports(path)} <= {BESIDE, GROUND}
         others = {name.split(".")[0] for name in imported(path)} - sys.stdlib_module_names
         assert others <= {"lightning_tracin", "torch", "torchmetrics"}
         if module.parts[1] == "functional":
-            assert all(each.parts[1] == "functional" for each in own_imports(path))
+            assert all("functional" in each.parts for each in own_imports(path) if each.parts[0] == BESIDE)
+
+
+def test_the_ground_needs_no_package():
+    """Nothing that the command line loads before it must."""
+    assert {name.split(".")[0] for name in imported(MODULES[Path(GROUND)])} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_private_names_stay_at_home(module):
+    """But for the halves of a metric's function, between which its class keeps the state."""
+    halves = re.compile(rf"_{module.name}_(update|compute)")
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_tracin"):
+            private = {alias.name for alias in node.names if alias.name.startswith("_")}
+            assert not {name for name in private if module.parts[0] != BESIDE or not halves.fullmatch(name)}
 
 
 def test_only_those_who_judge_import_metrics():

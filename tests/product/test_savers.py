@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from random_gradients import random_words
+from stored_files import encoded_bytes
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import TracInCallback, TracInWE
 from lightning_tracin.gradients.sites import Site
-from lightning_tracin.storage.encoding import StorageOptions, encoded_bytes, size_of_captured
+from lightning_tracin.storage.encoding import StorageOptions, size_of_captured
 
 
 def recall_at_10(found, exact):

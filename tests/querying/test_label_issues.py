@@ -212,7 +212,7 @@ def test_only_the_checkpoints_that_are_asked_for_count(toy):
 
 
 def test_other_wrong_arguments(toy):
-    with pytest.raises(ValueError, match="n must be None or at least 0, but got -1"):
+    with pytest.raises(ValueError, match="n must be None or a whole number of at least 0, but got -1"):
         toy.label_issues(n=-1)
     with pytest.raises(ValueError, match="texts must have a text for each of 20 examples, but has 2"):
         toy.label_issues(texts=["a", "b"])

@@ -112,7 +112,8 @@ def test_one_loader_in_a_list_needs_no_name(toy, result, given):
 def test_they_are_named_wherever_examples_are_shown(result, tmp_path):
     rows = result.rows(2)
     assert {row["test_loader"] for row in rows} == set(NAMES)
-    assert all(row["test_loader"] == NAMES[row["test_index"] >= N_TEST] for row in rows)
+    assert all(row["test_loader"] == NAMES[row["test_row"] >= N_TEST] for row in rows)
+    assert all(row["test_index"] == row["test_row"] % N_TEST for row in rows)
     console = Console(width=80, record=True, file=io.StringIO())
     result.show(N_TEST + 2, console=console)
     assert "Test example 2 of sport, label" in console.export_text()

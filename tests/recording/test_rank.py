@@ -208,9 +208,9 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 8}, r"rank must be a pair of numbers from 1 on, .* but got 8"),
-        ({"rank": (8, 0)}, r"rank must be a pair of numbers from 1 on, .* but got \(8, 0\)"),
-        ({"rank": (8, 2.0)}, r"rank must be a pair of numbers from 1 on, .* but got \(8, 2.0\)"),
+        ({"rank": 8}, r"rank must be a pair of whole numbers of at least 1, .* but got 8"),
+        ({"rank": (8, 0)}, r"rank must be a pair of whole numbers of at least 1, .* but got \(8, 0\)"),
+        ({"rank": (8, 2.0)}, r"rank must be a pair of whole numbers of at least 1, .* but got \(8, 2.0\)"),
         ({"rank": (8, 2), "projection": (4, 4)}, r"rank=\(8, 2\) and projection=\(4, 4\) both make"),
         ({"rank": (8, 2), "cache": "training"}, 'cache="training" takes gradients as training goes on'),
     ],

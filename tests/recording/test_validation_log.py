@@ -44,6 +44,7 @@ def test_every_validation_is_logged_with_what_brute_force_says(tmp_path):
         losses, probabilities = at_checkpoint(trace, epoch)
         highest = losses.topk(2)
         assert examples_of(own) == [(0, index) for index in highest.indices.tolist()]
+        assert {(row["test_row"], row["test_index"]) for row in own} == set(enumerate(highest.indices.tolist()))
         for row in own:
             assert row["loss"] == pytest.approx(float(losses[row["test_index"]]), rel=1e-5)
             assert row["confidence"] == pytest.approx(float(probabilities[row["test_index"]].max()), rel=1e-5)
@@ -329,7 +330,7 @@ def test_log_examples_without_effect_says_so(tmp_path, options, message, warned)
         ({"log_examples": [1, -2]}, r"got \[1, -2\]"),
         ({"log_examples": []}, "must name each validation example once"),
         ({"log_examples": [3, 3]}, "must name each validation example once"),
-        ({"log_k": 0}, "log_k must be at least 1"),
+        ({"log_k": 0}, "log_k must be a whole number of at least 1"),
         ({"log_examples": 2, "cache": "on_demand"}, 'cache="on_demand" stores none'),
     ],
     ids=str,

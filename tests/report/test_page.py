@@ -273,6 +273,10 @@ def test_examples_of_several_loaders_are_named_by_them(browser, toy, tmp_path):
         page.fill("#search", "#1 of <b>")
         page.click("#row-7")
         assert page.inner_text("#detail h2") == "Test example 1 of <b>"
+        frame, names = result.to_pandas(K), ["test_row", "test_index"]
+        frame = frame.sort_values(["test_row", "role", "rank"], ascending=[True, False, True])
+        rows = downloaded(page, "#csv-all")
+        assert [[row[name] for name in names] for row in rows] == frame[names].astype(str).to_numpy().tolist()
         rows = downloaded(page, "#csv-all")
     assert list(rows[0]) == list(result.to_pandas(K).columns)
     names = [row["test_loader"].replace("=news", "'=news") for row in result.rows(K)]

@@ -15,6 +15,7 @@ from chromium import DESKTOP, PHONE, opened
 from contrasts import contrast
 from pages import HOSTILE, Table, data_of, example, explanation, hostile_page, issues_of, number, page_of, shown
 from toy import N_TRAIN, fitted, loader, test_texts
+from training_examples import examples_of_training
 
 from lightning_tracin import InfluenceResult, TracInLast
 from lightning_tracin.report.explanation import Example, Influential, Word
@@ -63,7 +64,7 @@ def test_the_page_holds_each_training_example_and_each_word_once(path, result):
     assert len(data["train"]) == N_TRAIN  # all are suspects
     assert len({json.dumps(word) for word in data["vocabulary"]}) == len(data["vocabulary"])
     for index, (label, words, _) in data["train"].items():
-        mine = result._train_examples([int(index)])[int(index)]
+        mine = examples_of_training(result, [int(index)])[int(index)]
         assert (label, [data["vocabulary"][word][0] for word in words]) == (mine.label, [w.text for w in mine.words])
 
 

@@ -223,9 +223,9 @@ def test_the_last_layer_has_no_words_but_all_other_charts(toy):
         ({"kind": "labels", "test_index": 0, "train_index": 1}, ValueError, "train_index goes with"),
         ({"kind": "words", "train_index": 1}, ValueError, "train_index goes with"),
         ({"kind": "self_influence", "test_index": 1}, ValueError, "leave out test_index"),
-        ({"test_index": N_TEST}, IndexError, f"test examples 0 to {N_TEST - 1}, but got {N_TEST}"),
+        ({"test_index": N_TEST}, IndexError, f"rows 0 to {N_TEST - 1} .*, but got {N_TEST}"),
         ({"kind": "words", "test_index": 0, "train_index": N_TRAIN}, IndexError, "training examples 0 to"),
-        ({"kind": "labels", "k": 0}, ValueError, "k must be at least 1, but got 0"),
+        ({"kind": "labels", "k": 0}, ValueError, "k must be a whole number of at least 1, but got 0"),
     ],
 )
 def test_arguments_that_do_not_go_together(result, arguments, error, message):

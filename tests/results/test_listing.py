@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from spelled_fits import TEST, TOKENS, TRAIN, batches, spelled
 from toy import Toy, fitted, loader, test_texts, texts
+from training_examples import examples_of_training
 
 from lightning_tracin import InfluenceResult, TracInLast, TracInWE
 from lightning_tracin.results.listing import TextKeys, listed
@@ -155,7 +156,7 @@ def test_the_word_table_marks_common_words_and_leaves_them_in_their_places(resul
     strengths = table.values.abs().sum((1, 2)).tolist()
     assert strengths == sorted(strengths, reverse=True)
     common = set(result.common_tokens.tolist())
-    examples = result._train_examples(range(len(REPEATED))).values()
+    examples = examples_of_training(result, range(len(REPEATED))).values()
     expected = {
         word.text for each in examples for word in each.words if all(each.ids[place] in common for place in word.places)
     }

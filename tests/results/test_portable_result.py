@@ -203,7 +203,7 @@ def test_scores_alone_take_no_more_than_they_did(toy, tmp_path):
     sizes = [result.save(tmp_path / f"{k}.safetensors", k=k).stat().st_size for k in (0, 2, 20)]
     assert sizes == sorted(sizes)
     assert InfluenceResult.load(tmp_path / "0.safetensors").excerpt is None
-    with pytest.raises(ValueError, match="k must be at least 0, but got -1"):
+    with pytest.raises(ValueError, match="k must be a whole number of at least 0, but got -1"):
         result.save(tmp_path / "result.safetensors", k=-1)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 
 import pytest
@@ -255,7 +256,7 @@ def test_indices_beyond_the_data(result, pair):
 
 @pytest.mark.parametrize("test_index", [N_TEST, -1])
 def test_showing_a_test_example_that_there_is_not(result, test_index):
-    with pytest.raises(IndexError, match=f"test examples 0 to {N_TEST - 1}, but got {test_index}"):
+    with pytest.raises(IndexError, match=f"rows 0 to {N_TEST - 1} .*, but got {test_index}"):
         result.show(test_index)
 
 
@@ -264,7 +265,15 @@ def test_rows_of_a_few_test_examples_are_titled_by_their_index(toy):
     printed = str(result)
     assert "Test example 2, label" in printed
     assert "Test example 5, label" in printed
+    assert [int(row) for row in re.findall(r"row (\d)", printed)] == [0, 1]
+    assert "row" not in str(toy.influence(loader(test_texts(), sampler=[0, 1])))  # the index says it
     assert "more test example" not in printed
+    frame = result.to_pandas(2)
+    assert set(zip(frame.test_row, frame.test_index, strict=True)) == {(0, 2), (1, 5)}
+    assert result.test_indices[frame.test_row.tolist()].tolist() == frame.test_index.tolist()
+    texts_of = {each.test.index: each.test.text for each in toy.influence(loader(test_texts())).explanations()}
+    assert frame.test_text.tolist() == [texts_of[index] for index in frame.test_index]
+    assert "3 more test examples: result.show(row), row up to 5" in str(toy.influence(loader(test_texts())))
     assert "k=2" in repr(toy.influence(loader(test_texts()), k=2))
 
 

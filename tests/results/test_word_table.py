@@ -13,6 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader, Dataset
 from toy import N_TRAIN, VOCABULARY, Toy, fitted, loader, test_texts, texts
+from training_examples import examples_of_training
 from transformers import PreTrainedTokenizerFast
 
 from lightning_tracin import InfluenceResult, TracInCallback, TracInLast, TracInWE, Trainer
@@ -63,7 +64,7 @@ def by_class_and_label(result, train_labels) -> torch.Tensor:
 def word_sums(result, train_labels) -> dict[tuple[str, str, str], float]:
     """The terms of the whole words of all pairs, summed by word, class and label."""
     evidence = Evidence.require(result)
-    examples = result._train_examples(range(len(train_labels)))
+    examples = examples_of_training(result, range(len(train_labels)))
     sums: dict[tuple[str, str, str], float] = defaultdict(float)
     for row, said in enumerate(result.predictions[:, 0].long().tolist()):
         for index, terms in evidence.terms_of_pairs({row: range(len(train_labels))})[row].items():
@@ -124,7 +125,7 @@ def test_the_strongest_come_first_and_the_others_are_counted(result):
 
 def test_counts_of_training_examples_are_those_of_the_texts(result):
     counted: Counter[tuple[str, str]] = Counter()
-    for example in result._train_examples(range(N_TRAIN)).values():
+    for example in examples_of_training(result, range(N_TRAIN)).values():
         counted.update({(word.text, example.label) for word in example.words})
     table = result.word_table(n=None)
     for word, counts in zip(table.words, table.examples.tolist(), strict=True):
@@ -231,7 +232,7 @@ def test_without_predictions_the_classes_are_the_test_labels_and_without_those_a
 def test_what_has_no_words(toy, tmp_path):
     with pytest.raises(ValueError, match="no word terms"):
         toy.influence(loader(test_texts()), method=TracInLast()).word_table()
-    with pytest.raises(ValueError, match="n must be None or at least 1, but got 0"):
+    with pytest.raises(ValueError, match="n must be None or a whole number of at least 1, but got 0"):
         toy.influence(loader(test_texts())).word_table(n=0)
     result = fitted(tmp_path / "trace").influence(loader(test_texts()))
     shutil.rmtree(tmp_path / "trace")

@@ -221,12 +221,17 @@ def test_tables_and_charts():
     ("options", "message"),
     [
         ({"question": "why"}, "question must be 'explain' or 'weigh'"),
-        ({"question": "weigh", "retrainings": 3}, "retrainings must be at least 4"),
-        ({"retrainings": 1}, "retrainings must be at least 2"),
+        (
+            {"question": "weigh", "retrainings": 3},
+            "retrainings must be a whole number of at least 4 to weigh, where 8",
+        ),
+        ({"retrainings": 1}, "retrainings must be a whole number of at least 2"),
+        ({"retrainings": 8.5}, "retrainings must be .* but got 8.5"),
+        ({"k": True}, "k must be a whole number from 1 to 55, as 56 examples were trained on, but got True"),
         ({"methods": []}, "no candidate methods"),
-        ({"k": 99, "methods": [TracInWE()]}, "k must be from 1 to 55"),
+        ({"k": 99, "methods": [TracInWE()]}, "k must be a whole number from 1 to 55"),
     ],
-    ids=["question", "weigh", "explain", "methods", "k"],
+    ids=["question", "weigh", "explain", "part", "truth", "methods", "k"],
 )
 @few
 def test_wrong_questions_are_refused(planted_fit, options, message):

@@ -6,6 +6,7 @@ import io
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import planted
 import pytest
 import pytorch_lightning as pl
@@ -15,7 +16,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from toy import quiet
 
-from lightning_tracin import InfluenceResult, Trace, TracInCallback
+from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInWE
 from lightning_tracin.retraining import does_it_matter, tail_patch_gains
 from lightning_tracin.retraining.removal_effect import RemovalEffect
 from lightning_tracin.retraining.removals import Removals
@@ -166,6 +167,66 @@ def test_tables_and_charts(effect):
     assert len(ax.get_legend().get_texts()) == 4
 
 
+def few_tests() -> DataLoader:
+    """Test examples 1 and 3, which are rows 0 and 1 of their result."""
+    return DataLoader(TEST, batch_size=2, sampler=[3, 1])
+
+
+@pytest.fixture(scope="module")
+def result_of_few(planted_fit):
+    return planted_fit.influence(few_tests(), method=TracInWE(normalize="cosine"))
+
+
+def test_tables_of_some_test_examples_join(result_of_few, effect, tmp_path):
+    """By the row, by the index in the data set, and by all columns that both have; each pair is of one test example."""
+    pd = pytest.importorskip("pandas")
+    options = {"against": ["random"], "folder": tmp_path}
+    pairs = result_of_few.to_pandas(COPIES)
+    of_both = does_it_matter(result_of_few, build, few_tests(), COPIES, SEEDS, **options).to_pandas()
+    of_second = does_it_matter(result_of_few, build, few_tests(), COPIES, SEEDS, test_indices=[1], **options)
+    for keys in (["test_row", "test_index"], ["test_row"], ["test_index"], None):
+        joined = pd.merge(pairs, of_both, on=keys)
+        assert len(joined) == len(pairs) * 2 * SEEDS  # each pair with what was left out, and each seed
+        joined = pd.merge(pairs, of_second.to_pandas(), on=["test_row", "test_index"] if keys is None else keys)
+        assert len(joined) == (pairs.test_row == 1).sum() * 2 * SEEDS
+        target = joined["target" if "target" in joined else "target_y"]
+        assert set(joined.test_label) == set(target) == {"yes"}  # the label of test example 3
+        before = joined[joined.seed == 1].before.unique()
+        assert before == pytest.approx([float(effect.before[3, 1])], abs=1e-6)  # of the result of all test examples
+    assert set(zip(of_both.test_row, of_both.test_index, strict=True)) == {(0, 1), (1, 3)}
+    assert set(zip(pairs.test_row, pairs.test_index, strict=True)) == {(0, 1), (1, 3)}
+
+
+def test_rows_that_there_are_not_are_told_with_the_test_examples(result_of_few, effect):
+    there = r"rows 0 to 1 \(test examples 1, 3 of the data set\), but got 3"
+    words, explanations = (lambda row: result_of_few.words(row, 0)), (lambda row: result_of_few.explanations([row]))
+    for ask in (result_of_few.show, words, explanations):
+        with pytest.raises(IndexError, match=there):
+            ask(3)
+    for ask in (does_it_matter, tail_patch_gains):
+        with pytest.raises(ValueError, match=rf"test_indices must be rows of the result\. There are {there}"):
+            ask(result_of_few, build, few_tests(), 2, test_indices=[1, 3])
+    for ask in (effect.sentence, effect.change):
+        with pytest.raises(IndexError, match=r"rows 0 to 3 \(test examples 0 to 3 of the data set\), but got 4"):
+            ask(4)
+
+
+def test_other_test_examples_are_told_by_index_and_row(result_of_few):
+    others = DataLoader(TensorDataset(TEST.tensors[0], 1 - TEST.tensors[1]), sampler=[1, 3])
+    with pytest.raises(ValueError, match=r"test example 1 \(row 0 of the result\) has the label 0 here, and 1 there"):
+        does_it_matter(result_of_few, build, others, 2, 2)
+
+
+def test_numbers_of_numpy_are_as_good(planted_result, effect, folder):
+    counted = Counted()
+    rows = np.array([2])
+    options = {"test_indices": rows, "against": ["random"], "trainer": np.int64(EPOCHS), "folder": folder}
+    again = does_it_matter(planted_result, counted, planted.test_loader(), np.int64(COPIES), np.int64(SEEDS), **options)
+    assert counted.n == 2  # to look at: the fits are those of plain numbers
+    assert torch.equal(again.changes["random"], effect.changes["random"][[2]])
+    assert (repr(again.k), repr(again.seeds)) == (str(COPIES), str(tuple(range(SEEDS))))
+
+
 def test_what_was_run_is_not_run_again(effect, planted_result, folder):
     counted = Counted()
     again = does_it_matter(
@@ -309,11 +370,19 @@ def test_where_no_class_is_said_the_loss_is_measured(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": len(TRAIN)}, "k must be from 1 to 55, as 56 examples were trained on"),
-        ({"k": 0}, "k must be from 1"),
-        ({"seeds": 1}, "seeds must be at least 2"),
+        ({"k": len(TRAIN)}, "k must be a whole number from 1 to 55, as 56 examples were trained on"),
+        ({"k": 0}, "k must be a whole number from 1"),
+        ({"k": 2.5}, "k must be a whole number from 1 to 55, as 56 examples were trained on, but got 2.5"),
+        ({"seeds": 2.5}, "seeds must be a whole number of at least 2, .* but got 2.5"),
+        ({"trainer": 0}, "trainer must be a number of epochs of at least 1, but got 0"),
+        ({"test_indices": [1.5]}, r"rows of the result. .* but got 1\.5"),
+        ({"test_indices": [True]}, "rows of the result. .* but got True"),
+        ({"seeds": 1}, "seeds must be a whole number of at least 2, as one says nothing of chance"),
         ({"against": ["nothing"]}, "against must be of 'random'"),
-        ({"test_indices": [9]}, "rows of the result, from 0 to 3, but got 9"),
+        (
+            {"test_indices": [9]},
+            r"rows of the result. .* 0 to 3 \(test examples 0 to 3 .*\), but got 9",
+        ),
         ({"test_indices": []}, "test_indices is empty"),
         ({"test": DataLoader(Subset(TEST, [0, 1]))}, "test has 2 examples"),
         (
@@ -321,7 +390,10 @@ def test_where_no_class_is_said_the_loss_is_measured(tmp_path):
             "test example 0 has the label 1 here, and 0 there",
         ),
     ],
-    ids=["all", "none", "one-seed", "against", "row", "no-row", "fewer-tests", "other-tests"],
+    ids=[
+        *("all", "none", "part", "half-seed", "no-epochs", "half-row", "truth", "one-seed"),
+        *("against", "row", "no-row", "fewer-tests", "other-tests"),
+    ],
 )
 def test_wrong_questions_are_refused(planted_result, options, message):
     test = options.pop("test", planted.test_loader())
@@ -467,6 +539,9 @@ def test_tail_patch_refuses_what_are_no_training_examples(planted_result, asked,
 def test_tail_patch_needs_the_weights(planted_result):
     with pytest.raises(ValueError, match="The trace that the result was computed from is not there"):
         tail_patch_gains(replace(planted_result, trace=None), build, planted.test_loader())
+    for rate in ("high", float("nan"), True):
+        with pytest.raises(ValueError, match=f"learning_rate must be a finite number, but got {rate!r}"):
+            tail_patch_gains(planted_result, build, planted.test_loader(), learning_rate=rate)
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -52,6 +52,13 @@ def test_a_retraining_is_the_fit_by_hand(tmp_path):
             assert torch.equal(found.log_probabilities[row, column], logits.log_softmax(1))
 
 
+def test_numbers_of_numpy_are_as_good(tmp_path):
+    found = retrainings(tmp_path, n_train=np.int64(N_TRAIN), trainer=np.int64(EPOCHS)).run(HALVES[:1], np.array([3]))
+    again = retrainings(tmp_path, Build(stop_at=0)).run(HALVES[:1], (3,))  # nothing is built to be fitted
+    assert torch.equal(found.losses, again.losses)
+    assert repr(found.seeds) == repr(stored_outcomes(tmp_path, np.array([3])).seeds) == "(3,)"
+
+
 def test_what_is_there_is_not_run_again(tmp_path):
     broken_off = Build(stop_at=3)  # one to look at, and two fits
     with pytest.raises(KeyboardInterrupt):
@@ -300,13 +307,15 @@ def test_an_error_of_build_itself_is_not_hidden(tmp_path):
     ("options", "error", "message"),
     [
         ({"build": "text"}, TypeError, "build must be a function"),
-        ({"n_train": 1}, ValueError, "n_train must be at least 2"),
-        ({"trainer": 0}, ValueError, "number of epochs of at least 1"),
+        ({"n_train": 1}, ValueError, "n_train must be a whole number of at least 2"),
+        ({"n_train": 20.0}, ValueError, "n_train must be a whole number of at least 2, but got 20.0"),
+        ({"trainer": 0}, ValueError, "trainer must be a number of epochs of at least 1, but got 0"),
+        ({"trainer": 1.5}, TypeError, "trainer must be a number of epochs, or a function .*, but got float"),
         ({"trainer": quiet()}, TypeError, "a function that makes a new trainer"),
         ({"test": []}, ValueError, "is empty"),
         ({"test": "text"}, TypeError, "must come, with their labels"),
     ],
-    ids=["build", "n-train", "epochs", "trainer", "empty", "text"],
+    ids=["build", "n-train", "part", "epochs", "half-epochs", "trainer", "empty", "text"],
 )
 def test_wrong_arguments_are_refused(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
@@ -321,9 +330,10 @@ def test_wrong_arguments_are_refused(tmp_path, options, error, message):
         (HALVES & False, (0,), "keeps no example"),
         (HALVES, (), "seeds must be different"),
         (HALVES, (1, 1), "seeds must be different"),
-        (HALVES, (-1,), "from 0 to 4294967295"),
+        (HALVES, (-1,), r"seeds\[0\] must be a whole number from 0 to 4294967295"),
+        (HALVES, (0, 1.5), r"seeds\[1\] must be a whole number from 0 to 4294967295, but got 1\.5"),
     ],
-    ids=["other-set", "numbers", "none-kept", "no-seed", "twice", "negative"],
+    ids=["other-set", "numbers", "none-kept", "no-seed", "twice", "negative", "half"],
 )
 def test_wrong_subsets_are_refused(tmp_path, subsets, seeds, message):
     with pytest.raises(ValueError, match=message):
@@ -439,7 +449,7 @@ def test_halves_are_random_parts_of_one_size():
     assert 0.1 < halves.float().mean(0).mean() < 0.4
     assert not torch.equal(halves, random_halves(100, 30, share=0.25, seed=1))
     for wrong in ({"n": 0}, {"n": 1, "share": 1.0}, {"n": 1, "share": 0.0}):
-        with pytest.raises(ValueError, match=r"must be at least 1|must keep some"):
+        with pytest.raises(ValueError, match=r"n must be a whole number|share must be a finite number"):
             random_halves(100, **wrong)
 
 

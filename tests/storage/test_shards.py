@@ -7,11 +7,10 @@ import torch
 from random_gradients import dense, random_linear, random_words
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from stored_files import flipped, truncated
+from stored_files import encoded_bytes, flipped, truncated
 
 from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.storage import files
-from lightning_tracin.storage.encoding import encoded_bytes
 from lightning_tracin.storage.shards import Shards, ShardWriter
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_tracin.metrics.functional.checks import check_count, check_share
+from lightning_tracin.checked_numbers import real_number, whole_number
 
 
 class Interval(NamedTuple):
@@ -23,14 +23,28 @@ class Interval(NamedTuple):
     high: Tensor
 
 
-def check_bootstrap(level: float, resamples: int) -> None:
-    """Refuses an interval that cannot be made.
+class Bootstrap(NamedTuple):
+    """How an interval is made.
+
+    Attributes:
+        level: how often it should hold the truth.
+        resamples: how many times rows are drawn.
+        seed: of the generator that draws them.
+    """
+
+    level: float
+    resamples: int
+    seed: int
+
+
+def checked_bootstrap(level: float, resamples: int, seed: int) -> Bootstrap:
+    """The options of an interval.
 
     Raises:
-        ValueError: ``level`` is not between 0 and 1, or ``resamples`` is not 1 or more.
+        ValueError: ``level`` is not between 0 and 1, ``resamples`` not 1 or more, or ``seed`` not 0 or more.
     """
-    check_share("level", level)
-    check_count("resamples", resamples)
+    level = real_number("level", level, above=0, below=1)
+    return Bootstrap(level, whole_number("resamples", resamples), whole_number("seed", seed, at_least=0))
 
 
 def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
@@ -49,7 +63,7 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 200
         seed: of the generator that draws them; no other is touched.
 
     Raises:
-        ValueError: ``level`` is not between 0 and 1, or ``resamples`` is not 1 or more.
+        ValueError: ``level`` is not between 0 and 1, ``resamples`` not 1 or more, or ``seed`` not 0 or more.
 
     Returns:
         The ends, (c,) each, float32; NaN of a single value, which says nothing of others.
@@ -58,7 +72,7 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 200
         >>> bootstrap_interval(torch.arange(20.0).unsqueeze(1))
         Interval(low=tensor([6.8500]), high=tensor([12.1500]))
     """
-    check_bootstrap(level, resamples)
+    level, resamples, seed = checked_bootstrap(level, resamples, seed)
     values = values.unsqueeze(1) if values.ndim == 2 else values
     n, s, _ = values.shape
     generator = torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.metrics.functional.bootstrap import Interval, bootstrap_interval
-from lightning_tracin.metrics.functional.checks import check_ks, check_length, check_whole
+from lightning_tracin.metrics.functional.checks import check_length, check_whole, growing_ks
 
 
 class BrittlenessResult(NamedTuple):
@@ -79,5 +79,5 @@ def brittleness(
         >>> result.smallest, result.share
         (tensor([40., 20.,  0., inf]), tensor([0.2500, 0.5000, 0.7500]))
     """
-    check_ks(ks, least=0)
+    ks = growing_ks(ks, least=0)
     return _brittleness_compute(_brittleness_update(predictions, reference, ks), ks, level, resamples, seed)

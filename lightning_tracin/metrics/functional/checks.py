@@ -8,6 +8,8 @@ from itertools import pairwise
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
+from lightning_tracin.checked_numbers import whole_numbers
+
 
 def check_finite(name: str, values: Tensor, shape: str, dims: tuple[int, ...]) -> None:
     """Refuses what is no tensor of finite floating-point numbers with the dimensions asked for.
@@ -79,38 +81,16 @@ def check_length(name: str, found: int, expected: int, of: str) -> None:
         raise ValueError(f"Argument `{name}` expected to have the {expected} {of}, but got {found}.")
 
 
-def check_count(name: str, count: int, least: int = 1, most: int | None = None) -> None:
-    """Refuses a number that is not whole, or below or above what it may be.
+def growing_ks(ks: Sequence[int], least: int = 1) -> tuple[int, ...]:
+    """Numbers of removed examples.
 
     Raises:
-        ValueError: it is.
+        ValueError: there are none, one is no whole number of at least ``least``, or they do not grow.
     """
-    is_whole = isinstance(count, int) and not isinstance(count, bool)
-    if not is_whole or count < least or (most is not None and count > most):
-        bound = f"{least} or more" if most is None else f"from {least} to {most}"
-        raise ValueError(f"Argument `{name}` expected to be a whole number, {bound}, but got {count}.")
-
-
-def check_ks(ks: Sequence[int], least: int = 1) -> None:
-    """Refuses numbers of removed examples that are not whole, or do not grow.
-
-    Raises:
-        ValueError: they are.
-    """
-    for k in ks:
-        check_count("ks", k, least)
-    if not ks or any(later <= k for k, later in pairwise(ks)):
-        raise ValueError(f"Argument `ks` expected to be growing numbers of removed examples, but got {list(ks)}.")
-
-
-def check_share(name: str, share: float) -> None:
-    """Refuses what is not between 0 and 1.
-
-    Raises:
-        ValueError: it is.
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"Argument `{name}` expected to be between 0 and 1, but got {share}.")
+    numbers = whole_numbers("ks", ks, least)
+    if not numbers or any(later <= k for k, later in pairwise(numbers)):
+        raise ValueError(f"Argument `ks` expected to be growing numbers of removed examples, but got {list(numbers)}.")
+    return numbers
 
 
 def warn_of_constant(name: str, is_constant: Tensor, over: str, then: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.metrics.functional.bootstrap import Interval, bootstrap_interval
-from lightning_tracin.metrics.functional.checks import check_finite, check_ks, check_length
+from lightning_tracin.metrics.functional.checks import check_finite, check_length, growing_ks
 from lightning_tracin.metrics.functional.correlations import precise
 
 
@@ -85,5 +85,5 @@ def deletion_curve(
         >>> result.interval
         Interval(low=tensor(-0.2500), high=tensor(-0.0500))
     """
-    check_ks(ks)
+    ks = growing_ks(ks)
     return _deletion_curve_compute(_deletion_curve_update(changes, ks), level, resamples, seed)

@@ -54,7 +54,7 @@ class LDSResult(NamedTuple):
     leave_one_out: Tensor
 
 
-def _check_subsets(subsets: Tensor, within: Tensor | None) -> None:
+def check_subsets(subsets: Tensor, within: Tensor | None) -> None:
     """Refuses what are no subsets, and classes that are not those of the training examples."""
     check_mask("subsets", subsets, "(m, n_train)", (2,))
     if within is not None:
@@ -79,7 +79,7 @@ def _linear_datamodeling_score_update(scores: Tensor, subsets: Tensor, outputs: 
     return precise(scores) @ precise(subsets).T, precise(outputs).permute(2, 1, 0)
 
 
-def _class_counts(subsets: Tensor, within: Tensor) -> Tensor:
+def class_counts(subsets: Tensor, within: Tensor) -> Tensor:
     """How many examples (m, classes) of each class a subset has."""
     is_of_class = within.unsqueeze(1) == torch.unique(within)
     return precise(subsets) @ precise(is_of_class)
@@ -197,10 +197,10 @@ def linear_datamodeling_score(
         >>> result.reliability, result.ceiling
         (tensor(0.6008), tensor(0.8664))
     """
-    _check_subsets(subsets, within)
+    check_subsets(subsets, within)
     predicted, actual = _linear_datamodeling_score_update(scores, subsets, outputs)
     return _linear_datamodeling_score_compute(
-        predicted, actual, None if within is None else _class_counts(subsets, within)
+        predicted, actual, None if within is None else class_counts(subsets, within)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_tracin.metrics.functional.checks import check_share
+from lightning_tracin.checked_numbers import real_number
 from lightning_tracin.metrics.functional.mislabel_detection_auroc import check_suspicion, check_tells
 from lightning_tracin.metrics.functional.mislabel_detection_curve import found_by_inspecting
 
@@ -36,6 +36,6 @@ def noise_detection_rate(values: Tensor, mislabelled: Tensor, at: float = 0.2) -
         >>> noise_detection_rate(values, torch.tensor([False, True, False, False, True]), at=0.4)
         tensor(0.5000)
     """
-    check_share("at", at)
+    at = real_number("at", at, above=0, below=1)
     check_suspicion(values, mislabelled)
     return _noise_detection_rate_compute(values, mislabelled, at)

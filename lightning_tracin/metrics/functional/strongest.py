@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_tracin.metrics.functional.checks import check_count, check_finite, warn_of_constant
+from lightning_tracin.checked_numbers import whole_number
+from lightning_tracin.metrics.functional.checks import check_finite, warn_of_constant
 
 
 def strongest(scores: Tensor, k: int) -> Tensor:
@@ -24,7 +25,7 @@ def strongest(scores: Tensor, k: int) -> Tensor:
                 [0]])
     """
     check_finite("scores", scores, "(n_test, n_train)", (2,))
-    check_count("k", k, most=scores.shape[1])
+    k = whole_number("k", k, at_most=scores.shape[1])
     is_constant = scores.amax(1) == scores.amin(1)
     if scores.shape[1] > 1:
         warn_of_constant("scores", is_constant, "training examples", "the first ones are taken for the strongest")
