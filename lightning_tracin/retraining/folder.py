@@ -4,7 +4,7 @@
 
     retrainings.json      format, n_train, n_test, and what the training set, the test set and the module are known by
     <key>.safetensors     kept (n_train,) uint8, losses (n_test,), log_probabilities (n_test, n_classes) if there are
-                          classes; the seed, and a checksum of all that, in its metadata
+                          classes; the seed, a checksum of all that, and a hash of the fit's weights, in its metadata
     <key>.lock            while a process runs that retraining
 
 Files appear whole, so that a process that is killed loses the retraining that it was at, and nothing else.
@@ -138,7 +138,9 @@ class RetrainingFolder:
         if outcome.log_probabilities is not None:
             tensors["log_probabilities"] = outcome.log_probabilities
         seed = str(retraining.seed)
-        write_tensors(self._file(retraining), tensors, {"seed": seed, "content": hash_of_tensors(tensors, seed)})
+        metadata = {"seed": seed, "content": hash_of_tensors(tensors, seed)}
+        metadata |= {} if outcome.weights is None else {"weights": outcome.weights}
+        write_tensors(self._file(retraining), tensors, metadata)
 
     def read(self, retraining: Retraining) -> Outcome:
         """What a retraining gave.
@@ -201,9 +203,10 @@ class RetrainingFolder:
         seed = metadata.get("seed", "")
         if metadata.get("content") != hash_of_tensors(tensors, seed) or not seed.isdecimal():
             raise ValueError(f"{path} is damaged: its content is not what was written. Remove it, and run it again.")
+        said = tensors["log_probabilities"].clone() if len(tensors) > 2 else None
         return (
             Retraining(tensors["kept"].bool(), int(seed)),
-            Outcome(tensors["losses"].clone(), tensors["log_probabilities"].clone() if len(tensors) > 2 else None),
+            Outcome(tensors["losses"].clone(), said, metadata.get("weights")),
         )
 
 

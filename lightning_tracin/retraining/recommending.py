@@ -18,7 +18,7 @@ from lightning_tracin.metrics.functional.linear_datamodeling_score import FEWEST
 from lightning_tracin.querying.influence import influence
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.retraining.candidates import baseline_scores, candidate_methods
-from lightning_tracin.retraining.checks import checked_rows, epochs_of
+from lightning_tracin.retraining.checks import checked_rows, epochs_of, require_proponents
 from lightning_tracin.retraining.fits import QUIET, Build, Fit, apart
 from lightning_tracin.retraining.folder import Retraining
 from lightning_tracin.retraining.recommendation import Measured, Question, Recommendation, described
@@ -27,6 +27,7 @@ from lightning_tracin.retraining.retrainings import Retrainings
 from lightning_tracin.retraining.subsets import random_halves, without
 from lightning_tracin.retraining.targets import quantity_of, values_of
 from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.naming import method_of
 from lightning_tracin.storage.trace import Trace
 
 _SEEDS = 2  # of "explain": half of the test examples are looked at with each
@@ -39,7 +40,7 @@ def recommend(
     question: Question = "explain",
     retrainings: int = 8,
     *,
-    methods: Mapping[str, Method] | Sequence[Method] | None = None,
+    methods: Mapping[str, Method] | Sequence[Method] | Method | None = None,
     k: int = 20,
     test_indices: Sequence[int] | None = None,
     trainer: Fit | None = None,
@@ -71,7 +72,7 @@ def recommend(
         question: what scores are wanted for.
         retrainings: "explain": how many test examples are looked at, each with a retraining for each method; "weigh":
             how many halves.
-        methods: the candidates, by name or in a list; by default those that make sense for what the trace has.
+        methods: the candidates, by name, in a list, or one; by default those that make sense for what the trace has.
         k: of "explain", how many proponents are removed.
         test_indices: of "explain", which test examples; by default some at random.
         trainer: a number of epochs, for a quiet trainer on one device; or a function that makes a new trainer for each
@@ -100,13 +101,16 @@ def recommend(
         return _explained(runs, results, k, _chosen_rows(results, retrainings, test_indices))
 
 
-def _named(methods: Mapping[str, Method] | Sequence[Method]) -> dict[str, Method]:
-    """Candidates by name.
+def _named(methods: Any) -> dict[str, Method]:
+    """Candidates by name; one may come by itself.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or one is no method.
     """
-    named = dict(methods) if isinstance(methods, Mapping) else {str(method): method for method in methods}
+    several = [methods] if hasattr(methods, "summands") or isinstance(methods, str) else methods
+    named: dict[str, Method] = dict(several) if isinstance(several, Mapping) else {str(each): each for each in several}
+    for method in named.values():
+        method_of(method)  # before anything is computed
     if not named:
         raise ValueError("There are no candidate methods to choose from: pass some as methods=[...].")
     return named
@@ -177,6 +181,8 @@ def _explained(runs: Retrainings, results: Mapping[str, InfluenceResult], k: int
     first = next(iter(results.values()))
     if not 1 <= k < first.n_train - len(first.undrawn):
         raise ValueError(f"k must be from 1 to {first.n_train - len(first.undrawn) - 1}, but got {k}.")
+    for result in results.values():
+        require_proponents(result, rows, k)
     removals = Removals(first, rows, k, _SEEDS, ("same label", "tf-idf"))
     chosen: dict[str, Tensor] = {name: result.proponents(k).indices[rows] for name, result in results.items()}
     seeds = torch.arange(len(rows)) % _SEEDS

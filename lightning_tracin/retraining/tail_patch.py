@@ -16,7 +16,14 @@ from lightning_tracin.bridge.mixin import losses_of
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.querying.passes import attribute_set
 from lightning_tracin.results.result import InfluenceResult
-from lightning_tracin.retraining.checks import check_training_set, checked_rows, require_same_test, require_trace
+from lightning_tracin.retraining.checks import (
+    check_module,
+    check_training_set,
+    checked_rows,
+    require_proponents,
+    require_same_test,
+    require_trace,
+)
 from lightning_tracin.retraining.fits import QUIET, Build, apart, built
 from lightning_tracin.retraining.held_out import held_out
 from lightning_tracin.retraining.observed import Observed
@@ -61,6 +68,8 @@ def tail_patch_gains(
     """
     trace = require_trace(result)
     rows = checked_rows(result, test_indices)
+    if train_indices is None:
+        require_proponents(result, rows, k)
     chosen = result.proponents(k).indices[rows] if train_indices is None else train_indices
     if chosen.shape[0] != len(rows):
         raise ValueError(f"train_indices must have a row for each of {len(rows)} test examples, but has {len(chosen)}.")
@@ -73,6 +82,7 @@ def tail_patch_gains(
         check_training_set(trace, loader)
         held = held_out(test, lambda: loader)
         require_same_test(result, held, module)
+        check_module(trace, module)
         module.load_state_dict(checkpoints[-1].weights(), strict=False)
         stepped_on = torch.unique(chosen)
         patch = _TailPatch(module, Observed(held), rate)
