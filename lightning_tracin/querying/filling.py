@@ -27,7 +27,7 @@ from lightning_tracin.querying.passes import Pass, Query, attribute_set, run_pas
 from lightning_tracin.querying.steps import GradientStep
 from lightning_tracin.results.excluded_words import with_ids_of
 from lightning_tracin.scoring.methods import Method
-from lightning_tracin.scoring.terms import terms_at, training_sites_of
+from lightning_tracin.scoring.terms import terms_at, training_sites_of, warn_if_nothing_counts
 from lightning_tracin.storage.checkpoint import Checkpoint, require_weights
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import remove_temporary, require_own
@@ -57,6 +57,7 @@ def ready_checkpoints(
         trace.check_whole(recorded)
         checkpoints = chosen_checkpoints(recorded, query.checkpoints)
         sites = _check_recorded(trace, query.method, checkpoints)
+        warn_if_nothing_counts(query.method, checkpoints)
         if module is not None:
             state = full_state_dict(module)
             if processes.first or not is_fsdp(module):

@@ -103,6 +103,9 @@ def influence(
             examples, if gradients are not finite, if there is nothing to score from (no checkpoint, or none with
             weights), or if the trainer is in the middle of a fit. The message says what to do.
         BlockingIOError: if gradients are missing, and a fit or another query is writing into the trace.
+
+    Warns:
+        UserWarning: if all scores are 0 because checkpoints count by a learning rate that was always 0.
     """
     chosen, explained = method_of(method), Target.of(target, positions)
     k = None if k is None else whole_number("k", k)

@@ -1,8 +1,9 @@
 """What would have happened without some of the training examples: the same fit again, on a part of them.
 
 ``Retrainings`` runs the fits that are asked for, once each, and keeps what they say of the test examples in a folder
-(``folder``); ``subsets`` makes halves, and training sets without some examples; ``fits`` runs one of them, and
-``observed`` reads what its module says of the test examples (``held_out``). On that stand ``does_it_matter``
+(``folder``); ``subsets`` makes halves, and training sets without some examples; ``fits`` runs one of them,
+``distinct_fits`` compares it with the others, and ``observed`` reads what its module says of the test examples
+(``held_out``); ``checks`` tells before that what does not belong together. On that stand ``does_it_matter``
 (``removing``, ``removals``, ``removal_effect``) and ``recommend`` (``recommending``, ``candidates``,
 ``recommendation``). ``tail_patch`` needs no retraining. This folder imports ``querying`` and what is below, and
 ``metrics``.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -35,12 +37,28 @@ def epochs_of(trace: Trace | None) -> int:
     return checkpoints[-1].epoch + 1
 
 
+def require_result(result: Any) -> None:
+    """Check that something is a result.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not isinstance(result, InfluenceResult):
+        got = f"{result!r}" if isinstance(result, (str, Path)) else type(result).__name__
+        raise TypeError(
+            f"result must be what trainer.influence(...) returned, but got {got}. One that was saved is read by "
+            "InfluenceResult.load(path)."
+        )
+
+
 def require_trace(result: InfluenceResult) -> Trace:
     """The trace that a result was computed from.
 
     Raises:
+        TypeError: if the result is none.
         ValueError: if it is not there, or has no weights.
     """
+    require_result(result)
     if result.trace is None:
         raise ValueError(
             "The trace that the result was computed from is not there; it has the weights. Load the result with "
@@ -48,6 +66,55 @@ def require_trace(result: InfluenceResult) -> Trace:
         )
     require_weights(result.trace.checkpoints)
     return result.trace
+
+
+def check_module(trace: Trace | None, module: pl.LightningModule) -> None:
+    """Check that what is built has the parameters of the module that was trained.
+
+    Args:
+        trace: of the fit; None where it is not there.
+        module: what is built.
+
+    Raises:
+        ValueError: if their names or shapes differ; the message lists some of them.
+    """
+    if trace is not None:
+        module.configure_model()  # which builds layers late; it may be called again
+        trace.check_model(module.state_dict(), type(module).__name__)
+
+
+def require_proponents(result: InfluenceResult, rows: Tensor, k: int) -> None:
+    """Check that scores tell which training examples are a test example's proponents; warn if not those of all.
+
+    Where all scores are the same, or no score is positive and the k strongest are the same, the first k training
+    examples of the data set would stand for proponents.
+
+    Args:
+        result: the result.
+        rows: of it, of the test examples that count.
+        k: how many proponents are meant.
+
+    Raises:
+        ValueError: if they tell it of no test example.
+    """
+    highest = result.proponents(min(k, result.n_train - len(result.undrawn))).values[rows]
+    lowest = result.opponents(1).values[rows, 0]
+    is_constant = (highest[:, 0] == lowest) | ((highest[:, 0] == highest[:, -1]) & (highest[:, 0] <= 0))
+    n_constant = int(is_constant.sum())
+    if not n_constant:
+        return
+    row = int(rows[is_constant][0])
+    told = (
+        f"{n_constant} of {len(rows)} test examples have no proponents: by {result.method} their {k} highest scores "
+        "are the same, and not above the others, or not above 0 (all "
+        f"{highest[is_constant][0, 0] + 0.0:g} for test example {int(result.test_indices[row])})."
+    )
+    if n_constant == len(rows):
+        raise ValueError(
+            f"{told} Ask by another method, or look at what this one leaves out (exclude_tokens), and at the learning "
+            'rate, by which checkpoints count unless weights="equal".'
+        )
+    rank_zero_warn(f"{told} What is left out for them says nothing of the scores.", category=UserWarning)
 
 
 def check_training_set(trace: Trace | None, loader: DataLoader[Any]) -> None:
@@ -80,8 +147,10 @@ def checked_rows(result: InfluenceResult, asked: Sequence[int] | None) -> Tensor
     """The rows of a result that count, (n,) int64; all by default.
 
     Raises:
-        ValueError: if there is no such row, or a test example has no target that is one class.
+        TypeError: if the result is none.
+        ValueError: if there is no such row, or one of these test examples has no target that is one class.
     """
+    require_result(result)
     if asked is None:
         rows = torch.arange(len(result.test_indices))
     elif not len(asked):
@@ -92,7 +161,7 @@ def checked_rows(result: InfluenceResult, asked: Sequence[int] | None) -> Tensor
         except IndexError as error:
             raise ValueError(f"test_indices must be rows of the result. {error}") from error
     if result.target != "label" or bool((~result.test_texts.labels.isnan()).any()):
-        target_classes(result)  # before hours of training
+        target_classes(result, rows)  # before hours of training
     return rows
 
 
@@ -136,8 +205,8 @@ def require_same_test(result: InfluenceResult, held_out: HeldOut, module: nn.Mod
 
 def _warn_of_other_tokens(result: InfluenceResult, held_out: HeldOut) -> None:
     """A warning, as a module may read other token ids than those of the batch."""
-    pairs = zip(result.test_texts.ids_by_example(), held_out.token_ids() or [], strict=False)
-    other = next((place for place, (known, found) in enumerate(pairs) if not set(known) <= set(found)), None)
+    known = [set(ids) for ids in result.test_texts.ids_by_example()]
+    other = _other_row(known, held_out.whole_numbers())
     if other is not None:
         name = _test_example(result, other).capitalize()
         rank_zero_warn(
@@ -150,3 +219,16 @@ def _test_example(result: InfluenceResult, row: int) -> str:
     """The test example of a row, as it is named where results are shown."""
     index = int(result.test_indices[row])
     return f"test example {index}" if index == row else f"test example {index} (row {row} of the result)"
+
+
+def _other_row(known: list[set[int]], found: list[set[int]]) -> int | None:
+    """The first row that has tokens which are not among the numbers that were found there; None if there is none.
+
+    A module reads tokens that are in no batch, such as the first one of a decoder: those that all rows have tell
+    nothing. Of one row alone it is not known which these are, and it must have no number in common.
+    """
+    if len(known) == 1:
+        return 0 if known[0] and found[0] and not known[0] & found[0] else None
+    of_all = set.intersection(*known)
+    pairs = enumerate(zip(known, found, strict=True))
+    return next((row for row, (tokens, numbers) in pairs if numbers and not tokens - of_all <= numbers), None)

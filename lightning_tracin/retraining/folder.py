@@ -4,7 +4,7 @@
 
     retrainings.json      format, n_train, n_test, and what the training set, the test set and the module are known by
     <key>.safetensors     kept (n_train,) uint8, losses (n_test,), log_probabilities (n_test, n_classes) if there are
-                          classes; the seed, and a checksum of all that, in its metadata
+                          classes; the seed, a checksum of all that, and a hash of the fit's weights, in its metadata
     <key>.lock            while a process runs that retraining
 
 Files appear whole, so that a process that is killed loses the retraining that it was at, and nothing else.
@@ -158,7 +158,9 @@ class RetrainingFolder:
         if outcome.log_probabilities is not None:
             tensors["log_probabilities"] = outcome.log_probabilities
         seed = str(retraining.seed)
-        write_tensors(self._file(retraining), tensors, {"seed": seed, "content": hash_of_tensors(tensors, seed)})
+        metadata = {"seed": seed, "content": hash_of_tensors(tensors, seed)}
+        metadata |= {} if outcome.weights is None else {"weights": outcome.weights}
+        write_tensors(self._file(retraining), tensors, metadata)
 
     def read(self, retraining: Retraining) -> Outcome:
         """What a retraining gave.
@@ -243,7 +245,9 @@ class RetrainingFolder:
         said = tensors.get("log_probabilities")
         if said is not None:
             self._n_classes = said.shape[1]
-        return retraining, Outcome(tensors["losses"].clone(), None if said is None else said.clone())
+        return retraining, Outcome(
+            tensors["losses"].clone(), None if said is None else said.clone(), metadata.get("weights")
+        )
 
 
 def _sizes_of(header: Mapping[str, Any], path: Path) -> _Sizes:

@@ -38,6 +38,7 @@ class Observed:
 
     def __init__(self, held_out: HeldOut) -> None:
         self._batches = held_out.batches
+        self._held_out = held_out
         self._places = held_out.places
         self._last_layer: str | None = None
         self._looked = False
@@ -75,8 +76,9 @@ class Observed:
         """What was said of all batches, in the order of results.
 
         Raises:
-            ValueError: if a loss is not finite.
+            ValueError: if a batch has another number of losses than of examples, or a loss is not finite.
         """
+        self._held_out.check_losses([len(each.losses) for each in found])
         losses = torch.cat([each.losses for each in found])[self._places]
         bad = (~losses.isfinite()).nonzero().flatten()
         if len(bad):

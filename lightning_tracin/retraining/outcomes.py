@@ -17,10 +17,12 @@ class Outcome:
         losses: (n_test,) float32, the module's own loss of each test example, in eval mode.
         log_probabilities: (n_test, n_classes) float32 of each class; None where a test example's output is not one of
             several classes.
+        weights: a hash of the module's weights; None where it is not known.
     """
 
     losses: Tensor
     log_probabilities: Tensor | None
+    weights: str | None = None
 
 
 @dataclass(frozen=True)

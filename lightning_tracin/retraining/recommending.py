@@ -20,7 +20,7 @@ from lightning_tracin.metrics.functional.linear_datamodeling_score import FEWEST
 from lightning_tracin.querying.influence import influence
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.retraining.candidates import baseline_scores, candidate_methods
-from lightning_tracin.retraining.checks import checked_rows, epochs_of, number_removed
+from lightning_tracin.retraining.checks import checked_rows, epochs_of, number_removed, require_proponents
 from lightning_tracin.retraining.fits import QUIET, Build, Fit, apart
 from lightning_tracin.retraining.folder import Retraining
 from lightning_tracin.retraining.outcomes import Outcome
@@ -30,6 +30,7 @@ from lightning_tracin.retraining.retrainings import Retrainings
 from lightning_tracin.retraining.subsets import random_halves, without
 from lightning_tracin.retraining.targets import Quantity, quantity_of, values_of
 from lightning_tracin.scoring.methods import Method
+from lightning_tracin.scoring.naming import method_of
 from lightning_tracin.storage.trace import Trace
 
 _ENOUGH = 8  # test examples, below which their mean is mostly chance
@@ -47,7 +48,7 @@ def recommend(
     question: Question = "explain",
     retrainings: int = 8,
     *,
-    methods: Mapping[str, Method] | Sequence[Method] | None = None,
+    methods: Mapping[str, Method] | Sequence[Method] | Method | None = None,
     k: int = 20,
     test_indices: Sequence[int] | None = None,
     trainer: Fit | None = None,
@@ -82,7 +83,7 @@ def recommend(
         question: what scores are wanted for.
         retrainings: "explain": how many test examples are looked at, each with a retraining for each method and
             baseline; "weigh": how many halves.
-        methods: the candidates, by name or in a list; by default those that make sense for what the trace has.
+        methods: the candidates, by name, in a list, or one; by default those that make sense for what the trace has.
         k: of "explain", how many proponents are removed.
         test_indices: of "explain", which test examples, by their rows of a result; by default ``retrainings`` of them
             at random.
@@ -116,13 +117,16 @@ def recommend(
         return _explained(runs, results, k, checked_rows(next(iter(results.values())), chosen))
 
 
-def _named(methods: Mapping[str, Method] | Sequence[Method]) -> dict[str, Method]:
-    """Candidates by name.
+def _named(methods: Any) -> dict[str, Method]:
+    """Candidates by name; one may come by itself.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or one is no method.
     """
-    named = dict(methods) if isinstance(methods, Mapping) else {str(method): method for method in methods}
+    several = [methods] if hasattr(methods, "summands") or isinstance(methods, str) else methods
+    named: dict[str, Method] = dict(several) if isinstance(several, Mapping) else {str(each): each for each in several}
+    for method in named.values():
+        method_of(method)  # before anything is computed
     if not named:
         raise ValueError("There are no candidate methods to choose from: pass some as methods=[...].")
     return named
@@ -206,6 +210,8 @@ def _chosen_tests(n_test: int, n: int, asked: Sequence[int] | None) -> list[int]
 def _explained(runs: Retrainings, results: Mapping[str, InfluenceResult], k: int, rows: Tensor) -> Recommendation:
     """A small case deletion by each method, and by what knows no model."""
     first = next(iter(results.values()))
+    for result in results.values():
+        require_proponents(result, rows, k)
     seeds = range(len(rows))  # one for each test example: a fit that two shared would err for both alike
     removals = Removals(first, rows, k, len(seeds), BASELINES)
     chosen: dict[str, Tensor] = {name: result.proponents(k).indices[rows] for name, result in results.items()}

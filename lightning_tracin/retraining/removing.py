@@ -14,12 +14,15 @@ from torch import Tensor
 from lightning_tracin.checked_numbers import whole_number
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.retraining.checks import (
+    check_module,
     check_training_set,
     checked_rows,
     epochs_of,
     number_removed,
+    require_proponents,
     require_same_test,
 )
+from lightning_tracin.retraining.distinct_fits import notes_of_seeds
 from lightning_tracin.retraining.fits import Build, Fit
 from lightning_tracin.retraining.folder import Retraining
 from lightning_tracin.retraining.outcomes import Outcome
@@ -37,7 +40,7 @@ def does_it_matter(
     seeds: int = 5,
     *,
     test_indices: Sequence[int] | None = None,
-    against: Sequence[Baseline] = BASELINES,
+    against: Baseline | Sequence[Baseline] = BASELINES,
     trainer: Fit | None = None,
     folder: str | Path | None = None,
 ) -> RemovalEffect:
@@ -59,28 +62,39 @@ def does_it_matter(
         k: how many training examples are left out.
         seeds: how many; each with other initial weights, another order of the examples, and other random removals.
         test_indices: which rows of the result; all by default.
-        against: what the proponents are compared with: "random", "same label", "tf-idf".
+        against: what the proponents are compared with: "random", "same label", "tf-idf", or several of these.
         trainer: a number of epochs, for a quiet trainer on one device; or a function that makes a new trainer for each
             fit. By default as many epochs as the trace has.
         folder: where retrainings are kept, so that a run that is broken off goes on, several processes share the work,
             and nothing is fitted twice; by default in a temporary one, which is removed.
 
     Raises:
-        TypeError: if ``build`` takes or returns something else, or the test examples come in something else.
-        ValueError: if the training set or the test set is not that of the result, if there are fewer than ``k``
-            training examples left, fewer than two seeds, or if what is trained on does not depend on the indices.
+        TypeError: if the result is none, if ``build`` takes or returns something else, or the test examples come in
+            something else.
+        ValueError: if the module, the training set or the test set is not that of the result, if there are fewer than
+            ``k`` training examples left, or fewer than two seeds, if scores are the same for all training examples, or
+            if what is trained on does not depend on the indices.
+
+    Warns:
+        UserWarning: if what is built does not depend on the seed, so that intervals have no width; if scores of some
+            test examples are the same for all training examples; or if the training set, or the tokens of a test
+            example, may be others than those of the result.
     """
     rows = checked_rows(result, test_indices)
-    _check_asked(result, against)
+    others = [against] if isinstance(against, str) else against
+    _check_asked(result, others)
     k = number_removed(k, result.n_train - len(result.undrawn))
     seeds = whole_number("seeds", seeds, at_least=2, why=", as one says nothing of chance")
+    require_proponents(result, rows, k)
     with ExitStack() as stack:
         place = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="retrainings-"))
         fit = epochs_of(result.trace) if trainer is None else trainer
         runs = Retrainings(place, build, test, n_train=result.n_train, trainer=fit)
-        require_same_test(result, runs.held_out, runs.built_on_few[0])
+        module = runs.built_on_few[0]
+        check_module(result.trace, module)
+        require_same_test(result, runs.held_out, module)
         check_training_set(result.trace, runs.built_on_all[1])
-        removals = Removals(result, rows, k, seeds, against)
+        removals = Removals(result, rows, k, seeds, others)
         base = [Retraining(removals.drawn, seed) for seed in range(seeds)]
         asked = {
             name: [[removals.without(chosen, seed) for seed, chosen in enumerate(of_test)] for of_test in chosen]
@@ -88,7 +102,8 @@ def does_it_matter(
         }
         wanted = [*base, *(each for of_name in asked.values() for of_test in of_name for each in of_test if each)]
         found = dict(zip((each.key for each in wanted), runs.run_each(wanted), strict=True))
-    return _effect(result, rows, k, found, (base, asked), removals.notes)
+    notes = [*removals.notes, *notes_of_seeds([found[each.key] for each in base])]
+    return _effect(result, rows, k, found, (base, asked), notes)
 
 
 def _effect(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_tracin.bridge.fingerprint import fingerprint_of
 from lightning_tracin.bridge.looks import look_of
 from lightning_tracin.checked_numbers import whole_number, whole_numbers
+from lightning_tracin.retraining.distinct_fits import DistinctFits, hash_of_weights
 from lightning_tracin.retraining.fits import Build, Fit, apart, built, checked_fit, fitted, memory_freed
 from lightning_tracin.retraining.folder import Retraining, RetrainingFolder
 from lightning_tracin.retraining.held_out import held_out
@@ -72,6 +73,7 @@ class Retrainings:
         self.held_out = held_out(test, lambda: self.built_on_few[1])
         self.n_test = len(self.held_out)
         self._observed = Observed(self.held_out)
+        self._distinct = DistinctFits()
         self._task: dict[str, Any] = {"n_train": self.n_train, "n_test": self.n_test, "test": self.held_out.fingerprint}
 
     @cached_property
@@ -151,15 +153,14 @@ class Retrainings:
     def _run_all(self, left: list[Retraining], done: list[Retraining]) -> None:
         """Run what is left, and wait for what other processes are at."""
         rank_zero_info(f"{len(left)} retrainings to run, into {self.folder.path}; {len(done)} are there.")
-        compared: dict[int, tuple[Retraining, Tensor]] = {}
         for each in done:
-            compared.setdefault(each.seed, (each, self.folder.read(each).losses))
+            self._compare(each, self.folder.read(each))
         is_told = False
         with _progress(len(left)) as advance, memory_freed() as free:
             while left:
                 n_left, started = len(left), time.monotonic()
                 for each in list(left):
-                    state = self._take(each, compared)
+                    state = self._take(each)
                     if state == "busy":
                         continue
                     left.remove(each)
@@ -172,48 +173,43 @@ class Retrainings:
                 if len(left) == n_left:
                     time.sleep(_WAIT)
 
-    def _take(
-        self, retraining: Retraining, compared: dict[int, tuple[Retraining, Tensor]]
-    ) -> Literal["run", "there", "busy"]:
+    def _take(self, retraining: Retraining) -> Literal["run", "there", "busy"]:
         """Run a retraining, unless it is there, or another process is busy with it."""
-        if self.folder.has(retraining):
-            return "there"
         with self.folder.taken(retraining) as is_mine:
-            if not is_mine:
+            is_there = self.folder.has(retraining)
+            if not is_mine and not is_there:
                 return "busy"
-            if self.folder.has(retraining):  # since we looked
-                return "there"
-            self._run(retraining, compared)
-        return "run"
+            outcome = self.folder.read(retraining) if is_there else self._run(retraining)
+            self._compare(retraining, outcome)
+            if not is_there:
+                self.folder.write(retraining, outcome)
+        return "there" if is_there else "run"
 
-    def _run(self, retraining: Retraining, compared: dict[int, tuple[Retraining, Tensor]]) -> None:
-        """Run one retraining, and keep what it gave."""
+    def _run(self, retraining: Retraining) -> Outcome:
+        """Run one retraining."""
         indices = retraining.kept.nonzero().flatten().tolist()
         with apart():
             module, loader = built(self._build, indices, retraining.seed, self.n_train)
-            outcome = self._observed.outcome(fitted(self._fit, module, loader), module)
-        if len(outcome.losses) != self.n_test:
-            raise ValueError(f"{self.n_test} test examples have {len(outcome.losses)} losses.")
-        self._check_depends(retraining, outcome, compared)
-        self.folder.write(retraining, outcome)
+            trainer = fitted(self._fit, module, loader)
+            weights = hash_of_weights(module)
+            outcome = self._observed.outcome(trainer, module)
+        return replace(outcome, weights=weights)
 
-    def _check_depends(
-        self, retraining: Retraining, outcome: Outcome, compared: dict[int, tuple[Retraining, Tensor]]
-    ) -> None:
-        """Check that what a module says depends on what it was trained on.
+    def _compare(self, retraining: Retraining, outcome: Outcome) -> None:
+        """Check that a fit depends on what it was trained on, and warn if it does not on its seed.
 
         Raises:
-            ValueError: if it is, bit for bit, the same as on another subset; that is forgotten.
+            ValueError: if it is, bit for bit, the same as on other training examples; that one is forgotten.
         """
-        other, losses = compared.setdefault(retraining.seed, (retraining, outcome.losses))
-        if other is retraining or torch.equal(other.kept, retraining.kept) or not torch.equal(losses, outcome.losses):
+        other = self._distinct.add(retraining, outcome)
+        if other is None:
             return
         self.folder.remove(other)
         raise ValueError(
             f"Two retrainings on different training examples ({int(other.kept.sum())} and "
-            f"{int(retraining.kept.sum())} of {self.n_train}), with seed {retraining.seed}, gave all {self.n_test} "
-            "test examples the very same loss: what build(indices, seed) trains on does not depend on its indices, or "
-            "nothing is trained."
+            f"{int(retraining.kept.sum())} of {self.n_train}) ended with the very same weights: what "
+            "build(indices, seed) trains on does not depend on its indices, or nothing is trained, or the trainer "
+            "stops before it has drawn what differs."
         )
 
 

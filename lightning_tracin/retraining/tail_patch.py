@@ -18,7 +18,14 @@ from lightning_tracin.checked_numbers import real_number
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.querying.passes import attribute_set
 from lightning_tracin.results.result import InfluenceResult
-from lightning_tracin.retraining.checks import check_training_set, checked_rows, require_same_test, require_trace
+from lightning_tracin.retraining.checks import (
+    check_module,
+    check_training_set,
+    checked_rows,
+    require_proponents,
+    require_same_test,
+    require_trace,
+)
 from lightning_tracin.retraining.fits import QUIET, Build, apart, built
 from lightning_tracin.retraining.held_out import held_out
 from lightning_tracin.retraining.observed import Observed
@@ -66,6 +73,7 @@ def tail_patch_gains(
     trace = require_trace(result)
     rows = checked_rows(result, test_indices)
     if train_indices is None:
+        require_proponents(result, rows, k)
         chosen = result.proponents(k).indices[rows]
     else:
         chosen = _checked_indices(train_indices, len(rows), result.n_train)
@@ -79,6 +87,7 @@ def tail_patch_gains(
         check_training_set(trace, loader)
         held = held_out(test, lambda: loader)
         require_same_test(result, held, module)
+        check_module(trace, module)
         module.load_state_dict(checkpoints[-1].weights(), strict=False)
         stepped_on = torch.unique(chosen)
         patch = _TailPatch(module, Observed(held), rate)

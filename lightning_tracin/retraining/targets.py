@@ -62,24 +62,25 @@ def log_probabilities_of(result: InfluenceResult, rows: Tensor, outcome: Outcome
     """
     if outcome.log_probabilities is None:
         return -outcome.losses[rows]
-    said = outcome.log_probabilities[rows].gather(1, target_classes(result)[rows])
+    said = outcome.log_probabilities[rows].gather(1, target_classes(result, rows))
     return said[:, 0] - said.logsumexp(1) if said.shape[1] > 1 else said[:, 0]
 
 
-def target_classes(result: InfluenceResult) -> Tensor:
-    """(n_test, 1) int64, the class that each row of a result explains; of a pair (n_test, 2).
+def target_classes(result: InfluenceResult, rows: Tensor | None = None) -> Tensor:
+    """(n, 1) int64, the class that each of some rows of a result explains, by default of all; of a pair (n, 2).
 
     Raises:
-        ValueError: if a test example has no label, or prediction, that is one class.
+        ValueError: if one of these test examples has no label, or prediction, that is one class.
     """
+    chosen = torch.arange(len(result.test_indices)) if rows is None else rows
     if result.target in ("label", "prediction"):
-        of_each = result.test_texts.labels if result.target == "label" else result.predictions[:, 0]
+        of_each = (result.test_texts.labels if result.target == "label" else result.predictions[:, 0])[chosen]
         if bool(of_each.isnan().any()):
-            bad = int(of_each.isnan().nonzero()[0])
+            bad = int(chosen[of_each.isnan()][0])
             raise ValueError(f"Test example {int(result.test_indices[bad])} has no {result.target} that is one class.")
         return of_each.long()[:, None]
     numbers = result.target_classes or _classes_named(result)
-    return torch.tensor([numbers]).expand(len(result.test_indices), -1)
+    return torch.tensor([numbers]).expand(len(chosen), -1)
 
 
 def _classes_named(result: InfluenceResult) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_tracin.gradients.sites import Gradients, Site
@@ -145,6 +146,29 @@ def checkpoint_weight(weights: Weights, checkpoint: Checkpoint, site: Site) -> f
     if weights == "learning-rate":
         return checkpoint.learning_rate_of(site)
     return 1.0 if weights == "equal" else math.sqrt(mean_residual_at(checkpoint))
+
+
+def warn_if_nothing_counts(method: Method, checkpoints: Sequence[Checkpoint]) -> None:
+    """Warn if no checkpoint counts in a method's scores, because the learning rates were 0: all scores are 0 then.
+
+    Args:
+        method: what scores will be.
+        checkpoints: that count.
+
+    Raises:
+        ValueError: as :func:`terms_at`.
+    """
+    methods = [summand.method for summand in method.summands]
+    if not checkpoints or any(each.weights != "learning-rate" for each in methods):
+        return
+    sites = [stored_site(each, checkpoints[0].sites) for each in methods]
+    if not any(checkpoint.learning_rate_of(site) for checkpoint in checkpoints for site in sites):
+        layers = ", ".join(dict.fromkeys(site.layer for site in sites))
+        rank_zero_warn(
+            f"All scores by {method} are 0: checkpoints count by the learning rate, which was always 0 at {layers}. "
+            'Use weights="equal" to count them alike.',
+            category=UserWarning,
+        )
 
 
 def stored_site(method: SiteMethod, sites: Sequence[Site]) -> Site:

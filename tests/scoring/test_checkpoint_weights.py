@@ -13,7 +13,7 @@ from still_fits import Still
 from torch.utils.data import DataLoader
 from toy import N_TEST, N_TRAIN, STEPS_PER_EPOCH, Toy, fitted, loader, mean_rate, quiet, site_of, test_texts, texts
 
-from lightning_tracin import Trace, TracInLast, TracInLayer, TracInWE
+from lightning_tracin import Trace, TracInLast, TracInLayer, TracInRidge, TracInSum, TracInWE
 from lightning_tracin.querying import influence as influence_module
 from lightning_tracin.scoring.naming import described, method_from_json, method_to_json
 from lightning_tracin.storage import shards
@@ -132,6 +132,26 @@ def test_the_last_checkpoint_alone(traces):
     brute = reference(trace, method)
     alone = BruteForce(brute.rates[-1:], brute.test[-1:], brute.train[-1:]).scores()
     assert relative_error(ask(traces / "checkpoint", method, checkpoints="last").scores, alone) < 1e-5
+
+
+class StillWords(Toy):
+    """Its embedding has a rate of 0."""
+
+    def configure_optimizers(self):
+        others = [*self.hidden.parameters(), *self.head.parameters()]
+        return torch.optim.SGD([{"params": self.embedding.parameters(), "lr": 0.0}, {"params": others, "lr": 0.1}])
+
+
+def test_scores_that_count_no_checkpoint_are_told_by_every_method_alike(tmp_path):
+    fit = fitted(tmp_path, StillWords())
+    cosine = TracInWE(normalize="cosine")
+    for method in (TracInWE(), TracInRidge(cosine)):
+        with pytest.warns(UserWarning, match=r"All scores by TracIn.* are 0: .* was always 0 at embedding"):
+            assert not fit.influence(loader(test_texts()), method=method).scores.any()
+    with pytest.warns(UserWarning, match="was always 0 at embedding"):
+        assert not fit.self_influence(method=TracInWE()).any()
+    for method in (TracInWE(weights="equal"), TracInLast(), TracInSum((cosine, TracInLast()), scales=(1, 1))):
+        assert fit.influence(loader(test_texts()), method=method).scores.any()  # a warning would be an error
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
