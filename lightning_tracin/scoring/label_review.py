@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.gradients.factor_gradients import FactorGradients
+from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.gradients.sites import Site, last_site
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.scoring.methods import Method
@@ -178,6 +179,12 @@ def _head(checkpoint: Checkpoint, site: Site) -> Tensor | None:
     return torch.cat([weight, parts["bias"].float()[:, None]], 1) if "bias" in parts else weight
 
 
+@full_precision()
+def _outputs(block: FactorGradients, head: Tensor) -> Tensor:
+    """(R, n_outputs) what the head says at each position."""
+    return block.scaled_inputs @ head.T
+
+
 def _of_shard(shards: Sequence[Shards], heads: Sequence[Tensor | None], shard: int, given: Tensor) -> Tensor | None:
     """What :func:`_mean_probabilities` returns, of one shard, given each checkpoint's gradients and head."""
     assert heads[0] is not None
@@ -195,7 +202,7 @@ def _of_shard(shards: Sequence[Shards], heads: Sequence[Tensor | None], shard: i
         assert head is not None
         is_early = 2 * counts[block.examples] < n_rows[block.examples]
         examples = block.examples[is_early]
-        sums[examples] += (block.scaled_inputs[is_early] @ head.T).softmax(1)
+        sums[examples] += _outputs(block, head)[is_early].softmax(1)
         counts[examples] += 1
     is_known = (counts > 0) & ~given[start:stop].isnan()
     return sums / torch.where(is_known, counts, math.nan)[:, None]

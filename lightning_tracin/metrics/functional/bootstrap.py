@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.metrics.functional.checks import check_count, check_share
+from lightning_tracin.metrics.functional.correlations import precise
 
 
 class Interval(NamedTuple):
@@ -58,6 +59,7 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 200
     n = len(values)
     drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
     times = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n))
+    values = precise(values)
     means = times.to(values) @ values / n
     tail = (1 - level) / 2
     ends = means.quantile(torch.tensor([tail, 1 - tail]).to(means), dim=0).float()
