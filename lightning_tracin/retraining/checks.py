@@ -113,8 +113,8 @@ def require_same_test(result: InfluenceResult, held_out: HeldOut, module: nn.Mod
     others = [] if found is None else (known.isfinite() & (known != found)).nonzero().flatten().tolist()
     if found is not None and others:
         raise ValueError(
-            f"test is another one than the result's: test example {others[0]} has the label {found[others[0]].item()} "
-            f"here, and {known[others[0]].item():g} there. {advice}"
+            f"test is another one than the result's: test example {others[0]} has the label "
+            f"{float(found[others[0]]):g} here, and {known[others[0]].item():g} there. {advice}"
         )
     _warn_of_other_tokens(result, held_out)
 

@@ -46,7 +46,7 @@ class HeldOut:
     def labels(self, module: nn.Module) -> Tensor | None:
         """(n_test,) the label of each, as the module finds it in a batch; None where it is not one number."""
         found = [labels_of_module(module, batch) for batch in self.batches]
-        known = [each for each in found if each is not None and each.dim() == 1]
+        known = [each.flatten() for each in found if each is not None and each.numel() == len(each)]
         return torch.cat(known)[self.places].cpu() if len(known) == len(found) else None
 
     def token_ids(self) -> list[list[int]] | None:

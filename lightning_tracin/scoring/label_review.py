@@ -151,17 +151,21 @@ def _mean_probabilities(checkpoints: Sequence[Checkpoint], given: Tensor, proces
 
     Returns:
         (n_train, n_classes) float32, NaN for an example without any; None if the head's inputs are not there, or are
-        not one for each text, or if labels are no classes of it.
+        not one for each text, or if labels are no classes of it. A single output is that of the second of two classes.
     """
     site = last_site(checkpoints[0].sites)
     if site is None or site.shape != "factors" or not all(each.has_gradients(site) for each in checkpoints):
         return None
     heads = [_head(checkpoint, site) for checkpoint in checkpoints]
     known = given[~given.isnan()]
-    n_classes = 0 if heads[0] is None else len(heads[0])
-    if n_classes < 2 or not len(known) or bool(((known != known.round()) | (known < 0) | (known >= n_classes)).any()):
+    if heads[0] is None or not len(known):
+        return None
+    n_classes = max(len(heads[0]), 2)
+    if bool(((known != known.round()) | (known < 0) | (known >= n_classes)).any()):
         return None
     shards = [checkpoint.gradients(site) for checkpoint in checkpoints]
+    if len(heads[0]) == 1 and not _is_of_two_classes(shards[0], heads[0], given):
+        return None
     own = [_of_shard(shards, heads, shard, given) for shard in processes.share(len(shards[0]))]
     parts = [part for of_process in processes.gather(own) for part in of_process]
     return None if any(part is None for part in parts) else torch.cat(parts)
@@ -179,10 +183,41 @@ def _head(checkpoint: Checkpoint, site: Site) -> Tensor | None:
     return torch.cat([weight, parts["bias"].float()[:, None]], 1) if "bias" in parts else weight
 
 
+def _is_of_two_classes(shards: Shards, head: Tensor, given: Tensor) -> bool:
+    """Whether a single output, whose labels are 0 and 1, is that of two classes, and not a value.
+
+    The gradient at an output z is σ(z) - y by a cross-entropy, z - y by a squared error; times a constant, which may be
+    another for each label y. The first examples tell to which it is nearer.
+    """
+    held = next((shard for shard in range(len(shards)) if shards.holds(shard)), None)
+    block = None if held is None else shards.read(held)
+    if held is None or not isinstance(block, FactorGradients) or block.widths != head.shape[::-1]:
+        return False
+    start, stop = shards.bounds(held)
+    labels = given[start:stop][block.examples]
+    outputs, gradients = _outputs(block, head)[:, 0].double(), block.scaled_deltas[:, 0].double()
+
+    def explained(said: Tensor) -> float:
+        """How much of the gradients' squares such differences explain."""
+        found = 0.0
+        for label in (0, 1):
+            differences, wanted = said[labels == label] - label, gradients[labels == label]
+            square = float(differences.square().sum())
+            found += max(0.0, float((differences * wanted).sum())) ** 2 / square if square else 0.0
+        return found
+
+    return explained(outputs.sigmoid()) >= explained(outputs)
+
+
 @full_precision()
 def _outputs(block: FactorGradients, head: Tensor) -> Tensor:
     """(R, n_outputs) what the head says at each position."""
     return block.scaled_inputs @ head.T
+
+
+def _probabilities(outputs: Tensor) -> Tensor:
+    """(R, n_classes) those of each class, of a single output those of two."""
+    return torch.cat([-outputs, outputs], 1).sigmoid() if outputs.shape[1] == 1 else outputs.softmax(1)
 
 
 def _of_shard(shards: Sequence[Shards], heads: Sequence[Tensor | None], shard: int, given: Tensor) -> Tensor | None:
@@ -197,12 +232,12 @@ def _of_shard(shards: Sequence[Shards], heads: Sequence[Tensor | None], shard: i
             return None  # several positions: tokens, not texts, are classified
     # An example has no row where training did not draw it, or its gradient was not finite.
     n_rows = sum((block.rows_by_example() for block, _ in held), torch.zeros(stop - start, dtype=torch.int64))
-    sums, counts = torch.zeros(stop - start, len(heads[0])), torch.zeros(stop - start)
+    sums, counts = torch.zeros(stop - start, max(len(heads[0]), 2)), torch.zeros(stop - start)
     for block, head in held:
         assert head is not None
         is_early = 2 * counts[block.examples] < n_rows[block.examples]
         examples = block.examples[is_early]
-        sums[examples] += _outputs(block, head)[is_early].softmax(1)
+        sums[examples] += _probabilities(_outputs(block, head)[is_early])
         counts[examples] += 1
     is_known = (counts > 0) & ~given[start:stop].isnan()
     return sums / torch.where(is_known, counts, math.nan)[:, None]
