@@ -6,6 +6,7 @@ alike, and then neither a collate function that sorts by length nor a loss that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -29,16 +30,18 @@ def look_of(item: Any) -> Look:
 
 
 def _label_of(item: Any) -> float | None:
-    """``labels`` or ``label`` of a mapping, or the second of a pair, where it is a number."""
+    """``labels`` or ``label`` of a mapping, or the second of a pair, where it is a number, or one in a column."""
     if isinstance(item, Mapping):
         label = item.get("labels", item.get("label"))
     else:
         label = item[1] if isinstance(item, (tuple, list)) and len(item) == 2 else None
         label = _label_of(label) if isinstance(label, Mapping) else label
-    if isinstance(label, (str, bytes)) or getattr(label, "shape", ()) != ():
+    if isinstance(label, (list, tuple)) and len(label) == 1:
+        label = label[0]
+    if isinstance(label, (str, bytes)) or math.prod(getattr(label, "shape", ())) != 1:
         return None
     try:
-        return float(label)
+        return float(label.item() if hasattr(label, "item") else label)
     except (TypeError, ValueError, OverflowError):
         return None
 

@@ -95,7 +95,8 @@ class TracInMixin:
             batch: what ``training_step`` takes.
 
         Returns:
-            A tensor whose first dimension counts the examples, or None. Labels of shape (B,) are shown.
+            A tensor whose first dimension counts the examples, or None. One label for each, (B,) or (B, 1), is shown;
+            whether all of them are 0 and 1 tells if a single output is that of two classes or a value.
         """
         return shown_labels_of(batch)
 

@@ -1,10 +1,15 @@
-"""What a module says of a batch, which may have no labels: a forward pass, observed, and what its numbers mean."""
+"""What a module says of a batch, which may have no labels: a forward pass, observed, and what its numbers mean.
+
+A single output stands for two classes, by its sigmoid, or is a value. Training's labels and the batch's tell, of
+whatever type: all of them are 0 or 1, or they are not. Where they are, the losses tell a regression of such labels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,7 +19,7 @@ from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, last_la
 from lightning_tracin.gradients.batches import batch_size, tensors_of
 from lightning_tracin.gradients.layers import layer_name
 from lightning_tracin.gradients.losses import called_with, checked_losses, hugging_face_model, writes_apart
-from lightning_tracin.gradients.outputs import Output, output_of
+from lightning_tracin.gradients.outputs import Output, are_distances, output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.parallel.fsdp import call_in_forward_pass, is_fsdp
 
@@ -25,17 +30,16 @@ class Observer:
     Args:
         module: the module, in eval mode.
         probe: sees the outputs of its layers.
-        training_labels: (n,) labels of training examples, NaN where they are not one number. They tell whether a single
-            output stands for two classes.
+        training_labels: gives (n,) labels of training examples, NaN where they are not one number. They tell whether a
+            single output stands for two classes, and are not read where nothing depends on it.
     """
 
-    def __init__(self, module: nn.Module, probe: PredictionProbe, training_labels: Tensor) -> None:
+    def __init__(self, module: nn.Module, probe: PredictionProbe, training_labels: Callable[[], Tensor]) -> None:
         self.module = module
+        self.probe = probe
         self.losses = losses_of(module)
-        self._probe = probe
-        self._known = training_labels[~torch.isnan(training_labels)]
-        self._has_single_labels = len(self._known) > 0 or len(training_labels) == 0
-        self._way: Callable[[Any], int] | None = None
+        self._read_training_labels = training_labels
+        self._way: Callable[[Any], Tensor] | None = None
         self._stand_in: Tensor | None = None  # the labels of the last batch that had none
 
     @property
@@ -61,32 +65,42 @@ class Observer:
         like = torch.zeros(1, dtype=torch.long) if self._stand_in is None else self._stand_in
         return torch.full((batch_size(batch) or 0, *like.shape[1:]), number, dtype=like.dtype, device=device)
 
+    def predictions(self, labels: Tensor | None, losses: Tensor) -> Tensor:
+        """The predictions of a batch that the probe has just seen, see :meth:`PredictionProbe.predictions`.
+
+        Args:
+            labels: the batch's; None if it has none.
+            losses: (B,) the module's own, of these labels.
+        """
+        logits = self.probe.logits(len(losses), (1, 2))
+        is_binary = logits is not None and self._meant(logits, labels, labels, losses).kind == "binary"
+        return self.probe.predictions(len(losses), labels, is_binary=is_binary)
+
     def output(self, batch: Any) -> Output:
         """What the module says of a batch, with its graph where gradients are enabled.
 
         Raises:
             ValueError: if it cannot be seen, or if nothing tells what it means.
         """
-        n_examples = self._run(batch)
-        answers = self._probe.answer_logits(n_examples)
+        losses = self._run(batch)
+        answers = self.probe.answer_logits(len(losses))
         if answers is not None:
             return Output("answer", answers)
-        logits = self._probe.logits(n_examples)
-        if logits is None and not self._probe.knows_last_layer and not is_fsdp(self.module):
+        logits = self.probe.logits(len(losses))
+        if logits is None and not self.probe.knows_last_layer and not is_fsdp(self.module):
             self._find_last_layer(batch)
-            logits = self._probe.logits(self._run(batch))
+            losses = self._run(batch)
+            logits = self.probe.logits(len(losses))
         if logits is None:
             raise ValueError(
                 f"What {type(self.module).__name__} says cannot be seen. It is seen where the loss comes from one "
                 "linear layer, with one row for each example, or where the module returns an object with logits. "
                 'target="label" does not need it.'
             )
-        model = hugging_face_model(self.module) if self._probe.from_hugging_face else None
-        labels = self.labels(batch)
-        labels = self._stand_in if labels is None else labels
-        is_binary = bool(torch.isin(self._known, torch.tensor([0.0, 1.0], dtype=self._known.dtype)).all())
-        output = output_of(logits, labels, model, own_loss=self.has_own_loss, may_be_binary=is_binary)
-        if labels is None and output.kind == "class" and not self._has_single_labels and self._way == self._by_forward:
+        own = self.labels(batch)
+        labels = self._stand_in if own is None else own
+        output = self._meant(logits, own, labels, losses)
+        if labels is None and output.kind == "class" and self._way == self._by_forward and not self._has_single_labels:
             raise ValueError(
                 f"Whether {type(self.module).__name__} says one class or a set of them cannot be told: this batch has "
                 "no labels, and those of training are not one number for each example. Set the model's "
@@ -102,7 +116,7 @@ class Observer:
         """
         changed = with_labels_of(self.module, batch, labels)
         try:
-            with self._probe.watched():
+            with self.probe.watched():
                 losses = checked_losses(self.losses(changed))
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
@@ -110,18 +124,53 @@ class Observer:
                 f"{str(error).rstrip('.')}. Override influence_with_labels(batch, labels) to return the batch with "
                 "these labels in the place of its own."
             ) from error
-        answers, logits = self._probe.answer_logits(len(losses)), self._probe.logits(len(losses))
+        answers, logits = self.probe.answer_logits(len(losses)), self.probe.logits(len(losses))
         said = logits if answers is None else answers
         return losses, losses if said is None else said
+
+    @cached_property
+    def _training_labels(self) -> Tensor:
+        return self._read_training_labels()
+
+    @property
+    def _has_single_labels(self) -> bool:
+        """Whether training's labels are one number for each example, as far as they are known."""
+        return not len(self._training_labels) or not bool(self._training_labels.isnan().all())
+
+    def _meant(self, logits: Tensor, own: Tensor | None, labels: Tensor | None, losses: Tensor) -> Output:
+        """What logits mean.
+
+        Args:
+            logits: of a batch.
+            own: its labels, if it has any.
+            labels: those that the pass took, which may stand for them.
+            losses: (B,) of that pass, NaN if it had none.
+        """
+        model = hugging_face_model(self.module) if self.probe.from_hugging_face else None
+        may_be_binary = logits.numel() == len(logits) and self._may_be_binary(own)
+        output = output_of(logits, labels, model, own_loss=self._says_its_loss, may_be_binary=may_be_binary)
+        if output.kind == "binary" and labels is not None and are_distances(losses, output.logits, labels):
+            return replace(output, kind="value")
+        return output
+
+    def _may_be_binary(self, own: Tensor | None) -> bool:
+        """Whether training's labels are 0 and 1, or are not known where the batch has labels of its own."""
+        known = self._training_labels[~self._training_labels.isnan()]
+        return bool(((known == 0) | (known == 1)).all()) and (len(known) > 0 or own is not None)
+
+    @property
+    def _says_its_loss(self) -> bool:
+        """Whether the loss is the module's own, by ``influence_loss`` or ``training_step``."""
+        return getattr(type(self.module), "influence_loss", None) is not TracInMixin.influence_loss
 
     def _find_last_layer(self, batch: Any) -> None:
         """Let the probe observe the one linear layer that feeds the loss, if there is one."""
         labelled = batch if self.takes(batch) else with_labels_of(self.module, batch, self.labels_of(batch, 0))
         with suppress(ValueError), torch.enable_grad():
-            self._probe.look_at(layer_name(self.module, last_layer_of(self.module, lambda: self.losses(labelled))))
+            self.probe.look_at(layer_name(self.module, last_layer_of(self.module, lambda: self.losses(labelled))))
 
-    def _run(self, batch: Any) -> int:
-        """A forward pass of a batch, seen by the probe; the number of its examples."""
+    def _run(self, batch: Any) -> Tensor:
+        """A forward pass of a batch, seen by the probe; (B,) its losses, NaN where it has none."""
         labels = self.labels(batch)
         if labels is not None:
             return self._by_loss(
@@ -138,19 +187,19 @@ class Observer:
         failure: Exception | None = None
         for way in self._ways(batch):
             try:
-                n_examples = way(batch)
+                losses = way(batch)
             except Exception as error:  # labels of this form are not the module's
                 failure = failure or error
                 continue
             self._way = way
-            return n_examples
+            return losses
         raise ValueError(
             f"{type(self.module).__name__} cannot be run on a test batch without labels: {type(failure).__name__}: "
             f"{str(failure).rstrip('.')}. Override influence_with_labels(batch, labels) to return the batch with "
             "labels, or give the test examples labels, which do not matter here."
         ) from failure
 
-    def _ways(self, batch: Any) -> Iterator[Callable[[Any], int]]:
+    def _ways(self, batch: Any) -> Iterator[Callable[[Any], Tensor]]:
         """How a module may be run on a batch whose labels are not known, the likeliest first."""
         yield self._by_loss  # it may have some in a form that nothing tells, or need none
         is_forwarded = isinstance(batch, Mapping) and hugging_face_model(self.module) is not None
@@ -162,28 +211,28 @@ class Observer:
         if is_forwarded:
             yield self._by_forward
 
-    def _by_loss(self, batch: Any) -> int:
-        with self._probe.watched():
-            return len(checked_losses(self.losses(batch)))
+    def _by_loss(self, batch: Any) -> Tensor:
+        with self.probe.watched():
+            return checked_losses(self.losses(batch)).detach()
 
-    def _by_forward(self, batch: Any) -> int:
-        with self._probe.watched():
+    def _by_forward(self, batch: Any) -> Tensor:
+        with self.probe.watched():
             call_in_forward_pass(self.module, partial(called_with, self.module), batch)
-        return batch_size(batch) or 0
+        return torch.full((batch_size(batch) or 0,), torch.nan)
 
-    def _by_labels(self, batch: Any, *, dtype: torch.dtype, by_output: bool = False) -> int:
+    def _by_labels(self, batch: Any, *, dtype: torch.dtype, by_output: bool = False) -> Tensor:
         """With labels of zero: one for each example, or one for each of its outputs, which such a pass shows."""
         labels = torch.zeros(batch_size(batch) or 0, dtype=dtype, device=tensors_of(batch)[0].device)
         if by_output:
             with suppress(Exception):
                 self._by_loss(with_labels_of(self.module, batch, labels))
-            seen = self._probe.logits(len(labels))
+            seen = self.probe.logits(len(labels))
             labels = labels if seen is None else labels.new_zeros(seen.shape[:2])
-        n_examples = self._by_loss(with_labels_of(self.module, batch, labels))
+        losses = self._by_loss(with_labels_of(self.module, batch, labels))
         self._stand_in = labels
-        return n_examples
+        return losses
 
 
 def lacks_labels(labels: Tensor) -> bool:
-    """Whether numbers of classes, one for each example, are none for some: data sets write -1 there."""
-    return labels.ndim == 1 and not labels.is_floating_point() and bool((labels < 0).any())
+    """Whether numbers of classes, one for each example, are none for some: data sets write -1 there, of any type."""
+    return labels.numel() == len(labels) and bool(((labels < 0) & (labels.double().frac() == 0)).any())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ class Queries:
         self.label_names = label_names_of(module)
         self.probe = probe_of(module, trace)
         self.target = target or Target()
-        labels = torch.empty(0) if self.target.is_plain else _training_labels(trace)
-        self.targets = TargetLosses(module, self.target, self.probe, labels)
+        self.targets = TargetLosses(module, self.target, self.probe, partial(first_labels, trace))
         self.target_names: list[str] = []
         self.target_classes: list[int] = []
         self.predictions = torch.empty(0, 2, dtype=torch.float64)
@@ -91,7 +91,7 @@ class Queries:
         self._captured.append(captured)
         labels = labels_of_module(self.module, batch, len(captured))
         self._texts.append(captured.texts(self.targets.known(labels)))
-        self._predictions.append(self.probe.predictions(len(captured), self.targets.typed(batch, labels)))
+        self._predictions.append(self.targets.predictions(batch, labels, captured.losses))
         self._counted = not indices
         if not self.checkpoints:
             new = [token for token in unique_tokens(captured.token_ids) if token not in self.vocabulary]
@@ -227,7 +227,7 @@ def probe_of(module: nn.Module, trace: Trace) -> PredictionProbe:
     return PredictionProbe(module, None if last is None else last.layer)
 
 
-def _training_labels(trace: Trace) -> Tensor:
+def first_labels(trace: Trace) -> Tensor:
     """(n,) the labels of the first training examples, NaN where they are not one number; none if none are stored."""
     return trace.texts(range(min(trace.n_train, _LABELS_READ))).labels if trace.has_texts else torch.empty(0)
 

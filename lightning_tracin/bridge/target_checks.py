@@ -46,8 +46,11 @@ def require_fitting(target: Target, classes: Sequence[int], output: Output, name
     if not classes:
         return
     if kind == "answer" or (kind == "value" and output.n_classes == 1):
-        which = "the answer that it gives" if kind == "answer" else "the value that it gives"
-        raise ValueError(f'{asked} is a class, but this model does {task}: "prediction" is {which}.')
+        which = "answer" if kind == "answer" else "value"
+        hint = "" if kind == "answer" else " A single output is of two classes where influence_labels tells 0 and 1."
+        raise ValueError(
+            f'{asked} is a class, but this model does {task}: "prediction" is the {which} that it gives.{hint}'
+        )
     if len(set(classes)) < len(classes):
         raise ValueError(f"{asked} holds class {classes[0]} against itself: name two classes.")
     if max(classes) >= output.n_classes:

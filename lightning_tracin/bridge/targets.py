@@ -6,7 +6,7 @@ loss serves all classes. What is no label, a value or one class of a set, is tak
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,7 +40,9 @@ class TargetLosses:
         training_labels: see :class:`~lightning_tracin.bridge.observing.Observer`.
     """
 
-    def __init__(self, module: nn.Module, target: Target, probe: PredictionProbe, training_labels: Tensor) -> None:
+    def __init__(
+        self, module: nn.Module, target: Target, probe: PredictionProbe, training_labels: Callable[[], Tensor]
+    ) -> None:
         self.target = target
         self._module = module
         self._probe = probe
@@ -106,13 +108,19 @@ class TargetLosses:
             self._said_names[number] = names.of(said[row][chosen[row]].tolist(), batch, row)
         return said
 
-    def typed(self, batch: Any, labels: Tensor | None) -> Tensor | None:
-        """Labels that tell of what kind the outputs are: the batch's own, or what stands for those that it lacks."""
-        if self._output is None or self._output.kind not in ("binary", "set", "value"):
-            return labels
-        if self._output.kind == "value" and self._output.n_classes == 1:
-            return None if labels is None else labels.float()
-        return self._all(batch, 0) if labels is None else labels
+    def predictions(self, batch: Any, labels: Tensor | None, losses: Tensor) -> Tensor:
+        """The predictions of a batch that the probe has just seen, see :meth:`PredictionProbe.predictions`.
+
+        Args:
+            batch: the module's, perhaps without labels.
+            labels: its own, if it has any.
+            losses: (B,) of its examples' targets.
+        """
+        if self._output is None:
+            return self._observer.predictions(labels, losses)
+        if labels is None and self._output.kind in ("set", "value") and self._output.n_classes > 1:
+            labels = self._all(batch, 0)
+        return self._probe.predictions(len(losses), labels, is_binary=self._output.kind == "binary")
 
     def known(self, labels: Tensor | None) -> Tensor | None:
         """A batch's labels, NaN for an example that has none, as far as its classes tell."""

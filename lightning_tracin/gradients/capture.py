@@ -30,7 +30,7 @@ from lightning_tracin.gradients.layouts import Layout, find_layouts, new_layers
 from lightning_tracin.gradients.losses import Losses, checked_losses
 from lightning_tracin.gradients.positions import linear_positions, word_positions
 from lightning_tracin.gradients.sites import Gradients
-from lightning_tracin.gradients.texts import IN_SECOND, NO_LABEL, Texts, label_sets_of
+from lightning_tracin.gradients.texts import IN_SECOND, NO_LABEL, Texts, label_numbers_of, label_sets_of
 from lightning_tracin.gradients.word_gradients import WordGradients
 
 
@@ -108,15 +108,17 @@ class Captured:
         return replace(self, losses=self.losses - other.losses, gradients=gradients)
 
     def texts(self, labels: Tensor | None) -> Texts:
-        """The examples' token ids and labels: one of each, (B,), one of each token, or a set, (B, C) of 0 and 1."""
-        if labels is not None and labels.shape == (len(self),):
-            numbers = labels.detach().cpu().double()
-        else:
-            numbers = torch.full((len(self),), torch.nan, dtype=torch.float64)
+        """The examples' token ids and labels.
+
+        Args:
+            labels: one of each example, (B,) or (B, 1), one of each token, or a set, (B, C) of 0 and 1; or None.
+        """
+        marks = torch.empty(0, dtype=torch.long) if self.read is None else self.read.marks(labels)
+        of_examples = None if bool((marks >= 0).any()) else labels
+        numbers = label_numbers_of(of_examples, len(self))
         if self.read is None:
             return Texts(len(self), self.token_owners, self.token_ids, numbers)
-        marks = self.read.marks(labels)
-        sets = label_sets_of(None if bool((marks >= 0).any()) else labels, len(self))
+        sets = label_sets_of(of_examples, len(self))
         return Texts(len(self), self.token_owners, self.token_ids, numbers, marks, sets)
 
 

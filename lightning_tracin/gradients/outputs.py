@@ -16,6 +16,9 @@ from lightning_tracin.gradients.losses import IGNORED, is_causal
 #: token at each position, or where an answer starts and ends.
 Kind: TypeAlias = Literal["class", "binary", "value", "set", "tokens", "answer"]
 
+# The losses of regressions.
+_DISTANCES = (functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss)
+
 
 @dataclass(frozen=True)
 class Output:
@@ -75,20 +78,64 @@ def output_of(
         labels: the batch's; None if it has none.
         model: the model of transformers that they come from, if they do.
         own_loss: whether the module says itself what its loss is, so that the model's configuration does not.
-        may_be_binary: whether the labels of a single output may be those of two classes, where they are whole numbers.
+        may_be_binary: whether a single output may stand for two classes, as far as more than this batch tells; labels
+            of its own that are no classes speak against it.
     """
     if logits.dim() == 3:
         return Output("tokens", logits, causal=is_causal(model))
     logits = logits.reshape(len(logits), -1)
     configured = getattr(getattr(model, "config", None), "problem_type", None)
-    whole = labels is None or not labels.is_floating_point()
     if logits.shape[1] == 1:
-        is_binary = whole and may_be_binary and (model is None or own_loss)
+        told = may_be_binary and (labels is None or are_of_two_classes(labels))
+        is_binary = told if model is None or own_loss else configured == "multi_label_classification"
         return Output("binary" if is_binary else "value", logits)
     if configured == "regression":
         return Output("value", logits)
     is_set = labels is not None and labels.shape == logits.shape
     return Output("set" if is_set or configured == "multi_label_classification" else "class", logits)
+
+
+def are_of_two_classes(labels: Tensor) -> bool:
+    """Whether labels, one for each example, are 0 and 1, of whatever type. NaN and whole numbers below 0 are none.
+
+    Example:
+        >>> [are_of_two_classes(torch.tensor(each)) for each in ([[1.0], [0.0]], [1, -1], [0.5, 1.0], [0, 2])]
+        [True, True, False, False]
+    """
+    values = labels.detach().cpu().double()
+    has_none = values.isnan() | ((values < 0) & (values == values.round()))
+    return values.numel() == len(values) and bool((has_none | (values == 0) | (values == 1)).all())
+
+
+def are_distances(losses: Tensor, outputs: Tensor, labels: Tensor) -> bool:
+    """Whether losses are those of a regression: squared or absolute differences, of which labels may be 0 and 1, too.
+
+    Cross-entropies of two classes, which at some outputs are as large, are none.
+
+    Args:
+        losses: (B,), or the mean of the batch, B times.
+        outputs: (B,) or (B, 1) what the model says.
+        labels: (B,) or (B, 1).
+
+    Example:
+        >>> outputs, labels = torch.tensor([0.2, 0.9]), torch.tensor([0.0, 1.0])
+        >>> are_distances((outputs - labels) ** 2, outputs, labels)
+        True
+        >>> are_distances(torch.tensor([0.7981, 0.3412]), outputs, labels)  # cross-entropies
+        False
+    """
+    said, wanted = outputs.detach().cpu().float().reshape(-1), labels.detach().cpu().float().reshape(-1)
+    found = losses.detach().cpu().float()
+    tolerance = 1e-3 if outputs.element_size() > 2 else 2e-2
+
+    def have(values: Tensor) -> bool:
+        same = (torch.allclose(found, each.expand_as(found), rtol=tolerance) for each in (values, values.mean()))
+        return any(same)
+
+    if len(said) != len(wanted) or have(functional.binary_cross_entropy_with_logits(said, wanted, reduction="none")):
+        return False
+    distances = [each(said, wanted, reduction="none") for each in _DISTANCES]
+    return any(have(factor * values) for values in distances for factor in (1, 0.5))
 
 
 def best_answers(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:

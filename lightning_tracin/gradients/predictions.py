@@ -64,12 +64,14 @@ class PredictionProbe:
 
         return watched
 
-    def predictions(self, n_examples: int, labels: Tensor | None) -> Tensor:
+    def predictions(self, n_examples: int, labels: Tensor | None, *, is_binary: bool) -> Tensor:
         """The prediction for each example of the batch that was observed.
 
         Args:
             n_examples: number of examples in the batch.
-            labels: the batch's labels, whose type distinguishes classification from regression; None if unknown.
+            labels: the batch's labels, of which several for each example mean as many outputs; None if unknown.
+            is_binary: whether a single output stands for two classes, see
+                :func:`~lightning_tracin.gradients.outputs.output_of`; else it is a value.
 
         Returns:
             (n_examples, 2) float64: the class and its probability, or a regression's value and NaN; of a question,
@@ -88,7 +90,7 @@ class PredictionProbe:
         if logits.shape[1] > 1:
             most_likely = _probabilities(logits).max(1)
             return torch.stack([most_likely.indices.double(), most_likely.values], 1)
-        if not self.from_hugging_face and _are_of_two_classes(labels):
+        if is_binary:
             positive = logits[:, 0].sigmoid()
             return torch.stack([(positive > 0.5).double(), torch.maximum(positive, 1 - positive)], 1)
         return torch.stack([logits[:, 0], unknown[:, 1]], 1)
@@ -137,11 +139,3 @@ def _probabilities(logits: Tensor) -> Tensor:
     """The probability of each class; rows that already are probabilities, which add up to 1, stay as they are."""
     is_distribution = bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
     return logits if is_distribution else logits.softmax(1)
-
-
-def _are_of_two_classes(labels: Tensor | None) -> bool:
-    """Whether labels are whole numbers, none of them that of a third class, as those of a rating on a scale are.
-
-    Negative ones mark what has no label.
-    """
-    return labels is not None and not labels.is_floating_point() and bool((labels <= 1).all())

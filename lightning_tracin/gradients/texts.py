@@ -84,15 +84,29 @@ class Texts(Ragged):
         return None if math.isnan(packed) else tuple(at for at in range(MOST_LABELS) if int(packed) >> at & 1)
 
 
+def label_numbers_of(labels: Tensor | None, n_examples: int) -> Tensor:
+    """(n_examples,) float64, labels that are one number for each example, (n_examples,) or (n_examples, 1); else NaN.
+
+    Example:
+        >>> label_numbers_of(torch.tensor([[True], [False]]), 2)
+        tensor([1., 0.], dtype=torch.float64)
+    """
+    if labels is None or labels.shape not in ((n_examples,), (n_examples, 1)):
+        return torch.full((n_examples,), torch.nan, dtype=torch.float64)
+    return labels.detach().cpu().double().reshape(-1)
+
+
 def label_sets_of(labels: Tensor | None, n_examples: int) -> Tensor:
     """(n_examples,) float64, sets of labels as numbers, of labels (n_examples, C) that are all 0 or 1; else NaN.
+
+    A single column is no set but one label for each example.
 
     Example:
         >>> label_sets_of(torch.tensor([[0, 1, 1], [0, 0, 0]]), 2)
         tensor([6., 0.], dtype=torch.float64)
     """
     nothing = torch.full((n_examples,), torch.nan, dtype=torch.float64)
-    if labels is None or labels.dim() != 2 or len(labels) != n_examples or labels.shape[1] > MOST_LABELS:
+    if labels is None or labels.dim() != 2 or len(labels) != n_examples or not 1 < labels.shape[1] <= MOST_LABELS:
         return nothing
     values = labels.detach().cpu().double()
     if not bool(((values == 0) | (values == 1)).all()):

@@ -69,12 +69,18 @@ def _dimensions(value: Any) -> int | str:
 
 
 def typed(value: Any, like: Any) -> Any:
-    """A number, or numbers, in the type of another value: a tensor, an array, or as they are."""
+    """A number, or numbers, in the type of another value: a tensor, an array, floats; in a column if that has one."""
     if isinstance(value, str):
         return value
+    if _dimensions(value) == 0 and _dimensions(like) == 1 and len(like) == 1:
+        return typed([value], like)
     if isinstance(like, Tensor):
         return torch.as_tensor(value, dtype=like.dtype)
-    return np.asarray(value, dtype=like.dtype) if isinstance(like, (np.ndarray, np.generic)) else value
+    if isinstance(like, (np.ndarray, np.generic)):
+        return np.asarray(value, dtype=like.dtype)
+    if isinstance(value, list) and isinstance(like, (list, tuple)) and len(like) == 1:
+        return [typed(each, like[0]) for each in value]
+    return type(like)(value) if isinstance(like, (float, bool)) and isinstance(value, (int, float)) else value
 
 
 def is_own_label(like: Mapping[str, Any], name: str) -> bool:

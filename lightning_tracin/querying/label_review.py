@@ -42,13 +42,14 @@ def label_issues(
     its gradients, and the head's weights: nothing is run. Networks learn what labels have in common before they learn
     wrong ones by heart, so its mean over the first half of the checkpoints counts; it is no prediction of a model that
     has not seen the example. ``label_score`` is the mean probability of the given label. ``is_label_issue`` says that
-    the model says another class, and that the label's probability is nearer to what examples of other labels are given
-    than to what its own are, on the mean: no threshold is set by hand. What it names is mostly wrong, but it does not
-    name all, and few where labels are learned by heart from the first epoch on: look at the first of the table, too.
+    the model says another class, that the label's probability is nearer to what examples of other labels are given than
+    to what its own are, on the mean, and that more of such labels are wrong than right, as far as the model tells: see
+    :func:`~lightning_tracin.scoring.label_review.probably_wrong`. It names none where the model hardly fits, few where
+    labels are learned by heart from the first epoch on, and never all: look at the first of the table, too.
 
-    Where no such head was recorded (regression, several labels, tokens, a single logit), ``predicted_label`` and
-    ``is_label_issue`` are empty, and ``label_score`` is the share of the training examples that influence themselves at
-    least as much. With ``cache="training"`` the inputs are those of training, with dropout.
+    Where no such head was recorded (regression, several labels, tokens), ``predicted_label`` and ``is_label_issue`` are
+    empty, and ``label_score`` is the share of the training examples that influence themselves at least as much. With
+    ``cache="training"`` the inputs are those of training, with dropout.
 
     Args:
         trainer: as for :func:`influence`, like the four that follow.

@@ -35,12 +35,13 @@ class NewLabels:
         self._seen = self.of(first)
 
     def of(self, batch: Any) -> set[int]:
-        """The labels of a batch that are new; none where labels are not whole numbers, or too many."""
+        """The labels of a batch that are new; none where labels are not whole numbers, of any type, or too many."""
         size = batch_size(batch)
         labels = None if size is None else labels_of_module(self._module, batch, size)
-        if labels is None or labels.is_floating_point() or len(self._seen) > _MOST:
+        if labels is None or len(self._seen) > _MOST:
             return set()
-        return set(torch.unique(labels.cpu()).tolist()) - self._seen
+        values = torch.unique(labels.cpu()).double()
+        return set(values.long().tolist()) - self._seen if bool((values.frac() == 0).all()) else set()
 
     def add(self, labels: set[int]) -> None:
         """Remember labels whose batch has been checked."""
@@ -67,7 +68,7 @@ class NewLabels:
             return  # batches cannot be cut into their examples, so that nothing follows from doing so
         labels = labels_of_module(self._module, batch, len(losses))
         assert labels is not None
-        is_new = torch.isin(labels.cpu(), torch.tensor(sorted(new))).reshape(len(losses), -1).any(1)
+        is_new = torch.isin(labels.cpu().double(), torch.tensor(sorted(new)).double()).reshape(len(losses), -1).any(1)
         for place in torch.nonzero(is_new)[:, 0].tolist()[:4]:
             if not self._is_alone(batch, losses, place):
                 raise ValueError(

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lightning_tracin.bridge.mixin import labels_of_module, losses_of
+from lightning_tracin.bridge.mixin import labels_of_module
+from lightning_tracin.bridge.observing import Observer
 from lightning_tracin.gradients.batches import batch_size, row_of
 from lightning_tracin.gradients.losses import checked_losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
-from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.parallel.processes import Processes
 
 
@@ -61,8 +61,7 @@ class Choice:
     """Chooses examples of one validation, as its batches come.
 
     Args:
-        module: its losses and predictions count; call :meth:`see` in eval mode, without gradients.
-        probe: sees the predictions.
+        observer: of the module whose losses and predictions count; call :meth:`see` in eval mode, without gradients.
         wanted: how many of the highest loss; or the indices of those to take from each loader.
         loaders: the validation loaders.
         processes: those that validate together, each a part.
@@ -70,15 +69,13 @@ class Choice:
 
     def __init__(
         self,
-        module: nn.Module,
-        probe: PredictionProbe,
+        observer: Observer,
         wanted: int | tuple[int, ...],
         loaders: Sequence[Any],
         processes: Processes,
     ) -> None:
-        self._module = module
-        self._losses = losses_of(module)
-        self._probe = probe
+        self._observer = observer
+        self._losses = observer.losses
         self._wanted = wanted
         self._processes = processes
         self._sampled = [_sampled(loader) for loader in loaders]
@@ -137,10 +134,10 @@ class Choice:
         losses = []
         predictions = []
         for part in self._losses.rows(batch) if isinstance(self._losses, MeanLoss) else [batch]:
-            with self._probe.watched():
+            with self._observer.probe.watched():
                 losses.append(checked_losses(self._losses(part)).detach().float().cpu())
-            labels = labels_of_module(self._module, part, len(losses[-1]))
-            predictions.append(self._probe.predictions(len(losses[-1]), labels))
+            labels = labels_of_module(self._observer.module, part, len(losses[-1]))
+            predictions.append(self._observer.predictions(labels, losses[-1]))
         return torch.cat(losses), torch.cat(predictions)
 
     def _numbers(self, loader: int, size: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from shutil import copyfile
 from typing import Any
 
@@ -18,7 +19,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_tracin.bridge.compat import logged_step
 from lightning_tracin.bridge.mixin import tokenizer_of
 from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
-from lightning_tracin.bridge.queries import Queries, probe_of, result_of, weights_kept
+from lightning_tracin.bridge.observing import Observer
+from lightning_tracin.bridge.queries import Queries, first_labels, probe_of, result_of, weights_kept
 from lightning_tracin.bridge.strategy import processes_of
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.loggers import PAGE, log_page, log_table, logger_folder, rows_of
@@ -63,7 +65,8 @@ class ValidationLog:
         loaders = flat_loaders(trainer.val_dataloaders)
         module = self._gradients.module
         self._val_texts = self._texts_of(loaders)
-        self._choice = Choice(module, probe_of(module, self._trace), self._examples, loaders, processes_of(trainer))
+        observer = Observer(module, probe_of(module, self._trace), partial(first_labels, self._trace))
+        self._choice = Choice(observer, self._examples, loaders, processes_of(trainer))
 
     def see(self, batch: Any, loader: int) -> None:
         """Look at the next batch of a loader, in eval mode and without gradients."""

@@ -89,12 +89,25 @@ class LabelIssues(RichRepr):
         n_train: number of training examples, listed or not.
         n_issues: number of those whose label is probably wrong; None where that is not known.
         method: what measured self-influence, in words.
+        agreement: the share of training examples of which the model says the label, by what it said of them on the mean
+            over the checkpoints that count; None where that is not known.
     """
 
     issues: Sequence[LabelIssue]
     n_train: int
     n_issues: int | None
     method: str
+    agreement: float | None = None
+
+    @property
+    def finding(self) -> str:
+        """How many labels are probably wrong, in words; empty where that is not known."""
+        if self.n_issues is None:
+            return ""
+        few = {0: "No label can be called", 1: "1 label is"}
+        found = few.get(self.n_issues, f"{self.n_issues:,} labels are")
+        said = "" if self.agreement is None else f"; the model says the label of {self.agreement:.0%}"
+        return f"{found} probably wrong{said}"
 
     def __len__(self) -> int:
         return len(self.issues)
@@ -103,8 +116,9 @@ class LabelIssues(RichRepr):
         return f"LabelIssues(n={len(self)}, n_train={self.n_train}, n_issues={self.n_issues})"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        found = "" if self.n_issues is None else f"; {self.n_issues:,} labels are probably wrong"
-        yield Text(f"{self.n_train:,} training examples by self-influence ({printable(self.method)}){found}")
+        yield Text(f"{self.n_train:,} training examples by self-influence ({printable(self.method)})")
+        if self.finding:
+            yield Text(self.finding)
         yield _printed(self.issues[:_PRINTED], options.max_width)
         if len(self) > _PRINTED:
             yield f"{_PRINTED} of {len(self):,}; to_csv(path) and to_pandas() have all"

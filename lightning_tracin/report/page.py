@@ -187,6 +187,7 @@ def _content(page: Page) -> dict[str, Any]:
             "by": suspects.method,
             "n": suspects.n_train,
             "n_issues": suspects.n_issues,
+            "agreement": suspects.agreement,
             "columns": COLUMNS,
             "rows": listed,
         },

@@ -6,8 +6,9 @@ function drawSuspects() {
     view.append(make("p", { class: "intro" }, "Self-influence is not known: the gradients that it is computed from lie in the trace, which is gone, or another fit took its place. Put the trace back where it was, load the result again and make this page anew."));
     return;
   }
-  const { by, n, n_issues, columns, rows } = suspects;
-  const flagged = n_issues === null ? "" : ` Of all, ${count(n_issues, "label")} ${n_issues === 1 ? "is" : "are"} probably wrong: the model has said another class, and thought the label about as unlikely as it does for examples of other labels.`;
+  const { by, n, n_issues, agreement, columns, rows } = suspects;
+  const said = agreement === null ? "" : ` The model has said the label of ${Math.round(100 * agreement)}% of all.`;
+  const flagged = n_issues === null ? "" : n_issues === 0 ? `${said} No label can be called probably wrong.` : `${said} Of all, ${count(n_issues, "label")} ${n_issues === 1 ? "is" : "are"} probably wrong: the model has said another class, and thought the label about as unlikely as it does for examples of other labels.`;
   view.append(make("p", { class: "intro" }, `A training example that influences itself most is often mislabelled, or unlike all others. These are the ${rows.length} highest of ${count(n, "training example")}, by ${by}, in bold.${flagged} Label scores go from 0 to 1, lower is worse. Say what is right, download the CSV, and hand it to apply_corrections.`));
   const corrected = new Map(); // what is right, by training example
   const names = [...new Set(rows.flatMap(([index, , , , predicted]) => [train[index][0], predicted]))].filter((name) => name !== null).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));

@@ -177,6 +177,8 @@ class _Labels:
                 f"{', '.join(sorted(self.texts)[:20])}. Write one of these, or its number, or {DROP!r} to leave the "
                 "example out; pass names=... to name others."
             )
+        if isinstance(label, (list, tuple)):
+            return type(label)([self.like(text, label[0], index)])
         if isinstance(label, Tensor):
             return torch.full_like(label, found)
         if isinstance(label, (np.generic, np.ndarray)):
@@ -285,6 +287,8 @@ def _plain(label: Any, index: int) -> str | float:
     Raises:
         ValueError: if it is neither, as where an example has several labels.
     """
+    if isinstance(label, (list, tuple)) and len(label) == 1:
+        label = label[0]
     if isinstance(label, (Tensor, np.generic, np.ndarray)) and math.prod(label.shape) == 1:
         label = label.item()
     if not isinstance(label, (str, int, float)):

@@ -64,7 +64,7 @@ def label_issues_of(
         for place, index in enumerate(order.tolist())
     ]
     n_issues = int(review.is_issue.sum()) if review.knows_predictions else None
-    return LabelIssues(issues, len(review.order), n_issues, described(method))
+    return LabelIssues(issues, len(review.order), n_issues, described(method), review.agreement)
 
 
 def _known(values: Tensor, index: int) -> float | None:

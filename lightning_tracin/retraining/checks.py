@@ -198,7 +198,7 @@ def require_same_test(result: InfluenceResult, held_out: HeldOut, module: nn.Mod
     if found is not None and others:
         raise ValueError(
             f"test is another one than the result's: {_test_example(result, others[0])} has the label "
-            f"{found[others[0]].item()} here, and {known[others[0]].item():g} there. {advice}"
+            f"{float(found[others[0]]):g} here, and {known[others[0]].item():g} there. {advice}"
         )
     _warn_of_other_tokens(result, held_out)
 

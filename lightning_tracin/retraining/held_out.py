@@ -66,7 +66,9 @@ class HeldOut:
     def labels(self, module: nn.Module) -> Tensor | None:
         """(n_test,) the label of each, as the module finds it in a batch; None where it is not one number."""
         found = [labels_of_module(module, batch) for batch in self.batches]
-        known = [each for each, n in zip(found, self.sizes, strict=True) if each is not None and each.shape == (n,)]
+        known = [
+            each.flatten() for each, n in zip(found, self.sizes, strict=True) if each is not None and each.numel() == n
+        ]
         return torch.cat(known)[self.places].cpu() if len(known) == len(found) else None
 
     def whole_numbers(self) -> list[set[int]]:

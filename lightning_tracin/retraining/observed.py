@@ -20,7 +20,7 @@ from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.gradients.layers import layer_name
 from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, Losses, checked_losses, hugging_face_model
 from lightning_tracin.gradients.mean_loss import MeanLoss
-from lightning_tracin.gradients.outputs import output_of
+from lightning_tracin.gradients.outputs import are_of_two_classes, output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.querying.passes import predict_by
 from lightning_tracin.retraining.held_out import HeldOut
@@ -109,7 +109,7 @@ class Observed:
         with suppress(ValueError):
             self._last_layer = layer_name(module, last_layer_of(module, lambda: losses(batch)))
         labels = [labels_of_module(module, each) for each in self._batches]
-        self._is_binary = all(each is not None and bool((each <= 1).all()) for each in labels)
+        self._is_binary = all(each is not None and are_of_two_classes(each) for each in labels)
         self._looked = True
 
     def _classes(
@@ -117,17 +117,17 @@ class Observed:
     ) -> tuple[Tensor | None, Tensor | None]:
         """(B, C) log probabilities, None if an example's output is not one of several classes; labels of one of two."""
         labels = labels_of_module(module, batch)
-        if labels is None or labels.is_floating_point():
+        if labels is None:
             return None, None
         model = hugging_face_model(module) if probe.from_hugging_face else None
-        own = getattr(type(module), "influence_loss", None)
-        own_loss = own is not None and own is not TracInMixin.influence_loss
+        own_loss = getattr(type(module), "influence_loss", None) is not TracInMixin.influence_loss
         output = output_of(logits, labels, model, own_loss=own_loss, may_be_binary=self._is_binary)
-        if output.kind == "class":
+        if output.kind == "class" and not labels.is_floating_point():
             return output.logits.log_softmax(1).cpu(), None
         if output.kind != "binary":
             return None, None
-        return functional.logsigmoid(torch.cat([-output.logits, output.logits], 1)).cpu(), labels.flatten().cpu()
+        said = functional.logsigmoid(torch.cat([-output.logits, output.logits], 1)).cpu()
+        return said, labels.flatten().cpu().double().nan_to_num(-1).long()
 
 
 @dataclass(frozen=True)

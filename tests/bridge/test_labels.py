@@ -106,6 +106,18 @@ def test_labels_are_those_that_the_form_of_a_batch_tells(tmp_path, form):
     assert asked(tmp_path, form) == (expected() if told else ([None] * N_TEST, [None] * N_TRAIN))
 
 
+@pytest.mark.parametrize("kind", [Told, PlainTold])
+def test_labels_in_a_column_are_one_of_each(tmp_path, kind):
+    class InColumn(kind):
+        def influence_labels(self, batch):
+            return super().influence_labels(batch)[:, None] / 4
+
+    test, train = asked(tmp_path, "a tuple", InColumn)
+    assert (test, train) == tuple(
+        [f"{(int(label) + 10) / 4:.3g}".removesuffix(".0") for _, label in data] for data in (test_texts(), texts())
+    )
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_other_labels_come_where_those_of_a_batch_are_found(form):
     make, unpack, told = FORMS[form]

@@ -72,7 +72,7 @@ def test_the_prediction_is_the_likeliest_answer_that_does_not_end_before_it_star
     probe = PredictionProbe(module, "model.qa_outputs")
     with probe.watched(), torch.no_grad():
         output = module(**batch)
-    predictions = probe.predictions(len(batch["input_ids"]), None)
+    predictions = probe.predictions(len(batch["input_ids"]), None, is_binary=False)
     for start, end, (place, probability) in zip(
         output.start_logits.softmax(1), output.end_logits.softmax(1), predictions.tolist(), strict=True
     ):

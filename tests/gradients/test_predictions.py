@@ -6,17 +6,18 @@ import transformers
 from families import FAMILIES, VOCABULARY, HuggingFace
 from torch import nn
 
+from lightning_tracin.bridge.observing import Observer
 from lightning_tracin.gradients.batches import labels_of
 from lightning_tracin.gradients.predictions import PredictionProbe
 
 
-def predicted(module, batch, last=None):
-    """What is seen in the pass that gives the losses."""
+def predicted(module, batch, last=None, training=()):
+    """What is seen in the pass that gives the losses; training's labels are not known by default."""
     module.eval()
-    probe = PredictionProbe(module, last)
-    with probe.watched(), torch.no_grad():
+    observer = Observer(module, PredictionProbe(module, last), lambda: torch.tensor(training).double())
+    with observer.probe.watched(), torch.no_grad():
         losses = module.influence_loss(batch)
-    return probe.predictions(len(losses), labels_of(batch))
+    return observer.predictions(labels_of(batch), losses)
 
 
 def batch_of(name):
@@ -90,14 +91,23 @@ class Scorer(nn.Module):
         return self.last(self.output).sum(1)
 
 
-def test_one_logit_is_that_of_the_second_class():
-    found = predicted(Scorer(torch.tensor([[2.0], [-1.0]])), (torch.zeros(2, 3), torch.tensor([1, 1])), "last")
+@pytest.mark.parametrize("training", [(), (0, 1), (1,)])
+@pytest.mark.parametrize(
+    "labels", [[1, 1], [True, False], [1.0, 0.0], [[1], [1]], [[1.0], [0.0]], [1, -1], [1, torch.nan]]
+)
+def test_one_logit_is_that_of_the_second_class(labels, training):
+    batch = (torch.zeros(2, 3), torch.tensor(labels))
+    found = predicted(Scorer(torch.tensor([[2.0], [-1.0]])), batch, "last", training)
     sure = torch.tensor([2.0, 1.0]).sigmoid().double()
     torch.testing.assert_close(found, torch.stack([torch.tensor([1.0, 0.0]).double(), sure], 1))
 
 
-def test_one_number_for_a_rating_on_a_scale_is_a_value():
-    found = predicted(Scorer(torch.tensor([[2.0], [3.5]])), (torch.zeros(2, 3), torch.tensor([1, 4])), "last")
+@pytest.mark.parametrize(
+    ("labels", "training"),
+    [([1, 4], ()), ([0.25, 1.0], (0, 1)), ([[0.5], [1.0]], ()), ([0.0, 1.0], (0, 0.5)), ([1, 0], (0, 1, 2))],
+)
+def test_one_number_for_a_rating_on_a_scale_is_a_value(labels, training):
+    found = predicted(Scorer(torch.tensor([[2.0], [3.5]])), (torch.zeros(2, 3), torch.tensor(labels)), "last", training)
     assert found[:, 0].tolist() == [2.0, 3.5]
     assert bool(found[:, 1].isnan().all())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -11,12 +12,15 @@ import torch
 from brute_force import BruteForce, dense_gradients, relative_error, untie
 from families import FAMILIES
 from random_gradients import dense, random_linear, random_words
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
 from toy import CLASSES, VOCABULARY, Toy, fitted, loader, quiet, site_of, test_texts, texts
 from variants import without_dropout
 
-from lightning_tracin import Trace, TracInCallback, TracInLast, TracInWE
+from lightning_tracin import Trace, TracInCallback, TracInLast, TracInLayer, TracInRidge, TracInWE
 from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.gradients.rows import projection_matrix
+from lightning_tracin.metrics.functional.bootstrap import bootstrap_interval
 from lightning_tracin.storage.second_moments import SecondMoments
 
 LAYERS = {"tracin-we": "embedding", "tracin-last": "last"}
@@ -126,6 +130,55 @@ def test_scores_and_norms_are_computed_in_full(rounded_products):
         assert relative_error(TracInLast().dot(of_last, of_last, each), expected) < 1e-6
         assert relative_error(of_last.example_norms(each and weights), expected.diagonal().sqrt()) < 1e-6
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+class Products(TorchDispatchMode):
+    """Notes which products of float32 numbers torch may round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        if name in ("mm", "bmm", "addmm", "baddbmm", "mv", "dot") and args[0].dtype == torch.float32:
+            setting = getattr(torch.backends.mkldnn, "matmul", None)  # before torch 2.9 there is one for all
+            if getattr(setting, "fp32_precision", torch.get_float32_matmul_precision()) not in ("ieee", "highest"):
+                self.rounded.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class Single(Toy):
+    """A single logit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(8, 1)
+
+    def influence_loss(self, batch):
+        outputs = self(batch[0])[:, 0]
+        return torch.nn.functional.binary_cross_entropy_with_logits(outputs, batch[1].float(), reduction="none")
+
+
+@pytest.mark.parametrize("kind", [Toy, Single])
+def test_what_a_trace_says_by_itself_is_computed_in_full(tmp_path, kind, rounded_products):
+    train, test = (TensorDataset(each.tensors[0], each.tensors[1].clamp(max=1)) for each in (texts(), test_texts()))
+    fit = fitted(tmp_path, kind(), loader(train), methods=("tracin-we", "tracin-last", "hidden"))
+    result = fit.influence(loader(test))
+    ridge, kfac = TracInRidge(TracInLast(normalize="cosine")), TracInLayer("hidden", precondition="kfac")
+    for ask in (
+        fit.label_issues,
+        *(partial(fit.self_influence, method=method) for method in ("tracin-we", "tracin-last", kfac, ridge)),
+        partial(result.words, 0, 0),
+        result.word_table,
+        partial(bootstrap_interval, torch.rand(8, 1)),
+    ):
+        with Products() as products:
+            ask()
+        assert products.rounded == [], ask
+    with Products() as products:
+        torch.rand(2, 2) @ torch.rand(2, 2)
+    assert products.rounded == ["mm"]
 
 
 def settings():

@@ -161,6 +161,45 @@ def test_rows_and_data_sets_with_labels(fit, form):
     assert result.test_texts.labels.tolist() == [len(text) % 2 for text in TEST]
 
 
+class OneLogit(Bag):
+    """Takes labels in the form that its loss needs."""
+
+    def __init__(self, tokenizer=TOKENIZER) -> None:
+        super().__init__(tokenizer)
+        self.head = nn.Linear(8, 1)
+
+    def influence_loss(self, batch):
+        read = batch["attention_mask"].sum(1, keepdim=True)
+        logits = self.head((self.embedding(batch["input_ids"]).sum(1) / read).tanh())
+        logits = logits.reshape(batch["labels"].shape)
+        return functional.binary_cross_entropy_with_logits(logits, batch["labels"], reduction="none").reshape(-1)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [float, lambda label: [float(label)], lambda label: torch.tensor([float(label)])],
+    ids=["float", "list", "tensor"],
+)
+def test_labels_of_a_single_logit_come_in_the_form_of_trainings(tmp_path, form):
+    def made(texts):
+        return [{**item, "labels": form(item["labels"])} for item in tokenised(texts)]
+
+    def collate(items):
+        labels = torch.stack([torch.as_tensor(item["labels"]) for item in items])
+        ids = [{"input_ids": item["input_ids"], "attention_mask": item["attention_mask"]} for item in items]
+        return {**TOKENIZER.pad(ids, return_tensors="pt"), "labels": labels}
+
+    load = partial(DataLoader, batch_size=8, collate_fn=collate)
+    trainer = fitted(tmp_path, OneLogit(), load(made(TRAIN), shuffle=True), trainer={"max_epochs": 1})
+    expected = trainer.influence(load(made(TEST)))
+    named = [{"text": row["text"], "label": ("short", "long")[row["label"]]} for row in rows(TEST)]
+    for given in (rows(TEST), named):
+        found = trainer.influence(given)
+        assert torch.equal(found.scores, expected.scores)
+        assert [of.test.label for of in found.explanations()] == [row["label"] for row in named]
+    assert torch.equal(ask(trainer, TEST).scores, ask(trainer, load(made(TEST))).scores)
+
+
 def test_rows_that_are_tokenised_already(fit):
     trainer, made, load = fit
     if made is rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 from toy import Toy, fitted, loader, texts
@@ -92,6 +93,38 @@ def test_a_loss_that_depends_on_its_batch_is_found_before_that_batch_trains(tmp_
     with pytest.raises(ValueError, match=messages[kind]):
         fitted(tmp_path, kind(loss), loader(data, BATCH), cache=cache, every_n_train_steps=1)
     assert len(Trace(tmp_path).checkpoints) == rare // BATCH  # those before are there
+
+
+class Single(Own):
+    """A single logit, and labels that are no int64."""
+
+    def __init__(self, losses) -> None:
+        super().__init__(losses)
+        self.head = nn.Linear(8, 1)
+
+
+def balanced(outputs, labels):
+    """By classes, of which the batch says how much each counts."""
+    labels = labels.reshape(-1, 1).float()
+    weight = (1 + (1 - labels).sum()) / (1 + labels.sum())
+    return functional.binary_cross_entropy_with_logits(outputs, labels, pos_weight=weight, reduction="none")[:, 0]
+
+
+def evenly(outputs, labels):
+    return functional.binary_cross_entropy_with_logits(outputs, labels.reshape(-1, 1).float(), reduction="none")[:, 0]
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.bool, torch.Tensor.float, lambda labels: labels[:, None].float()])
+@pytest.mark.parametrize("loss", [balanced, evenly])
+def test_labels_of_any_type_are_looked_at(tmp_path, form, loss):
+    data, rare = with_a_rare_label()
+    data = TensorDataset(data.tensors[0], form(data.tensors[1] == 2))
+    if loss is evenly:
+        assert len(fitted(tmp_path, Single(loss), loader(data, BATCH)).callbacks[0].trace.checkpoints) == 2
+        return
+    with pytest.raises(ValueError, match=r"depend on the batch where its labels hold \[1\]"):
+        fitted(tmp_path, Single(loss), loader(data, BATCH), every_n_train_steps=1)
+    assert len(Trace(tmp_path).checkpoints) == rare // BATCH
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

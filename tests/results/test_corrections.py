@@ -51,6 +51,8 @@ DATASETS = {
     "named labels": ([{"labels": NAMES[label]} for label in LABELS], lambda item: NAMES.index(item["labels"])),
     "pairs": ([(f"t{index}", label) for index, label in enumerate(LABELS)], lambda item: item[1]),
     "tensors": (TensorDataset(torch.arange(5), torch.tensor(LABELS)), lambda item: int(item[1])),
+    "columns": (TensorDataset(torch.arange(5), torch.tensor(LABELS)[:, None].float()), lambda item: int(item[1])),
+    "lists of one": ([{"labels": [float(label)]} for label in LABELS], lambda item: int(item["labels"][0])),
     "numpy": ([{"x": 1, "labels": np.int32(label)} for label in LABELS], lambda item: int(item["labels"])),
     "lists of three": ([[label, "a", "b"] for label in LABELS], lambda item: item[0]),
 }

@@ -111,7 +111,13 @@ def test_labels_of_a_regression_are_numbers(asked):
 
 def test_labels_that_are_no_sets():
     assert label_sets_of(torch.tensor([[0.0, 1.0], [1.0, 1.0]]), 2).tolist() == [2.0, 3.0]
-    for labels in (None, torch.tensor([0, 1]), torch.tensor([[0.5, 1.0], [0.0, 1.0]]), torch.ones(2, 54)):
+    for labels in (
+        None,
+        torch.tensor([0, 1]),
+        torch.tensor([[0.5, 1.0], [0.0, 1.0]]),
+        torch.ones(2, 54),
+        torch.ones(2, 1),
+    ):
         assert label_sets_of(labels, 2).isnan().all()
     most = Texts(1, *[torch.empty(0, dtype=torch.long)] * 2, torch.tensor([torch.nan]).double())
     most = replace(most, label_sets=label_sets_of(torch.ones(1, 53), 1))

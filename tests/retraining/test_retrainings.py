@@ -204,18 +204,21 @@ class Binary(Toy):
         self.head = nn.Linear(8, 1)
 
     def influence_loss(self, batch):
-        return functional.binary_cross_entropy_with_logits(self(batch[0])[:, 0], batch[1].float(), reduction="none")
+        labels = batch[1].reshape(-1).float()
+        return functional.binary_cross_entropy_with_logits(self(batch[0])[:, 0], labels, reduction="none")
 
 
-def of_two_classes(data):
-    return torch.utils.data.TensorDataset(data.tensors[0], data.tensors[1].clamp(max=1))
+def of_two_classes(data, form=None):
+    labels = data.tensors[1].clamp(max=1)
+    return torch.utils.data.TensorDataset(data.tensors[0], labels if form is None else form(labels))
 
 
-def test_a_single_output_stands_for_two_classes(tmp_path):
-    data = of_two_classes(test_texts())
-    build = Build(of_two_classes(texts()), Binary)
+@pytest.mark.parametrize("form", [None, torch.Tensor.bool, torch.Tensor.float, lambda labels: labels[:, None].float()])
+def test_a_single_output_stands_for_two_classes(tmp_path, form):
+    data = of_two_classes(test_texts(), form)
+    build = Build(of_two_classes(texts(), form), Binary)
     found = retrainings(tmp_path, build, loader(data)).run(HALVES[:1])
-    own = found.log_probabilities[0, 0].gather(1, data.tensors[1][:, None])[:, 0]
+    own = found.log_probabilities[0, 0].gather(1, data.tensors[1].reshape(-1, 1).long())[:, 0]
     assert found.log_probabilities.shape == (1, 1, 6, 2)
     assert torch.allclose(-own, found.losses[0, 0], atol=1e-6)
 
@@ -225,8 +228,9 @@ class Regression(Binary):
         return (self(batch[0])[:, 0] - batch[1].float()) ** 2
 
 
-def test_what_says_no_class_has_losses_alone(tmp_path):
-    data = torch.utils.data.TensorDataset(test_texts().tensors[0], test_texts().tensors[1].float())
+@pytest.mark.parametrize("most", [1, 2])
+def test_what_says_no_class_has_losses_alone(tmp_path, most):
+    data = torch.utils.data.TensorDataset(test_texts().tensors[0], test_texts().tensors[1].clamp(max=most).float())
     assert retrainings(tmp_path, Build(module=Regression), loader(data)).run(HALVES[:1]).log_probabilities is None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.checked_numbers import real_number, whole_number
+from lightning_tracin.metrics.functional.correlations import precise
 
 
 class Interval(NamedTuple):
@@ -73,7 +74,7 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 200
         Interval(low=tensor([6.8500]), high=tensor([12.1500]))
     """
     level, resamples, seed = checked_bootstrap(level, resamples, seed)
-    values = values.unsqueeze(1) if values.ndim == 2 else values
+    values = precise(values.unsqueeze(1) if values.ndim == 2 else values)
     n, s, _ = values.shape
     generator = torch.Generator().manual_seed(seed)
     of_rows, of_seeds = (_drawn(each, resamples, generator).to(values) for each in (n, s))
