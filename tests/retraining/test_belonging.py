@@ -80,7 +80,7 @@ def test_a_build_that_ignores_its_seed_is_told(planted_result, tmp_path):
 def test_files_of_an_earlier_version_are_not_compared(tmp_path):
     kept = without(20, [3])
     runs = retrainings(tmp_path)
-    runs.folder.claim({})
+    runs.folder.claim({"n_train": 20, "n_test": 6})
     runs.folder.write(Retraining(kept, 0), Outcome(torch.zeros(6), None))
     stored = runs.folder.read(Retraining(kept, 0))
     assert stored.weights is None
@@ -273,3 +273,10 @@ def test_one_stands_for_a_list_of_one(planted_fit, planted_result, tmp_path):
 def test_what_is_no_result_is_told(ask):
     with pytest.raises(TypeError, match=r"but got 'result.safetensors'. One that was saved is read by InfluenceResult"):
         ask("result.safetensors", build, planted.test_loader())
+
+
+def test_seeds_of_another_kind_are_told(planted_result, tmp_path):
+    with pytest.raises(ValueError, match=r"seeds must be a whole number of at least 2, .* but got \[0, 1\]"):
+        does_it_matter(planted_result, build, planted.test_loader(), 2, [0, 1])
+    with pytest.raises(ValueError, match="seeds must be a list of numbers, but got 2"):
+        retrainings(tmp_path).run(random_halves(20, 2), seeds=2)
