@@ -110,23 +110,18 @@ def _against(pair: dict[str, Any] | None, n: int) -> str:
 
 
 def mislabel(tables: Tables) -> Iterator[str]:
-    """All rankings on all tasks."""
-    head = ["", *(f"{each['title']}, {each['what']}" for each in tables)]
+    """All tasks, a column for each ranking."""
     methods = sorted({row["method"] for each in tables for row in each["rows"]})
-    found = [{row["method"]: row for row in each["rows"]} for each in tables]
-    tenth = [each["inspected"].index(0.1) for each in tables]
-    rows = [
-        [
-            method,
-            *(
-                f"{rows[method]['auroc']:.3f} ({rows[method]['found'][place]:.0%})" if method in rows else ""
-                for rows, place in zip(found, tenth, strict=True)
-            ),
-        ]
-        for method in methods
-    ]
-    yield from _table(head, rows)
+    yield from _table(["", *methods], ([f"{each['title']}, {each['what']}", *_found(each, methods)] for each in tables))
     yield ""
+
+
+def _found(table: dict[str, Any], methods: Sequence[str]) -> Iterator[str]:
+    """Of each ranking the area, and the share of wrong labels in its first tenth."""
+    rows, tenth = {row["method"]: row for row in table["rows"]}, table["inspected"].index(0.1)
+    for method in methods:
+        row = rows.get(method)
+        yield "" if row is None else f"{row['auroc']:.3f} ({row['found'][tenth]:.0%})"
 
 
 def shortlist(tables: Tables) -> Iterator[str]:

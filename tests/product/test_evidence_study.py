@@ -180,7 +180,7 @@ def test_flipped_labels_are_found(task, folder):
     assert table["n_wrong"] == 4
     assert max(row["auroc"] for row in table["rows"]) > 0.7
     assert table["rows"][0]["found"][-1] == 1
-    assert len(list(page.mislabel([table]))) > 4
+    assert list(page.mislabel([table]))[2].startswith("| Bags, 10% of the labels flipped | ")
 
 
 def test_those_it_is_right_about_come_from_each_class_in_turn():
