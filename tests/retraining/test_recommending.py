@@ -137,7 +137,7 @@ def test_one_test_example_is_refused_and_few_are_warned_of(planted_fit, monkeypa
         (planted.test_loader(), {"test_indices": [3, 3]}),
     ):
         with pytest.raises(ValueError, match=refused):
-            recommend(trace, build, test, methods=["not even looked at"], **options)
+            recommend(trace, build, test, methods=[TracInWE()], **options)
     monkeypatch.setattr("lightning_tracin.retraining.recommending._explained", lambda *_: "warned")
     with pytest.warns(UserWarning, match="3 test examples are looked at: below 8 it is mostly chance"):
         assert recommend(trace, build, planted.test_loader(), "explain", 3, methods=[TracInWE()], k=9) == "warned"
