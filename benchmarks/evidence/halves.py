@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -56,7 +57,7 @@ def _said(task: Task, folder: Path, path: Path, subsets: Tensor, seed: int) -> T
         found = retrainings(task, folder / task.name / "halves").run(subsets[len(known) :], [seed])
         known = torch.cat([known, -found.losses[:, 0]])
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"outputs": known, "subsets": subsets[: len(known)].to(torch.uint8)}
+        tensors = {"outputs": known, "subsets": _packed(subsets[: len(known)])}
         save_file(tensors, path, {"task": task.name, "seed": str(seed), "examples": task.fingerprint()})
     return known[: len(subsets)]
 
@@ -66,12 +67,17 @@ def _read(path: Path, task: Task, subsets: Tensor) -> Tensor:
     if not path.exists():
         return torch.empty(0, len(task.test))
     with safe_open(path, "pt") as opened:
-        examples, known = opened.metadata()["examples"], opened.get_tensor("subsets").bool()
+        examples, known = opened.metadata()["examples"], opened.get_tensor("subsets")
         outputs: Tensor = opened.get_tensor("outputs")
     shared = min(len(known), len(subsets))
-    if examples != task.fingerprint() or not torch.equal(known[:shared], subsets[:shared]):
+    if examples != task.fingerprint() or not torch.equal(known[:shared], _packed(subsets[:shared])):
         raise SystemExit(f"{path} is of other examples or halves than {task.title} has here: remove it to fit anew.")
     return outputs
+
+
+def _packed(subsets: Tensor) -> Tensor:
+    """Masks (m, n) as bits, (m, n / 8) uint8."""
+    return torch.from_numpy(np.packbits(subsets.numpy(), axis=1))
 
 
 def retrainings(task: Task, folder: Path) -> Retrainings:
