@@ -235,4 +235,5 @@ class Observer:
 
 def lacks_labels(labels: Tensor) -> bool:
     """Whether numbers of classes, one for each example, are none for some: data sets write -1 there, of any type."""
-    return labels.numel() == len(labels) and bool(((labels < 0) & (labels.double().frac() == 0)).any())
+    values = labels.detach().cpu().double()
+    return values.numel() == len(values) and bool(((values < 0) & (values.frac() == 0)).any())

@@ -127,7 +127,8 @@ class TargetLosses:
         kind = None if self._output is None else self._output.kind
         if labels is None or kind not in ("binary", "class") or not lacks_labels(labels):
             return labels
-        return labels.double().masked_fill(labels < 0, torch.nan)
+        values = labels.detach().cpu().double()
+        return values.masked_fill(values < 0, torch.nan)
 
     def name_of(self, number: int) -> str:
         """What to print for the target of a test example."""
