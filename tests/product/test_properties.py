@@ -110,6 +110,7 @@ def test_the_sides_can_be_exchanged(data, drawn):
             Expected(other, expected.bounds).require(scores, drawn.dtype)
 
 
+@pytest.mark.filterwarnings("ignore:All scores by")  # with rates of 0
 @given(data=st.data(), drawn=drawn_fits(), factor=st.sampled_from((0.0, 0.5, 3.0)))
 def test_linear_in_the_rates_and_additive_over_checkpoints(data, drawn, factor):
     with fit_of(drawn) as fit:
