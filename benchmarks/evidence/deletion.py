@@ -110,6 +110,7 @@ def with_seed(
         seed: of the fits.
     """
     known = {(each.method, each.k): each for each in changes}
+    with_all = deletion.with_all([seed]).exp()
     for k in ks:
         for method in (SAME_LABEL, *scores):
             before = known.get((method, k))
@@ -120,7 +121,7 @@ def with_seed(
                 if method == SAME_LABEL
                 else deletion.without_proponents(scores[method], k, [seed])
             )
-            alone = Change(method, k, (seed,), (said.exp() - deletion.with_all([seed]).exp())[:, 0])
+            alone = Change(method, k, (seed,), (said.exp() - with_all)[:, 0])
             known[method, k] = alone if before is None else before.and_also(alone)
     return list(known.values())
 
