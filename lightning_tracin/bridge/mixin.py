@@ -132,6 +132,11 @@ class TracInMixin:
         return _configured_label_names(self)  # type: ignore[arg-type]
 
 
+def says_its_loss(module: nn.Module) -> bool:
+    """Whether an example's loss is what a module says itself, by ``influence_loss`` or ``training_step``."""
+    return getattr(type(module), "influence_loss", None) is not TracInMixin.influence_loss
+
+
 def losses_of(module: nn.Module) -> Losses:
     """The module's losses of single examples; without the mixin, a :class:`MeanLoss` that is yet to be checked."""
     own = getattr(module, "influence_loss", None)

@@ -15,11 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, last_layer_of, losses_of, with_labels_of
+from lightning_tracin.bridge.mixin import (
+    TracInMixin,
+    labels_of_module,
+    last_layer_of,
+    losses_of,
+    says_its_loss,
+    with_labels_of,
+)
 from lightning_tracin.gradients.batches import batch_size, tensors_of
 from lightning_tracin.gradients.layers import layer_name
 from lightning_tracin.gradients.losses import called_with, checked_losses, hugging_face_model, writes_apart
-from lightning_tracin.gradients.outputs import Output, are_distances, output_of
+from lightning_tracin.gradients.outputs import Output, are_distances, are_none, output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.parallel.fsdp import call_in_forward_pass, is_fsdp
 
@@ -148,7 +155,7 @@ class Observer:
         """
         model = hugging_face_model(self.module) if self.probe.from_hugging_face else None
         may_be_binary = logits.numel() == len(logits) and self._may_be_binary(own)
-        output = output_of(logits, labels, model, own_loss=self._says_its_loss, may_be_binary=may_be_binary)
+        output = output_of(logits, labels, model, own_loss=says_its_loss(self.module), may_be_binary=may_be_binary)
         if output.kind == "binary" and labels is not None and are_distances(losses, output.logits, labels):
             return replace(output, kind="value")
         return output
@@ -157,11 +164,6 @@ class Observer:
         """Whether training's labels are 0 and 1, or are not known where the batch has labels of its own."""
         known = self._training_labels[~self._training_labels.isnan()]
         return bool(((known == 0) | (known == 1)).all()) and (len(known) > 0 or own is not None)
-
-    @property
-    def _says_its_loss(self) -> bool:
-        """Whether the loss is the module's own, by ``influence_loss`` or ``training_step``."""
-        return getattr(type(self.module), "influence_loss", None) is not TracInMixin.influence_loss
 
     def _find_last_layer(self, batch: Any) -> None:
         """Let the probe observe the one linear layer that feeds the loss, if there is one."""
@@ -236,4 +238,4 @@ class Observer:
 def lacks_labels(labels: Tensor) -> bool:
     """Whether numbers of classes, one for each example, are none for some: data sets write -1 there, of any type."""
     values = labels.detach().cpu().double()
-    return values.numel() == len(values) and bool(((values < 0) & (values.frac() == 0)).any())
+    return values.numel() == len(values) and bool(are_none(values).any())

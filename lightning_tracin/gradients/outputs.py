@@ -103,8 +103,13 @@ def are_of_two_classes(labels: Tensor) -> bool:
         [True, True, False, False]
     """
     values = labels.detach().cpu().double()
-    has_none = values.isnan() | ((values < 0) & (values == values.round()))
+    has_none = values.isnan() | are_none(values)
     return values.numel() == len(values) and bool((has_none | (values == 0) | (values == 1)).all())
+
+
+def are_none(labels: Tensor) -> Tensor:
+    """Which labels, float64, are no class: data sets write whole numbers below 0 there, of any type."""
+    return (labels < 0) & (labels.frac() == 0)
 
 
 def are_distances(losses: Tensor, outputs: Tensor, labels: Tensor) -> bool:

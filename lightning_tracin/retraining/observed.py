@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_tracin.bridge.compat import batch_to_device
-from lightning_tracin.bridge.mixin import TracInMixin, labels_of_module, last_layer_of, losses_of
+from lightning_tracin.bridge.mixin import labels_of_module, last_layer_of, losses_of, says_its_loss
 from lightning_tracin.gradients.capture import without_inference_tensors
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.gradients.layers import layer_name
@@ -37,9 +37,7 @@ class Observed:
     """
 
     def __init__(self, held_out: HeldOut) -> None:
-        self._batches = held_out.batches
         self._held_out = held_out
-        self._places = held_out.places
         self._last_layer: str | None = None
         self._looked = False
         self._is_binary = False
@@ -60,7 +58,7 @@ class Observed:
             with gradients_enabled(module):
                 found.append(self._said(module, without_inference_tensors(batch)))
 
-        predict_by(step, trainer, module, _Copies(self._batches), None, callbacks=[])
+        predict_by(step, trainer, module, _Copies(self._held_out.batches), None, callbacks=[])
         return self._joined(found)
 
     def outcome_now(self, trainer: pl.Trainer, module: pl.LightningModule) -> Outcome:
@@ -69,7 +67,7 @@ class Observed:
         Raises:
             ValueError: if there is not one finite loss for each example.
         """
-        batches = (batch_to_device(trainer, module, batch) for batch in _Copies(self._batches))
+        batches = (batch_to_device(trainer, module, batch) for batch in _Copies(self._held_out.batches))
         return self._joined([self._said(module, batch) for batch in batches])
 
     def _joined(self, found: list[_Said]) -> Outcome:
@@ -79,14 +77,14 @@ class Observed:
             ValueError: if a batch has another number of losses than of examples, or a loss is not finite.
         """
         self._held_out.check_losses([len(each.losses) for each in found])
-        losses = torch.cat([each.losses for each in found])[self._places]
+        losses = torch.cat([each.losses for each in found])[self._held_out.places]
         bad = (~losses.isfinite()).nonzero().flatten()
         if len(bad):
             raise ValueError(f"The loss of test example {int(bad[0])} is {losses[bad[0]]:g}. {NOT_FINITE_ADVICE}")
         said = [each.classes for each in found if each.classes is not None]
         if len(said) < len(found) or not _are_usual(found):
             return Outcome(losses, None)
-        return Outcome(losses, torch.cat(said)[self._places])
+        return Outcome(losses, torch.cat(said)[self._held_out.places])
 
     def _said(self, module: pl.LightningModule, batch: Any) -> _Said:
         """The losses of a batch, and the log probabilities of classes."""
@@ -108,7 +106,7 @@ class Observed:
             losses.check(batch)
         with suppress(ValueError):
             self._last_layer = layer_name(module, last_layer_of(module, lambda: losses(batch)))
-        labels = [labels_of_module(module, each) for each in self._batches]
+        labels = [labels_of_module(module, each) for each in self._held_out.batches]
         self._is_binary = all(each is not None and are_of_two_classes(each) for each in labels)
         self._looked = True
 
@@ -120,8 +118,7 @@ class Observed:
         if labels is None:
             return None, None
         model = hugging_face_model(module) if probe.from_hugging_face else None
-        own_loss = getattr(type(module), "influence_loss", None) is not TracInMixin.influence_loss
-        output = output_of(logits, labels, model, own_loss=own_loss, may_be_binary=self._is_binary)
+        output = output_of(logits, labels, model, own_loss=says_its_loss(module), may_be_binary=self._is_binary)
         if output.kind == "class" and not labels.is_floating_point():
             return output.logits.log_softmax(1).cpu(), None
         if output.kind != "binary":
