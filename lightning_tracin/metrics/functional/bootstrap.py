@@ -71,7 +71,7 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 200
 
     Example:
         >>> bootstrap_interval(torch.arange(20.0).unsqueeze(1))
-        Interval(low=tensor([6.8500]), high=tensor([12.1500]))
+        Interval(low=tensor([6.7812]), high=tensor([12.2188]))
     """
     level, resamples, seed = checked_bootstrap(level, resamples, seed)
     values = precise(values.unsqueeze(1) if values.ndim == 2 else values)

@@ -83,7 +83,7 @@ def deletion_curve(
         >>> result.curve, result.auc
         (tensor([-0.0833, -0.2500]), tensor(-0.1667))
         >>> result.interval
-        Interval(low=tensor(-0.2500), high=tensor(-0.0500))
+        Interval(low=tensor(-0.3008), high=tensor(-0.0238))
     """
     ks = growing_ks(ks)
     return _deletion_curve_compute(_deletion_curve_update(changes, ks), level, resamples, seed)

@@ -64,6 +64,6 @@ def tail_patch(gains: Tensor, *, level: float = 0.95, resamples: int = 2000, see
         >>> result.mean, result.per_rank
         (tensor(0.0200), tensor([0.0267, 0.0133]))
         >>> result.interval
-        Interval(low=tensor(0.), high=tensor(0.0300))
+        Interval(low=tensor(-0.0045), high=tensor(0.0322))
     """
     return _tail_patch_compute(_tail_patch_update(gains), level, resamples, seed)
