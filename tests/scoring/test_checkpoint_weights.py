@@ -96,7 +96,8 @@ def test_scores_are_those_of_brute_force(traces, cache, method):
 def test_blocks_of_test_examples_do_not_matter(traces, monkeypatch, method):
     whole = ask(traces / "checkpoint", method)
     monkeypatch.setattr(influence_module, "_BLOCK_BYTES", 1)
-    torch.testing.assert_close(ask(traces / "checkpoint", method).scores, whole.scores, rtol=1e-5, atol=1e-9)
+    # Of scores that cancel to nearly 0, the rounding of float32 leaves nothing: the error is that of all together.
+    assert relative_error(ask(traces / "checkpoint", method).scores, whole.scores) < 1e-6
 
 
 def test_words_add_up(traces):
