@@ -31,7 +31,7 @@ from benchmarks.evidence.ours import Scorer
 from benchmarks.evidence.scored import all_kept_scores, kept_scores
 from benchmarks.evidence.shortlist import shortlist_table
 from benchmarks.evidence.task import Task
-from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.tasks import TASKS, in_float32
 
 _QUICK = {
     "tasks": ["bbc-cnn"],
@@ -48,7 +48,7 @@ def main() -> None:
     """Run what is asked for and not there yet, and write a table of JSON for each part and task."""
     options = _options()
     for name in options.tasks:
-        task = TASKS[name]()
+        task = in_float32(TASKS[name]()) if options.float32 else TASKS[name]()
         for part in options.parts:
             _PARTS[part](task, options)
 
@@ -163,6 +163,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument(
         "--parts", nargs="+", choices=list(_PARTS), default=["lds", "deletion", "mislabel", "shortlist"]
+    )
+    parser.add_argument(
+        "--float32", action="store_true", help="fit without autocast: for CPUs that do not multiply bfloat16 themselves"
     )
     parser.add_argument("--quick", action="store_true", help="one task, few fits")
     parser.add_argument("--methods", nargs="*", help="whose scores are computed where they are missing; default: all")
