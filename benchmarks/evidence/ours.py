@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.evidence.fitting import Fitted
 from benchmarks.evidence.networks import Convolutional
 from benchmarks.evidence.task import Task
+from benchmarks.evidence.word_kfac import word_kfac
 from lightning_tracin import TracInLast, TracInLayer, TracInRidge, TracInSum, TracInWE
 
 Scorer: TypeAlias = Callable[[Fitted], Tensor]
@@ -38,6 +39,9 @@ def ours(task: Task) -> Mapping[str, Scorer]:
         "WE Adam": partial(Fitted.scores, method=TracInWE(precondition="adam")),
         "WE, last checkpoint": partial(Fitted.scores, method=TracInWE(), checkpoints="last"),
         "WE cosine, residual": partial(Fitted.scores, method=_words()),
+        "WE K-FAC, residual (trial)": word_kfac,
+        "WE K-FAC, frequencies alone (trial)": partial(word_kfac, hidden=False),
+        "WE K-FAC, hidden covariance alone (trial)": partial(word_kfac, frequencies=False),
         "Last cosine, residual": partial(Fitted.scores, method=TracInLast(**_LATE)),
         "K-FAC layers, residual": partial(_of_components, words=0.0),
         "R1: words and K-FAC layers": partial(_of_components, words=words),

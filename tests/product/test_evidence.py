@@ -23,6 +23,7 @@ from benchmarks.evidence.peers.synonyms import merged_words, paired_products, wo
 from benchmarks.evidence.peers.trackstar import track_star, whitened_cosine
 from benchmarks.evidence.peers.unlearning import untrac_inv
 from benchmarks.evidence.shortlist import shortlist_recall
+from benchmarks.evidence.word_kfac import factors, shared_products
 
 VOCABULARY, N_TRAIN, N_TEST, WORDS = 12, 10, 4, 5
 
@@ -70,6 +71,33 @@ def train():
 
 def words_of(one):
     return [[int(word) for word in ids if word] for ids in one.ids]
+
+
+def test_kfac_of_words_is_that_of_one_hot_vectors(network, test, train):
+    """Against the Kronecker product itself, of what a linear layer over one-hot vectors would have."""
+    gradients = [word_gradients(network, "embedding", each) for each in (test, train)]
+    one_hot = functional.one_hot(train.ids, VOCABULARY).double()
+    held = train.ids != 0
+    inputs, outputs = one_hot[held], gradients[1][held].double()
+    covariances = [rows.T @ rows / len(rows) for rows in (inputs, outputs)]
+    damped = [each + 0.1 * each.trace() / len(each) * torch.eye(len(each)) for each in covariances]
+    inverse = torch.linalg.inv(torch.kron(*damped))
+    dense = [
+        (functional.one_hot(each.ids, VOCABULARY).double().transpose(1, 2) @ at.double()).masked_fill(
+            torch.arange(VOCABULARY)[:, None] == 0, 0
+        )
+        for each, at in zip((test, train), gradients, strict=True)
+    ]
+    tests, trains = (each.flatten(1) for each in dense)
+    norms = [(each @ inverse * each).sum(1).sqrt() for each in (tests, trains)]
+    expected = tests @ inverse @ trains.T / norms[0][:, None] / norms[1]
+    by_word, by_hidden = factors(train.ids, gradients[1], VOCABULARY)
+    sides = []
+    for each, at in zip((test, train), gradients, strict=True):
+        words, sums = merged_words(each.ids, at)
+        sums = sums * by_word[words][:, :, None] @ by_hidden
+        sides.append((words, functional.normalize(sums.flatten(1)).view_as(sums)))
+    torch.testing.assert_close(shared_products(*sides), expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_tf_idf_cosines_are_those_of_dictionaries(test, train):
