@@ -15,6 +15,7 @@ from fsdp_processes import (
     FITS,
     HALF,
     LENGTH,
+    SELDOM,
     TESTS,
     UNEVEN,
     Normed,
@@ -41,12 +42,20 @@ ROUNDED = 1e-2  # relative error of what is computed in bfloat16, of 8 bits
 
 
 @pytest.fixture(scope="module")
-def fits(tmp_path_factory):
+def fits(request, tmp_path_factory):
     """The folder of the traces, and what each of the two processes found."""
     folder = tmp_path_factory.mktemp("fsdp")
-    done = run(folder, script="fsdp_processes.py")
+    here = [item for item in request.session.items if item.module is request.module]
+    slow = any(item.get_closest_marker("slow") for item in here)
+    done = run(folder, *(["all"] if slow else []), script="fsdp_processes.py")
     assert done.returncode == 0, done.stderr
     return folder, *(json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1))
+
+
+def each(names):
+    """A test of each of these fits, slow of those that are near another."""
+    marked = [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in names]
+    return pytest.mark.parametrize("name", marked)
 
 
 def brute_force(trace, kind, layer, rates):
@@ -84,13 +93,13 @@ def scores_in(trace, kind=Toy, **options):
     return quiet().influence(loader(TEST), kind(), trace=trace, **options).scores
 
 
-@pytest.mark.parametrize("name", FITS | HALF)
+@each(FITS | HALF)
 def test_training_is_what_it_is_without_the_callback(fits, name):
     _, *found = fits
     assert all(each[f"{name} untouched"] for each in found)
 
 
-@pytest.mark.parametrize("name", ["recomputing", "recomputing training"])
+@each(["recomputing", "recomputing training"])
 def test_frozen_weights_are_stored_once(fits, name):
     folder, *_ = fits
     trace = Trace(folder / name)
@@ -109,9 +118,7 @@ def test_gradients_are_there_after_a_checkpoint_as_without_it(fits):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "name", [*LEARNING, "plain", "tied", "on_demand", "recomputing", "bfloat16", "mixed", "mixed plain", "true"]
-)
+@each([*LEARNING, "plain", "tied", "on_demand", "recomputing", "bfloat16", "mixed", "mixed plain", "true"])
 def test_one_process_finds_in_the_trace_what_brute_force_finds_at_its_weights(fits, name, method):
     folder, *_ = fits
     kind = Toy if name in LEARNING else (FITS | HALF)[name][0]
@@ -122,7 +129,7 @@ def test_one_process_finds_in_the_trace_what_brute_force_finds_at_its_weights(fi
     assert relative_error(scores, expected) < (ROUNDED if name in HALF else 1e-5)
 
 
-@pytest.mark.parametrize("name", [*LEARNING, "on_demand", "training"])
+@each([*LEARNING, "on_demand", "training"])
 def test_what_is_recorded_is_what_ddp_learns(fits, name):
     """Weights, Adam's second moments, rates and the names of the trained parameters."""
     folder, *_ = fits
@@ -183,7 +190,7 @@ def test_tied_weights_are_stored_once(fits):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["training", "recomputed training", "recomputing training"])
+@each(["training", "recomputed training", "recomputing training"])
 def test_gradients_taken_in_training_are_those_of_ddp(fits, name, method):
     folder, *_ = fits
     kind, whole = (Recomputing, "ddp held training") if name == "recomputing training" else (Toy, "ddp training")
@@ -199,7 +206,7 @@ def assert_rounded(name, found, expected):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["bfloat16", "mixed", "mixed training", "true", "true training"])
+@each(["bfloat16", "mixed", "mixed training", "true", "true training"])
 def test_a_fit_in_16_bits_finds_about_what_ddp_finds_in_32(fits, name, method):
     folder, *_ = fits
     whole = "ddp training" if "training" in name else "ddp checkpoint"
@@ -208,7 +215,7 @@ def test_a_fit_in_16_bits_finds_about_what_ddp_finds_in_32(fits, name, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", HALF)
+@each(HALF)
 def test_processes_that_compute_in_16_bits_find_about_what_one_finds_in_32(fits, name, method):
     folder, *found = fits
     alone = scores_in(folder / name, HALF[name][0], method=method)
@@ -235,7 +242,7 @@ def test_gradients_taken_in_training_are_those_of_the_examples(fits, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", FITS)
+@each(FITS)
 def test_processes_that_spread_the_weights_find_what_one_finds(fits, name, method):
     folder, *found = fits
     alone = scores_in(folder / name, Toy if name == "wrapping" else FITS[name][0], method=method)
