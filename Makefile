@@ -63,7 +63,7 @@ lint: $(VENV)/test.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/bench.done  ## a small setting of every benchmark, in about 5 minutes
+bench: $(VENV)/bench.done  ## a small setting of the benchmarks of speed and space, in about 5 minutes
 	$(BIN)/python -m benchmarks.query
 	$(BIN)/python -m benchmarks.overhead --examples 320 --repeats 1 --caches training checkpoint
 	$(BIN)/python -m benchmarks.cache_pass --examples 192 --repeats 2

@@ -59,6 +59,8 @@ def lds_part(task: Task, options: argparse.Namespace) -> None:
     for name, each in _scorers(task, options).items():
         kept_scores(options.folder, name, each, fit)
     scores = all_kept_scores(options.folder, task)
+    if not BASELINES.keys() & scores.keys():
+        raise SystemExit("Methods are held to the best baseline, and none is scored yet: run without --methods first.")
     halves = halves_of(task, options.folder, options.out / "halves", options.halves, range(options.seeds))
     table = lds_table(task, halves, scores, BASELINES, former=_read(options, f"lds-{task.name}"))
     _write(options, f"lds-{task.name}", table | {"accuracy": round(fit.accuracy(), 4)})

@@ -21,7 +21,8 @@ _LANDMARKS = 4000  # training examples, up to which a ridge compares all with al
 def candidate_methods(sites: Sequence[Site], n_train: int) -> dict[str, Method]:
     """The methods that make sense for what a trace has recorded, by name.
 
-    They are the plain ones, their cosines, K-FAC at all linear layers, both together, and dual ridges.
+    They are the plain ones, their cosines, K-FAC at all linear layers, both together, and dual ridges on the words and
+    on both together: with K-FAC, or with cosines alone where the trace keeps what K-FAC cannot use.
 
     Args:
         sites: of the trace.
@@ -33,19 +34,27 @@ def candidate_methods(sites: Sequence[Site], n_train: int) -> dict[str, Method]:
     of_words = [] if words is None else [TracInWE(normalize="cosine", weights=weights)]
     cosines = [TracInLayer(site.layer, normalize="cosine", weights=weights) for site in linear]
     whitened = [replace(each, precondition="kfac") for each in cosines]
-    landmarks = None if n_train <= _LANDMARKS else _LANDMARKS
+    both = [_sum(of_words, layers) for layers in (whitened, cosines) if of_words and layers]
     found: dict[str, Method | None] = {
         "words": TracInWE(),
         "words, cosine": _sum(of_words, []),
         "last layer": TracInLast(),
         "last layer, cosine": TracInLast(normalize="cosine", weights=weights),
         "layers, K-FAC": _sum([], whitened),
-        "words and layers, K-FAC": _sum(of_words, whitened) if of_words and whitened else None,
+        "words and layers, K-FAC": both[0] if both else None,
     }
-    for name, method in (("words, ridge", _sum(of_words, [])), ("words and layers, ridge", _sum(of_words, cosines))):
-        if of_words and method is not None and (cosines or name == "words, ridge"):
-            found[name] = TracInRidge(method, residual=0.0 if last is None else 0.5, landmarks=landmarks)
-    return {name: method for name, method in found.items() if method is not None and _is_recorded(method, sites)}
+    recorded: dict[str, Method] = {
+        name: each for name, each in found.items() if each is not None and _is_recorded(each, sites)
+    }
+    landmarks = None if n_train <= _LANDMARKS else _LANDMARKS
+    residual = 0.0 if last is None else 0.5
+    for name, kernel in (("words, ridge", _sum(of_words, [])), *(("words and layers, ridge", each) for each in both)):
+        if kernel is None or name in recorded:
+            continue
+        ridge = TracInRidge(kernel, residual=residual, landmarks=landmarks)
+        if _is_recorded(ridge, sites):
+            recorded[name] = ridge
+    return recorded
 
 
 def _sum(words: Sequence[TracInWE], layers: Sequence[TracInLayer]) -> TracInWE | TracInLayer | TracInSum | None:

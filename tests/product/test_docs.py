@@ -257,6 +257,12 @@ def test_methods(page, known, tmp_path, monkeypatch):
     method = TracInLayer("convolutions.0", precondition="kfac")
     assert of_convolutions.influence(known["test_loader"], method=method).scores.std() > 0
     monkeypatch.chdir(tmp_path)
+    of_all_layers = known | {"model": Bert()}
+    next(page).run(of_all_layers)
+    next(page).run(of_all_layers)
+    assert of_all_layers["kernel"].mix[0] == 0.5
+    assert len(of_all_layers["kernel"].parts) > 5
+    assert of_all_layers["result"].scores.std() > 0
     next(page).run(known)
     assert known["weights"].shape == (len(TRAIN),)
     assert [float(known["weights"][labels == label].min()) for label in range(3)] == [0, 0, 0]

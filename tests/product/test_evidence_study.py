@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.evidence import page
-from benchmarks.evidence.__main__ import _command
+from benchmarks.evidence.__main__ import _command, lds_part
 from benchmarks.evidence.deletion import SAME_LABEL, Deletion, changes_of, deletion_table, with_seed
 from benchmarks.evidence.examples import Examples, Rows, trimmed
 from benchmarks.evidence.fitting import fitted, right_and_balanced
@@ -105,6 +106,11 @@ def test_scores_are_computed_once_and_tables_hold_all_methods(task, folder):
     assert by_name["WE cosine"]["one_seed_lds"] == pytest.approx(one_seed, abs=1e-4)
     lines = list(page.lds([table | {"accuracy": 0.9}]))
     assert any(line.startswith("| WE cosine | ") for line in lines)
+
+
+def test_without_a_baseline_no_halves_are_fitted(task, tmp_path):
+    with pytest.raises(SystemExit, match="none is scored yet: run without --methods first"):
+        lds_part(task, Namespace(folder=tmp_path, methods=[], peers=False))
 
 
 def test_what_halves_say_is_kept_and_added_to(task, folder, tmp_path, monkeypatch):

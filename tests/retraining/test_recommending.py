@@ -258,9 +258,15 @@ def test_candidates_are_what_the_trace_has():
     assert both.mix == (1.0, 1 / 3, 1 / 3, 1 / 3)
     assert [part.precondition for part in both.parts] == [None, "kfac", "kfac", "kfac"]
     assert {part.weights for part in both.parts} == {"residual"}
-    assert of_all["words and layers, ridge"].landmarks == 4000
+    assert of_all["words and layers, ridge"] == TracInRidge(both, landmarks=4000)
     matrices = [replace(each, shape="matrix") for each in inner]
-    assert "layers, K-FAC" not in candidate_methods([words, last, *matrices], 20)  # which it needs factors for
+    without_factors = candidate_methods([words, last, *matrices], 20)
+    assert "layers, K-FAC" not in without_factors  # which it needs factors for
+    cosines = without_factors["words and layers, ridge"].method
+    assert [part.precondition for part in cosines.parts] == [None] * 4
+    components = [replace(each, shape="matrix", rank=(128, 32), has_bias=False) for each in inner]
+    of_components = candidate_methods([words, last, *components], 20)  # which cosines of whole gradients cannot use
+    assert of_components["words and layers, ridge"] == TracInRidge(both)
 
 
 def test_tf_idf_is_that_of_the_books():
