@@ -96,6 +96,17 @@ def watch_training_loader(trainer: pl.Trainer, see: Callable[[Any], None]) -> Ca
     return end
 
 
+def training_iteration(trainer: pl.Trainer) -> object | None:
+    """What a fit's own iteration of its loader asks for indices, whoever else reads the same loader; None if not found.
+
+    A validation inside an epoch, or a callback, may iterate the training loader, too.
+    """
+    iterator = getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_iterator", None)
+    of_loaders = getattr(iterator, "iterators", ())
+    found: object | None = getattr(of_loaders[0], "_sampler_iter", None) if len(of_loaders) == 1 else None
+    return found
+
+
 def _call_with_loaders(trainer: pl.Trainer, watching: list[Callable[[Any], None]]) -> None:
     own = trainer.strategy.process_dataloader
 

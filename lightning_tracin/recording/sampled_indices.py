@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_tracin.bridge.compat import watch_training_loader
+from lightning_tracin.bridge.compat import training_iteration, watch_training_loader
 from lightning_tracin.bridge.own_batches import StandIn
 
 _USE = 'Use cache="checkpoint", which reads the training set by itself.'
@@ -29,10 +29,10 @@ def why_not_known(loader: Any) -> str | None:
 
 
 class SampledIndices(StandIn):
-    """Stands in for a loader's batch sampler, and remembers what it yields.
+    """Stands in for a loader's batch sampler, and remembers what it yields, apart for each iteration of the loader.
 
     A ``DataLoader`` delivers batches in the order in which it asked for them, however many workers prefetch, so the
-    batch that comes next is the first one that is remembered.
+    batch that comes next is the first one that is remembered of an iteration.
 
     Args:
         loader: the loader that a fit is about to iterate, whose indices can be known. Call :meth:`restore` to give it
@@ -43,9 +43,10 @@ class SampledIndices(StandIn):
         place = "sampler" if loader.batch_sampler is None else "batch_sampler"
         own: Any = getattr(loader, place)
         n_examples = len(loader.dataset)
-        ours = {"loader": loader, "own": own, "_place": place, "_n_examples": n_examples, "_yielded": deque()}
+        ours = {"loader": loader, "own": own, "_place": place, "_n_examples": n_examples, "_latest": None}
         self.__dict__.update(ours)  # what others set is their sampler's
         object.__setattr__(loader, place, self)  # the loader itself refuses a new sampler
+        _ask(loader, instead_of=own, sampler=self)
 
     if not TYPE_CHECKING:
 
@@ -54,10 +55,10 @@ class SampledIndices(StandIn):
             own: type = self.own.__class__
             return type(self) if own.__module__ == "builtins" else own
 
-    def __iter__(self) -> Iterator[list[int]]:
-        yielded: deque[list[int]] = deque()  # without what an epoch that was cut short has left
-        self.__dict__["_yielded"] = yielded
-        return self._remembered(iter(self.own), yielded)
+    def __iter__(self) -> Iterator[Any]:
+        iteration = _Iteration(self, iter(self.own))  # without what an epoch that was cut short has left
+        self.__dict__["_latest"] = iteration
+        return iteration
 
     def __len__(self) -> int:
         return len(self.own)
@@ -70,15 +71,21 @@ class SampledIndices(StandIn):
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.own, name, value)
 
-    def next_batch(self) -> list[int]:
+    def next_batch(self, iteration: object | None = None) -> list[int]:
         """The data set indices of the batch that comes next.
+
+        Args:
+            iteration: of the loader's sampler, whose batch it is; by default the one that was begun last.
 
         Raises:
             ValueError: if the loader has delivered a batch that its sampler did not ask for.
         """
-        yielded: deque[list[int]] = self._yielded
-        with suppress(IndexError):
-            return [int(index) % self._n_examples for index in yielded.popleft()]  # -1 is the last one
+        while isinstance(iteration, _Iteration) and iteration.of is not self:
+            iteration = iteration.batches  # another callback's stand-in has ours as its own sampler
+        read = iteration if isinstance(iteration, _Iteration) else self._latest
+        if read is not None:
+            with suppress(IndexError):
+                return [int(index) % self._n_examples for index in read.yielded.popleft()]  # -1 is the last one
         raise ValueError(f"The training loader gave a batch that its sampler had not asked for. {_USE}")
 
     def restore(self) -> None:
@@ -86,15 +93,35 @@ class SampledIndices(StandIn):
         outer = getattr(self.loader, self._place)
         if outer is self:
             object.__setattr__(self.loader, self._place, self.own)
+            _ask(self.loader, instead_of=self, sampler=self.own)
         while type(outer) is SampledIndices:
             if outer.own is self:
                 outer.__dict__["own"] = self.own
             outer = outer.own
 
-    def _remembered(self, batches: Iterator[Any], yielded: deque[list[int]]) -> Iterator[Any]:
-        for batch in batches:
-            yielded.append(batch.tolist() if hasattr(batch, "tolist") else list(batch))
-            yield batch
+
+class _Iteration:
+    """One iteration of a sampler's batches, with those that the loader has asked for and not yet delivered."""
+
+    def __init__(self, of: SampledIndices, batches: Iterator[Any]) -> None:
+        self.of = of
+        self.batches = batches
+        self.yielded: deque[list[int]] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self.batches)
+        self.yielded.append(batch.tolist() if hasattr(batch, "tolist") else list(batch))
+        return batch
+
+
+def _ask(loader: Any, *, instead_of: Any, sampler: Any) -> None:
+    """Let the workers that a loader keeps from an iteration before (``persistent_workers``) be asked by a sampler."""
+    kept = getattr(loader, "_iterator", None)
+    if getattr(kept, "_index_sampler", None) is instead_of:
+        kept._index_sampler = sampler
 
 
 class SampledLoader:
@@ -106,6 +133,7 @@ class SampledLoader:
     """
 
     def __init__(self, trainer: pl.Trainer, *, needed: bool) -> None:
+        self._trainer = trainer
         self._needed = needed
         self._sampled: SampledIndices | None = None
         self._end = watch_training_loader(trainer, self._see)
@@ -116,7 +144,7 @@ class SampledLoader:
         Raises:
             ValueError: if the loader has delivered a batch that its sampler did not ask for.
         """
-        return None if self._sampled is None else self._sampled.next_batch()
+        return None if self._sampled is None else self._sampled.next_batch(training_iteration(self._trainer))
 
     def close(self) -> None:
         """Leave the loader as it was."""
