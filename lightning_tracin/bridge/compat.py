@@ -102,7 +102,7 @@ def training_iteration(trainer: pl.Trainer) -> object | None:
     A validation inside an epoch, or a callback, may iterate the training loader, too.
     """
     iterator = getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_iterator", None)
-    of_loaders = getattr(iterator, "iterators", ())
+    of_loaders: list[object] = getattr(iterator, "iterators", [])
     found: object | None = getattr(of_loaders[0], "_sampler_iter", None) if len(of_loaders) == 1 else None
     return found
 

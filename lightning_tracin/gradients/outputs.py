@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_tracin.gradients.attention_masks import attended_tokens
 from lightning_tracin.gradients.losses import IGNORED, is_causal
 
 #: What an output means: one of several classes, one of two by a single number, numbers, a set of classes, a class or
@@ -167,7 +168,7 @@ def counted_tokens(labels: Tensor | None, batch: Any, shape: Sequence[int], *, c
     if labels is not None:
         counted = (labels != IGNORED).cpu()
     else:
-        counted = _attended(batch, shape)
+        counted = attended_tokens(batch, shape)
         if causal:
             counted &= counted.cumsum(1) > 1
     if causal:
@@ -183,7 +184,7 @@ def named_tokens(positions: Sequence[Sequence[int] | None], batch: Any, shape: S
         batch: its attention mask tells where texts begin that are padded on the left.
         shape: B and T.
     """
-    first = _attended(batch, shape).long().argmax(1).tolist()
+    first = attended_tokens(batch, shape).long().argmax(1).tolist()
     named = torch.zeros(*shape, dtype=torch.bool)
     for row, places in enumerate(positions):
         if places is None:
@@ -191,11 +192,3 @@ def named_tokens(positions: Sequence[Sequence[int] | None], batch: Any, shape: S
         else:
             named[row, [place + first[row] for place in places if place + first[row] < shape[1]]] = True
     return named
-
-
-def _attended(batch: Any, shape: Sequence[int]) -> Tensor:
-    """(B, T) the tokens that are no padding, by the batch's attention mask; all where it has none of that shape."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.shape == torch.Size(shape):
-        return (mask != 0).cpu()
-    return torch.ones(*shape, dtype=torch.bool)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_tracin.gradients.attention_masks import attended_ids
 from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.linear_layers import factors_of_call
 
@@ -40,9 +41,9 @@ def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: 
                 "influence_embedding_layer."
             )
         is_token = torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
-        mask = _attention_mask(batch, ids)
-        if mask is not None:
-            is_token &= mask != 0
+        attended = attended_ids(batch, ids)
+        if attended is not None:
+            is_token &= attended
         places = torch.nonzero(is_token.cpu().reshape(-1))[:, 0]
         gradient = call.gradient_by_position.float().cpu().reshape(-1, output.shape[-1])
         if call.bags is not None:
@@ -84,25 +85,3 @@ def _by_example(call_positions: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     columns = [torch.cat(pieces) for pieces in zip(*call_positions, strict=True)]
     order = torch.argsort(columns[0], stable=True)
     return tuple(column[order] for column in columns)
-
-
-def _attention_mask(batch: Any, ids: Tensor) -> Tensor | None:
-    """The batch's attention mask for the token ids of a call; None if the batch has no mask for them.
-
-    The ids may be those of several entries of the batch, one after the other, and have fewer dimensions there.
-    """
-    if not isinstance(batch, Mapping) or ids.dim() < 2:
-        return None
-    masked = [
-        (each.flatten(0, -2), mask.flatten(0, -2))
-        for name, each in batch.items()
-        if isinstance(each, Tensor)
-        and isinstance(mask := batch.get(str(name).replace("input_ids", "attention_mask")), Tensor)
-        and mask is not each
-        and mask.shape == each.shape
-        and each.dim() > 1
-    ]
-    if len({each.shape[-1] for each, _ in masked}) == 1:
-        masked.append(tuple(torch.cat(each) for each in zip(*masked, strict=True)))  # type: ignore[arg-type]
-    flat = ids.flatten(0, -2)
-    return next((mask.view(ids.shape) for each, mask in masked if torch.equal(each, flat)), None)

@@ -119,7 +119,7 @@ class _Iteration:
 
 def _ask(loader: Any, *, instead_of: Any, sampler: Any) -> None:
     """Let the workers that a loader keeps from an iteration before (``persistent_workers``) be asked by a sampler."""
-    kept = getattr(loader, "_iterator", None)
+    kept: Any = getattr(loader, "_iterator", None)
     if getattr(kept, "_index_sampler", None) is instead_of:
         kept._index_sampler = sampler
 

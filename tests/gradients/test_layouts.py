@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_tracin.gradients.attention_masks import attended_ids
 from lightning_tracin.gradients.calls import recorded_calls
 from lightning_tracin.gradients.layouts import Layout, find_layouts
-from lightning_tracin.gradients.positions import _attention_mask
 
 SIZE = 4
 
@@ -91,10 +91,10 @@ def test_what_was_seen_needs_no_further_backward_pass(monkeypatch):
 def test_masks_are_found_for_texts_that_are_put_together():
     ids, mask = torch.arange(24).view(2, 3, 4), torch.tensor([1, 1, 1, 0]).expand(2, 3, 4)
     choices = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1])}
-    assert _attention_mask(choices, ids.view(6, 4)).tolist() == [[1, 1, 1, 0]] * 6
+    assert attended_ids(choices, ids.view(6, 4)).tolist() == [[True, True, True, False]] * 6
     pair = {"input_ids_a": ids[0], "attention_mask_a": mask[0], "input_ids_b": ids[1], "attention_mask_b": 1 - mask[1]}
     both = torch.cat([ids[0], ids[1]])
-    assert _attention_mask(pair, both).tolist() == [[1, 1, 1, 0]] * 3 + [[0, 0, 0, 1]] * 3
-    assert _attention_mask(pair, ids[1]).tolist() == [[0, 0, 0, 1]] * 3
-    assert _attention_mask(pair, both.flip(0)) is None
-    assert _attention_mask({"input_ids": ids[0], "attention_mask": torch.ones(3, 1, 4, 4)}, ids[0]) is None
+    assert attended_ids(pair, both).tolist() == [[True, True, True, False]] * 3 + [[False, False, False, True]] * 3
+    assert attended_ids(pair, ids[1]).tolist() == [[False, False, False, True]] * 3
+    assert attended_ids(pair, both.flip(0)) is None
+    assert attended_ids({"input_ids": ids[0], "attention_mask": torch.ones(3, 1, 4, 4)}, ids[0]) is None
