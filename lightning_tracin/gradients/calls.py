@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.bags import Bags
-from lightning_tracin.gradients.linear_layers import features_last
+from lightning_tracin.gradients.linear_layers import features_last, require_linear
 from lightning_tracin.gradients.losses import Losses, checked_losses
 
 
@@ -39,11 +39,13 @@ class Call:
         """A call from the arguments of a forward hook; the first tensor that the layer was given counts as its input.
 
         Raises:
-            ValueError: if the layer does not take a tensor and return a tensor, or is a bag without words' gradients.
+            ValueError: if the layer does not take a tensor and return a tensor, is a bag without words' gradients, or a
+                linear layer by its class that computes something else.
         """
         value = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Tensor)), None)
         if value is None or not isinstance(output, Tensor):
             raise ValueError(f"The layer {layer} must take a tensor and return a tensor; it returned {type(output)}.")
+        require_linear(layer, value, output)
         bags = Bags.of(layer, args, kwargs) if isinstance(layer, nn.EmbeddingBag) else None
         return cls(layer, value.detach().clone(), output, bags=bags)
 

@@ -20,6 +20,33 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) or _is_transposed(layer)
 
 
+def require_linear(layer: nn.Module, value: Tensor, output: Tensor) -> None:
+    """Check that a linear layer of a kind of its own, or with a forward hook, computes what its base class computes.
+
+    Raises:
+        ValueError: if its output is another, so that its weight's gradient has other factors than these.
+    """
+    base = next((each for each in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(layer, each)), None)
+    weight = getattr(layer, "weight", None)
+    if base is None or not isinstance(weight, Tensor) or not weight.is_floating_point():  # as quantized ones
+        return
+    if type(layer).forward is base.forward and len(layer._forward_hooks) < 2:  # one of which is ours
+        return
+    with torch.no_grad():
+        plain = base.forward(layer, value)  # type: ignore[arg-type]
+    same_shape = plain.shape == output.shape
+    # Fits in 8 bits are that far from it.
+    if same_shape and float((output.detach() - plain).norm()) <= 0.1 * float(plain.norm()):
+        return
+    how = "other numbers" if same_shape else f"{tuple(output.shape)} instead of {tuple(plain.shape)}"
+    kind = base.__name__
+    raise ValueError(
+        f"{type(layer).__name__} is a {kind} by its class, but its own forward, or a forward hook, returns {how}: the "
+        f"gradient of its weight is not that of a {kind}. Name layers that are plain in the methods of TracInCallback, "
+        "or return a plain one from influence_last_layer."
+    )
+
+
 def features_last(layer: nn.Module, output: Tensor) -> Tensor:
     """A layer's output, or the gradient there, with the features in the last dimension and positions before it."""
     return output.movedim(1, -1) if _is_convolution(layer) and output.dim() > 2 else output

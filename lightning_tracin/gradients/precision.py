@@ -40,6 +40,16 @@ def full_precision() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the types that numbers have, also inside a fit in mixed precision."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def uses_half_precision(module: nn.Module) -> bool:
     """Whether a module computes in 16 bits: under autocast, by its weights' type, or by FSDP's mixed precision."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):

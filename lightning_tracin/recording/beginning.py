@@ -137,6 +137,7 @@ def _checked(
     processes = processes_of(trainer)
     require_spread(module)
     require_automatic_optimization(module)
+    _require_learning_rates(trainer)
     label_names_of(module)  # which only a question reads; but what is wrong with them is told before training
     path = _locked_path(trainer, plan, processes, writing)
     source = processes.gather(_source(path, plan, resumed) if processes.first else None)[0]
@@ -160,6 +161,21 @@ def _checked(
         require_space(trainer, plan, path, cost, training_set)
     say_cost(plan, path, cost, first)
     return _Begun(path, source, training_set, fingerprint, first, state, cost, type(module).__name__, sites, form)
+
+
+def _require_learning_rates(trainer: pl.Trainer) -> None:
+    """Check that the optimizers have learning rates, by which checkpoints count.
+
+    Raises:
+        ValueError: if one has none, as Adafactor with relative steps.
+    """
+    for optimizer in trainer.optimizers:
+        if any(group.get("lr") is None for group in optimizer.param_groups):
+            name = type(getattr(optimizer, "optimizer", optimizer)).__name__
+            raise ValueError(
+                f"{name} finds its learning rates by itself (lr=None), but scores are weighted by them. Give it one, "
+                "as in Adafactor(parameters, lr=1e-3, relative_step=False, scale_parameter=False)."
+            )
 
 
 def _header(begun: _Begun, plan: RecordingPlan, processes: Processes) -> TraceHeader:

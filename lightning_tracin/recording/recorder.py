@@ -21,6 +21,7 @@ from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
 from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.layers import sites_on_module
+from lightning_tracin.gradients.precision import without_autocast
 from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.drawn import DrawnExamples
@@ -356,7 +357,8 @@ class Recorder:
                 captured = self.gradients.capture(batch)
                 with processes.synchronized() if fsdp else nullcontext():  # none leaves the others to wait for a weight
                     if own:
-                        take(batch, captured)
+                        with without_autocast():
+                            take(batch, captured)
                         advance()
 
 

@@ -15,7 +15,7 @@ from kfac_by_hand import example_at, kfac_scores
 from mutated_files import rehash
 from safetensors.torch import load_file, save_file
 from torch.utils.data import IterableDataset
-from toy import fitted, loader, quiet, test_texts
+from toy import Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInLayer
 from lightning_tracin.scoring.naming import method_at
@@ -253,3 +253,25 @@ def test_a_layer_with_one_position_stays_as_it_is(tmp_path):
     for method in (TracInLast(), TracInLast(precondition="kfac", rank=(2, 2))):
         found, expected = (each.influence(loader(test_texts()), method=method).scores for each in (trainer, whole))
         torch.testing.assert_close(found, expected)
+
+
+class OfTokens(Toy):
+    """Its hidden layer reads each token."""
+
+    def forward(self, ids):
+        is_token = (ids != 0)[..., None]
+        hidden = torch.tanh(self.hidden(self.embedding(ids))) * is_token
+        return self.head(hidden.sum(1) / is_token.sum(1))
+
+
+def test_components_are_the_same_in_a_fit_in_mixed_precision_and_after_it(tmp_path):
+    """Training computes in bfloat16; what is done with its gradients is not."""
+    options = {"methods": ("hidden",), "dtype": "float32", "on_error": "raise", "rank": (4, 4)}
+    callbacks = [TracInCallback(tmp_path / each, cache=each, **options) for each in ("checkpoint", "on_demand")]
+    trainer = quiet(max_epochs=2, callbacks=callbacks, precision="bf16-mixed")
+    trainer.fit(OfTokens(), loader())
+    method = TracInLayer("hidden", precondition="kfac")
+    inside, after = (
+        trainer.influence(loader(test_texts()), method=method, trace=each.trace.path).scores for each in callbacks
+    )
+    assert relative_error(inside, after) < 1e-4

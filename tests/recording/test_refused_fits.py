@@ -338,3 +338,92 @@ def test_a_dirpath_that_is_not_a_folder(tmp_path, place):
     with pytest.raises(OSError, match="file"):
         fitted(tmp_path / place, overwrite=True)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+class CausalConvolution(nn.Conv1d):
+    """The usual way to write one."""
+
+    def __init__(self):
+        super().__init__(8, 8, 3, padding=2)
+
+    def forward(self, values):
+        return super().forward(values)[..., : -self.padding[0]]
+
+
+class CosineLinear(nn.Linear):
+    def forward(self, values):
+        return 5 * functional.linear(functional.normalize(values), functional.normalize(self.weight), self.bias)
+
+
+class SpelledOut(nn.Linear):
+    """What it computes is that of its class."""
+
+    def forward(self, values):
+        return values @ self.weight.T + self.bias
+
+
+class Causal(Toy):
+    def __init__(self):
+        super().__init__()
+        self.convolution = CausalConvolution()
+
+    def forward(self, ids):
+        words = self.convolution(self.embedding(ids).transpose(1, 2)).transpose(1, 2)
+        return self.head(torch.tanh(words).sum(1))
+
+
+class WithHead(Toy):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+
+def tripled():
+    head = nn.Linear(8, 3)
+    head.register_forward_hook(lambda module, inputs, output: 3 * output)
+    return WithHead(head)
+
+
+@pytest.mark.parametrize(
+    ("build", "method", "message"),
+    [
+        (Causal, "convolution", r"CausalConvolution is a Conv1d .* returns \(\d, 8, 7\) instead of \(\d, 8, 9\)"),
+        (lambda: WithHead(CosineLinear(8, 3)), "tracin-last", "CosineLinear is a Linear .* returns other numbers"),
+        (
+            tripled,
+            "tracin-last",
+            "Linear is a Linear by its class, but its own forward, or a forward hook, returns other",
+        ),
+    ],
+    ids=["causal", "cosine", "hook"],
+)
+def test_a_layer_that_is_linear_by_its_class_alone(tmp_path, build, method, message):
+    with pytest.raises(ValueError, match=message):
+        fitted(tmp_path / "trace", build(), methods=(method,))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_linear_layer_that_is_spelled_out_is_one(tmp_path):
+    plain, spelled = Toy(), WithHead(SpelledOut(8, 3))
+    spelled.load_state_dict(plain.state_dict())
+    found = []
+    for name, module in (("plain", plain), ("spelled", spelled)):
+        torch.manual_seed(0)
+        trainer = fitted(tmp_path / name, module, methods=("tracin-last",))
+        found.append(trainer.influence(loader(test_texts()), method="tracin-last").scores)
+    torch.testing.assert_close(*found)
+
+
+class WithoutRate(torch.optim.SGD):
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        for group in self.param_groups:
+            group["lr"] = None
+
+
+def test_an_optimizer_without_a_learning_rate(tmp_path):
+    module = Toy()
+    module.configure_optimizers = lambda: WithoutRate(module.parameters())
+    with pytest.raises(ValueError, match=r"WithoutRate finds its learning rates by itself \(lr=None\)"):
+        fitted(tmp_path / "trace", module)
+    assert not (tmp_path / "trace").exists()
