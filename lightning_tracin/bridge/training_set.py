@@ -33,6 +33,9 @@ from lightning_tracin.storage.trace import Trace
 
 N_CHECKED = 8  # examples that are looked at before training: each check costs a few passes over them
 
+# Packages whose loaders give what a plain one gives.
+_PLAIN_LOADERS = {"torch", "torchdata", "accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
+
 
 class TrainingSet:
     """A training data loader's data set, each example once, numbered as the data set numbers it.
@@ -180,10 +183,17 @@ class TrainingSet:
         return iter(loader)
 
     def warn_of_unseen(self) -> None:
-        """Warn if reading examples moves what cannot be put back, so that they are others the second time.
+        """Warn if the loader's own iteration is not seen, or reading examples moves what cannot be put back.
 
-        Where workers read, nothing is moved in this process.
+        The latter are others the second time. Where workers read, nothing is moved in this process.
         """
+        kind = type(self.loader)
+        if kind.__iter__ is not DataLoader.__iter__ and kind.__module__.partition(".")[0] not in _PLAIN_LOADERS:
+            rank_zero_warn(
+                f"{kind.__name__} iterates in a way of its own (__iter__), and TracInCallback reads the training set "
+                "by a plain DataLoader: if it changes batches there, gradients are of other examples than training's. "
+                "Change them in the collate function, or in on_after_batch_transfer."
+            )
         if self.loader.num_workers or self._alike_twice(self.first_batch):
             return
         dataset, function = self.loader.dataset, self.loader.collate_fn

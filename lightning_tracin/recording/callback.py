@@ -73,7 +73,8 @@ class TracInCallback(DualCallback):
             200 training examples comes before each pass.
         log_examples: how many validation examples, those of the highest loss, are logged in every validation of the fit
             with the training examples that pushed them; or the indices of those to log from each validation loader (in
-            the data set; in the loader's order where that shuffles or is a stream). 0 logs none.
+            the data set; in the loader's order where that shuffles, is a stream or has a sampler of its own). 0 logs
+            none.
         log_k: how many proponents and opponents of each are logged.
         log_method: what scores them: "tracin-we", "tracin-last" or a method object that needs nothing but what
             ``methods`` records. Words say most with

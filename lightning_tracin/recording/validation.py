@@ -190,9 +190,15 @@ class Choice:
 
 
 def _sampled(loader: Any) -> list[int] | None:
-    """The data set indices that a loader's sampler gives a process in an epoch, where it gives them each time alike."""
-    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    return [int(index) for index in sampler] if isinstance(sampler, DistributedSampler) else None
+    """The data set indices that a loader's sampler gives a process in an epoch, where it is sure to give them again.
+
+    Another sampler is not asked: that might draw the random numbers of the next epoch.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    if isinstance(batches, Sequence):
+        return [int(index) for batch in batches for index in batch]
+    sampler = getattr(batches, "sampler", None)
+    return [int(index) for index in sampler] if isinstance(sampler, (DistributedSampler, Sequence)) else None
 
 
 def flat_loaders(loaders: Any) -> list[Any]:

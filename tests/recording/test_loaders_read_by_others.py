@@ -1,4 +1,4 @@
-"""The training loader is not the fit's alone: validations, callbacks and people iterate it, too."""
+"""The training loader is not the fit's alone: validations, callbacks, people and passes read it, too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from brute_force import dense_gradients, relative_error
+from torch.utils.data import DataLoader
 from toy import Toy, fitted, loader, quiet, test_texts, texts
 
 from lightning_tracin import TracInCallback
@@ -84,3 +85,18 @@ def test_workers_that_are_kept_from_a_look_before_the_fit(tmp_path, cache):
     assert [each.step for each in trace.checkpoints] == [5, 10]
     assert train.batch_sampler is own
     assert sum(len(batch[1]) for batch in train) == 20
+
+
+class Cutting(DataLoader):
+    """Changes batches where no pass sees it."""
+
+    def __iter__(self):
+        for ids, labels in super().__iter__():
+            yield ids[:, :3], labels
+
+
+@pytest.mark.parametrize(("kind", "n_warnings"), [(Cutting, 1), (type("Renamed", (DataLoader,), {}), 0)])
+def test_a_loader_that_iterates_in_a_way_of_its_own_is_warned_of(tmp_path, recwarn, kind, n_warnings):
+    fitted(tmp_path, data=kind(texts(), batch_size=4))
+    told = [each for each in recwarn if "Cutting iterates in a way of its own" in str(each.message)]
+    assert len(told) == n_warnings

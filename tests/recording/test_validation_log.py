@@ -427,6 +427,16 @@ def test_a_shuffled_validation_loader_numbers_by_its_order(tmp_path):
     assert all(row["loss"] == pytest.approx(by_text[row["test_text"]], rel=1e-5) for row in rows)
 
 
+@pytest.mark.parametrize("part", [{"sampler": [5, 2], "batch_size": 2}, {"batch_sampler": [[5], [2]]}], ids=list)
+def test_a_part_of_the_data_set_keeps_its_numbers(tmp_path, part):
+    data = TensorDataset(*test_texts().tensors)
+    trainer = fit(tmp_path, val=DataLoader(data, **part), log_examples=[2], trainer={"max_epochs": 1})
+    rows = logged(trainer)
+    assert examples_of(rows) == [(0, 2)]
+    assert {row["test_text"] for row in rows} == {" ".join(str(int(token)) for token in data[2][0] if token)}
+    assert_scores(rows, brute_scores(trainer.callbacks[0].trace, 1))
+
+
 def test_mixed_precision(tmp_path):
     trainer = fit(tmp_path, trainer={"precision": "bf16-mixed"})
     rows = [row for row in logged(trainer) if row["epoch"] == EPOCHS - 1]
