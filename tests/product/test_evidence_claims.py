@@ -20,7 +20,12 @@ LDS = {
     "movies MiniLM": "movies-minilm",
     "PrivacyQA MiniLM": "privacy-minilm",
 }
-DELETION = {"BBC News, CNN": "bbc-cnn", "movie reviews, MiniLM": "movies-minilm", "BBC News, MiniLM": "bbc-minilm"}
+DELETION = {
+    "BBC News, CNN": "bbc-cnn",
+    "SMS, CNN": "sms-cnn",
+    "movie reviews, MiniLM": "movies-minilm",
+    "BBC News, MiniLM": "bbc-minilm",
+}
 METHODS = {
     "ridge of words and K-FAC layers (R2)": "R2: ridge, words and K-FAC layers",
     "words and K-FAC layers (R1)": "R1: words and K-FAC layers",
