@@ -30,13 +30,13 @@ def require_linear(layer: nn.Module, value: Tensor, output: Tensor) -> None:
     weight = getattr(layer, "weight", None)
     if base is None or not isinstance(weight, Tensor) or not weight.is_floating_point():  # as quantized ones
         return
-    if type(layer).forward is base.forward and len(layer._forward_hooks) < 2:  # one of which is ours
+    if type(layer).forward is base.forward and all(map(_is_ours, layer._forward_hooks.values())):
         return
     with torch.no_grad():
         plain = base.forward(layer, value)  # type: ignore[arg-type]
     same_shape = plain.shape == output.shape
-    # Fits in 8 bits are that far from it.
-    if same_shape and float((output.detach() - plain).norm()) <= 0.1 * float(plain.norm()):
+    # Fits in 8 bits are nearly that far from it; of what is not finite others tell.
+    if same_shape and not float((output.detach() - plain).norm()) > 0.1 * float(plain.norm()):
         return
     how = "other numbers" if same_shape else f"{tuple(output.shape)} instead of {tuple(plain.shape)}"
     kind = base.__name__
@@ -45,6 +45,10 @@ def require_linear(layer: nn.Module, value: Tensor, output: Tensor) -> None:
         f"gradient of its weight is not that of a {kind}. Name layers that are plain in the methods of TracInCallback, "
         "or return a plain one from influence_last_layer."
     )
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("lightning_tracin.")
 
 
 def features_last(layer: nn.Module, output: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -85,6 +88,9 @@ def test_workers_that_are_kept_from_a_look_before_the_fit(tmp_path, cache):
     assert [each.step for each in trace.checkpoints] == [5, 10]
     assert train.batch_sampler is own
     assert sum(len(batch[1]) for batch in train) == 20
+    del train
+    gc.collect()  # of the trainer, which has the loader, and with it the worker
+    assert multiprocessing.active_children() == []
 
 
 class Cutting(DataLoader):
