@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from benchmarks.evidence.answers import answers, network_with, word_gradients
 from benchmarks.evidence.fitting import Fitted
-from benchmarks.evidence.peers.synonyms import merged_words
+from benchmarks.evidence.peers.synonyms import merged_words, paired_products
 from lightning_tracin.gradients.sites import words_site
 
 
@@ -34,12 +34,11 @@ def word_kfac(fitted: Fitted, *, frequencies: bool = True, hidden: bool = True) 
         network = network_with(fitted.module, checkpoint.weights())
         at_test, at_train = (word_gradients(network, site.layer, each) for each in (test, train))
         by_word, by_hidden = factors(train.ids, at_train, n_words=int(max(test.ids.max(), train.ids.max())) + 1)
-        sides = []
-        for ids, gradients in ((test.ids, at_test), (train.ids, at_train)):
-            words, sums = merged_words(ids, gradients)
-            sums = sums * by_word[words][:, :, None] if frequencies else sums
-            sums = sums @ by_hidden if hidden else sums
-            sides.append((words, functional.normalize(sums.flatten(1)).view_as(sums)))
+        if not frequencies:
+            by_word = torch.ones_like(by_word)
+        if not hidden:
+            by_hidden = torch.eye(len(by_hidden))
+        sides = [whitened(each.ids, at, by_word, by_hidden) for each, at in ((test, at_test), (train, at_train))]
         said = answers(network, train)
         residual = 1 - said.probabilities[range(len(train)), said.labels]
         total += residual.mean().sqrt() * shared_products(sides[0], sides[1])
@@ -73,6 +72,23 @@ def factors(ids: Tensor, gradients: Tensor, n_words: int, damping: float = 0.1) 
     )
 
 
+def whitened(ids: Tensor, gradients: Tensor, by_word: Tensor, by_hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Each example's words once, and their gradients multiplied by both factors and divided by the example's norm.
+
+    Args:
+        ids: (n, T) token ids, 0 where padded.
+        gradients: (n, T, H) at the embedding layer's output.
+        by_word: (V,) of :func:`factors`.
+        by_hidden: (H, H) the same.
+
+    Returns:
+        (n, T) ids and (n, T, H) gradients, as :func:`merged_words` has them.
+    """
+    words, sums = merged_words(ids, gradients)
+    products = sums * by_word[words][:, :, None] @ by_hidden
+    return words, functional.normalize(products.flatten(1)).view_as(products)
+
+
 def shared_products(test: Sequence[Tensor], train: Sequence[Tensor]) -> Tensor:
     """The sum over shared words of the products of two sides' gradients, (n_test, n_train).
 
@@ -81,13 +97,14 @@ def shared_products(test: Sequence[Tensor], train: Sequence[Tensor]) -> Tensor:
         train: the same of training examples.
     """
     (test_ids, test_gradients), (train_ids, train_gradients) = test, train
+    n_words = int(max(test_ids.max(), train_ids.max())) + 1
     rows = []
     for ids, gradients in zip(test_ids, test_gradients, strict=True):
-        places = torch.full((int(max(ids.max(), train_ids.max())) + 1,), -1)
-        places[ids] = torch.arange(len(ids))
-        places[0] = -1
-        examples, positions = torch.nonzero(places[train_ids] >= 0, as_tuple=True)
-        theirs = gradients[places[train_ids[examples, positions]]]
-        products = (train_gradients[examples, positions] * theirs).sum(1)
-        rows.append(torch.zeros(len(train_ids)).index_add_(0, examples, products))
+        place_of = torch.full((n_words,), -1)
+        place_of[ids] = torch.arange(len(ids))
+        place_of[0] = -1
+        places = place_of[train_ids]
+        examples, positions = torch.nonzero(places >= 0, as_tuple=True)
+        pairs = examples, positions, places[examples, positions]
+        rows.append(paired_products(pairs, gradients, train_gradients))
     return torch.stack(rows)

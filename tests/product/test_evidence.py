@@ -23,7 +23,7 @@ from benchmarks.evidence.peers.synonyms import merged_words, paired_products, wo
 from benchmarks.evidence.peers.trackstar import track_star, whitened_cosine
 from benchmarks.evidence.peers.unlearning import untrac_inv
 from benchmarks.evidence.shortlist import shortlist_recall
-from benchmarks.evidence.word_kfac import factors, shared_products
+from benchmarks.evidence.word_kfac import factors, shared_products, whitened
 
 VOCABULARY, N_TRAIN, N_TEST, WORDS = 12, 10, 4, 5
 
@@ -92,11 +92,7 @@ def test_kfac_of_words_is_that_of_one_hot_vectors(network, test, train):
     norms = [(each @ inverse * each).sum(1).sqrt() for each in (tests, trains)]
     expected = tests @ inverse @ trains.T / norms[0][:, None] / norms[1]
     by_word, by_hidden = factors(train.ids, gradients[1], VOCABULARY)
-    sides = []
-    for each, at in zip((test, train), gradients, strict=True):
-        words, sums = merged_words(each.ids, at)
-        sums = sums * by_word[words][:, :, None] @ by_hidden
-        sides.append((words, functional.normalize(sums.flatten(1)).view_as(sums)))
+    sides = [whitened(each.ids, at, by_word, by_hidden) for each, at in zip((test, train), gradients, strict=True)]
     torch.testing.assert_close(shared_products(*sides), expected.float(), rtol=1e-4, atol=1e-5)
 
 
