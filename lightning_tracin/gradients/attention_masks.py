@@ -28,10 +28,10 @@ def attended_ids(batch: Any, ids: Tensor) -> Tensor | None:
         (each.flatten(0, -2), attended.flatten(0, -2))
         for entries in _named_entries(batch)
         for name, each in entries.items()
-        if isinstance(each, Tensor)
+        if "input_ids" in str(name)
+        and isinstance(each, Tensor)
         and each.dim() > 1
         and (attended := _attended(entries, str(name).replace("input_ids", "attention_mask"), each.shape)) is not None
-        and "input_ids" in str(name)
     ]
     if len({each.shape[-1] for each, _ in masked}) == 1:
         masked.append(tuple(torch.cat(each) for each in zip(*masked, strict=True)))  # type: ignore[arg-type]

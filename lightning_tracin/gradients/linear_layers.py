@@ -17,7 +17,7 @@ LINEAR_LAYERS = "nn.Linear, nn.Conv1d, nn.Conv2d or transformers' Conv1D"
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether the weight's gradient at a layer can be given by two factors for each position."""
-    return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) or _is_transposed(layer)
+    return _kind_of(layer) is not None
 
 
 def require_linear(layer: nn.Module, value: Tensor, output: Tensor) -> None:
@@ -26,25 +26,31 @@ def require_linear(layer: nn.Module, value: Tensor, output: Tensor) -> None:
     Raises:
         ValueError: if its output is another, so that its weight's gradient has other factors than these.
     """
-    base = next((each for each in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(layer, each)), None)
-    weight = getattr(layer, "weight", None)
-    if base is None or not isinstance(weight, Tensor) or not weight.is_floating_point():  # as quantized ones
+    kind, weight = _kind_of(layer), getattr(layer, "weight", None)
+    if kind is None or not isinstance(weight, Tensor) or not weight.is_floating_point():  # as quantized ones
         return
-    if type(layer).forward is base.forward and all(map(_is_ours, layer._forward_hooks.values())):
+    if type(layer).forward is kind.forward and all(map(_is_ours, layer._forward_hooks.values())):
         return
     with torch.no_grad():
-        plain = base.forward(layer, value)  # type: ignore[arg-type]
+        plain = kind.forward(layer, value)
     same_shape = plain.shape == output.shape
     # Fits in 8 bits are nearly that far from it; of what is not finite others tell.
     if same_shape and not float((output.detach() - plain).norm()) > 0.1 * float(plain.norm()):
         return
     how = "other numbers" if same_shape else f"{tuple(output.shape)} instead of {tuple(plain.shape)}"
-    kind = base.__name__
+    name = kind.__name__
     raise ValueError(
-        f"{type(layer).__name__} is a {kind} by its class, but its own forward, or a forward hook, returns {how}: the "
-        f"gradient of its weight is not that of a {kind}. Name layers that are plain in the methods of TracInCallback, "
+        f"{type(layer).__name__} is a {name} by its class, but its own forward, or a forward hook, returns {how}: the "
+        f"gradient of its weight is not that of a {name}. Name layers that are plain in the methods of TracInCallback, "
         "or return a plain one from influence_last_layer."
     )
+
+
+def _kind_of(layer: nn.Module) -> type[nn.Module] | None:
+    """The class by which a layer is linear; None if it is not."""
+    if _is_transposed(layer):
+        return type(layer)
+    return next((each for each in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(layer, each)), None)
 
 
 def _is_ours(hook: Any) -> bool:

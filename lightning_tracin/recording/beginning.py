@@ -171,10 +171,9 @@ def _require_learning_rates(trainer: pl.Trainer) -> None:
     """
     for optimizer in trainer.optimizers:
         if any(group.get("lr") is None for group in optimizer.param_groups):
-            name = type(getattr(optimizer, "optimizer", optimizer)).__name__
             raise ValueError(
-                f"{name} finds its learning rates by itself (lr=None), but scores are weighted by them. Give it one, "
-                "as in Adafactor(parameters, lr=1e-3, relative_step=False, scale_parameter=False)."
+                f"{type(optimizer).__name__} finds its learning rates by itself (lr=None), but scores are weighted by "
+                "them. Give it one, as in Adafactor(parameters, lr=1e-3, relative_step=False, scale_parameter=False)."
             )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 from toy import N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
+from transformers.pytorch_utils import Conv1D
 
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInMixin, TracInWE
 from lightning_tracin.storage import shards
@@ -378,8 +379,7 @@ class WithHead(Toy):
         self.head = head
 
 
-def tripled():
-    head = nn.Linear(8, 3)
+def tripled(head):
     head.register_forward_hook(lambda module, inputs, output: 3 * output)
     return WithHead(head)
 
@@ -390,12 +390,13 @@ def tripled():
         (Causal, "convolution", r"CausalConvolution is a Conv1d .* returns \(\d, 8, 7\) instead of \(\d, 8, 9\)"),
         (lambda: WithHead(CosineLinear(8, 3)), "tracin-last", "CosineLinear is a Linear .* returns other numbers"),
         (
-            tripled,
+            lambda: tripled(nn.Linear(8, 3)),
             "tracin-last",
             "Linear is a Linear by its class, but its own forward, or a forward hook, returns other",
         ),
+        (lambda: tripled(Conv1D(3, 8)), "head", "Conv1D is a Conv1D by its class, but .* hook, returns other numbers"),
     ],
-    ids=["causal", "cosine", "hook"],
+    ids=["causal", "cosine", "hook", "hook of GPT-2's"],
 )
 def test_a_layer_that_is_linear_by_its_class_alone(tmp_path, build, method, message):
     with pytest.raises(ValueError, match=message):
