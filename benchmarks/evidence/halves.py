@@ -82,4 +82,4 @@ def _packed(subsets: Tensor) -> Tensor:
 
 def retrainings(task: Task, folder: Path) -> Retrainings:
     """The retrainings of a task that a folder keeps."""
-    return Retrainings(folder, task.build, task.test_loader(), n_train=len(task.train), trainer=task.trainer)
+    return Retrainings(folder, task.rebuild, task.test_loader(), n_train=len(task.train), trainer=task.trainer)

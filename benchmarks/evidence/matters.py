@@ -26,7 +26,7 @@ def matters_table(fit: Fitted, folder: Path, tests: Sequence[int], k: int, seeds
     )
     effect = does_it_matter(
         result,
-        task.build,
+        task.rebuild,
         task.test_loader(),
         k,
         seeds,

@@ -27,6 +27,7 @@ class Recipe:
         batch_size: of the fit.
         precision: of the fit, as Lightning names it.
         layers: the linear layers and convolutions that are recorded beside words and last layer.
+        unrecorded: a class of the same network that is fitted faster, but cannot be recorded.
     """
 
     network: type[Network]
@@ -34,6 +35,7 @@ class Recipe:
     batch_size: int
     precision: Any = "32-true"
     layers: tuple[str, ...] = ()
+    unrecorded: type[Network] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Task:
         return module, DataLoader(
             rows, batch_size=self.recipe.batch_size, shuffle=True, collate_fn=trimmed, generator=order
         )
+
+    def rebuild(self, indices: Sequence[int], seed: int) -> tuple[Network, DataLoader[Any]]:
+        """The same, of a network that is only asked what it says."""
+        recipe = replace(self.recipe, network=self.recipe.unrecorded or self.recipe.network)
+        return replace(self, recipe=recipe).build(indices, seed)
 
     def test_loader(self) -> DataLoader[Any]:
         """The test examples in order."""

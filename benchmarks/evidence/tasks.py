@@ -9,11 +9,17 @@ from dataclasses import replace
 
 from benchmarks.evidence import texts
 from benchmarks.evidence.examples import encoded
-from benchmarks.evidence.networks import Convolutional, MiniLM, PooledMiniLM
+from benchmarks.evidence.networks import Convolutional, MiniLM, PooledMiniLM, UnrecordedConvolutional
 from benchmarks.evidence.task import Recipe, Task
 from benchmarks.evidence.texts import Text
 
-_CNN = Recipe(Convolutional, epochs=4, batch_size=64, layers=("convolutions.0", "convolutions.1", "hidden"))
+_CNN = Recipe(
+    Convolutional,
+    epochs=4,
+    batch_size=64,
+    layers=("convolutions.0", "convolutions.1", "hidden"),
+    unrecorded=UnrecordedConvolutional,
+)
 # All linear layers but the last. A CPU that has bfloat16 fits twice as fast with it.
 _MINILM = Recipe(
     MiniLM,

@@ -10,19 +10,20 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from benchmarks.evidence import page
+from benchmarks.evidence import networks, page
 from benchmarks.evidence.__main__ import _command, lds_part
 from benchmarks.evidence.deletion import SAME_LABEL, Deletion, changes_of, deletion_table, with_seed
 from benchmarks.evidence.examples import Examples, Rows, trimmed
 from benchmarks.evidence.fitting import fitted, right_and_balanced
 from benchmarks.evidence.halves import Halves, halves_of
 from benchmarks.evidence.lds import lds_table
+from benchmarks.evidence.maxima import maxima
 from benchmarks.evidence.mislabel import flipped, mislabel_table
-from benchmarks.evidence.networks import Network
+from benchmarks.evidence.networks import Network, UnrecordedConvolutional
 from benchmarks.evidence.ours import ours
 from benchmarks.evidence.scored import kept_scores
 from benchmarks.evidence.task import Recipe, Task
-from benchmarks.evidence.tasks import _divided, _of_each_class
+from benchmarks.evidence.tasks import TASKS, _divided, _of_each_class
 from benchmarks.evidence.texts import Text
 
 VOCABULARY = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"w{each}" for each in ids], all_special_ids=[])
@@ -74,6 +75,41 @@ def test_a_network_is_made_by_its_seed_alone(task):
     assert torch.equal(first.head.weight, second.head.weight)
     assert not torch.equal(first.head.weight, other.head.weight)
     assert len(loader.dataset) == 40
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_maxima_are_those_of_the_convolution_and_so_are_their_gradients(width):
+    torch.manual_seed(0)
+    convolution = nn.Conv1d(6, 7, width, padding=width // 2).double()
+    words = torch.randn(5, 9, 6, dtype=torch.float64)
+    padded = torch.arange(9) >= torch.tensor([[9], [4], [1], [0], [9]])
+    cotangent = torch.randn(5, 7, dtype=torch.float64)
+
+    def dense(words):
+        return convolution(words.transpose(1, 2)).relu().masked_fill(padded[:, None], 0).amax(2)
+
+    found = []
+    for largest in (dense, lambda words: maxima(convolution, words, padded)):
+        given = [words.clone().requires_grad_(), convolution.weight, convolution.bias]
+        outputs = largest(given[0])
+        found.append([outputs, *torch.autograd.grad(outputs, given, cotangent)])
+    assert 0 < int((found[0][0] > 0).sum()) < found[0][0].numel()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+def test_the_network_that_is_fitted_faster_is_the_one_that_is_recorded():
+    task = TASKS["sms-cnn"]()
+    networks._pretrained.cache_clear()  # reading it draws random numbers: the first network must not depend on that
+    weights = []
+    for build in (task.build, task.rebuild):
+        pl.seed_everything(0, verbose=False)
+        module, loader = build(range(128), 1)
+        first = module.convolutions[1].weight.detach().clone()
+        task.trainer(max_epochs=2).fit(module.double(), loader)
+        weights.append({name: each.detach() for name, each in module.named_parameters()})
+    assert type(module) is UnrecordedConvolutional
+    assert not torch.allclose(weights[0]["convolutions.1.weight"], first.double(), atol=1e-3)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-9, atol=1e-12)
 
 
 def test_batches_are_as_long_as_their_longest_text(task):
