@@ -90,6 +90,8 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 def in_float32(task: Task) -> Task:
     """The same task fitted without autocast, for CPUs that do not multiply bfloat16; under a name of its own."""
+    if task.recipe.precision == "32-true":
+        return task
     recipe = replace(task.recipe, precision="32-true")
     return replace(task, name=f"{task.name}-float32", title=f"{task.title} in float32", recipe=recipe)
 

@@ -269,7 +269,8 @@ def _check_optimizer(state: Mapping[str, Any], name: str) -> None:
     if not listed or not isinstance(held, Mapping) or not all(isinstance(g.get("params"), list) for g in groups or ()):
         raise ValueError(f"{name} is damaged: an optimizer's state has no parameter groups.")
     for group in groups or ():
-        _finite(group.get("lr"), f"{name} is damaged: the lr of a parameter group")
+        if group.get("lr", ...) is not None:  # None is that of an optimizer that finds its rates by itself
+            _finite(group.get("lr"), f"{name} is damaged: the lr of a parameter group")
         for beta in group.get("betas", ()) if isinstance(group.get("betas", ()), (list, tuple)) else (None,):
             _finite(beta, f"{name} is damaged: betas of a parameter group")
     for of_parameter in held.values():

@@ -62,6 +62,16 @@ def mean_rates(
             f"{without[0]} holds no optimizer, so the learning rates before it are not known (was it saved with "
             f"save_weights_only?). {_GIVE}"
         )
+    by_itself = [
+        each.name
+        for each in checkpoints
+        if any(group["lr"] is None for state in each.optimizers for group in state["param_groups"])
+    ]
+    if by_itself:
+        raise ValueError(
+            f"The optimizer in {by_itself[0]} found its learning rates by itself (lr=None), and does not tell them. "
+            f"{_GIVE}"
+        )
     saved = [
         [[float(group["lr"]) for group in state["param_groups"]] for state in each.optimizers] for each in checkpoints
     ]

@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
 from toy import N_TRAIN, Data, Toy, loader, quiet, same_weights, site_of, test_texts
+from transformers.optimization import Adafactor
 from twin_toy import TwinToy
 
 import lightning_tracin
@@ -55,6 +56,13 @@ class Groups(Toy):
         optimizer = torch.optim.AdamW(groups)
         schedule = LambdaLR(optimizer, [lambda step: 0.8**step, lambda step: 1 / (1 + step)])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 2}}
+
+
+class ByItself(Toy):
+    """Adafactor finds its learning rates by itself, and says None."""
+
+    def configure_optimizers(self):
+        return Adafactor(self.parameters(), warmup_init=True)
 
 
 class TwoOptimizers(Toy):
@@ -268,6 +276,18 @@ def test_rates_given_by_hand_go_with_their_files(run, tmp_path):
     assert past.checkpoints[0].second_moments(past.sites[0]).values.any()
     best = Trace.from_checkpoints(tmp_path / "best", files[1], Toy(), loader(), learning_rates=[1.0])
     assert [each.learning_rate for each in best.checkpoints] == [1.0]
+
+
+def test_an_optimizer_that_finds_its_rates_by_itself_takes_those_given(tmp_path):
+    files = ModelCheckpoint(tmp_path / "files", save_top_k=-1)
+    quiet(enable_checkpointing=True, callbacks=[files], max_epochs=2).fit(ByItself(), loader())
+    saved = sorted((tmp_path / "files").glob("*.ckpt"))
+    with pytest.raises(ValueError, match=r"step=5\.ckpt found its learning rates by itself.*Pass learning_rates="):
+        Trace.from_checkpoints(tmp_path / "past", saved, ByItself(), loader())
+    past = Trace.from_checkpoints(tmp_path / "past", saved, ByItself(), loader(), learning_rates=[0.5, 2])
+    assert [each.learning_rate for each in past.checkpoints] == [0.5, 2]
+    for each, path in zip(past.checkpoints, saved, strict=True):
+        assert same_weights(each.weights(), torch.load(path)["state_dict"])
 
 
 def test_names_that_are_sorted_as_text_are_told(run, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ from benchmarks.evidence.networks import Network, UnrecordedConvolutional
 from benchmarks.evidence.ours import ours
 from benchmarks.evidence.scored import kept_scores
 from benchmarks.evidence.task import Recipe, Task
-from benchmarks.evidence.tasks import TASKS, _divided, _of_each_class
+from benchmarks.evidence.tasks import TASKS, _divided, _of_each_class, in_float32
 from benchmarks.evidence.texts import Text
 
 VOCABULARY = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"w{each}" for each in ids], all_special_ids=[])
@@ -110,6 +111,13 @@ def test_the_network_that_is_fitted_faster_is_the_one_that_is_recorded():
     assert type(module) is UnrecordedConvolutional
     assert not torch.allclose(weights[0]["convolutions.1.weight"], first.double(), atol=1e-3)
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-9, atol=1e-12)
+
+
+def test_float32_is_another_task_only_where_fits_were_not_in_it(task):
+    mixed = replace(task, recipe=replace(task.recipe, precision="bf16-mixed"))
+    assert in_float32(mixed).name == "bags-float32"
+    assert in_float32(mixed).recipe.precision == "32-true"
+    assert in_float32(task) is task
 
 
 def test_batches_are_as_long_as_their_longest_text(task):
