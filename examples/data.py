@@ -41,6 +41,12 @@ def sms_spam() -> tuple[Labelled, list[str]]:
 
 def movie_reviews() -> tuple[Labelled, list[str]]:
     """Sentences of movie reviews, by the sign of the mean of 15 people's ratings (0 is left out), and two classes."""
+    rated = movie_ratings()
+    return [(text, int(rating > 0)) for text, rating in rated.items() if rating != 0], ["negative", "positive"]
+
+
+def movie_ratings() -> dict[str, float]:
+    """Sentences of movie reviews, each with the mean of 15 people's ratings, of -4 to 4."""
     version = "vaderSentiment==3.3.2"
     folder = Path(sys.prefix) / "data"
     path = folder / f"{version.replace('==', '-')}.tar.gz"
@@ -54,8 +60,7 @@ def movie_reviews() -> tuple[Labelled, list[str]]:
             ratings = resources.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
             assert ratings is not None
             rows = [line.split("\t") for line in ratings.read().decode("latin-1").splitlines()]
-    reviews = {text.strip(): float(rating) for _, rating, text in rows}
-    return [(text, int(rating > 0)) for text, rating in reviews.items() if rating != 0], ["negative", "positive"]
+    return {text.strip(): float(rating) for _, rating, text in rows}
 
 
 def packaged_minilm() -> str:

@@ -21,6 +21,7 @@ def lds_table(
     scores: Mapping[str, Tensor],
     baselines: Collection[str],
     former: Mapping[str, Any] = MappingProxyType({}),
+    classes: Tensor | None = None,
 ) -> dict[str, Any]:
     """All methods' scores, the best first, as one table of JSON.
 
@@ -30,8 +31,9 @@ def lds_table(
         scores: by method, (n_test, n_train).
         baselines: names of methods that need no trace; the others are compared in pairs with the best of them.
         former: a table of the same halves, seeds and best baseline, whose other methods stay.
+        classes: of the training examples, (n_train,); their labels by default.
     """
-    labels = task.train.labels
+    labels = task.train.labels if classes is None else classes
     found = {name: linear_datamodeling_score(each, *halves) for name, each in scores.items()}
     with warnings.catch_warnings():  # within classes labels alone say nothing: their score is 0, and that is no fault
         warnings.filterwarnings("ignore", message="Argument `scores` expected to vary")

@@ -50,37 +50,37 @@ def ours(task: Task) -> Mapping[str, Scorer]:
         "ridge without residuals, words": partial(Fitted.scores, method=TracInRidge(_words(), residual=0)),
     }
     if is_from_scratch:  # of all layers of a transformer, whole gradients take gigabytes
-        found["layers, products"] = lambda fit: fit.scores(_sum(_linear(fit)))
-        found["layers, cosines, residual"] = lambda fit: fit.scores(_sum(_linear(fit, **_LATE)))
-        found["K-FAC layers, full width"] = lambda fit: fit.scores(_sum(_linear(fit, **_KFAC)))
-        found["R1, full width"] = lambda fit: fit.scores(_sum((_words(), *_linear(fit, **_KFAC)), words))
+        found["layers, products"] = lambda fit: fit.scores(summed(linear(fit)))
+        found["layers, cosines, residual"] = lambda fit: fit.scores(summed(linear(fit, **_LATE)))
+        found["K-FAC layers, full width"] = lambda fit: fit.scores(summed(linear(fit, **_KFAC)))
+        found["R1, full width"] = lambda fit: fit.scores(summed((_words(), *linear(fit, **_KFAC)), words))
     return found
 
 
 def _of_components(fit: Fitted, words: float) -> Tensor:
     """K-FAC cosines of all layers, and as much of the word table's cosine; checkpoints by residuals."""
     fit = fit.in_components()
-    layers = _linear(fit, **_KFAC)
-    return fit.scores(_sum((_words(), *layers), words) if words else _sum(layers))
+    layers = linear(fit, **_KFAC)
+    return fit.scores(summed((_words(), *layers), words) if words else summed(layers))
 
 
 def _ridge_of_components(fit: Fitted, words: float) -> Tensor:
     """The dual ridge on these kernels."""
     fit = fit.in_components()
-    return fit.scores(TracInRidge(_sum((_words(), *_linear(fit, **_KFAC)), words)))
+    return fit.scores(TracInRidge(summed((_words(), *linear(fit, **_KFAC)), words)))
 
 
 def _words() -> TracInWE:
     return TracInWE(**_LATE)
 
 
-def _linear(fit: Fitted, **options: Any) -> tuple[TracInLayer | TracInLast, ...]:
+def linear(fit: Fitted, **options: Any) -> tuple[TracInLayer | TracInLast, ...]:
     """The recorded layers and the last one, as methods with some options."""
     layers = [site.layer for site in fit.trace.checkpoints[0].sites if not site.has_words and not site.is_last]
     return (*(TracInLayer(each, **options) for each in layers), TracInLast(**options))
 
 
-def _sum(parts: Sequence[TracInWE | TracInLayer | TracInLast], words: float | None = None) -> TracInSum:
+def summed(parts: Sequence[TracInWE | TracInLayer | TracInLast], words: float | None = None) -> TracInSum:
     """The sum of several parts, each divided by its standard deviation.
 
     Args:

