@@ -20,7 +20,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
     options = parser.parse_args()
     text = options.page.read_text(encoding="utf-8")
-    for part, made in {"lds": lds, "deletion": deletion, "mislabel": mislabel, "shortlist": shortlist}.items():
+    parts = {"lds": lds, "ratings": ratings, "deletion": deletion, "mislabel": mislabel, "shortlist": shortlist}
+    for part, made in parts.items():
         tables = read(options.results, part)
         if tables:
             inside = "\n".join([*made(tables), *_commands(tables)])
@@ -82,6 +83,21 @@ def _lds_cell(row: dict[str, Any] | None, best: float) -> str:
         return ""
     value = f"{row['lds']:.3f}{'†' if row['above_reference'] > 2 * row['above_reference_se'] else ''}"
     return f"{f'**{value}**' if row['lds'] == best else value} ± {row['se_subsets']:.3f} [{row['within_lds']:.2f}]"
+
+
+def ratings(tables: Tables) -> Iterator[str]:
+    """A row for each method and weight of checkpoints."""
+    for each in tables:
+        fitted = f"**{each['title']}** (correlation of predictions {each['correlation']:.2f})"
+        yield f"{fitted}: {each['halves']} halves with {_several(each['seeds'], 'seed')}; at most {each['ceiling']:.2f}"
+        yield ""
+        best = max(row["lds"] for row in each["rows"])
+        rows = (
+            [row["method"], _lds_cell(row, best), f"{row['above_reference']:+.3f} ± {row['above_reference_se']:.3f}"]
+            for row in each["rows"]
+        )
+        yield from _table(["", "LDS ± [within]", f"above {each['reference']}"], rows)
+        yield ""
 
 
 def deletion(tables: Tables) -> Iterator[str]:

@@ -11,8 +11,9 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from benchmarks.evidence import networks, page
+from benchmarks.evidence import networks, page, ratings
 from benchmarks.evidence.__main__ import _command, lds_part
+from benchmarks.evidence.answers import batches, network_with
 from benchmarks.evidence.deletion import SAME_LABEL, Deletion, changes_of, deletion_table, with_seed
 from benchmarks.evidence.examples import Examples, Rows, trimmed
 from benchmarks.evidence.fitting import fitted, right_and_balanced
@@ -26,6 +27,8 @@ from benchmarks.evidence.scored import kept_scores
 from benchmarks.evidence.task import Recipe, Task
 from benchmarks.evidence.tasks import TASKS, _divided, _of_each_class, in_float32
 from benchmarks.evidence.texts import Text
+from lightning_tracin import TracInWE
+from lightning_tracin.retraining import random_halves
 
 VOCABULARY = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"w{each}" for each in ids], all_special_ids=[])
 
@@ -54,6 +57,12 @@ def examples(n, seed):
     ids = torch.randint(1, 16, (n, 6), generator=generator) + 14 * labels[:, None]
     ids[::3, 4:] = 0
     return Examples(ids, (ids > 0).long(), torch.zeros_like(ids), labels, tuple(str(each) for each in range(n)))
+
+
+def first_of(examples, n):
+    """The first n of some examples."""
+    columns = (examples.ids, examples.mask, examples.types, examples.labels, examples.texts)
+    return Examples(*(each[:n] for each in columns))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +120,34 @@ def test_the_network_that_is_fitted_faster_is_the_one_that_is_recorded():
     assert type(module) is UnrecordedConvolutional
     assert not torch.allclose(weights[0]["convolutions.1.weight"], first.double(), atol=1e-3)
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-9, atol=1e-12)
+
+
+def test_ratings_are_weighed_by_errors_and_stand_in_a_table(folder):
+    whole = ratings.ratings_cnn()
+    task = replace(whole, train=first_of(whole.train, 64), test=first_of(whole.test, 6))
+    fit = fitted(replace(task, recipe=replace(task.recipe, epochs=2)), folder)
+    known = dict(ratings.ours())
+    names = [f"TracIn-WE, cosine, {weights}" for weights in ("equal", "residual")]
+    scores = {name: known[name](fit) for name in names}
+    alike = TracInWE(normalize="cosine", weights="equal")
+    parts = [fit.scores(alike, checkpoints=each.step) for each in fit.trace.checkpoints]
+    residuals = []
+    for checkpoint in fit.trace.checkpoints:
+        network = network_with(fit.module, dict(checkpoint.weights()))
+        said = torch.cat([network(batch)[:, 0].detach() for batch in batches(task.train)])
+        residuals.append(2 * (said - task.train.labels).abs().mean())
+    torch.testing.assert_close(scores[names[0]], parts[0] + parts[1])
+    by_hand = residuals[0].sqrt() * parts[0] + residuals[1].sqrt() * parts[1]
+    torch.testing.assert_close(scores[names[1]], by_hand, rtol=1e-3, atol=1e-4)  # gradients are stored in float16
+
+    scores["agreement of ratings"] = ratings.agreement(fit)
+    halves = Halves(random_halves(64, 12), torch.randn(12, 2, 6))
+    above = (task.train.labels > task.train.labels.mean()).long()
+    table = lds_table(task, halves, scores, ratings.BASELINES, classes=above)
+    lines = list(page.ratings([table | {"ceiling": 0.5, "correlation": ratings.correlation(fit)}]))
+    assert lines[0].startswith("**Movie ratings, CNN, squared error** (correlation of predictions ")
+    assert lines[0].endswith("12 halves with 2 seeds; at most 0.50")
+    assert {line.split(" | ")[0].strip("| ") for line in lines[4:7]} == scores.keys()
 
 
 def test_float32_is_another_task_only_where_fits_were_not_in_it(task):
