@@ -227,7 +227,8 @@ def _configured(module: pl.LightningModule) -> Configured | str:
         optimizers, schedulers = configured_optimizers(module)
     except Exception as error:  # it may need what only a fit sets up
         return f"configure_optimizers of {name} raises {type(error).__name__}: {first_line(error)}"
-    return Configured(optimizers, schedulers, module.automatic_optimization)
+    by_hand = type(module).optimizer_step is not lightning_of(module).LightningModule.optimizer_step
+    return Configured(optimizers, schedulers, module.automatic_optimization, by_hand)
 
 
 def _drawable(training_set: TrainingSet) -> tuple[Tensor | None, str | None]:

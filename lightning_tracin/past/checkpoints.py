@@ -296,7 +296,8 @@ def step_of(value: Any, name: str) -> int:
 def _from_content(content: Any, name: str) -> PastCheckpoint:
     """A checkpoint of Lightning, or a plain state dict."""
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        tensors = tensors_of_state(content["state_dict"], name)
+        # Where Lightning's WeightAveraging saved the average as state_dict, the weights that were trained are these.
+        tensors = tensors_of_state(content.get("current_model_state", content["state_dict"]), name)
         return PastCheckpoint(
             name,
             lambda: tensors,

@@ -26,7 +26,7 @@ def names_in_module(saved: Mapping[str, Tensor], state: Mapping[str, Tensor], na
     """
     bare = {_uncompiled(each): each for each in saved}
     wanted = {_uncompiled(each): each for each in state}
-    strip, add = _prefixes(bare, wanted)
+    strip, add = _prefixes(bare, wanted, name)
     found = {
         own: wanted[f"{add}{each.removeprefix(strip)}"]
         for each, own in bare.items()
@@ -60,8 +60,12 @@ def names_in_module(saved: Mapping[str, Tensor], state: Mapping[str, Tensor], na
     return found
 
 
-def _prefixes(saved: Iterable[str], wanted: Mapping[str, str]) -> tuple[str, str]:
-    """What has to be taken off the names, and what put before them, so that most are the module's."""
+def _prefixes(saved: Iterable[str], wanted: Mapping[str, str], name: str) -> tuple[str, str]:
+    """What has to be taken off the names, and what put before them, so that most are the module's.
+
+    Raises:
+        ValueError: if different weights would do equally well.
+    """
     names = sorted(saved)
     tried = {("", "")}
     for each in sorted(wanted)[:_TRIED]:
@@ -69,12 +73,19 @@ def _prefixes(saved: Iterable[str], wanted: Mapping[str, str]) -> tuple[str, str
     for own in names[:_TRIED]:
         tried |= {("", each.removesuffix(own)) for each in wanted if each.endswith(f".{own}")}
 
-    def n_found(prefixes: tuple[str, str]) -> tuple[int, int]:
+    def found(prefixes: tuple[str, str]) -> list[str]:
         strip, add = prefixes
-        hits = sum(own.startswith(strip) and f"{add}{own.removeprefix(strip)}" in wanted for own in names)
-        return hits, -len(strip) - len(add)
+        return [own for own in names if own.startswith(strip) and f"{add}{own.removeprefix(strip)}" in wanted]
 
-    return max(tried, key=n_found)
+    best, *others = sorted(tried, key=lambda each: (-len(found(each)), len(each[0]) + len(each[1]), each))
+    alike = [best, *(each for each in others if len(found(each)) == len(found(best)) and found(each) != found(best))]
+    if len(alike) > 1 and found(best):
+        parts = " and ".join(repr(strip.removesuffix(".")) for strip, _ in alike[:2])
+        raise ValueError(
+            f"{name} has several parts whose weights are named as the model's, {parts}: which of them was meant cannot "
+            "be told. Pass the module that was trained, or the state dict of the part."
+        )
+    return best
 
 
 def _uncompiled(name: str) -> str:

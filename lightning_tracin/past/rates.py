@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -23,6 +23,8 @@ MeanRates: TypeAlias = list[list[float]]
 
 _CLOSE = 1e-5  # to which rates that were saved or logged agree with those of a schedule
 
+_BY_HAND = "optimizer_step of the module may change them"
+
 _GIVE = "Pass learning_rates=[...], one for each checkpoint."
 
 
@@ -35,11 +37,13 @@ class Configured:
         schedulers: what Lightning makes of its schedulers: with ``scheduler``, ``interval``, ``frequency`` and
             ``reduce_on_plateau``.
         automatic: whether Lightning steps them.
+        by_hand: whether the module overrides ``optimizer_step``, where warm-ups are often written.
     """
 
     optimizers: Sequence[torch.optim.Optimizer]
     schedulers: Sequence[Any]
     automatic: bool
+    by_hand: bool = False
 
 
 def mean_rates(
@@ -78,9 +82,10 @@ def mean_rates(
     forms = {tuple(len(groups) for groups in rates) for rates in saved}
     if len(forms) > 1:
         raise ValueError(f"The checkpoints have optimizers with different parameter groups, {sorted(forms)}. {_GIVE}")
+    by_hand = not isinstance(configured, str) and configured.by_hand
     if not any(each.schedulers for each in checkpoints) and all(rates == saved[0] for rates in saved):
-        return saved, None
-    replayed = _replayed(checkpoints, saved, configured)
+        return saved, f"{_BY_HAND}; those of the checkpoints are all alike, and stand for them" if by_hand else None
+    replayed = _BY_HAND if by_hand else _replayed(checkpoints, saved, configured)
     if not isinstance(replayed, str):
         return replayed, None
     first = [
@@ -175,12 +180,24 @@ def _rates_of_trainer(checkpoints: Sequence[PastCheckpoint]) -> tuple[list[MeanR
             f"{last.name} tells no learning rates: it has no scheduler.pt, and trainer_state.json logged none. {_GIVE}"
         )
     of_steps, why = _filled(known, bases[0] if bases else None, last.number, last.max_steps)
+    if why is None and min(known) > 0 and set(of_steps) == set(bases[:1]) and _may_warm_up(states.values()):
+        why = f"a warm-up that was over before step {min(known)}, the first whose rate was saved or logged, is not seen"
     of_groups = [own / bases[0] for own in bases] or [1.0]
     means = [
         float(of_steps[start:stop].mean()) if stop > start else 0.0
         for start, stop in pairwise([0, *(each.number for each in checkpoints)])
     ]
     return [[[mean * factor for factor in of_groups]] for mean in means], why
+
+
+def _may_warm_up(states: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a schedule that was constant when it was seen may have begun otherwise.
+
+    A ``LambdaLR`` saves None for a plain function, as that of transformers' constant schedule, but not for a partial
+    one, as that with a warm-up.
+    """
+    saved = [each for state in states for each in state.get("lr_lambdas") or []]
+    return not saved or any(each is not None for each in saved)
 
 
 def _logged(checkpoint: PastCheckpoint, saved: Mapping[int, float]) -> dict[int, float]:

@@ -163,7 +163,8 @@ class TracInCallback(DualCallback):
         self._fitting = False
         self._behind: BehindModelCheckpoint | None = None
         self._resumed: dict[str, Any] = {}
-        self._left: tuple[Any, dict[str, Any]] | None = None
+        self._fit: tuple[Any, Any] | None = None  # weak references to the trainer and the module
+        self._left: tuple[Any, dict[str, Any]] | None = None  # of a fit that is over, these and its state
         self._stopped: str | None = None
         self._writing = ExitStack()  # holds the folder's lock
 
@@ -180,6 +181,7 @@ class TracInCallback(DualCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start afresh for a fit; other stages leave the trace alone."""
         self._fitting = stage == "fit"
+        self._fit = weakref.ref(trainer), weakref.ref(pl_module)
         self._recorder = None
         if self._fitting:
             require_strategy(trainer)
@@ -212,8 +214,15 @@ class TracInCallback(DualCallback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to go on with the same trace."""
         if self._recorder is None or self.trace is None:
-            return {} if self._left is None else self._left[1]  # of a fit that is over
+            return self._state_left()
         return {"trace": self.trace.id, "path": str(self.trace.path.absolute()), **self._recorder.state()}
+
+    def _state_left(self) -> dict[str, Any]:
+        """The state of the last fit, if the same trainer fits the same module again: as Lightning counts, it goes on.
+
+        Not that of another fit: tuners save and restore the state of all callbacks, which would then seem resumed.
+        """
+        return {} if self._left is None or self._left[0] != self._fit else self._left[1]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the trace to go on with; only a fit does (predict with a checkpoint restores callbacks too)."""
@@ -239,8 +248,7 @@ class TracInCallback(DualCallback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("TracInCallback records nothing in a fast_dev_run.")
             return
-        # A trainer that fits again goes on where it was, as Lightning counts its steps.
-        left = self._left[1] if self._left is not None and self._left[0]() is trainer else {}
+        left = self._state_left()
         again = trainer.global_step + left.get("raw_steps", 0) > 0
         resumed = left if again and not self._resumed else self._resumed
         with unmoved(trainer.train_dataloader):
@@ -360,7 +368,7 @@ class TracInCallback(DualCallback):
     def _close(self, trainer: pl.Trainer) -> None:
         with self._writing:  # let go last
             if self._recorder is not None:
-                self._left = weakref.ref(trainer), self.state_dict()
+                self._left = self._fit, self.state_dict()
                 self._recorder.close()
             if self._sampled is not None:
                 self._sampled.close()

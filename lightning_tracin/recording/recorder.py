@@ -152,7 +152,10 @@ class Recorder:
     def _note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
         number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is _unwrapped(optimizer)), 0)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self.steps.append((self.steps_done(trainer), number, rates, self._unmoved_by(optimizer)))
+        step = (self.steps_done(trainer), number, rates, self._unmoved_by(optimizer))
+        if self.steps and self.steps[-1][:2] == step[:2]:  # L-BFGS asks for gradients several times in a step
+            self.steps.pop()
+        self.steps.append(step)
 
     def _unmoved_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
         """The keys of the sites whose weights an optimizer has, but is about to leave where they are.

@@ -94,6 +94,7 @@ class TraceFile(TraceHeader, frozen=True, kw_only=True):
         id: unique.
         branched_from: the id of the trace that it goes on with.
         incomplete: why the recording ended before the fit.
+        ended_at: the step at which it did.
     """
 
     format: Literal["lightning_tracin trace"]
@@ -101,6 +102,7 @@ class TraceFile(TraceHeader, frozen=True, kw_only=True):
     id: Identity
     branched_from: Identity | None = None
     incomplete: str | None = None
+    ended_at: StepNumber | None = None
 
 
 class CheckpointFile(JsonFile, frozen=True, kw_only=True):

@@ -174,8 +174,8 @@ class Trace:
         header = schemas.read(self.path / HEADER, TraceFile, within=self.path)
         mark_removed(path)  # until all is there: a copy that is broken off is no trace
         copy_before(self.path, path, step)
-        changed = {"id": uuid.uuid4().hex, "branched_from": self.id, "incomplete": None}
-        schemas.write(path / HEADER, msgspec.structs.replace(header, **changed))
+        header = msgspec.structs.replace(_recorded_up_to(header, step), id=uuid.uuid4().hex, branched_from=self.id)
+        schemas.write(path / HEADER, header)
         remove_temporary(path)
         branched = Trace(path)
         branched._remove_unshared()
@@ -356,7 +356,7 @@ class Trace:
         """
         self.check_in_place()
         incomplete = storable(f"The recording ended at step {step}: {why}")
-        self.header = msgspec.structs.replace(self.header, incomplete=incomplete)
+        self.header = msgspec.structs.replace(self.header, incomplete=incomplete, ended_at=step)
         schemas.write(self.path / HEADER, self.header)
 
     def drop_checkpoints_after(self, step: int) -> None:
@@ -367,6 +367,9 @@ class Trace:
         """
         dropped = [checkpoint.path for checkpoint in self.checkpoints if checkpoint.step > step]
         require_only_own(self.path, dropped)
+        if self.header != _recorded_up_to(self.header, step):
+            self.header = _recorded_up_to(self.header, step)
+            schemas.write(self.path / HEADER, self.header)
         for folder in reversed(dropped):  # so that none is missing between others if this is broken off
             remove_folder(self.path, folder)
         remove_temporary(self.path)
@@ -384,6 +387,13 @@ class Trace:
             for folder in folders
             if (folder / "index.json").exists()
         ]
+
+
+def _recorded_up_to(header: TraceFile, step: int) -> TraceFile:
+    """The header of a trace that is recorded anew from a step on: whole, if the recording had ended later."""
+    if header.ended_at is None or header.ended_at <= step:
+        return header
+    return msgspec.structs.replace(header, incomplete=None, ended_at=None)
 
 
 def _folder(path: Any) -> Path:

@@ -21,6 +21,7 @@ from twin_toy import TwinToy
 import lightning_tracin
 from lightning_tracin import Trace, TracInCallback, TracInLast, TracInWE
 
+WeightAveraging = getattr(pl.callbacks, "WeightAveraging", None)
 METHODS = ("tracin-we", "tracin-last")
 
 pytestmark = [torch_files.are_read, pytest.mark.filterwarnings("ignore:.*not known.*count as trained on")]
@@ -56,6 +57,14 @@ class Groups(Toy):
         optimizer = torch.optim.AdamW(groups)
         schedule = LambdaLR(optimizer, [lambda step: 0.8**step, lambda step: 1 / (1 + step)])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 2}}
+
+
+class WarmsUp(Constant):
+    """By hand, as Lightning's documentation has it: each file has the full rate."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (self.trainer.global_step + 1) / 4)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
 
 class ByItself(Toy):
@@ -288,6 +297,43 @@ def test_an_optimizer_that_finds_its_rates_by_itself_takes_those_given(tmp_path)
     assert [each.learning_rate for each in past.checkpoints] == [0.5, 2]
     for each, path in zip(past.checkpoints, saved, strict=True):
         assert same_weights(each.weights(), torch.load(path)["state_dict"])
+
+
+@pytest.mark.filterwarnings("ignore:The learning rates between")
+def test_a_warmup_by_hand_is_not_called_exact(tmp_path):
+    _, saved = recorded_and_saved(tmp_path, WarmsUp())
+    past = Trace.from_checkpoints(tmp_path / "past", saved, WarmsUp(), loader())
+    assert [each.learning_rate for each in past.checkpoints] == [0.01, 0.01]
+    assert Trace(tmp_path / "trace").checkpoints[0].learning_rate == pytest.approx(0.007)
+    (note,) = past.header.notes
+    assert "approximate: optimizer_step of the module may change them" in note
+
+
+@pytest.mark.skipif(WeightAveraging is None, reason="of Lightning 2.6")
+def test_weights_are_those_that_were_trained_where_their_average_was_saved(tmp_path):
+    averaging = WeightAveraging(avg_fn=lambda average, new, _: 0.5 * average + 0.5 * new)
+    pl.seed_everything(0, verbose=False)
+    files = ModelCheckpoint(tmp_path / "files", save_top_k=-1)
+    callback = TracInCallback(tmp_path / "trace", cache="on_demand")
+    quiet(enable_checkpointing=True, callbacks=[averaging, callback, files], max_epochs=2).fit(Constant(), loader())
+    saved = sorted((tmp_path / "files").glob("*.ckpt"))
+    assert not same_weights(torch.load(saved[0])["state_dict"], torch.load(saved[0])["current_model_state"])
+    past = Trace.from_checkpoints(tmp_path / "past", saved, Constant(), loader())
+    require_same_checkpoints(Trace(tmp_path / "trace"), past)
+
+
+def test_of_two_parts_that_are_named_alike_none_is_chosen(tmp_path):
+    teacher, student = Toy(), Toy()
+    both = {
+        f"{part}.{name}": value
+        for part, own in (("teacher", teacher), ("student", student))
+        for name, value in own.state_dict().items()
+    }
+    with pytest.raises(ValueError, match=r"several parts.*'student' and 'teacher'.*Pass the module that was trained"):
+        Trace.from_checkpoints(tmp_path / "past", both, Toy(), loader(), learning_rates=[1])
+    one = {name: value for name, value in both.items() if name.startswith("teacher")}
+    past = Trace.from_checkpoints(tmp_path / "past", one, Toy(), loader(), learning_rates=[1])
+    assert same_weights(past.checkpoints[0].weights(), teacher.state_dict())
 
 
 def test_names_that_are_sorted_as_text_are_told(run, tmp_path):

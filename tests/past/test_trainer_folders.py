@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.metadata import version
 
@@ -84,6 +85,16 @@ def test_scores_are_those_of_brute_force(run, past, method, layer):
     torch.testing.assert_close(result.scores.double(), expected, rtol=2e-3, atol=float(expected.abs().max()) * 1e-3)
     assert past.header.notes == ()
     assert past.model_class == "BertForSequenceClassification"
+
+
+@pytest.mark.filterwarnings("ignore:The learning rates between")
+@pytest.mark.parametrize("kind", ["constant", "constant_with_warmup"])
+def test_a_warmup_that_nothing_shows_is_not_ruled_out(tmp_path, kind):
+    """It was over before the first rate was saved or logged."""
+    trained(tmp_path / "run", lr_scheduler_type=kind, warmup_steps=2, logging_steps=3)
+    past = Trace.from_checkpoints(tmp_path / "past", tmp_path / "run", model(), batches(N_TRAIN, 0))
+    told = [bool(re.search(r"a warm-up that was over before step [23], the first", each)) for each in past.header.notes]
+    assert told == ([True] if kind == "constant_with_warmup" else [])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import StepLR
 from toy import (
     N_TRAIN,
     STEPS_PER_EPOCH,
@@ -117,6 +118,25 @@ def test_a_schedule_that_ends_at_zero_does_not_zero_the_last_checkpoint(tmp_path
 
     fitted(tmp_path / "trace", Decaying())
     assert Trace(tmp_path / "trace").checkpoints[-1].learning_rate == pytest.approx(0.3)
+
+
+def test_a_step_counts_once_however_often_it_asks_for_gradients(tmp_path):
+    """L-BFGS asks several times in a step, and less often the nearer it is."""
+    asked = []
+
+    class Searching(Toy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.LBFGS(self.parameters(), lr=0.4, max_iter=4, line_search_fn="strong_wolfe")
+            return [optimizer], [{"scheduler": StepLR(optimizer, 1, gamma=0.5), "interval": "step"}]
+
+        def on_before_optimizer_step(self, optimizer):
+            asked.append(self.trainer.global_step)
+
+    quiet(callbacks=[TracInCallback(tmp_path / "trace")]).fit(Searching(), loader())
+    assert len(asked) > 2 * len(set(asked))
+    for each, start in zip(Trace(tmp_path / "trace").checkpoints, (0, 5), strict=True):
+        assert [step for step, *_ in each.steps] == list(range(start, start + 5))
+        assert each.learning_rate == pytest.approx(sum(0.4 * 0.5**step for step in range(start, start + 5)) / 5)
 
 
 def test_rates_are_those_of_the_group_and_the_optimizer_that_hold_the_layer(tmp_path):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from toy import N_TRAIN, Toy, fitted, loader, quiet, test_texts
+from toy import N_TRAIN, Data, Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import Trace, TracInCallback
 from lightning_tracin.storage import files
@@ -322,11 +322,65 @@ def test_a_trainer_that_fits_again_after_it_was_broken_off_goes_on(tmp_path, cac
     assert trainer.influence(loader(test_texts())).scores.any()
 
 
-def test_another_trainer_does_not_go_on(tmp_path):
+@pytest.mark.parametrize("tuner", [None, LearningRateFinder, BatchSizeFinder])
+def test_another_trainer_does_not_go_on(tmp_path, tuner):
+    """Nor where a tuner saves the state of all callbacks, and restores it."""
+    options = {
+        LearningRateFinder: {"num_training_steps": 3, "update_attr": False},
+        BatchSizeFinder: {"steps_per_trial": 1, "init_val": 2, "max_trials": 1},
+    }
+    data = Data()
+    data.batch_size = 8
     callback = TracInCallback(tmp_path / "trace")
-    quiet(callbacks=[callback]).fit(Toy(), loader())
+    quiet(callbacks=[callback]).fit(Toy(), data)
+    before = content(tmp_path / "trace")
+    tuners = [] if tuner is None else [tuner(**options[tuner])]
     with pytest.raises(FileExistsError, match="holds the trace of another fit"):
-        quiet(callbacks=[callback]).fit(Toy(), loader())
+        quiet(callbacks=[*tuners, callback], default_root_dir=tmp_path).fit(Toy(), data)
+    assert content(tmp_path / "trace") == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_module_does_not_go_on(tmp_path, overwrite):
+    """Its checkpoints were summed with those of the first."""
+    trainer = quiet(callbacks=[TracInCallback(tmp_path / "trace", overwrite=overwrite)])
+    trainer.fit(Toy(), loader())
+    first = Trace(tmp_path / "trace")
+    trainer.fit_loop.max_epochs = 4
+    if overwrite:
+        trainer.fit(Toy(), loader())
+        assert steps(tmp_path / "trace") == [15, 20]
+        assert Trace(tmp_path / "trace").id != first.id
+    else:
+        with pytest.raises(FileExistsError, match="holds the trace of another fit"):
+            trainer.fit(Toy(), loader())
+        assert steps(tmp_path / "trace") == [5, 10]
+
+
+@pytest.mark.parametrize("place", ["trace", "elsewhere"])
+@pytest.mark.parametrize(("resumed", "is_whole"), [(5, True), (10, False)])
+def test_what_a_recording_lacks_is_told_of_the_trace_that_goes_on_with_it(tmp_path, place, resumed, is_whole):
+    """It ended at step 8, and the fit went on; the files of later steps are of a trace that lacks what came between."""
+
+    class Broken(Toy):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.trainer.global_step == 8:
+                self.callback._stop(self.trainer, OSError(28, "No space left on device"))
+
+    def fit(path, module, **options):
+        pl.seed_everything(0, verbose=False)
+        saving = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, filename="{step}")
+        module.callback = TracInCallback(path)
+        trainer = quiet(callbacks=[module.callback, saving], max_epochs=3, enable_checkpointing=True)
+        trainer.fit(module, loader(), **options)
+
+    with pytest.warns(UserWarning, match="stopped recording at step 8"):
+        fit(tmp_path / "trace", Broken())
+    assert "The recording ended at step 8" in Trace(tmp_path / "trace").incomplete
+    fit(tmp_path / place, Toy(), ckpt_path=tmp_path / "saved" / f"step={resumed}.ckpt")
+    went_on = Trace(tmp_path / place)
+    assert (went_on.incomplete is None) is is_whole
+    assert steps(tmp_path / place) == ([5, 10, 15] if is_whole else [5, 15])
 
 
 @pytest.mark.parametrize("number", [0, 1])
