@@ -20,6 +20,7 @@ _LATE: dict[str, Any] = {
     "normalize": "cosine",
     "weights": "residual",
 }  # cosines, checkpoints weighted by what is yet to be learned
+_RARER: dict[str, Any] = {"exclude_tokens": ("special", "common")}
 _KFAC: dict[str, Any] = {**_LATE, "precondition": "kfac"}
 
 
@@ -46,7 +47,14 @@ def ours(task: Task) -> Mapping[str, Scorer]:
         "K-FAC layers, residual": partial(_of_components, words=0.0),
         "R1: words and K-FAC layers": partial(_of_components, words=words),
         "R2: ridge, words and K-FAC layers": partial(_ridge_of_components, words=0.5),
+        "WE cosine, residual, no common words": partial(Fitted.scores, method=_words(**_RARER)),
+        "R1, no common words": partial(_of_components, words=words, **_RARER),
+        "R1, words by Adam": partial(_of_components, words=words, precondition="adam"),
+        "R1, words by Adam, no common words": partial(_of_components, words=words, precondition="adam", **_RARER),
+        "R2, no common words": partial(_ridge_of_components, words=0.5, **_RARER),
+        "R2, words by Adam": partial(_ridge_of_components, words=0.5, precondition="adam"),
         "ridge, words": partial(Fitted.scores, method=TracInRidge(_words())),
+        "ridge, no common words": partial(Fitted.scores, method=TracInRidge(_words(**_RARER))),
         "ridge without residuals, words": partial(Fitted.scores, method=TracInRidge(_words(), residual=0)),
     }
     if is_from_scratch:  # of all layers of a transformer, whole gradients take gigabytes
@@ -57,21 +65,21 @@ def ours(task: Task) -> Mapping[str, Scorer]:
     return found
 
 
-def _of_components(fit: Fitted, words: float) -> Tensor:
+def _of_components(fit: Fitted, words: float, **of_words: Any) -> Tensor:
     """K-FAC cosines of all layers, and as much of the word table's cosine; checkpoints by residuals."""
     fit = fit.in_components()
     layers = linear(fit, **_KFAC)
-    return fit.scores(summed((_words(), *layers), words) if words else summed(layers))
+    return fit.scores(summed((_words(**of_words), *layers), words) if words else summed(layers))
 
 
-def _ridge_of_components(fit: Fitted, words: float) -> Tensor:
+def _ridge_of_components(fit: Fitted, words: float, **of_words: Any) -> Tensor:
     """The dual ridge on these kernels."""
     fit = fit.in_components()
-    return fit.scores(TracInRidge(summed((_words(), *linear(fit, **_KFAC)), words)))
+    return fit.scores(TracInRidge(summed((_words(**of_words), *linear(fit, **_KFAC)), words)))
 
 
-def _words() -> TracInWE:
-    return TracInWE(**_LATE)
+def _words(**options: Any) -> TracInWE:
+    return TracInWE(**_LATE, **options)
 
 
 def linear(fit: Fitted, **options: Any) -> tuple[TracInLayer | TracInLast, ...]:
