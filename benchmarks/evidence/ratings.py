@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import CNN
 from lightning_tracin import TracInLast, TracInRidge, TracInWE
 
-_WEIGHTS = ("equal", "residual")
+_WEIGHTS: tuple[Literal["equal", "residual"], ...] = ("equal", "residual")
 _RARER: dict[str, Any] = {"exclude_tokens": ("special", "common")}
 
 
