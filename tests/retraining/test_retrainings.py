@@ -26,6 +26,7 @@ from toy import Toy, environment, loader, quiet, test_texts, texts
 
 from lightning_tracin.retraining import random_halves, stored_outcomes, without
 from lightning_tracin.retraining.folder import Retraining, RetrainingFolder
+from lightning_tracin.retraining.observed import _are_usual, _Said
 from lightning_tracin.retraining.outcomes import Outcome
 from lightning_tracin.storage.files import hash_of_tensors, open_tensors, write_json, write_tensors
 
@@ -232,6 +233,36 @@ class Regression(Binary):
 def test_what_says_no_class_has_losses_alone(tmp_path, most):
     data = torch.utils.data.TensorDataset(test_texts().tensors[0], test_texts().tensors[1].clamp(max=most).float())
     assert retrainings(tmp_path, Build(module=Regression), loader(data)).run(HALVES[:1]).log_probabilities is None
+
+
+class Doubled(Binary):
+    def influence_loss(self, batch):
+        return 2 * super().influence_loss(batch)
+
+
+@pytest.mark.parametrize(
+    ("module", "labels", "is_class"),
+    [
+        (Binary, [0, 1], True),
+        (Regression, [0, 1], False),
+        (Doubled, [0, 1], False),
+        (Doubled, [0, 0, 1, 1], True),
+        (Doubled, [0, 1, 1], False),
+    ],
+)
+def test_of_one_test_example_of_a_label_a_loss_counts_that_is_the_log_probability(tmp_path, module, labels, is_class):
+    data = torch.utils.data.TensorDataset(test_texts().tensors[0][: len(labels)], torch.tensor(labels).float())
+    build = Build(of_two_classes(texts(), torch.Tensor.float), module)
+    found = retrainings(tmp_path, build, loader(data)).run(HALVES[:1])
+    assert (found.log_probabilities is not None) == is_class
+
+
+def test_a_hinge_that_is_zero_is_no_log_probability():
+    logits = torch.tensor([-8.0, -0.5, 8.0, 0.5])  # sure of the first of each label
+    classes, labels = functional.logsigmoid(torch.stack([-logits, logits], 1)), torch.tensor([0, 0, 1, 1])
+    own = -classes[torch.arange(4), labels]
+    assert _are_usual([_Said(own, classes, labels)])
+    assert not _are_usual([_Said(torch.zeros(4), classes, labels)])
 
 
 @pytest.mark.parametrize(
