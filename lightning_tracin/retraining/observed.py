@@ -168,7 +168,7 @@ def _is_one_multiple(ratios: Sequence[float], is_alone: bool) -> bool:
     """
     if is_alone:
         return abs(ratios[0] - 1) <= _ROUNDING
-    return 0 < min(ratios) and max(ratios) <= (1 + _ROUNDING) * min(ratios)
+    return min(ratios) > 0 and max(ratios) <= (1 + _ROUNDING) * min(ratios)
 
 
 class _Copies:

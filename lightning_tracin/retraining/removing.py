@@ -93,7 +93,7 @@ def does_it_matter(
         module = runs.built_on_few[0]
         check_module(result.trace, module)
         require_same_test(result, runs.held_out, module)
-        check_training_set(result.trace, runs.built_on_all[1])
+        check_training_set(result.trace, runs.loader_of_all)
         removals = Removals(result, rows, k, seeds, others)
         base = [Retraining(removals.drawn, seed) for seed in range(seeds)]
         asked = {
