@@ -135,6 +135,13 @@ def test_the_mean_counts_each_seed_once(effect):
     assert one.mean_change() == one.change(0)  # of one test example the two say the same
 
 
+def test_test_examples_that_were_not_compared_do_not_count(effect):
+    values, nan = torch.tensor([[-0.5, -0.51, -0.52]]).expand(N_TEST, -1), torch.full((N_TEST - 2, SEEDS), torch.nan)
+    of_label = torch.cat([nan, torch.tensor([[-0.01, 0.0, 0.01], [-0.5, -0.51, -0.52]])])
+    fixed = replace(effect, changes={"proponents": values, "same label": of_label})
+    assert "they matter more for 1 of 2 test examples by themselves" in fixed.summary()
+
+
 def test_it_is_said_in_words(effect):
     text = str(effect)
     assert f"{N_TEST} test examples, {COPIES} training examples removed, {SEEDS} seeds" in text
