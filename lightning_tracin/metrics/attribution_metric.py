@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
@@ -20,6 +23,26 @@ class AttributionMetric(Metric):
     plot_lower_bound: float | None = 0.0
     plot_upper_bound: float | None = 1.0
     drawn: ClassVar[str | None] = None  # the field
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """What torchmetrics wraps, but without making scalars of tensors (1,), of one test example or one k."""
+
+        @functools.wraps(compute)
+        def noting_shapes(*args: Any, **kwargs: Any) -> Any:
+            value = compute(*args, **kwargs)
+            self._shapes: list[torch.Size] = []  # beside the value that torchmetrics keeps, in copies, too
+            apply_to_collection(value, Tensor, lambda each: self._shapes.append(each.shape))
+            return value
+
+        wrapped = super()._wrap_compute(noting_shapes)
+
+        @functools.wraps(compute)
+        def in_shape(*args: Any, **kwargs: Any) -> Any:
+            value = wrapped(*args, **kwargs)
+            shapes = iter(self._shapes)
+            return apply_to_collection(value, Tensor, lambda each: each.reshape(next(shapes)))
+
+        return in_shape
 
     def _tell_apart(self, *options: Any) -> None:
         """Add a state of the class and of the options that ``update`` goes by.

@@ -42,9 +42,9 @@ def epochs_of(trace: Trace | None) -> int:
     apart = max(after - before for before, after in pairwise(ends))
     if apart > 1:
         rank_zero_warn(
-            f"The trace's last checkpoint is of epoch {ends[-1]}, and checkpoints are up to {apart} epochs apart: the fit "
-            f"may have trained longer than the {ends[-1]} epochs that are trained here. Pass its number of epochs as "
-            "trainer=....",
+            f"The trace's last checkpoint is of epoch {ends[-1]}, and checkpoints are up to {apart} epochs apart: the "
+            f"fit may have trained longer than the {ends[-1]} epochs that are trained here. Pass the number of its "
+            f"epochs, as trainer={ends[-1] + 1}.",
             category=UserWarning,
         )
     return ends[-1]
