@@ -33,18 +33,18 @@ class Killed(Toy):
 
 
 class KilledInSecond(Build):
-    """Its second fit is killed; the first that it builds is only looked at."""
+    """Its second fit is killed; the first two that it builds are only looked at."""
 
     def __call__(self, indices, seed):
-        self.module = Killed if len(self.asked) == 2 else Toy
+        self.module = Killed if len(self.asked) == 3 else Toy
         return super().__call__(indices, seed)
 
 
 def run(folder, subsets):
-    """The losses, and how many fits there were beside the look at what is built."""
+    """The losses, and how many fits there were beside the two looks at what is built."""
     build = Build()
     losses = retrainings(folder, build).run(subsets).losses
-    return losses, len(build.asked) - 1
+    return losses, len(build.asked) - 2
 
 
 def after_kill(folder: Path, told: Path, act, subsets, expected, aim=None) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Each metric with inputs that can be cut into batches; and a script of two processes: ``metric_cases.py RANK FILE``.
 
-As a script it writes what each metric's ``compute`` gave where each process had one half.
+As a script it writes what each metric's ``compute`` gave where each process had one half, and where one had all.
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ def main(rank: int, file: str) -> None:
     for name, case in cases().items():
         metric, half = case.metric(), case.size // 2 + 1  # unequal parts
         metric.update(*(case.batch(0, half) if rank == 0 else case.batch(half, case.size)))
-        found[name] = numbers(metric.compute())
+        alone = case.metric()  # whose batches all came to the first process
+        if rank == 0:
+            alone.update(*case.inputs)
+        found[name] = [numbers(metric.compute()), numbers(alone.compute())]
     sys.stdout.write(json.dumps(found))
     torch.distributed.destroy_process_group()
 

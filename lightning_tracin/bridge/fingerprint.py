@@ -67,6 +67,29 @@ def fingerprint_of(loader: DataLoader[Any], note: Callable[[Any], _Note]) -> tup
     return number_hash(n_examples, hashes), dict(zip(indices, (noticed for _, noticed in first), strict=True))
 
 
+def fingerprint_of_all(loader: DataLoader[Any]) -> str:
+    """A hash of every example of a data set; of one that looks different the second time, of their number.
+
+    All are read once, and 64 to 127 of them, spread evenly, a second time.
+
+    Args:
+        loader: of the examples, which have indices.
+    """
+    dataset: Any = loader.dataset
+    n_examples = len(dataset)
+    again = range(0, n_examples, max(1, n_examples // N_READ))
+    with random_state_kept():
+        read = items_of(loader, [*range(n_examples), *again], _Noticing(_nothing), seeded)
+        seeded()
+        hashes = [each for each, _ in read]
+    is_fixed = [hashes[index] for index in again] == hashes[n_examples:]
+    return number_hash(n_examples, b"".join(hashes[:n_examples]) if is_fixed else b"")
+
+
+def _nothing(item: Any) -> None:
+    """What is noticed of an example whose hash is enough."""
+
+
 def number_hash(n_examples: int, hashes: bytes = b"") -> str:
     """A hash of a number of examples and, if they are there, of some examples' hashes."""
     return hashlib.sha256(f"{n_examples}".encode() + hashes).hexdigest()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
+
+from lightning_tracin.metrics.functional.correlations import precise
 
 
 class AttributionMetric(Metric):
@@ -20,6 +27,59 @@ class AttributionMetric(Metric):
     plot_lower_bound: float | None = 0.0
     plot_upper_bound: float | None = 1.0
     drawn: ClassVar[str | None] = None  # the field
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """What torchmetrics wraps, but without making scalars of tensors (1,), of one test example or one k."""
+
+        @functools.wraps(compute)
+        def noting_shapes(*args: Any, **kwargs: Any) -> Any:
+            value = compute(*args, **kwargs)
+            self._shapes: list[torch.Size] = []  # beside the value that torchmetrics keeps, in copies, too
+            apply_to_collection(value, Tensor, lambda each: self._shapes.append(each.shape))
+            return value
+
+        wrapped = super()._wrap_compute(noting_shapes)
+
+        @functools.wraps(compute)
+        def in_shape(*args: Any, **kwargs: Any) -> Any:
+            value = wrapped(*args, **kwargs)
+            shapes = iter(self._shapes)
+            return apply_to_collection(value, Tensor, lambda each: each.reshape(next(shapes)))
+
+        return in_shape
+
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Module:
+        """What torchmetrics does, but labels, indices and masks keep their type, in which alone they are exact."""
+
+        @functools.wraps(fn)  # torchmetrics asks for its name
+        def to_numbers(each: Tensor) -> Tensor:
+            made: Tensor = fn(each)
+            return made if each.is_floating_point() or made.dtype == each.dtype else each.to(made.device)
+
+        return super()._apply(to_numbers, exclude_state)
+
+    def _add_rows(self, name: str, dtype: torch.dtype | None = None, dims: int = 1) -> None:
+        """Add a state of a tensor for each batch, which are joined in their order.
+
+        Args:
+            name: of the state.
+            dtype: of the tensors; None for what :func:`precise` makes.
+            dims: how many dimensions they have.
+        """
+        self.add_state(name, default=[], dist_reduce_fx="cat")
+        self._rows = {**getattr(self, "_rows", {}), name: (dtype, dims)}
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        """What torchmetrics does; of a process without a batch it would send tensors of another type and shape."""
+        for name, (dtype, dims) in getattr(self, "_rows", {}).items():
+            if not getattr(self, name):
+                nothing = torch.zeros((0,) * dims, device=self.device)
+                setattr(self, name, [precise(nothing) if dtype is None else nothing.to(dtype)])
+
+        def with_rows(each: Tensor, group: Any = None) -> list[Tensor]:
+            return [found for found in dist_sync_fn(each, group=group) if not found.ndim or len(found)]
+
+        super()._sync_dist(with_rows, process_group)
 
     def _tell_apart(self, *options: Any) -> None:
         """Add a state of the class and of the options that ``update`` goes by.

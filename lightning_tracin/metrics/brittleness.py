@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
@@ -52,7 +53,7 @@ class Brittleness(AttributionMetric):
         self.ks = growing_ks(ks, least=0)
         self.bootstrap = checked_bootstrap(level, resamples, seed)
         self._tell_apart(self.ks)
-        self.add_state("smallest", default=[], dist_reduce_fx="cat")
+        self._add_rows("smallest", torch.float32)
 
     def update(self, predictions: Tensor, reference: Tensor) -> None:
         """Takes a batch of test examples."""

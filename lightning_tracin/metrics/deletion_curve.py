@@ -62,7 +62,7 @@ class DeletionCurve(AttributionMetric):
         super().__init__(**kwargs)
         self.ks = growing_ks(ks)
         self.bootstrap = checked_bootstrap(level, resamples, seed)
-        self.add_state("changes", default=[], dist_reduce_fx="cat")
+        self._add_rows("changes", dims=3)
 
     def update(self, changes: Tensor) -> None:
         """Takes a batch of test examples."""

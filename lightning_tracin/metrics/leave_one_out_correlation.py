@@ -50,7 +50,7 @@ class LeaveOneOutCorrelation(AttributionMetric):
             check_whole("removed", removed, "(n_removed,)", (1,))
         self.register_buffer("removed", removed, persistent=False)
         self._tell_apart(removed)
-        self.add_state("per_test", default=[], dist_reduce_fx="cat")
+        self._add_rows("per_test")
 
     def update(self, scores: Tensor, outputs: Tensor) -> None:
         """Takes a batch of test examples."""

@@ -59,8 +59,8 @@ class LinearDatamodelingScore(AttributionMetric):
         self.register_buffer("subsets", subsets, persistent=False)
         self.register_buffer("within", within, persistent=False)
         self._tell_apart(subsets)
-        self.add_state("predicted", default=[], dist_reduce_fx="cat")
-        self.add_state("outputs", default=[], dist_reduce_fx="cat")
+        self._add_rows("predicted", dims=2)
+        self._add_rows("outputs", dims=3)
 
     def update(self, scores: Tensor, outputs: Tensor) -> None:
         """Takes a batch of test examples."""

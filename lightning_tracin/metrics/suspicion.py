@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
@@ -20,8 +21,8 @@ class Suspicion(AttributionMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("values", default=[], dist_reduce_fx="cat")
-        self.add_state("mislabelled", default=[], dist_reduce_fx="cat")
+        self._add_rows("values")
+        self._add_rows("mislabelled", torch.bool)
 
     def update(self, values: Tensor, mislabelled: Tensor) -> None:
         """Takes a batch of training examples: ``values`` (n,) and ``mislabelled`` (n,) bool."""

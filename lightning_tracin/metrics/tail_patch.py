@@ -46,7 +46,7 @@ class TailPatch(AttributionMetric):
     def __init__(self, *, level: float = 0.95, resamples: int = 2000, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.bootstrap = checked_bootstrap(level, resamples, seed)
-        self.add_state("gains", default=[], dist_reduce_fx="cat")
+        self._add_rows("gains", dims=2)
 
     def update(self, gains: Tensor) -> None:
         """Takes a batch of test examples."""

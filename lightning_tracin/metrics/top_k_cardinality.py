@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
@@ -37,7 +38,7 @@ class TopKCardinality(AttributionMetric):
     def __init__(self, k: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.k = whole_number("k", k)
-        self.add_state("chosen", default=[], dist_reduce_fx="cat")
+        self._add_rows("chosen", torch.int64, dims=2)
 
     def update(self, scores: Tensor) -> None:
         """Takes a batch of test examples."""

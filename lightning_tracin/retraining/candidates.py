@@ -86,12 +86,13 @@ def baseline_scores(test: Texts, train: Texts) -> dict[str, Tensor]:
 
     Returns:
         "same label": 1 where the labels agree, so that the sum is their number; "tf-idf": likeness by words, times 1
-        where the labels agree and -1 where not. Without labels "tf-idf" alone.
+        where the labels agree, -1 where not, and 0 where one is not known, as of what was never drawn. Without labels
+        that differ "tf-idf" alone, without signs.
     """
     cosines = tf_idf_cosines(test, train)
-    if bool(test.labels.isnan().any()) or bool(train.labels.isnan().any()):
+    is_known = ~(test.labels[:, None].isnan() | train.labels.isnan())
+    agree = test.labels[:, None] == train.labels  # NaN is none's
+    told = agree[is_known]
+    if bool(told.all()) or not bool(told.any()):
         return {"tf-idf": cosines}
-    agree = (test.labels[:, None] == train.labels).float()
-    if bool((agree == agree[:1, :1]).all()):
-        return {"tf-idf": cosines}
-    return {"same label": agree, "tf-idf": cosines * torch.where(agree > 0, 1.0, -1.0)}
+    return {"same label": agree.float(), "tf-idf": cosines * torch.where(agree, 1.0, -1.0) * is_known}

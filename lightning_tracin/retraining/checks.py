@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ def epochs_of(trace: Trace | None) -> int:
 
     Raises:
         ValueError: if there is no trace, or no checkpoint in it.
+
+    Warns:
+        UserWarning: if checkpoints are further apart than an epoch: of the last epochs there may be none.
     """
     checkpoints = [] if trace is None else trace.checkpoints
     if not checkpoints:
@@ -34,7 +38,16 @@ def epochs_of(trace: Trace | None) -> int:
             "It is not known how long the fit trained: there is no trace with checkpoints. Pass a number of epochs, or "
             "a function that makes a trainer, as trainer=...."
         )
-    return checkpoints[-1].epoch + 1
+    ends = [0, *(each.epoch + 1 for each in checkpoints)]
+    apart = max(after - before for before, after in pairwise(ends))
+    if apart > 1:
+        rank_zero_warn(
+            f"The trace's last checkpoint is of epoch {ends[-1]}, and checkpoints are up to {apart} epochs apart: the "
+            f"fit may have trained longer than the {ends[-1]} epochs that are trained here. Pass the number of its "
+            f"epochs, as trainer={ends[-1] + 1}.",
+            category=UserWarning,
+        )
+    return ends[-1]
 
 
 def require_result(result: Any) -> None:

@@ -52,9 +52,11 @@ _TOLD = {
     "n_test": "its test set has {} examples, this one {}",
     "test": "its test examples are others",
     "train": "its training examples are others",
+    "examples": "some of its training examples, or of their labels, are others",
     "module": "its module is {}, this one {}",
     "fit": "its fits are of {}, these of {}",
 }
+_LATER = {"examples"}  # what headers of earlier versions lack
 
 
 class _Sizes(msgspec.Struct, frozen=True):
@@ -137,7 +139,8 @@ class RetrainingFolder:
         header = self.header
         if header is None:
             return
-        other = next((name for name in _TOLD if name in task and task[name] != header.get(name)), None)
+        known = {name: header.get(name) for name in _TOLD if name in header or name not in _LATER}
+        other = next((name for name in known if name in task and task[name] != known[name]), None)
         if other is not None:
             told = _TOLD[other].format(header.get(other), task[other])
             raise ValueError(

@@ -27,6 +27,7 @@ from lightning_tracin.retraining.held_out import HeldOut
 from lightning_tracin.retraining.outcomes import Outcome
 
 _TELLING = 1e-3  # of smaller losses rounding tells more than their kind
+_ROUNDING = 0.02  # by which multiples of losses in half precision may differ
 
 
 class Observed:
@@ -145,13 +146,29 @@ class _Said:
 def _are_usual(found: Sequence[_Said]) -> bool:
     """Whether the losses of two classes are minus log probabilities, or a multiple for each: a squared error is not."""
     ratios: dict[int, list[float]] = {0: [], 1: []}
+    n_of_label = {0: 0, 1: 0}
     for each in found:
         if each.labels is None or each.classes is None:
             continue
         for loss, said, label in zip(each.losses.tolist(), each.classes.tolist(), each.labels.tolist(), strict=True):
-            if label in ratios and -said[label] > _TELLING:  # -1 is none
+            if label not in ratios:  # -1 is none
+                continue
+            n_of_label[label] += 1
+            if -said[label] > _TELLING:
                 ratios[label].append(loss / -said[label])
-    return all(max(of_label) <= 1.02 * min(of_label) for of_label in ratios.values() if of_label)
+    return all(_is_one_multiple(of_label, n_of_label[label] == 1) for label, of_label in ratios.items() if of_label)
+
+
+def _is_one_multiple(ratios: Sequence[float], is_alone: bool) -> bool:
+    """Whether the losses of a label are one multiple of minus its log probabilities; a hinge of 0 is none.
+
+    Args:
+        ratios: of losses to minus log probabilities.
+        is_alone: whether there is one test example of the label, whose loss is a multiple whatever it is: only 1 tells.
+    """
+    if is_alone:
+        return abs(ratios[0] - 1) <= _ROUNDING
+    return min(ratios) > 0 and max(ratios) <= (1 + _ROUNDING) * min(ratios)
 
 
 class _Copies:

@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,9 +225,10 @@ def _explained(runs: Retrainings, results: Mapping[str, InfluenceResult], k: int
     }
     wanted = [*base, *(each for of_name in asked.values() for each in of_name)]
     found = dict(zip((each.key for each in wanted), runs.run_each(wanted), strict=True))
-    quantity = quantity_of(first, found[base[0].key])
-    before, sign = _said(first, rows, base, found), -1 if quantity == "probability" else 1
-    changes = {name: sign * (_said(first, rows, of_name, found) - before) for name, of_name in asked.items()}
+    quantity = quantity_of(first, found.values())
+    said = partial(_said, first, rows, quantity=quantity, found=found)
+    before, sign = said(base), -1 if quantity == "probability" else 1
+    changes = {name: sign * (said(of_name) - before) for name, of_name in asked.items()}
     best = max(results, key=lambda name: float(changes[name].mean()))
     stands_in = ["Random examples stand in for those of the same label."] if "random" in baselines else []
     measured = [_measured_change(name, changes, best, results) for name in changes]
@@ -250,11 +252,15 @@ def _of_baselines(removals: Removals) -> dict[str, Tensor]:
 
 
 def _said(
-    result: InfluenceResult, rows: Tensor, retrainings: Sequence[Retraining], found: Mapping[str, Outcome]
+    result: InfluenceResult,
+    rows: Tensor,
+    retrainings: Sequence[Retraining],
+    quantity: Quantity,
+    found: Mapping[str, Outcome],
 ) -> Tensor:
     """(n,) what is said of the target of each row by a retraining of its own."""
     of_each = zip(rows[:, None], retrainings, strict=True)
-    return torch.cat([values_of(result, row, found[each.key]) for row, each in of_each])
+    return torch.cat([values_of(result, row, found[each.key], quantity) for row, each in of_each])
 
 
 def _measured_change(

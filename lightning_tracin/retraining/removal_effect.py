@@ -157,7 +157,8 @@ class RemovalEffect(RichRepr):
                 mean, low, high = self.mean_change(PROPONENTS, against)
                 more, less = (high < 0, low > 0) if self.quantity == "probability" else (low > 0, high < 0)
                 told = "matter more than" if more else "matter less than" if less else "cannot be told from"
-                alone = f"{int(self.beats(against).sum())} of {len(self.before)}"
+                compared = (self.changes[PROPONENTS] - self.changes[against]).isfinite().all(1)
+                alone = f"{int(self.beats(against).sum())} of {int(compared.sum())}"
                 lines.append(
                     f"Proponents {told} {_PHRASES[against].format(k=self.k)}: difference {_signed(mean)} "
                     f"[{_signed(low)}, {_signed(high)}]; they matter more for {alone} test examples by themselves."

@@ -93,7 +93,7 @@ def does_it_matter(
         module = runs.built_on_few[0]
         check_module(result.trace, module)
         require_same_test(result, runs.held_out, module)
-        check_training_set(result.trace, runs.built_on_all[1])
+        check_training_set(result.trace, runs.loader_of_all)
         removals = Removals(result, rows, k, seeds, others)
         base = [Retraining(removals.drawn, seed) for seed in range(seeds)]
         asked = {
@@ -116,14 +116,14 @@ def _effect(
 ) -> RemovalEffect:
     """What the retrainings come to: the base, and by what was left out those of each test example and seed."""
     base, of_names = asked
-    quantity = quantity_of(result, found[base[0].key])
-    before = torch.stack([values_of(result, rows, found[each.key]) for each in base], 1)
+    quantity = quantity_of(result, found.values())
+    before = torch.stack([values_of(result, rows, found[each.key], quantity) for each in base], 1)
     changes = {name: torch.full_like(before, torch.nan) for name in of_names}
     for name, of_tests in of_names.items():
         for place, of_seeds in enumerate(of_tests):
             for number, each in enumerate(of_seeds):
                 if each is not None:
-                    after = values_of(result, rows[place : place + 1], found[each.key])
+                    after = values_of(result, rows[place : place + 1], found[each.key], quantity)
                     changes[name][place, number] = after[0] - before[place, number]
     return RemovalEffect(
         k=k,

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_tracin.bridge.fingerprint import fingerprint_of
+from lightning_tracin.bridge.fingerprint import fingerprint_of, fingerprint_of_all
 from lightning_tracin.bridge.looks import look_of
 from lightning_tracin.checked_numbers import whole_number, whole_numbers
 from lightning_tracin.retraining.distinct_fits import DistinctFits, hash_of_weights
@@ -29,7 +29,7 @@ from lightning_tracin.retraining.outcomes import Outcome, Outcomes
 from lightning_tracin.retraining.subsets import checked_subsets
 
 _LARGEST_SEED = 2**32 - 1  # that numpy takes
-_FEW = 64  # training examples that tell one training set from another
+_FEW = 64  # training examples that are looked at first, and that folders of earlier versions know theirs by
 _WAIT = 0.5  # seconds between two looks at what other processes have finished
 
 
@@ -78,13 +78,18 @@ class Retrainings:
 
     @cached_property
     def built_on_few(self) -> tuple[pl.LightningModule, DataLoader[Any]]:
-        """A module that is not trained, and a loader of a few training examples from all over the training set."""
+        """A module that is not trained, and a loader of a few training examples."""
         return self._built(list(range(0, self.n_train, max(1, self.n_train // _FEW)))[:_FEW])
 
     @property
     def built_on_all(self) -> tuple[pl.LightningModule, DataLoader[Any]]:
         """A module that is not trained, and a loader of all training examples."""
         return self._built(list(range(self.n_train)))
+
+    @cached_property
+    def loader_of_all(self) -> DataLoader[Any]:
+        """The loader of :attr:`built_on_all`, built once."""
+        return self.built_on_all[1]
 
     def _built(self, indices: list[int]) -> tuple[pl.LightningModule, DataLoader[Any]]:
         with apart():
@@ -134,9 +139,10 @@ class Retrainings:
         """
         self.folder.check(self._task)
         left = list({each.key: each for each in asked if not self.folder.has(each)}.values())
-        if left:
+        if left or self.folder.header is not None:
             self._know_whole_task()
             self.folder.claim(self._task)
+        if left:
             self._run_all(left, [each for each in asked if self.folder.has(each)])
         return [self.folder.read(each) for each in asked]
 
@@ -148,7 +154,13 @@ class Retrainings:
         train, _ = fingerprint_of(loader, look_of)
         n_weights = sum(each.numel() for each in module.parameters())
         fit = f"{self._fit} epochs" if isinstance(self._fit, int) else "a trainer of your own"
-        self._task |= {"train": train, "module": f"a {type(module).__name__} of {n_weights} weights", "fit": fit}
+        examples = fingerprint_of_all(self.loader_of_all)
+        self._task |= {
+            "train": train,
+            "examples": examples,
+            "module": f"a {type(module).__name__} of {n_weights} weights",
+            "fit": fit,
+        }
 
     def _run_all(self, left: list[Retraining], done: list[Retraining]) -> None:
         """Run what is left, and wait for what other processes are at."""

@@ -30,7 +30,7 @@ from lightning_tracin.retraining.fits import QUIET, Build, apart, built
 from lightning_tracin.retraining.held_out import held_out
 from lightning_tracin.retraining.observed import Observed
 from lightning_tracin.retraining.outcomes import Outcome
-from lightning_tracin.retraining.targets import log_probabilities_of
+from lightning_tracin.retraining.targets import common_quantity, log_probabilities_of
 
 
 def tail_patch_gains(
@@ -92,7 +92,8 @@ def tail_patch_gains(
         stepped_on = torch.unique(chosen)
         patch = _TailPatch(module, Observed(held), rate)
         patch.run(loader_of_batches(loader, [[each] for each in stepped_on.tolist()]))
-    said = torch.stack([log_probabilities_of(result, rows, each) for each in patch.outcomes])
+    quantity = common_quantity(patch.outcomes)
+    said = torch.stack([log_probabilities_of(result, rows, each, quantity) for each in patch.outcomes])
     gains = said[1:] - said[0]
     return gains[torch.searchsorted(stepped_on, chosen), torch.arange(len(rows))[:, None]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 import torch
@@ -17,40 +18,49 @@ Quantity: TypeAlias = Literal["probability", "loss"]
 _PAIR = ", not "  # between the two classes of a target's name, and perhaps in the names of classes
 
 
-def quantity_of(result: InfluenceResult, outcome: Outcome) -> Quantity:
+def common_quantity(outcomes: Iterable[Outcome]) -> Quantity:
+    """What can be measured by all modules alike: a probability where each of them says classes, else the loss.
+
+    Args:
+        outcomes: what each module says that is compared with another one.
+    """
+    return "loss" if any(each.log_probabilities is None for each in outcomes) else "probability"
+
+
+def quantity_of(result: InfluenceResult, outcomes: Iterable[Outcome]) -> Quantity:
     """What can be measured of a result's targets.
 
     Args:
         result: knows the targets.
-        outcome: what one module says.
+        outcomes: what each module says that is compared with another one.
 
     Raises:
         ValueError: if the target is a class, but the module says none.
     """
-    if outcome.log_probabilities is not None:
-        return "probability"
-    if result.target != "label":
+    quantity = common_quantity(outcomes)
+    if quantity == "loss" and result.target != "label":
         raise ValueError(
             f"target={result.target!r} is measured by the probability of a class, but these modules say no class of a "
             'test example. Ask for a result with target="label", whose loss is measured.'
         )
-    return "loss"
+    return quantity
 
 
-def values_of(result: InfluenceResult, rows: Tensor, outcome: Outcome) -> Tensor:
+def values_of(result: InfluenceResult, rows: Tensor, outcome: Outcome, quantity: Quantity) -> Tensor:
     """(n,) the probabilities of the targets of some rows of a result; or their losses.
 
     Args:
         result: knows the targets.
         rows: (n,) of the result.
         outcome: what a module says of all of its test examples.
+        quantity: which of the two, the same for all modules that are compared.
     """
-    if outcome.log_probabilities is None:
+    if quantity == "loss":
         return outcome.losses[rows]
-    return log_probabilities_of(result, rows, outcome).exp()
+    return log_probabilities_of(result, rows, outcome, quantity).exp()
 
 
-def log_probabilities_of(result: InfluenceResult, rows: Tensor, outcome: Outcome) -> Tensor:
+def log_probabilities_of(result: InfluenceResult, rows: Tensor, outcome: Outcome, quantity: Quantity) -> Tensor:
     """(n,) the log probabilities of the targets of some rows of a result; where no class is said, minus their losses.
 
     A pair of classes counts by the probability of the first where it is one of the two.
@@ -59,8 +69,9 @@ def log_probabilities_of(result: InfluenceResult, rows: Tensor, outcome: Outcome
         result: knows the targets.
         rows: (n,) of the result.
         outcome: what a module says of all of its test examples.
+        quantity: "loss" where a module that is compared with this one says no class.
     """
-    if outcome.log_probabilities is None:
+    if quantity == "loss" or outcome.log_probabilities is None:
         return -outcome.losses[rows]
     said = outcome.log_probabilities[rows].gather(1, target_classes(result, rows))
     return said[:, 0] - said.logsumexp(1) if said.shape[1] > 1 else said[:, 0]

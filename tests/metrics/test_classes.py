@@ -41,9 +41,13 @@ def filled(case):
     return metric
 
 
+def flat_states(metric) -> list[torch.Tensor]:
+    return [each for state in metric.metric_state.values() for each in (state if isinstance(state, list) else [state])]
+
+
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    """What two processes, with a part of the examples each, say of the whole."""
+    """What two processes, with a part of the examples each, or with all and none, say of the whole."""
     file = tmp_path_factory.mktemp("two") / "store"
     started = [
         subprocess.Popen(
@@ -96,15 +100,29 @@ def test_pickled_and_cloned(name):
 def test_states_hold_no_scores(name):
     """Of (n_test, n_train) nothing is kept: less than half of its size, in whatever form."""
     metric = filled(CASES[name])
-    held = [each for state in metric.metric_state.values() for each in (state if isinstance(state, list) else [state])]
-    assert sum(each.numel() for each in held) <= N_TEST * N_TRAIN * 1.25 if "Linear" in name else N_TEST * N_TRAIN / 2
+    assert (
+        sum(each.numel() for each in flat_states(metric)) <= N_TEST * N_TRAIN * 1.25
+        if "Linear" in name
+        else N_TEST * N_TRAIN / 2
+    )
+
+
+def test_half_precision_leaves_labels_and_indices(name):
+    metric = filled(CASES[name])
+    before = {key: each.clone() for key, each in metric.named_buffers() if not each.is_floating_point()}
+    states = [each.dtype for each in flat_states(metric) if not each.is_floating_point()]
+    metric.set_dtype(torch.float16)
+    after = dict(metric.named_buffers())
+    assert all(after[key].dtype == each.dtype and torch.equal(after[key], each) for key, each in before.items())
+    assert [each.dtype for each in flat_states(metric) if not each.is_floating_point()] == states
+    assert all(each.dtype == torch.float16 for each in flat_states(metric) if each.is_floating_point())
 
 
 def test_two_processes_say_what_one_says(name, of_two):
     case = CASES[name]
-    first, second = (each[name] for each in of_two)
-    assert flat(first) == flat(second)
-    assert flat(first) == approx(case.function(*case.inputs))
+    for first, second in zip(*(each[name] for each in of_two), strict=True):
+        assert flat(first) == flat(second)
+        assert flat(first) == approx(case.function(*case.inputs))
 
 
 def test_in_a_collection(name):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_tracin.metrics import Brittleness, DeletionCurve
 from lightning_tracin.metrics.functional import brittleness, deletion_curve, tail_patch
 from lightning_tracin.metrics.functional.bootstrap import bootstrap_interval
 
@@ -78,6 +79,21 @@ def test_a_single_value_says_nothing_of_others():
     assert found.interval.low.isnan()
     assert found.interval.high.isnan()
     assert tail_patch(torch.tensor([[0.1, 0.2]])).interval.low.isnan()
+
+
+def test_curves_of_one_k_are_curves():
+    pytest.importorskip("matplotlib").use("Agg")
+    deletion, flips = DeletionCurve(ks=(50,)), Brittleness(ks=(50,))
+    changes = torch.randn(8, 3, 1)
+    deletion.update(changes)
+    flips.update(torch.tensor([[0], [1], [1], [1]]), torch.zeros(4).long())
+    curve, share = deletion.compute().curve, flips.compute().share
+    assert curve.shape == share.shape == deletion.compute().curve_interval.low.shape == (1,)
+    torch.testing.assert_close(curve, changes.mean((0, 1)))
+    assert share.tolist() == [0.75]
+    for metric in (deletion, flips):
+        _, ax = metric.plot()
+        assert ax.lines[0].get_xdata().tolist() == [50]
 
 
 def test_brittleness_by_hand():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from metric_peers import spearman
 
+from lightning_tracin.metrics import LinearDatamodelingScore
 from lightning_tracin.metrics.functional import linear_datamodeling_difference as difference
 from lightning_tracin.metrics.functional import linear_datamodeling_score as lds
 from lightning_tracin.metrics.functional.correlations import ranks
@@ -190,6 +193,27 @@ def test_constant_scores_and_outputs_count_0():
     with pytest.warns(UserWarning, match="3 of 3"):
         nothing = lds(torch.ones(3, 60), whole, torch.ones(30, 2, 3))
     assert nothing.mean == nothing.se_subsets == nothing.se_tests == nothing.reliability == nothing.ceiling == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_differs_by_rounding_alone_counts_0(dtype):
+    subsets = torch.zeros(40, 200, dtype=torch.bool).scatter_(1, torch.rand(40, 200).argsort(1)[:, :100], True)
+    with pytest.warns(UserWarning, match="their LDS counts 0"):
+        found = lds(torch.full((5, 200), 0.1, dtype=dtype), subsets, torch.randn(40, 5))
+    assert found.per_test.tolist() == [0] * 5
+    assert found.leave_one_out.tolist() == [0] * 40
+
+
+def test_of_one_test_example_classes_have_the_shapes_of_functions():
+    scores, subsets, outputs = problem(n_test=1, seeds=2)
+    metric = LinearDatamodelingScore(subsets)
+    metric.update(scores, outputs)
+    expected = lds(scores, subsets, outputs)
+    for found in (metric.compute(), metric.compute(), copy.deepcopy(metric).compute(), metric(scores, outputs)):
+        assert found.per_test.shape == (1,)
+        assert found.mean.shape == ()
+        assert torch.equal(found.per_test, expected.per_test)
+        assert [float(each) for each in difference(found, expected)] == [0, 0]
 
 
 def test_few_subsets():

@@ -18,7 +18,7 @@ from toy import Toy, loader, quiet, test_texts
 
 from lightning_tracin import TracInCallback, TracInWE
 from lightning_tracin.retraining import Retrainings, does_it_matter, random_halves, recommend, tail_patch_gains, without
-from lightning_tracin.retraining.checks import _other_row, checked_rows, require_proponents
+from lightning_tracin.retraining.checks import _other_row, checked_rows, epochs_of, require_proponents
 from lightning_tracin.retraining.distinct_fits import DistinctFits
 from lightning_tracin.retraining.folder import Retraining
 from lightning_tracin.retraining.held_out import held_out
@@ -280,3 +280,18 @@ def test_seeds_of_another_kind_are_told(planted_result, tmp_path):
         does_it_matter(planted_result, build, planted.test_loader(), 2, [0, 1])
     with pytest.raises(ValueError, match="seeds must be a list of numbers, but got 2"):
         retrainings(tmp_path).run(random_halves(20, 2), seeds=2)
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "found"), [(1, 2, 2), (2, 3, 2), (3, 3, 3)], ids=["each", "one-without", "perhaps-all"]
+)
+def test_of_epochs_that_may_have_no_checkpoint_there_is_a_warning(tmp_path, every, epochs, found):
+    callback = TracInCallback(tmp_path, dtype="float32", every_n_epochs=every)
+    quiet(max_epochs=epochs, callbacks=[callback]).fit(*build(range(8), 0))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert epochs_of(callback.trace) == found
+    expected = [f"last checkpoint is of epoch {found}, and checkpoints are up to {every} epochs apart"] * (every > 1)
+    assert [each in str(warning.message) for each, warning in zip(expected, told, strict=True)] == [True] * len(
+        expected
+    )

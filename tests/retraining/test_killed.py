@@ -39,6 +39,6 @@ def test_a_kill_at_any_operation_on_files_leaves_nothing_wrong(tmp_path):
     assert len(found) > 8
     for each in found:
         was_there = each["left"].get(".safetensors", 0)
-        assert each["fits"] == (-1 if was_there else 1)  # not even looked at, or run again
+        assert each["fits"] == (0 if was_there else 1)
         assert each["finally"][".safetensors"] == each["finally"][".json"] == 1
     assert [each["left"].get(".safetensors", 0) for each in found][-1] == 1

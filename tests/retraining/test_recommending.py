@@ -301,5 +301,10 @@ def test_baselines_know_labels_where_there_are_some():
     assert found["same label"].tolist() == [[0, 1]]
     assert torch.equal(found["tf-idf"], tf_idf_cosines(test, train) * torch.tensor([-1, 1]))
     assert baseline_scores(as_texts([[1]]), train).keys() == {"tf-idf"}
+    undrawn = as_texts([[1, 2], [1, 3], [1, 2]], [0, 1, torch.nan])
+    found = baseline_scores(as_texts([[1, 2], [1]], [1, torch.nan]), undrawn)
+    assert found["same label"].tolist() == [[0, 1, 0], [0, 0, 0]]
+    cosines = tf_idf_cosines(as_texts([[1, 2], [1]]), undrawn)
+    assert torch.equal(found["tf-idf"], cosines * torch.tensor([[-1, 1, 0], [0, 0, 0]]))
     assert baseline_scores(test, as_texts([[1, 2], [1, 3]], [1, 1])).keys() == {"tf-idf"}  # no label to tell by
     assert tf_idf_cosines(as_texts([[1], []]), train)[1].tolist() == [0, 0]

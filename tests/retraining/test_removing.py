@@ -18,9 +18,10 @@ from toy import quiet
 
 from lightning_tracin import InfluenceResult, Trace, TracInCallback, TracInWE
 from lightning_tracin.retraining import does_it_matter, tail_patch_gains
+from lightning_tracin.retraining.outcomes import Outcome
 from lightning_tracin.retraining.removal_effect import RemovalEffect
 from lightning_tracin.retraining.removals import Removals
-from lightning_tracin.retraining.targets import target_classes
+from lightning_tracin.retraining.targets import quantity_of, target_classes, values_of
 
 SEEDS = 3
 T_QUANTILE = 4.303  # .975, of two degrees of freedom
@@ -132,6 +133,13 @@ def test_the_mean_counts_each_seed_once(effect):
         {name: each[:1] for name, each in effect.changes.items()},
     )
     assert one.mean_change() == one.change(0)  # of one test example the two say the same
+
+
+def test_test_examples_that_were_not_compared_do_not_count(effect):
+    values, nan = torch.tensor([[-0.5, -0.51, -0.52]]).expand(N_TEST, -1), torch.full((N_TEST - 2, SEEDS), torch.nan)
+    of_label = torch.cat([nan, torch.tensor([[-0.01, 0.0, 0.01], [-0.5, -0.51, -0.52]])])
+    fixed = replace(effect, changes={"proponents": values, "same label": of_label})
+    assert "they matter more for 1 of 2 test examples by themselves" in fixed.summary()
 
 
 def test_it_is_said_in_words(effect):
@@ -365,6 +373,57 @@ def test_where_no_class_is_said_the_loss_is_measured(tmp_path):
     other = trainer.influence(planted.test_loader(), target="prediction")
     with pytest.raises(ValueError, match="these modules say no class"):
         does_it_matter(other, build_value, planted.test_loader(), 2, 2, folder=tmp_path, against=[])
+
+
+class Hinge(Value):
+    """Says one of two classes by a single number, whose losses are no log probabilities."""
+
+    def influence_loss(self, batch):
+        return (1 - (2 * batch[1].float() - 1) * self(batch[0])[:, 0]).clamp(min=0)
+
+
+def build_hinge(indices, seed):
+    return Hinge(), build(indices, seed)[1]
+
+
+def losses_by_hand(left_out, seed: int, epochs: int):
+    """(n_test,) hinge losses of the fit that knows nothing of some training examples."""
+    pl.seed_everything(seed, verbose=False)
+    module, loader = build_hinge([at for at in range(len(TRAIN)) if at not in left_out], seed)
+    quiet(pl.Trainer, max_epochs=epochs).fit(module, loader)
+    with torch.no_grad():
+        return module.eval().influence_loss(TEST.tensors)
+
+
+def test_of_a_hinge_the_changes_are_those_of_losses(tmp_path):
+    """Where a fit has learnt all of its test examples, all of its losses are 0."""
+    pl.seed_everything(0, verbose=False)
+    trainer = quiet(max_epochs=15, callbacks=[TracInCallback(tmp_path / "trace", methods=("tracin-we",))])
+    trainer.fit(*build_hinge(range(len(TRAIN)), 0))
+    result = trainer.influence(planted.test_loader(), method=TracInWE(weights="equal"))
+    effect = does_it_matter(result, build_hinge, planted.test_loader(), COPIES, 2, against=[])
+    assert effect.quantity == "loss"
+    for seed in (0, 1):
+        before = losses_by_hand((), seed, 15)
+        assert torch.allclose(effect.before[:, seed], before, atol=1e-5)
+        after = losses_by_hand(result.proponents(COPIES).indices[0].tolist(), seed, 15)
+        assert torch.allclose(effect.changes["proponents"][0, seed], (after - before)[0], atol=1e-5)
+
+
+def test_what_is_measured_is_the_same_for_all_modules(planted_result):
+    logits = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0], [3.0, 0.0]])
+    with_classes, without = (
+        Outcome(torch.full((4,), 0.25), logits.log_softmax(1)),
+        Outcome(torch.full((4,), 0.75), None),
+    )
+    rows = torch.arange(N_TEST)
+    assert quantity_of(planted_result, [with_classes]) == "probability"
+    assert quantity_of(planted_result, [with_classes, without]) == "loss"
+    assert values_of(planted_result, rows, with_classes, "loss").tolist() == [0.25] * 4
+    own = logits.softmax(1)[rows, TEST.tensors[1]]
+    assert torch.allclose(values_of(planted_result, rows, with_classes, "probability"), own)
+    with pytest.raises(ValueError, match="these modules say no class"):
+        quantity_of(replace(planted_result, target="prediction"), [with_classes, without])
 
 
 @pytest.mark.parametrize(

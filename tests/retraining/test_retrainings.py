@@ -21,11 +21,12 @@ from retraining_toys import EPOCHS, N_TRAIN, Build, retrainings
 from rich.console import Console
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 from toy import Toy, environment, loader, quiet, test_texts, texts
 
 from lightning_tracin.retraining import random_halves, stored_outcomes, without
 from lightning_tracin.retraining.folder import Retraining, RetrainingFolder
+from lightning_tracin.retraining.observed import _are_usual, _Said
 from lightning_tracin.retraining.outcomes import Outcome
 from lightning_tracin.storage.files import hash_of_tensors, open_tensors, write_json, write_tensors
 
@@ -54,13 +55,13 @@ def test_a_retraining_is_the_fit_by_hand(tmp_path):
 
 def test_numbers_of_numpy_are_as_good(tmp_path):
     found = retrainings(tmp_path, n_train=np.int64(N_TRAIN), trainer=np.int64(EPOCHS)).run(HALVES[:1], np.array([3]))
-    again = retrainings(tmp_path, Build(stop_at=0)).run(HALVES[:1], (3,))  # nothing is built to be fitted
+    again = retrainings(tmp_path, Build(stop_at=2)).run(HALVES[:1], (3,))  # nothing is built to be fitted
     assert torch.equal(found.losses, again.losses)
     assert repr(found.seeds) == repr(stored_outcomes(tmp_path, np.array([3])).seeds) == "(3,)"
 
 
 def test_what_is_there_is_not_run_again(tmp_path):
-    broken_off = Build(stop_at=3)  # one to look at, and two fits
+    broken_off = Build(stop_at=4)  # two to look at, and two fits
     with pytest.raises(KeyboardInterrupt):
         retrainings(tmp_path, broken_off).run(HALVES, seeds=(0, 1))
     assert not [*tmp_path.glob("*.lock"), *tmp_path.glob("*.partial")]
@@ -68,12 +69,12 @@ def test_what_is_there_is_not_run_again(tmp_path):
     again = retrainings(tmp_path, went_on)
     assert again.missing(HALVES, (0, 1)) == 4
     found = again.run(HALVES, seeds=(0, 1))
-    assert [seed for _, seed in went_on.asked[1:]] == [0, 1, 1, 1]
+    assert [seed for _, seed in went_on.asked[2:]] == [0, 1, 1, 1]
     other = retrainings(tmp_path / "at-once").run(HALVES, seeds=(0, 1))
     assert torch.equal(found.losses, other.losses)
     idle = Build()
     assert torch.equal(retrainings(tmp_path, idle).run(HALVES[:1]).losses, found.losses[:1, :1])
-    assert not idle.asked
+    assert [len(indices) for indices, _ in idle.asked] == [N_TRAIN, N_TRAIN]  # to look at, none to be fitted
 
 
 def test_stored_outcomes_are_read_back(tmp_path):
@@ -110,7 +111,7 @@ def test_two_processes_share_a_folder(tmp_path):
             time.sleep(0.05)
     found = mine.run(random_halves(N_TRAIN, 8))
     out, _ = child.communicate(timeout=60)
-    assert len(build.asked) + int(out) == 8 + 2  # each looks once at what is built
+    assert len(build.asked) + int(out) == 8 + 4  # each looks twice at what is built
     assert int(out) >= 2
     assert torch.equal(found.losses, retrainings(tmp_path / "alone").run(random_halves(N_TRAIN, 8)).losses)
 
@@ -167,7 +168,7 @@ def test_memory_of_fits_is_freed(tmp_path):
         runs.run(HALVES)
     finally:
         gc.enable()
-    assert [each() is None for each in made[1:]] == [True, True, True]
+    assert [each() is None for each in made[2:]] == [True, True, True]
     assert gc.get_freeze_count() == 0
 
 
@@ -232,6 +233,36 @@ class Regression(Binary):
 def test_what_says_no_class_has_losses_alone(tmp_path, most):
     data = torch.utils.data.TensorDataset(test_texts().tensors[0], test_texts().tensors[1].clamp(max=most).float())
     assert retrainings(tmp_path, Build(module=Regression), loader(data)).run(HALVES[:1]).log_probabilities is None
+
+
+class Doubled(Binary):
+    def influence_loss(self, batch):
+        return 2 * super().influence_loss(batch)
+
+
+@pytest.mark.parametrize(
+    ("module", "labels", "is_class"),
+    [
+        (Binary, [0, 1], True),
+        (Regression, [0, 1], False),
+        (Doubled, [0, 1], False),
+        (Doubled, [0, 0, 1, 1], True),
+        (Doubled, [0, 1, 1], False),
+    ],
+)
+def test_of_one_test_example_of_a_label_a_loss_counts_that_is_the_log_probability(tmp_path, module, labels, is_class):
+    data = torch.utils.data.TensorDataset(test_texts().tensors[0][: len(labels)], torch.tensor(labels).float())
+    build = Build(of_two_classes(texts(), torch.Tensor.float), module)
+    found = retrainings(tmp_path, build, loader(data)).run(HALVES[:1])
+    assert (found.log_probabilities is not None) == is_class
+
+
+def test_a_hinge_that_is_zero_is_no_log_probability():
+    logits = torch.tensor([-8.0, -0.5, 8.0, 0.5])  # sure of the first of each label
+    classes, labels = functional.logsigmoid(torch.stack([-logits, logits], 1)), torch.tensor([0, 0, 1, 1])
+    own = -classes[torch.arange(4), labels]
+    assert _are_usual([_Said(own, classes, labels)])
+    assert not _are_usual([_Said(torch.zeros(4), classes, labels)])
 
 
 @pytest.mark.parametrize(
@@ -356,6 +387,47 @@ def test_the_folder_of_another_task_is_refused(tmp_path):
         subsets = random_halves(options.get("n_train", N_TRAIN), 2)[1:]
         with pytest.raises(ValueError, match=told):
             retrainings(tmp_path, **options).run(subsets)
+        if "n_train" not in options:  # nothing is left to run
+            with pytest.raises(ValueError, match=told):
+                retrainings(tmp_path, **options).run(HALVES[:1])
+
+
+@pytest.mark.parametrize(("n", "changed"), [(100, 80), (200, 1)])
+def test_every_training_example_tells_one_task_from_another(tmp_path, n, changed):
+    """Beyond the first 64, and between those that are spread over a training set."""
+    data, halves = texts(n), random_halves(n, 2)
+    found = retrainings(tmp_path, Build(data), n_train=n).run(halves[:1])
+    labels = data.tensors[1].clone()
+    labels[changed] = (labels[changed] + 1) % 3
+    other = Build(TensorDataset(data.tensors[0], labels))
+    for subsets in (halves[:1], halves):
+        with pytest.raises(ValueError, match="some of its training examples, or of their labels, are others"):
+            retrainings(tmp_path, other, n_train=n).run(subsets)
+    again = retrainings(tmp_path, Build(data), n_train=n)
+    assert torch.equal(again.run(halves[:1]).losses, found.losses)
+
+
+def test_a_folder_of_an_earlier_version_is_known_by_a_few_examples(tmp_path):
+    found = retrainings(tmp_path).run(HALVES[:1])
+    header = RetrainingFolder(tmp_path).header
+    write_json(tmp_path / "retrainings.json", {name: each for name, each in header.items() if name != "examples"})
+    assert torch.equal(retrainings(tmp_path).run(HALVES[:1]).losses, found.losses)
+    with pytest.raises(ValueError, match="its training examples are others"):
+        retrainings(tmp_path, Build(texts(seed=9))).run(HALVES[:1])
+
+
+def test_examples_that_differ_each_time_are_known_by_their_number(tmp_path):
+    class Drawn(torch.utils.data.Dataset):
+        generator = torch.Generator().manual_seed(0)
+
+        def __len__(self):
+            return N_TRAIN
+
+        def __getitem__(self, index):
+            return torch.randint(1, 40, (7,), generator=self.generator), texts().tensors[1][index]
+
+    found = retrainings(tmp_path, Build(Drawn())).run(HALVES[:1])
+    assert torch.equal(retrainings(tmp_path, Build(Drawn())).run(HALVES[:1]).losses, found.losses)
 
 
 def test_a_damaged_file_is_refused(tmp_path):

@@ -43,6 +43,12 @@ def ranks_without(values: Tensor, ranked: Tensor, row: int) -> Tensor:
     return ranked[kept] - (others > out).to(ranked) - (others == out).to(ranked) / 2
 
 
+def settled(values: Tensor) -> Tensor:
+    """The values (m, n), where what differs in a column by rounding alone is the same."""
+    is_rounding = values.amax(0) - values.amin(0) <= _ROUNDING * values.abs().amax(0)
+    return values.where(~is_rounding, values[:1])
+
+
 def residuals(values: Tensor, nuisance: Tensor) -> Tensor:
     """What is left (m, n) of each column without its mean and what is linear in the nuisance; 0 where that is rounding.
 

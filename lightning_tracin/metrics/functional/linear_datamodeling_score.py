@@ -23,6 +23,7 @@ from lightning_tracin.metrics.functional.correlations import (
     ranks,
     ranks_without,
     residuals,
+    settled,
     standardised,
 )
 
@@ -94,7 +95,7 @@ def _linear_datamodeling_score_compute(predicted: Tensor, outputs: Tensor, count
         counts: (m, classes) what is regressed out of both sides.
     """
     _check_left(predicted.shape[1], counts)
-    predicted, actual = predicted.T, outputs.mean(1).T
+    predicted, actual = settled(predicted.T), settled(outputs.mean(1).T)
     first, second = (standardised(ranks(_left(each, counts))) for each in (predicted, actual))
     warn_of_constant("scores", first.eq(0).all(0), "subsets that they are summed over", "their LDS counts 0")
     warn_of_constant("outputs", second.eq(0).all(0), "subsets", "their LDS counts 0")

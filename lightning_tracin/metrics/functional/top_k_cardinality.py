@@ -16,7 +16,8 @@ def _top_k_cardinality_compute(chosen: Tensor) -> Tensor:
 def top_k_cardinality(scores: Tensor, k: int = 1) -> Tensor:
     """The size of the union of all test examples' k strongest proponents, over n_test times k (Barshan et al. 2020).
 
-    Near 0 where the same few examples, of large gradients, are shown for every test example. Random scores reach 1.
+    Near 0 where the same few examples, of large gradients, are shown for every test example. Random
+    scores come near 1 where n_test times k is far below n_train; no scores exceed n_train / (n_test k).
 
     Args:
         scores: (n_test, n_train), positive for proponents.
