@@ -254,7 +254,8 @@ def _place_of_label(dataset: Any, label: str | int | None) -> str | int:
         label = next((name for name in _KEYS if name in item), None)
     elif label is None and isinstance(item, (tuple, list)) and len(item) == 2:
         label = 1
-    is_there = label in item if isinstance(item, Mapping) else isinstance(label, int) and label < len(item)
+    is_place = isinstance(label, int) and not isinstance(item, Mapping)
+    is_there = -len(item) <= label < len(item) if is_place else isinstance(item, Mapping) and label in item
     if label is None or not is_there:
         form = f"mapping with {', '.join(map(str, item))}" if isinstance(item, Mapping) else type(item).__name__
         raise ValueError(f"An item of the data set is a {form}: say where its label is, as label=..., got {label!r}.")
@@ -264,7 +265,8 @@ def _place_of_label(dataset: Any, label: str | int | None) -> str | int:
 def _relabelled(item: Any, where: str | int, label: Any) -> Any:
     """A copy of an item with another label."""
     if isinstance(item, tuple):
-        values = [label if place == where else value for place, value in enumerate(item)]
+        own = range(len(item))[where] if isinstance(where, int) else where  # -1 is the last
+        values = [label if place == own else value for place, value in enumerate(item)]
         return type(item)(*values) if hasattr(item, "_fields") else type(item)(values)
     copied = copy(item)
     copied[where] = label

@@ -137,3 +137,12 @@ def test_a_label_that_is_called_drop_is_a_label():
     dataset = [{"label": label} for label in ("drop", "keep")]
     rows = [{"train_index": 1, "given_label": "keep", "corrected_label": "drop"}]
     assert apply_corrections(dataset, rows, names=("drop", "keep")) == [{"label": "drop"}] * 2
+
+
+@pytest.mark.parametrize("form", [tuple, list])
+def test_a_place_from_the_end_is_that_of_the_label(form):
+    dataset = [form(["a", "x", 0]), form(["b", "y", 1])]
+    rows = [{"train_index": 0, "given_label": "0", "corrected_label": "1"}]
+    assert apply_corrections(dataset, rows, label=-1) == [form(["a", "x", 1]), form(["b", "y", 1])]
+    with pytest.raises(ValueError, match=rf"is a {form.__name__}: say where its label is, as label=\.\.\., got -4"):
+        apply_corrections(dataset, rows, label=-4)
