@@ -246,7 +246,7 @@ def _in_the_form_of(label: Any, found: str | float, index: int) -> Any:
     value = type(_plain(label, index))(found)
     try:
         if isinstance(label, Tensor):
-            held: Any = torch.full_like(label, value)
+            held: Any = torch.full_like(label, float(value) if label.is_floating_point() else int(value))
         elif isinstance(label, np.ndarray):
             held = np.full(label.shape, value, None if isinstance(value, str) else label.dtype)
         else:
@@ -344,8 +344,9 @@ def _place_of_label(dataset: Any, label: str | int | None) -> str | int:
         label = next((name for name in _KEYS if name in item), None)
     elif label is None and isinstance(item, (tuple, list)) and len(item) == 2:
         label = 1
-    is_place = isinstance(label, int) and not isinstance(item, Mapping)
-    is_there = -len(item) <= label < len(item) if is_place else isinstance(item, Mapping) and label in item
+    is_there = (
+        label in item if isinstance(item, Mapping) else isinstance(label, int) and -len(item) <= label < len(item)
+    )
     if label is None or not is_there:
         form = f"mapping with {', '.join(map(str, item))}" if isinstance(item, Mapping) else type(item).__name__
         raise ValueError(f"An item of the data set is a {form}: say where its label is, as label=..., got {label!r}.")
@@ -358,7 +359,7 @@ def _relabelled(item: Any, where: str | int, label: Any) -> Any:
         own = range(len(item))[where] if isinstance(where, int) else where  # -1 is the last
         values = [label if place == own else value for place, value in enumerate(item)]
         return type(item)(*values) if hasattr(item, "_fields") else type(item)(values)
-    copied = item.clone() if isinstance(item, Tensor) else copy(item)  # a copy of a tensor has the same numbers
+    copied: Any = item.clone() if isinstance(item, Tensor) else copy(item)  # a copy of a tensor has the same numbers
     copied[where] = label
     return copied
 
