@@ -289,6 +289,7 @@ def _export(arguments: Namespace) -> int:
     if arguments.parquet is not None:
         try:
             frame = result.to_pandas(arguments.k)
+            Path(arguments.parquet).parent.mkdir(parents=True, exist_ok=True)
             with output_file(Path(arguments.parquet)) as partial:
                 frame.to_parquet(partial, index=False)
         except ImportError as error:
@@ -390,6 +391,7 @@ def _opened(path: str) -> Iterator[TextIO]:
     else:
         from lightning_tracin.storage.files import output_file
 
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with output_file(Path(path)) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             yield file
 

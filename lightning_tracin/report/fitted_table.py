@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-_LEAST = 8  # characters that are left of the column that gives way
+_LEAST = 8  # cells that are left of the column that gives way
 
 
 def fitted_table(
@@ -18,11 +18,13 @@ def fitted_table(
 
     Args:
         columns: the cells of each, by its head.
-        width: of the terminal, in characters.
+        width: of the terminal, in cells, of which some characters take two.
         elastic: the head of the column that gives way.
         left: the heads of other columns that are no numbers.
     """
-    widths = {name: max([len(name), *map(len, cells)]) for name, cells in columns.items() if name != elastic}
+    widths = {
+        name: max([len(name), *(cell.cell_len for cell in cells)]) for name, cells in columns.items() if name != elastic
+    }
     room = width - sum(widths.values()) - 2 * len(widths) - 2
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     for name in columns:

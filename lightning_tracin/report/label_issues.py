@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -106,7 +108,7 @@ class LabelIssues(RichRepr):
             return ""
         few = {0: "No label can be called", 1: "1 label is"}
         found = few.get(self.n_issues, f"{self.n_issues:,} labels are")
-        said = "" if self.agreement is None else f"; the model says the label of {self.agreement:.0%}"
+        said = "" if self.agreement is None else f"; the model says the label of {_percent(self.agreement)}"
         return f"{found} probably wrong{said}"
 
     def __len__(self) -> int:
@@ -164,16 +166,26 @@ class LabelIssues(RichRepr):
             writer.writerow({name: in_a_cell(each) if isinstance(each, str) else each for name, each in row.items()})
 
 
+def _percent(share: float) -> str:
+    """A share in percent, with a decimal near 100, which only all are."""
+    return f"{math.floor(1000 * share) / 10:.1f}%" if 0.99 < share < 1 else f"{share:.0%}"
+
+
+def _cut(label: str) -> str:
+    """The beginning of a label, by what it takes in a terminal."""
+    return set_cell_size(label, _LABEL_WIDTH) if cell_len(label) > _LABEL_WIDTH else label
+
+
 def _printed(issues: Sequence[LabelIssue], width: int) -> Table:
     """The table of some examples, as wide as a terminal: of long texts less is shown."""
     styles = ["bold" if issue.is_label_issue else "" for issue in issues]
-    predicted = [printable(issue.predicted_label or "")[:_LABEL_WIDTH] for issue in issues]
+    predicted = [_cut(printable(issue.predicted_label or "")) for issue in issues]
     scores = ["" if issue.label_score is None else f"{issue.label_score:.2f}" for issue in issues]
     columns = {
         "rank": [Text(str(issue.rank)) for issue in issues],
         "train": [Text(str(issue.example.index)) for issue in issues],
         "label score": [Text(score) for score in scores],
-        "given": [Text(printable(issue.example.label or "")[:_LABEL_WIDTH]) for issue in issues],
+        "given": [Text(_cut(printable(issue.example.label or ""))) for issue in issues],
         "predicted": [Text(label, style=style) for label, style in zip(predicted, styles, strict=True)],
         "text": [Text(printable(issue.example.text)) for issue in issues],
     }

@@ -1,4 +1,5 @@
 // Suspected labels
+const percentOf = (share) => (share > 0.99 && share < 1 ? `${(Math.floor(1000 * share) / 10).toFixed(1)}%` : `${Math.round(100 * share)}%`); // 100% is all
 function drawSuspects() {
   const view = byId("suspects");
   view.append(make("h2", {}, "Suspected labels"));
@@ -7,7 +8,7 @@ function drawSuspects() {
     return;
   }
   const { by, n, n_issues, agreement, columns, rows } = suspects;
-  const said = agreement === null ? "" : ` The model has said the label of ${Math.round(100 * agreement)}% of all.`;
+  const said = agreement === null ? "" : ` The model has said the label of ${percentOf(agreement)} of all.`;
   const flagged = n_issues === null ? "" : n_issues === 0 ? `${said} No label can be called probably wrong.` : `${said} Of all, ${count(n_issues, "label")} ${n_issues === 1 ? "is" : "are"} probably wrong: the model has said another class, and thought the label about as unlikely as it does for examples of other labels.`;
   view.append(make("p", { class: "intro" }, `A training example that influences itself most is often mislabelled, or unlike all others. These are the ${rows.length} highest of ${count(n, "training example")}, by ${by}, in bold.${flagged} Label scores go from 0 to 1, lower is worse. Say what is right, download the CSV, and hand it to apply_corrections.`));
   const corrected = new Map(); // what is right, by training example
@@ -127,7 +128,7 @@ function drawWords() {
 }
 
 // CSV, as to_pandas has it; a text that a spreadsheet would take for a formula is given an apostrophe
-const safe = (text) => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
+const safe = (text) => (/^[=+\-@\t\r]/.test(text) && !/^[+-]?\d+(\.\d*)?(e[+-]?\d+)?$/.test(text) ? `'${text}` : text);
 const cell = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
 const cellOf = (value) => (value === null || value === undefined ? "" : typeof value === "string" ? cell(safe(value)) : String(value));
 function save(name, lines) {
@@ -141,7 +142,7 @@ function strongestWords(words, terms, parts) {
   const found = new Map(); // by name, what its words add, and whether all of them are stop words
   for (const [place, term] of terms) {
     const [text, , , kind = 0] = vocabulary[words[place]];
-    const { name = text, stop = kind } = parts.get(place) || {};
+    const { name = text, stop = kind & (SPECIAL | COMMON) } = parts.get(place) || {};
     const known = found.get(name) || { term: 0, stop: 1 };
     found.set(name, { term: known.term + term, stop: known.stop && stop ? 1 : 0 });
   }

@@ -53,7 +53,7 @@ def label_issues_of(
     ranks = review.ranks_in_class().tolist()
     issues = [
         LabelIssue(
-            example=replace(known[index], label=reader.label(_known(review.given, index))),
+            example=_with_label(known[index], reader.label(_known(review.given, index))),
             is_label_issue=None if review.predicted[index].isnan() else bool(review.is_issue[index]),
             label_score=_known(review.scores, index),
             predicted_label=reader.label(_known(review.predicted, index)),
@@ -65,6 +65,11 @@ def label_issues_of(
     ]
     n_issues = int(review.is_issue.sum()) if review.knows_predictions else None
     return LabelIssues(issues, len(review.order), n_issues, described(method), review.agreement)
+
+
+def _with_label(example: Example, label: str | None) -> Example:
+    """An example with the label that the review has of it; it keeps its own where that is a set, not a number."""
+    return example if label is None else replace(example, label=label)
 
 
 def _known(values: Tensor, index: int) -> float | None:

@@ -127,7 +127,7 @@ class Reader:
         """What to print for a label or a prediction."""
         if value is None:
             return None
-        return self.label_names.get(int(value), str(int(value))) if value.is_integer() else f"{value:.3g}"
+        return self.label_names.get(int(value), str(int(value))) if value.is_integer() else f"{value:.6g}"
 
     def label_set(self, numbers: Sequence[int]) -> str:
         """What to print for a set of labels."""

@@ -328,7 +328,15 @@ def test_what_is_no_result_is_told(tmp_path, file, capsys):
     truncated(cut, 500)
     assert "holds no InfluenceResult, or is damaged" in failed(capsys, "html", cut, "-o", tmp_path / "page.html")
     assert "rows 0 to 5 (test examples 0 to 5 of the data set), but got 9" in failed(capsys, "top", file, "--test", 9)
-    assert "nowhere" in failed(capsys, "export", file, "--csv", tmp_path / "nowhere" / "pairs.csv")
+    assert str(tmp_path / "text") in failed(capsys, "export", file, "--csv", tmp_path / "text" / "pairs.csv")
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "parquet"])
+def test_folders_of_exports_are_made(tmp_path, file, form):
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+    assert run("export", file, f"--{form}", tmp_path / "new" / "folder" / "pairs") == 0
+    assert [each.name for each in (tmp_path / "new" / "folder").iterdir()] == ["pairs"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from chromium import PHONE, opened
-from pages import K, data_of, example, explanation, hostile_page, number, page_of, shown
+from pages import K, data_of, example, explanation, hostile_page, issues_of, number, page_of, shown
 from toy import N_TEST, N_TRAIN, fitted, loader, test_texts, texts
 
 from lightning_tracin import TracInWE, apply_corrections
@@ -294,3 +294,17 @@ def test_csv_holds_no_formulas_and_every_text(browser, tmp_path):
     assert rows[1]["train_text"] == "'@sum x"
     assert (suspect["given_label"], suspect["predicted_label"]) == ("'=cmd()", "'=<b>1</b>")
     assert [float(row["score"]) for row in rows] == [28, -1]  # a number may begin with a minus
+
+
+def test_csv_lists_words_of_a_prompt_by_their_terms_and_labels_that_are_numbers(browser, tmp_path):
+    words = (Word("small", " ", (0,)), Word("big", " ", (1,), is_prompt=True))
+    said = Influential(Example(1, words, "-1", ids=(3, 4)), 4.0, 0.5, (1.0, 3.0))
+    issues = replace(issues_of(said, predicted="+2.5"), agreement=0.9996)
+    shown = page_of([explanation(0, said.example, said)], suspects=issues)
+    with opened(browser, write_page(shown, tmp_path / "page.html")) as page:
+        (row,) = downloaded(page, "#csv-all")
+        page.click("#tab-suspects")
+        (suspect,) = downloaded(page, "#csv-suspects")
+        assert "has said the label of 99.9% of all" in page.inner_text("#suspects")
+    assert (row["train_label"], row["words"]) == ("-1", "big +3, small +1")
+    assert (suspect["given_label"], suspect["predicted_label"]) == ("-1", "+2.5")

@@ -12,6 +12,7 @@ from toy import loader, test_texts
 
 from lightning_tracin import TracInLast
 from lightning_tracin.report.explanation import Example, Explanation, Influential, Word
+from lightning_tracin.report.label_issues import LabelIssue, LabelIssues
 from lightning_tracin.report.palette import TERMINAL_AGAINST, TERMINAL_FOR
 from lightning_tracin.report.tables import explained, shaded
 
@@ -115,3 +116,9 @@ def test_a_result_says_what_it_does_not_have(toy, tmp_path):
     result.trace = None
     assert any("trace of these scores is not at hand" in note for note in result.notes)
     assert "no text stored" in printed(result)
+
+
+def test_wide_characters_leave_the_numbers_whole():
+    issue = LabelIssue(example("fine", index=12345, label="\u985e" * 20), True, 0.25, "\u6a19" * 20, 1.0, 1, 1)
+    shown = printed(LabelIssues([issue], 9, 1, "TracIn-Last"), width=70)
+    assert re.search(r"1 +12345 +0\.25 +\u985e{7} +\u6a19{7} +fine", shown)

@@ -137,3 +137,104 @@ def test_a_label_that_is_called_drop_is_a_label():
     dataset = [{"label": label} for label in ("drop", "keep")]
     rows = [{"train_index": 1, "given_label": "keep", "corrected_label": "drop"}]
     assert apply_corrections(dataset, rows, names=("drop", "keep")) == [{"label": "drop"}] * 2
+
+
+@pytest.mark.parametrize("form", [tuple, list])
+def test_a_place_from_the_end_is_that_of_the_label(form):
+    dataset = [form(["a", "x", 0]), form(["b", "y", 1])]
+    rows = [{"train_index": 0, "given_label": "0", "corrected_label": "1"}]
+    assert apply_corrections(dataset, rows, label=-1) == [form(["a", "x", 1]), form(["b", "y", 1])]
+    with pytest.raises(ValueError, match=rf"is a {form.__name__}: say where its label is, as label=\.\.\., got -4"):
+        apply_corrections(dataset, rows, label=-4)
+
+
+def corrected_labels(labels, corrected, names=None):
+    """The labels of a data set with those that a table of the changed rows corrects."""
+    name = dict(enumerate(names or ()))
+    rows = [
+        {"train_index": index, "given_label": name.get(labels[index], labels[index]), "corrected_label": text}
+        for index, text in corrected.items()
+    ]
+    return [item["label"] for item in apply_corrections([{"label": each} for each in labels], rows, names=names)]
+
+
+def test_names_that_are_digits_are_names_as_pandas_writes_them():
+    names = ["1", "2", "3", "4", "5"]
+    assert corrected_labels([0, 1, 2], {0: 2.0, 2: 5.0}, names) == [1, 1, 4]
+    assert corrected_labels([0, 1, 2], {0: "2", 2: "5"}, names) == [1, 1, 4]
+    assert corrected_labels(["1", "2"], {0: 2.0}) == ["2", "2"]
+    rows = [{"train_index": 0, "given_label": 2.0, "corrected_label": 1.0}]
+    assert apply_corrections([{"label": 1}], rows, names=names) == [{"label": 0}]
+    with pytest.raises(ValueError, match="has the label '1', but in this data set it has 1"):
+        apply_corrections([{"label": 1}], [rows[0] | {"given_label": "1"}], names=names)  # that is the name of 0
+
+
+@pytest.mark.parametrize(
+    ("label", "kind"), [(np.array(["cat"]), np.ndarray), (np.array("cat"), np.ndarray), (np.str_("cat"), np.str_)]
+)
+def test_texts_of_numpy_are_not_cut(label, kind):
+    dataset = [{"label": label}, {"label": np.str_("elephant")}]
+    rows = [{"train_index": 0, "given_label": "cat", "corrected_label": "elephant"}]
+    found = apply_corrections(dataset, rows)[0]["label"]
+    assert found == "elephant"
+    assert type(found) is kind
+    assert found.shape == label.shape
+
+
+@pytest.mark.parametrize(
+    "label",
+    [np.uint8(0), np.array([0], dtype=np.uint8), torch.tensor(0, dtype=torch.uint8), torch.tensor([0]).bool(), False],
+)
+def test_a_number_that_the_labels_cannot_hold_is_refused(label):
+    with pytest.raises(ValueError, match=r"corrected label 300 of example 0 does not fit into the .*(int8|bool)"):
+        apply_corrections([{"label": label}], [{"train_index": 0, "given_label": "0", "corrected_label": "300"}])
+
+
+def test_values_are_corrected_in_the_precision_of_the_labels():
+    labels = [torch.tensor(1.25), torch.tensor(2.0).half(), 3.5]
+    rows = [
+        {"train_index": index, "given_label": float(labels[index]), "corrected_label": text}
+        for index, text in enumerate(["-.1", "0.3", "1e1"])
+    ]
+    assert [label for _, label in apply_corrections([("x", label) for label in labels], rows)] == [
+        torch.tensor(-0.1),
+        torch.tensor(0.3).half(),
+        10.0,
+    ]
+    assert corrected_labels([1, 2.5], {1: 2}) == [1, 2.0]
+    with pytest.raises(ValueError, match=r"corrected label 1.5 of example 0 does not fit into the int"):
+        corrected_labels([1, 2.5], {0: "1.5"})
+
+
+def test_a_class_that_is_called_drop_is_known_though_no_row_has_it():
+    assert corrected_labels(["keep", "drop", "keep"], {0: "drop"}) == ["drop", "drop", "keep"]
+    assert corrected_labels(["keep", "other", "keep"], {0: "drop", 2: "other"}) == ["other", "other"]
+
+
+@pytest.mark.parametrize("text", ["-100", "1_0", "-1", "2.5", "inf"])
+def test_numbers_that_are_no_classes_are_refused(text):
+    with pytest.raises(ValueError, match=f"'{text}' of example 0 is none of those known: 0, 1"):
+        corrected_labels([0, 1], {0: text})
+
+
+def test_numbers_of_the_data_set_and_of_new_classes_are_classes():
+    assert corrected_labels([1, -1, 1], {0: "-1", 2: "7"}) == [-1, -1, 7]
+
+
+def test_names_of_two_numbers_are_refused():
+    with pytest.raises(ValueError, match="names has 'b' 2 times"):
+        corrected_labels([0, 1, 2], {0: "b"}, ["a", "b", "b"])
+
+
+def test_rows_of_a_tensor_stay_as_they_were():
+    dataset = [torch.tensor([5.0, 6.0, 0.0]), torch.tensor([5.0, 7.0, 1.0])]
+    found = apply_corrections(dataset, [{"train_index": 0, "given_label": "0", "corrected_label": "1"}], label=2)
+    assert found[0].tolist() == [5.0, 6.0, 1.0]
+    assert dataset[0].tolist() == [5.0, 6.0, 0.0]
+
+
+def test_long_texts_are_read(tmp_path):
+    limit = csv.field_size_limit()
+    rows = [{"train_index": 0, "given_label": 0, "corrected_label": 1, "text": "x" * 200_000}]
+    assert apply_corrections([("a", 0)], written(tmp_path / "long.csv", rows)) == [("a", 1)]
+    assert csv.field_size_limit() == limit

@@ -101,12 +101,19 @@ def test_sets_of_labels_are_named(asked, tmp_path):
             assert example.label == (", ".join(names) or "none")
 
 
+def test_the_review_of_labels_names_sets_of_them(asked):
+    for issue in asked("bert-multi-label").label_issues().issues:
+        labels = FAMILIES["bert-multi-label"].examples[issue.example.index]["labels"]
+        names = [f"LABEL_{number}" for number in torch.nonzero(labels)[:, 0].tolist()]
+        assert issue.row["given_label"] == (", ".join(names) or "none")
+
+
 def test_labels_of_a_regression_are_numbers(asked):
     result = asked("bert-regression")
     assert not result.label_names
-    labels = torch.tensor([0.0, 1.0, 0.25, -2.0, 100.5]).double()
+    labels = torch.tensor([0.0, 1.0, 0.25, -2.0, 1987.4321]).double()
     result = replace(result, test_texts=replace(result.test_texts, labels=labels))
-    assert [of.test.label for of in result.explanations()] == ["0", "1", "0.25", "-2", "100"]
+    assert [of.test.label for of in result.explanations()] == ["0", "1", "0.25", "-2", "1987.43"]
 
 
 def test_labels_that_are_no_sets():

@@ -109,3 +109,10 @@ def test_what_is_said_of_how_many_are_wrong():
         "2 labels are probably wrong",
     ]
     assert LabelIssues([], 9, None, "TracIn-Last").finding == ""
+
+
+@pytest.mark.parametrize(
+    ("agreement", "said"), [(1.0, "100%"), (0.9996, "99.9%"), (0.995, "99.5%"), (0.99, "99%"), (0.124, "12%")]
+)
+def test_not_all_is_called_all_but_all(agreement, said):
+    assert LabelIssues([], 9, 1, "TracIn-Last", agreement).finding.endswith(f"says the label of {said}")
