@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
@@ -34,8 +33,8 @@ class AttributionMetric(Metric):
         @functools.wraps(compute)
         def noting_shapes(*args: Any, **kwargs: Any) -> Any:
             value = compute(*args, **kwargs)
-            self._shapes: list[torch.Size] = []  # beside the value that torchmetrics keeps, in copies, too
-            apply_to_collection(value, Tensor, lambda each: self._shapes.append(each.shape))
+            # Beside the value that torchmetrics keeps, in copies, too.
+            self._shapes = _shapes_of(value)
             return value
 
         wrapped = super()._wrap_compute(noting_shapes)
@@ -43,8 +42,7 @@ class AttributionMetric(Metric):
         @functools.wraps(compute)
         def in_shape(*args: Any, **kwargs: Any) -> Any:
             value = wrapped(*args, **kwargs)
-            shapes = iter(self._shapes)
-            return apply_to_collection(value, Tensor, lambda each: each.reshape(next(shapes)))
+            return _in_shapes(value, self._shapes)
 
         return in_shape
 
@@ -115,3 +113,15 @@ class AttributionMetric(Metric):
         if self.drawn is not None:
             val = [getattr(each, self.drawn) for each in val] if isinstance(val, list) else getattr(val, self.drawn)
         return self._plot(val, ax)
+
+
+def _shapes_of(value: Any) -> Any:
+    """The shape of a tensor; of a named tuple, those of its fields."""
+    return [_shapes_of(each) for each in value] if isinstance(value, tuple) else getattr(value, "shape", None)
+
+
+def _in_shapes(value: Any, shapes: Any) -> Any:
+    """The same in the shapes that :func:`_shapes_of` gave."""
+    if isinstance(value, tuple):
+        return type(value)(*(_in_shapes(*pair) for pair in zip(value, shapes, strict=True)))
+    return value if shapes is None else value.reshape(shapes)

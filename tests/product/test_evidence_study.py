@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core import rank_zero
 from torch import nn
 
 from benchmarks.evidence import networks, page, ratings
@@ -69,6 +70,14 @@ def first_of(examples, n):
 def task():
     recipe = Recipe(Bag, epochs=2, batch_size=8, layers=("hidden",))
     return Task("bags", "Bags", examples(40, 0), examples(10, 1), ("low", "high"), VOCABULARY, recipe)
+
+
+@pytest.fixture(autouse=True)
+def loud():
+    """Reading MiniLM makes Lightning say no more, in the tests that come later, too."""
+    level = rank_zero.log.level
+    yield
+    rank_zero.log.setLevel(level)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +176,8 @@ def test_scores_are_computed_once_and_tables_hold_all_methods(task, folder):
     fit = fitted(task, folder)
     again = fitted(task, folder)
     assert all(torch.equal(a, b) for a, b in zip(fit.module.parameters(), again.module.parameters(), strict=True))
-    scores = {name: kept_scores(folder, name, each, fit) for name, each in ours(task).items()}
+    known = {name: each for name, each in ours(task).items() if "no common" not in name}  # all words are common here
+    scores = {name: kept_scores(folder, name, each, fit) for name, each in known.items()}
     assert torch.equal(
         kept_scores(folder, "WE cosine", lambda _: pytest.fail("computed anew"), fit), scores["WE cosine"]
     )
