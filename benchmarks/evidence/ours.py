@@ -20,7 +20,7 @@ _LATE: dict[str, Any] = {
     "normalize": "cosine",
     "weights": "residual",
 }  # cosines, checkpoints weighted by what is yet to be learned
-_RARER: dict[str, Any] = {"exclude_tokens": ("special", "common")}
+RARER: dict[str, Any] = {"exclude_tokens": ("special", "common")}
 _KFAC: dict[str, Any] = {**_LATE, "precondition": "kfac"}
 
 
@@ -44,51 +44,57 @@ def ours(task: Task) -> Mapping[str, Scorer]:
         "WE K-FAC, frequencies alone (trial)": partial(word_kfac, hidden=False),
         "WE K-FAC, hidden covariance alone (trial)": partial(word_kfac, frequencies=False),
         "Last cosine, residual": partial(Fitted.scores, method=TracInLast(**_LATE)),
-        "K-FAC layers, residual": partial(_of_components, words=0.0),
-        "R1: words and K-FAC layers": partial(_of_components, words=words),
-        "R2: ridge, words and K-FAC layers": partial(_ridge_of_components, words=0.5),
-        "WE cosine, residual, no common words": partial(Fitted.scores, method=_words(**_RARER)),
-        "R1, no common words": partial(_of_components, words=words, **_RARER),
-        "R1, words by Adam": partial(_of_components, words=words, precondition="adam"),
-        "R1, words by Adam, no common words": partial(_of_components, words=words, precondition="adam", **_RARER),
-        "R2, no common words": partial(_ridge_of_components, words=0.5, **_RARER),
-        "R2, words by Adam": partial(_ridge_of_components, words=0.5, precondition="adam"),
+        "K-FAC layers, residual": partial(of_components, words=0.0),
+        "R1: words and K-FAC layers": partial(of_components, words=words),
+        "R2: ridge, words and K-FAC layers": partial(of_components, words=0.5, power=0.5),
+        "WE cosine, residual, no common words": partial(Fitted.scores, method=_words(**RARER)),
+        "R1, no common words": partial(of_components, words=words, **RARER),
+        "R1, words by Adam": partial(of_components, words=words, precondition="adam"),
+        "R1, words by Adam, no common words": partial(of_components, words=words, precondition="adam", **RARER),
+        "R2, no common words": partial(of_components, words=0.5, power=0.5, **RARER),
+        "R2, words by Adam": partial(of_components, words=0.5, power=0.5, precondition="adam"),
         "ridge, words": partial(Fitted.scores, method=TracInRidge(_words())),
-        "ridge, no common words": partial(Fitted.scores, method=TracInRidge(_words(**_RARER))),
+        "ridge, no common words": partial(Fitted.scores, method=TracInRidge(_words(**RARER))),
         "ridge without residuals, words": partial(Fitted.scores, method=TracInRidge(_words(), residual=0)),
     }
     if is_from_scratch:  # of all layers of a transformer, whole gradients take gigabytes
-        found["layers, products"] = lambda fit: fit.scores(summed(linear(fit)))
-        found["layers, cosines, residual"] = lambda fit: fit.scores(summed(linear(fit, **_LATE)))
-        found["K-FAC layers, full width"] = lambda fit: fit.scores(summed(linear(fit, **_KFAC)))
-        found["R1, full width"] = lambda fit: fit.scores(summed((_words(), *linear(fit, **_KFAC)), words))
+        found["layers, products"] = lambda fit: fit.scores(_sum(_linear(fit)))
+        found["layers, cosines, residual"] = lambda fit: fit.scores(_sum(_linear(fit, **_LATE)))
+        found["K-FAC layers, full width"] = lambda fit: fit.scores(_sum(_linear(fit, **_KFAC)))
+        found["R1, full width"] = lambda fit: fit.scores(_sum((_words(), *_linear(fit, **_KFAC)), words))
     return found
 
 
-def _of_components(fit: Fitted, words: float, **of_words: Any) -> Tensor:
-    """K-FAC cosines of all layers, and as much of the word table's cosine; checkpoints by residuals."""
-    fit = fit.in_components()
-    layers = linear(fit, **_KFAC)
-    return fit.scores(summed((_words(**of_words), *layers), words) if words else summed(layers))
+def of_components(
+    fit: Fitted, words: float, *, weights: Any = "residual", power: float | None = None, **of_words: Any
+) -> Tensor:
+    """K-FAC cosines of all layers, and as much of the word table's cosine.
 
-
-def _ridge_of_components(fit: Fitted, words: float, **of_words: Any) -> Tensor:
-    """The dual ridge on these kernels."""
+    Args:
+        fit: of a task.
+        words: what the word table counts; 0 for the layers alone.
+        weights: of the checkpoints.
+        power: of the residuals in the dual ridge on these kernels; None: without the ridge.
+        of_words: further options of the word table.
+    """
     fit = fit.in_components()
-    return fit.scores(TracInRidge(summed((_words(**of_words), *linear(fit, **_KFAC)), words)))
+    options: dict[str, Any] = {"normalize": "cosine", "weights": weights}
+    layers = _linear(fit, **options, precondition="kfac")
+    method = _sum((TracInWE(**options, **of_words), *layers), words) if words else _sum(layers)
+    return fit.scores(method if power is None else TracInRidge(method, residual=power))
 
 
 def _words(**options: Any) -> TracInWE:
     return TracInWE(**_LATE, **options)
 
 
-def linear(fit: Fitted, **options: Any) -> tuple[TracInLayer | TracInLast, ...]:
+def _linear(fit: Fitted, **options: Any) -> tuple[TracInLayer | TracInLast, ...]:
     """The recorded layers and the last one, as methods with some options."""
     layers = [site.layer for site in fit.trace.checkpoints[0].sites if not site.has_words and not site.is_last]
     return (*(TracInLayer(each, **options) for each in layers), TracInLast(**options))
 
 
-def summed(parts: Sequence[TracInWE | TracInLayer | TracInLast], words: float | None = None) -> TracInSum:
+def _sum(parts: Sequence[TracInWE | TracInLayer | TracInLast], words: float | None = None) -> TracInSum:
     """The sum of several parts, each divided by its standard deviation.
 
     Args:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,14 +27,13 @@ from benchmarks.evidence.fitting import Fitted, fitted
 from benchmarks.evidence.halves import halves_of
 from benchmarks.evidence.lds import lds_table
 from benchmarks.evidence.networks import Convolutional, UnrecordedConvolutional
-from benchmarks.evidence.ours import Scorer, linear, summed
+from benchmarks.evidence.ours import RARER, Scorer, of_components
 from benchmarks.evidence.scored import kept_scores
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import CNN
 from lightning_tracin import TracInLast, TracInRidge, TracInWE
 
 _WEIGHTS: tuple[Literal["equal", "residual"], ...] = ("equal", "residual")
-_RARER: dict[str, Any] = {"exclude_tokens": ("special", "common")}
 
 
 class Rating(Convolutional):
@@ -89,25 +88,16 @@ def ours() -> Iterator[tuple[str, Scorer]]:
             yield f"{name}, {weights}", partial(Fitted.scores, method=kind(weights=weights))
             cosine = kind(normalize="cosine", weights=weights)
             yield f"{name}, cosine, {weights}", partial(Fitted.scores, method=cosine)
-        words = TracInWE(normalize="cosine", weights=weights, **_RARER)
+        words = TracInWE(normalize="cosine", weights=weights, **RARER)
         yield f"TracIn-WE, cosine, {weights}, no common words", partial(Fitted.scores, method=words)
         yield f"ridge, {weights}, no common words", partial(Fitted.scores, method=TracInRidge(words))
-        yield f"K-FAC layers, {weights}", partial(_of_components, weights=weights, words=0.0)
-        yield f"R1: words and K-FAC layers, {weights}", partial(_of_components, weights=weights, words=0.5)
+        yield f"K-FAC layers, {weights}", partial(of_components, weights=weights, words=0.0)
+        yield f"R1: words and K-FAC layers, {weights}", partial(of_components, weights=weights, words=0.5)
         for power in (0.0, 0.5, 1.0):
-            ridge = partial(_of_components, weights=weights, words=0.5, power=power)
+            ridge = partial(of_components, weights=weights, words=0.5, power=power)
             yield f"R2: ridge, words and K-FAC layers, {weights}, power {power:g}", ridge
-        rarer = partial(_of_components, weights=weights, words=0.5, power=0.5, **_RARER)
+        rarer = partial(of_components, weights=weights, words=0.5, power=0.5, **RARER)
         yield f"R2, {weights}, power 0.5, no common words", rarer
-
-
-def _of_components(fit: Fitted, weights: Any, words: float, power: float | None = None, **of_words: Any) -> Tensor:
-    """K-FAC cosines of all layers, and as much of the word table's; with a power of residuals the ridge on them."""
-    fit = fit.in_components()
-    options: dict[str, Any] = {"normalize": "cosine", "weights": weights}
-    layers = linear(fit, **options, precondition="kfac")
-    method = summed((TracInWE(**options, **of_words), *layers), words) if words else summed(layers)
-    return fit.scores(method if power is None else TracInRidge(method, residual=power))
 
 
 def correlation(fit: Fitted) -> float:

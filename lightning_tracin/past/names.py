@@ -73,14 +73,14 @@ def _prefixes(saved: Iterable[str], wanted: Mapping[str, str], name: str) -> tup
     for own in names[:_TRIED]:
         tried |= {("", each.removesuffix(own)) for each in wanted if each.endswith(f".{own}")}
 
-    def found(prefixes: tuple[str, str]) -> list[str]:
-        strip, add = prefixes
-        return [own for own in names if own.startswith(strip) and f"{add}{own.removeprefix(strip)}" in wanted]
-
-    best, *others = sorted(tried, key=lambda each: (-len(found(each)), len(each[0]) + len(each[1]), each))
-    alike = [best, *(each for each in others if len(found(each)) == len(found(best)) and found(each) != found(best))]
-    if len(alike) > 1 and found(best):
-        parts = " and ".join(repr(strip.removesuffix(".")) for strip, _ in alike[:2])
+    found = {
+        (strip, add): [own for own in names if own.startswith(strip) and f"{add}{own.removeprefix(strip)}" in wanted]
+        for strip, add in tried
+    }
+    best, *others = sorted(found, key=lambda each: (-len(found[each]), len(each[0]) + len(each[1]), each))
+    alike = [each for each in others if len(found[each]) == len(found[best]) and found[each] != found[best]]
+    if alike:
+        parts = " and ".join(repr(strip.removesuffix(".")) for strip, _ in (best, alike[0]))
         raise ValueError(
             f"{name} has several parts whose weights are named as the model's, {parts}: which of them was meant cannot "
             "be told. Pass the module that was trained, or the state dict of the part."
