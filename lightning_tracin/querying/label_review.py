@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_tracin.bridge.mixin import label_names_of, tokenizer_of
 from lightning_tracin.checked_numbers import whole_number_or_none
@@ -18,10 +19,13 @@ from lightning_tracin.report.label_issues import LabelIssues
 from lightning_tracin.results.label_table import label_issues_of
 from lightning_tracin.results.reader import RawText, Reader, require_texts
 from lightning_tracin.results.train_examples import train_examples
+from lightning_tracin.results.words import spans_of
 from lightning_tracin.scoring.label_review import reviewed_labels
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of, require_not_constant
 from lightning_tracin.storage.trace import Trace
+
+_COMPARED = 64  # texts, with the tokens of their examples: each is tokenized for that
 
 
 def label_issues(
@@ -71,6 +75,9 @@ def label_issues(
         ValueError: see :func:`influence`; or if self-influence is the same for every example, as with
             ``normalize="cosine"``, if there is not a text for each example, or if ``n`` is under 0.
         BlockingIOError: see :func:`influence`.
+
+    Warns:
+        UserWarning: texts are not what the module's tokenizer made the token ids of.
     """
     chosen, n = method_of(method), whole_number_or_none("n", n, at_least=0)
     require_not_constant(chosen)
@@ -85,10 +92,25 @@ def label_issues(
 
             def examples(indices: Sequence[int]) -> dict[int, Example]:
                 if texts is not None:
+                    _warn_of_other_texts(query.trace, indices[:_COMPARED], texts, reader.tokenizer)
                     return {index: Example(index, (), None, unread=_in_one(texts[index])) for index in indices}
                 return train_examples(query.trace, indices, reader)
 
             return label_issues_of(review, query.method, reader, examples, n)
+
+
+def _warn_of_other_texts(trace: Trace, indices: Sequence[int], texts: Sequence[RawText], tokenizer: Any) -> None:
+    """Warn where texts that are to be listed are not what their examples' tokens were made of, as in another order."""
+    if not getattr(tokenizer, "is_fast", False) or not indices:
+        return
+    ids = trace.texts(indices).ids_by_example()
+    compared = [(index, of_index) for index, of_index in zip(indices, ids, strict=True) if of_index]
+    others = [index for index, of_index in compared if spans_of(tokenizer, texts[index], of_index) is None]
+    if others:
+        rank_zero_warn(
+            f"Of the first {len(compared)} texts that are listed, {len(others)} are not what their token ids were made "
+            f"of, such as that of training example {others[0]}: texts must be in the order of the training data set."
+        )
 
 
 def _reader_of(trace: Trace, module: pl.LightningModule | None) -> Reader:

@@ -21,6 +21,7 @@ class Example:
         ids: its token ids, among which the words have their places.
         loader: the name of the loader that it came in; None where there was one.
         target: what to print for what of it is explained; None for training examples, and where that is its label.
+        marks: of its token ids, see :class:`~lightning_tracin.gradients.texts.Texts`; empty where nothing is marked.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Example:
     ids: tuple[int, ...] = ()
     loader: str | None = None
     target: str | None = None
+    marks: tuple[int, ...] = ()
 
     @cached_property
     def text(self) -> str:

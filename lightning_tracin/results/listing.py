@@ -68,7 +68,8 @@ def _key_of(example: Example | None, index: int) -> Hashable:
     """What an example says, as a key; where that is not known, its index."""
     if example is None or not example.ids:
         return index
-    return *example.ids, example.label, *(word.tag for word in example.words)
+    of_words = ((word.tag, word.is_prompt) for word in example.words)  # all that files of earlier versions tell
+    return *example.ids, example.label, *example.marks, *of_words
 
 
 def listed(k: int, rows: Sequence[int], pushing: Pushing, keys: TextKeys) -> dict[int, Sides]:

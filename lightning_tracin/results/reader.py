@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_tracin.gradients.texts import IN_SECOND
+from lightning_tracin.gradients.texts import IN_SECOND, NO_LABEL
 from lightning_tracin.report.explanation import Example, Word
 from lightning_tracin.results.marked_words import BETWEEN, marked
 from lightning_tracin.results.words import Marks, is_special, marks_of, shared_part, spans_of, words_in, words_of
@@ -79,7 +79,9 @@ class Reader:
             words, unread = self._words_of_raw_text(raw_texts[index], index, ids, words)
         words = marked(words, ids, marks, self.label_names)
         named = self.label(label) if label_set is None else self.label_set(label_set)
-        return Example(index, tuple(words), named, self.label(prediction), confidence, unread, tuple(ids))
+        said = self.label(prediction)
+        kept = () if set(marks) <= {NO_LABEL} else tuple(marks)
+        return Example(index, tuple(words), named, said, confidence, unread, tuple(ids), marks=kept)
 
     def respelled(self, example: Example, raw_text: RawText) -> Example:
         """An example as a raw text spells it."""

@@ -18,7 +18,7 @@ from lightning_tracin.scoring.terms import stored_site, training_sites_of
 _LANDMARKS = 4000  # training examples, up to which a ridge compares all with all: 130 MB
 
 
-def candidate_methods(sites: Sequence[Site], n_train: int) -> dict[str, Method]:
+def candidate_methods(sites: Sequence[Site], n_train: int, *, uncommon: bool = False) -> dict[str, Method]:
     """The methods that make sense for what a trace has recorded, by name.
 
     They are the plain ones, their cosines, K-FAC at all linear layers, both together, and dual ridges on the words and
@@ -27,14 +27,23 @@ def candidate_methods(sites: Sequence[Site], n_train: int) -> dict[str, Method]:
     Args:
         sites: of the trace.
         n_train: number of training examples.
+        uncommon: whether ridges are tried without common words, too, which the trace's texts tell.
     """
     words, last = words_site(sites), last_site(sites)
     linear = [site for site in sites if not site.has_words]
     weights: Weights = "learning-rate" if last is None else "residual"  # residuals are read at the last layer
     of_words = [] if words is None else [TracInWE(normalize="cosine", weights=weights)]
+    of_uncommon = [replace(each, exclude_tokens=("common",)) for each in of_words if uncommon]
     cosines = [TracInLayer(site.layer, normalize="cosine", weights=weights) for site in linear]
     whitened = [replace(each, precondition="kfac") for each in cosines]
-    both = [_sum(of_words, layers) for layers in (whitened, cosines) if of_words and layers]
+    of_layers = [layers for layers in (whitened, cosines) if layers]
+    both = [_sum(of_words, layers) for layers in of_layers if of_words]
+    ridges = [
+        ("words, ridge", _sum(of_words, [])),
+        ("uncommon words, ridge", _sum(of_uncommon, [])),
+        *(("words and layers, ridge", each) for each in both),
+        *(("uncommon words and layers, ridge", _sum(of_uncommon, layers)) for layers in of_layers if of_uncommon),
+    ]
     found: dict[str, Method | None] = {
         "words": TracInWE(),
         "words, cosine": _sum(of_words, []),
@@ -48,7 +57,7 @@ def candidate_methods(sites: Sequence[Site], n_train: int) -> dict[str, Method]:
     }
     landmarks = None if n_train <= _LANDMARKS else _LANDMARKS
     residual = 0.0 if last is None else 0.5
-    for name, kernel in (("words, ridge", _sum(of_words, [])), *(("words and layers, ridge", each) for each in both)):
+    for name, kernel in ridges:
         if kernel is None or name in recorded:
             continue
         ridge = TracInRidge(kernel, residual=residual, landmarks=landmarks)

@@ -106,7 +106,9 @@ def recommend(
     retrainings = whole_number("retrainings", retrainings, fewest, why=f" to {question}, where 8 are few")
     trace = trace if isinstance(trace, Trace) else Trace(trace)
     k = number_removed(k, trace.n_train - len(trace.undrawn)) if question == "explain" else whole_number("k", k)
-    candidates = _named(candidate_methods(trace.sites, trace.n_train) if methods is None else methods)
+    uncommon = question == "weigh" and trace.has_texts  # measured for this question alone, which asks for no more fits
+    usual = candidate_methods(trace.sites, trace.n_train, uncommon=uncommon)
+    candidates = _named(usual if methods is None else methods)
     with ExitStack() as stack:
         place = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="retrainings-"))
         fit = epochs_of(trace) if trainer is None else trainer

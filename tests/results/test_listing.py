@@ -14,6 +14,8 @@ from training_examples import examples_of_training
 
 from lightning_tracin import InfluenceResult, TracInLast, TracInWE
 from lightning_tracin.results.listing import TextKeys, listed
+from lightning_tracin.results.packed_examples import PackedExamples
+from lightning_tracin.results.reader import Reader
 
 REPEATED = [*TRAIN, TRAIN[0], TRAIN[1], TRAIN[0], *TRAIN[:4]]
 
@@ -204,3 +206,14 @@ def test_the_advice_fits_a_trace_without_words_or_moments(tmp_path):
     result = fitted(tmp_path / "trace", Plain(), loader(data)).influence(loader(test))
     (note,) = [note for note in result.notes if "tenth of" in note]
     assert 'TracInWE(normalize="cosine", exclude_tokens=["common"])' in note
+
+
+@pytest.mark.parametrize("others", [[-1, -1, 7, 8], [-1, 6, 9, 8], [-1, -2, -2, -2]])
+def test_equal_tokens_with_other_marks_are_no_equal_texts(others):
+    """A longer prompt, other labels of tokens, or a border elsewhere: each has gradients of its own."""
+    ids, marks = [5, 6, 7, 8], [-1, 6, 7, 8]
+    reader = Reader({token: f"w{token}" for token in ids}, {})
+    examples = [reader.example(index, ids, None, None, marks=each) for index, each in enumerate((marks, marks, others))]
+    keys = TextKeys(PackedExamples.of(enumerate(examples))).of(range(3))  # as a saved result holds them
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]

@@ -110,6 +110,16 @@ def test_texts_of_other_examples_are_not_shown(asked):
     assert first.test.text == next(iter(result.explanations([0], k=1))).test.text
 
 
+def test_label_issues_listed_with_texts_in_another_order_are_warned_of(tmp_path, recwarn):
+    tokenizer = trained("WordPiece")
+    fit = fitted(tmp_path, Bag(tokenizer), loader(tokenizer, TRAIN))
+    assert len(fit.label_issues(texts=TRAIN).rows()) == len(TRAIN)
+    assert not [str(each.message) for each in recwarn if "token ids were made of" in str(each.message)]
+    turned = [*TRAIN[1:], TRAIN[0]]
+    with pytest.warns(UserWarning, match=r"Of the first (\d+) texts that are listed, \1 are not what their token ids"):
+        fit.label_issues(texts=turned)
+
+
 def test_texts_with_signs_that_the_tokenizer_does_not_know(tmp_path, recwarn):
     tokenizer = trained("WordPiece")
     train, test = ["The ☃ fell [SEP] again", "déjà ☂ vu", TEXTS[0]], ["☁ and The ☁ stocks", "lines again [SEP]"]

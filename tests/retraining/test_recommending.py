@@ -267,6 +267,18 @@ def test_candidates_are_what_the_trace_has():
     components = [replace(each, shape="matrix", rank=(128, 32), has_bias=False) for each in inner]
     of_components = candidate_methods([words, last, *components], 20)  # which cosines of whole gradients cannot use
     assert of_components["words and layers, ridge"] == TracInRidge(both)
+    with_uncommon = candidate_methods([words, last, *inner], 20, uncommon=True)
+    added = with_uncommon.keys() - of_all.keys()
+    assert added == {"uncommon words, ridge", "uncommon words and layers, ridge"}
+    for name in added:
+        uncommon, usual = with_uncommon[name], with_uncommon[name.removeprefix("uncommon ")]
+        assert [part.excluded.words for part in parts_of(uncommon) if isinstance(part, TracInWE)] == [("common",)]
+        assert parts_of(uncommon)[1:] == parts_of(usual)[1:]
+        assert uncommon.residual == usual.residual
+
+
+def parts_of(ridge):
+    return [summand.method for summand in ridge.method.summands]
 
 
 def test_tf_idf_is_that_of_the_books():
