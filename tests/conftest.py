@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from toy import fitted
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they give
 # Each Trainer looks through all installed packages for callbacks, which takes nearly all of the 12 ms to make one.
 registry.entry_points = functools.cache(registry.entry_points)
+# Each file of a trace waits some ms for the disk: tests that are about that put something of their own in its place.
+os.fsync = lambda descriptor: None
 
 # An example fits and asks, which takes some tenths of a second: making a small one of one that fails takes minutes.
 settings.register_profile(

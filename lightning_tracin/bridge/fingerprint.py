@@ -99,7 +99,7 @@ def seeded() -> None:
     """Seed the generators of Python, numpy and torch, so that an example augmented by them looks the same each time."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (the global state is what data sets use)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would seed devices, too, whose state nobody puts back
 
 
 @dataclass(frozen=True)
