@@ -236,6 +236,7 @@ def test_the_folder_beside_the_log_is_the_same_for_all(apart):
     assert len(Trace(found[0]["logged"]).checkpoints) == 2
 
 
+@pytest.mark.slow
 def test_three_processes_of_torchrun_with_two_examples(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=3", "--standalone")
     done = run(tmp_path, "3", script="processes_apart.py", launcher=launcher, timeout=120)
@@ -274,7 +275,9 @@ def test_a_folder_that_another_process_does_not_see(monkeypatch):
         processes.wait_until_visible(lambda: False, "The first process has begun a trace")
 
 
-@pytest.mark.parametrize(("fault", "message"), [("nan", "is NaN or infinite"), ("killed", "")])
+@pytest.mark.parametrize(
+    ("fault", "message"), [pytest.param("nan", "is NaN or infinite", marks=pytest.mark.slow), ("killed", "")]
+)
 def test_when_one_process_fails_all_end_and_the_checkpoint_is_not_there(tmp_path, fault, message):
     done = run(tmp_path, fault, timeout=120)
     assert done.returncode != 0

@@ -114,8 +114,14 @@ TRANSFORMERS = {
 }
 
 
-@pytest.mark.parametrize("cache", ["checkpoint", "training"])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("reentrant", "cache"),
+    [
+        (False, "training"),
+        (True, "checkpoint"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((False, "checkpoint"), (True, "training"))),
+    ],
+)
 @pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=pytest.mark.slow), "lora"])
 def test_gradient_checkpointing_of_transformers(tmp_path, name, reentrant, cache):
     examples = FAMILIES["gpt2-causal"].examples if name == "gpt2" else labelled_texts(classes)

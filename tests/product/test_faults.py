@@ -83,7 +83,7 @@ def test_a_file_system_that_takes_no_more_is_an_error_and_keeps_what_was_complet
 
 def test_processes_that_are_killed_leave_nothing_wrong(tmp_path):
     """A few kills; `make torture` has some hundred. What is wrong is printed, with how to repeat it."""
-    script = [sys.executable, "-m", "torture.killer", tmp_path / "kills", "--kills", "6"]
+    script = [sys.executable, "-m", "torture.killer", tmp_path / "kills", "--kills", "2"]
     done = subprocess.run(script, capture_output=True, text=True, timeout=600, env=environment(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "'kills': 6" in done.stdout or "'kills': 7" in done.stdout
+    assert "'kills': 2" in done.stdout or "'kills': 3" in done.stdout

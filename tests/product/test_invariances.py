@@ -186,8 +186,14 @@ def to_the_longest(items):
     return ids[:, : int((ids != 0).sum(1).max())], labels
 
 
-@pytest.mark.parametrize("shard_examples", [8, 100])
-@pytest.mark.parametrize("cache", ["checkpoint", "on_demand"])
+@pytest.mark.parametrize(
+    ("shard_examples", "cache"),
+    [
+        (8, "checkpoint"),
+        (100, "on_demand"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, "on_demand"), (100, "checkpoint"))),
+    ],
+)
 @pytest.mark.parametrize(
     ("build", "methods"),
     [(texts, METHODS), (Ragged, METHODS), (Ragged, ("tracin-last",))],

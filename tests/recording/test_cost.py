@@ -151,7 +151,7 @@ def fit(path, caplog, module=None, data=None, **options):
     "data",
     [
         pytest.param(lambda: loader(), id="lists"),
-        pytest.param(lambda: loader(as_strings(long_tailed()), collate_strings), id="strings"),
+        pytest.param(lambda: loader(as_strings(long_tailed()), collate_strings), id="strings", marks=pytest.mark.slow),
         pytest.param(lambda: loader(padded(long_tailed()), None), id="padded"),
     ],
 )

@@ -45,8 +45,10 @@ class Watcher(Callback):
         self.weights.append(copy.deepcopy(pl_module.state_dict()))
 
 
-@pytest.mark.parametrize("module", [Toy, Plain])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("module", "workers"),
+    [(Toy, 0), (Plain, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((Toy, 2), (Plain, 0)))],
+)
 @pytest.mark.parametrize("options", [{}, {"cache": "on_demand"}, {"every_n_train_steps": 2}], ids=str)
 def test_training_is_bit_for_bit_what_it_is_without_the_callback(tmp_path, module, workers, options):
     outcomes = []
@@ -232,6 +234,7 @@ def test_a_trace_is_json_and_safetensors(toy):
     assert not [file for file in files if ".partial" in str(file)]
 
 
+@pytest.mark.slow
 def test_another_process_reads_the_same_scores(toy, tmp_path):
     expected = toy.influence(loader(test_texts())).scores
     script = (

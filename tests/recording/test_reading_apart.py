@@ -77,7 +77,7 @@ class Watching(pl.Callback):
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("persistent", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_workers_are_set_up_as_the_loaders_own_and_none_stays(tmp_path, cache, persistent):
     train = loader(Asking(tmp_path), num_workers=2, worker_init_fn=set_up, persistent_workers=persistent, timeout=60)
     watching = Watching(train)

@@ -111,7 +111,13 @@ def validated(module):
 
 
 @pytest.mark.filterwarnings("ignore:.*has batch norm")
-@pytest.mark.parametrize("interval", [{}, {"val_check_interval": 2}], ids=["epochs", "every 2 batches"])
+@pytest.mark.parametrize(
+    "interval",
+    [
+        pytest.param({}, id="epochs", marks=pytest.mark.slow),
+        pytest.param({"val_check_interval": 2}, id="every 2 batches"),
+    ],
+)
 @pytest.mark.parametrize(
     ("module", "callback"),
     [
@@ -138,7 +144,7 @@ def test_manual_optimization(tmp_path, callback):
 
 
 @pytest.mark.parametrize("callback", CALLBACKS.values(), ids=CALLBACKS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_data_that_are_drawn_at_random(tmp_path, workers, callback):
     without = assert_untouched(tmp_path, Toy, lambda: loader(Augmented(), shuffle=True, num_workers=workers), callback)
     plain = outcome(Toy, [], lambda: loader(shuffle=True, num_workers=workers))
@@ -151,7 +157,7 @@ def test_a_loader_with_a_generator_of_its_own(tmp_path, callback):
 
 
 @pytest.mark.parametrize("callback", CALLBACKS.values(), ids=CALLBACKS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_logged_and_measured_values_of_a_plain_module(tmp_path, workers, callback):
     logged = assert_untouched(
         tmp_path, Plain, lambda: loader(shuffle=True, num_workers=workers), callback, accumulate_grad_batches=2
