@@ -149,12 +149,16 @@ class Queries:
         Raises:
             ValueError: if scores are not finite, or a part's are all the same.
         """
-        tests = PreparedTests(self.indices, self._terms, self._gradients)
         if kernels is not None:
-            self.scores = ridge_scores(tests, k, kernels)
+            self.scores = ridge_scores(self.tests, k, kernels)
             return
-        self.method, tests = with_scales(self.method, tests, processes, device, strict=strict)
-        self.scores = score(tests, k, processes, device)
+        self.method = with_scales(self.method, [self.tests], processes, device, strict=strict)
+        self.scores = score(self.tests.counted_by(self.method), k, processes, device)
+
+    @property
+    def tests(self) -> PreparedTests:
+        """The test examples as they are multiplied, until their gradients are dropped."""
+        return PreparedTests(self.indices, self._terms, self._gradients)
 
     def word_gradients(self) -> list[WordGradients]:
         """The prepared rows at each checkpoint that word terms are products of; none for a method without words."""

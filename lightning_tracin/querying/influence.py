@@ -38,6 +38,7 @@ from lightning_tracin.scoring.kernels import kernels_of, require_kernels
 from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.naming import method_of, require_not_constant
 from lightning_tracin.scoring.ridge_scores import self_influence_of
+from lightning_tracin.scoring.score import lacks_scales, with_scales
 from lightning_tracin.scoring.strongest import clipped_k
 from lightning_tracin.scoring.terms import sites_of
 from lightning_tracin.scoring.within_classes import within_classes_of
@@ -137,12 +138,22 @@ def influence(
             loaders = _blocks(query, ready, asked)
             device = trainer.strategy.root_device
             kernels = kernels_of(query.method, processes, device, keep=len(loaders) > 1)
-            for number, (owner, loader) in enumerate(loaders, start=1):
-                block_name = f", block {number}/{len(loaders)}" if len(loaders) > 1 else ""
-                block = _taken(query, ready, loader, block_name, explained_of[owner])
+
+            def taken(number: int) -> Queries:
+                owner, loader = loaders[number]
+                name = f", block {number + 1}/{len(loaders)}" if len(loaders) > 1 else ""
+                return _taken(query, ready, loader, name, explained_of[owner])
+
+            firsts = {number: taken(number) for number in _first_blocks(loaders)} if lacks_scales(query.method) else {}
+            if firsts:  # a sum is divided by what these say, whichever loader comes first
+                with processes.synchronized():
+                    tests = [block.tests for block in firsts.values()]
+                    query = replace(query, method=with_scales(query.method, tests, processes, device))
+            for number, (owner, _) in enumerate(loaders):
+                block = firsts.pop(number, None) or taken(number)
+                block.method = query.method
                 with processes.synchronized():
                     block.score(n_kept, processes, device, kernels=kernels)
-                query = replace(query, method=block.method)  # the scales of a sum are those of the first block
                 words = block.word_gradients()
                 gradients.append([scratch.put(each) for each in words] if len(loaders) > 1 else words)
                 block.drop_gradients()
@@ -227,8 +238,15 @@ def _blocks(query: Query, checkpoints: Sequence[Checkpoint], asked: Sequence[Ask
         whole = 4 / DTYPES[query.trace.dtype].itemsize  # test gradients are kept in float32
         per_example = whole * stored / query.trace.n_train
         whole_loader = query.trainer.limit_predict_batches == 1.0
-        n_examples = max(1, int(_BLOCK_BYTES / max(per_example, 1.0))) if whole_loader else None
+        together = len(asked) if lacks_scales(query.method) else 1  # a block of each, to measure what divides a sum
+        n_examples = max(1, int(_BLOCK_BYTES / together / max(per_example, 1.0))) if whole_loader else None
         longest = query.trace.longest_text if any(each.raw is not None for each in asked) else None
         ready = [each.ready(longest) for each in asked]
         blocks = [example_blocks(loader, n_examples, query.processes) for loader in ready]
         return [(owner, block) for owner, of_loader in enumerate(blocks) for block in of_loader]
+
+
+def _first_blocks(loaders: Sequence[tuple[int, Any]]) -> list[int]:
+    """The number of each loader's first block."""
+    owners = [owner for owner, _ in loaders]
+    return [owners.index(owner) for owner in dict.fromkeys(owners)]

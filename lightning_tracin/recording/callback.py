@@ -62,7 +62,8 @@ class TracInCallback(DualCallback):
             or its gradient as one matrix, whichever is smaller.
         dtype: what gradients are stored in. "float16" scales each row by its own float32 norm: exact to about 1e-3
             of a score however small gradients are. "float32" takes twice the space.
-        top_words: store only each example's k words of largest gradient norm.
+        top_words: store only each example's k words of largest gradient norm, before a method leaves words out
+            (``exclude_tokens``) or preconditions.
         projection: a number p stores word gradients projected at random to so many numbers for each word; a pair (a, b)
             stores the gradients of linear layers projected to (a, b) matrices (the gradient at the output to a, the
             input to b), where that is smaller. Norms stay as they are: scores become estimates, self-influence stays

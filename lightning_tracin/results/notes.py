@@ -11,7 +11,7 @@ from lightning_tracin.report.explanation import Explanation
 from lightning_tracin.results.evidence import Evidence
 from lightning_tracin.scoring.methods import Method, word_part
 from lightning_tracin.scoring.naming import described
-from lightning_tracin.scoring.terms import sites_of
+from lightning_tracin.scoring.terms import sites_of, stored_site
 from lightning_tracin.storage.checkpoint import undrawn
 
 #: Where stop words have more than this share of the weight of the words that are listed, it is said.
@@ -59,6 +59,15 @@ def notes_of_trace(evidence: Evidence) -> list[str]:
         notes.append(
             "The scored examples are candidates, not trained on: a score tells what a step on one would have done for "
             "the test example."
+        )
+    words = word_part(evidence.method)
+    n_words = None if words is None else stored_site(words, evidence.checkpoints[0].sites).top_words
+    if words is not None and n_words is not None and (words.excluded or words.precondition is not None):
+        does = "leaves words out" if words.excluded else "preconditions gradients"
+        notes.append(
+            f"The trace keeps the {n_words} words of largest gradient norm of each training example (top_words of "
+            f"TracInCallback), chosen before {described(words)} {does}: words that would have come in their place are "
+            "missing from the scores."
         )
     notes += trace.header.notes
     n_undrawn = len(undrawn(evidence.checkpoints))

@@ -53,8 +53,10 @@ class RankedResult(StoredResult):
 
         Args:
             how: "mean" of the scores; mean "rank" (0 for a test example's strongest opponent, n_train - 1 for its
-                strongest proponent); or "vote", -Σ max(k - rank, 0): only a test example's k strongest opponents get
-                negative votes (arXiv 2511.04715). An example that training never drew counts with scores of zero.
+                strongest proponent; equal scores share the mean of their ranks, as those of 0 do that share no word);
+                or "vote", -Σ max(k - rank, 0): only a test example's k strongest opponents get negative votes
+                (arXiv 2511.04715), and none whose score is not negative. An example that training never drew counts
+                with scores of zero.
             k: for "vote" only, 10 by default.
 
         Returns:
@@ -72,10 +74,10 @@ class RankedResult(StoredResult):
                 raise ValueError(f"aggregate({how!r}) needs all scores: call influence without k.")
             if how == "mean":
                 return self.scores.mean(0)
-            return self.scores.argsort(stable=True, dim=1).argsort(1).float().mean(0)
+            return _mean_ranks(self.scores)
         opponents = self.opponents(min(10, self._n_drawn) if k is None else k)
         n_votes = opponents.indices.shape[1]
-        votes = torch.arange(n_votes, 0, -1).float().expand(opponents.indices.shape)
+        votes = torch.arange(n_votes, 0, -1).float() * (opponents.values < 0)
         return -torch.zeros(self.n_train, dtype=torch.float32).index_add_(
             0, opponents.indices.flatten(), votes.flatten()
         )
@@ -151,3 +153,12 @@ class RankedResult(StoredResult):
         values, indices = values.gather(1, order), indices.gather(1, order)
         is_first = torch.cat([torch.ones_like(indices[:, :1], dtype=torch.bool), indices.diff(dim=1) > 0], dim=1)
         return values[is_first]
+
+
+def _mean_ranks(scores: Tensor) -> Tensor:
+    """The mean over rows of each column's rank in its row, (n_train,); equal scores share the mean of their ranks."""
+    total = torch.zeros(scores.shape[1], dtype=torch.float64)
+    for row in scores:
+        _, place, counts = torch.unique(row, return_inverse=True, return_counts=True)
+        total += (counts.cumsum(0) - (counts + 1) / 2).double()[place]
+    return (total / len(scores)).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,8 +23,9 @@ from lightning_tracin.scoring.terms import Term, terms_at
 from lightning_tracin.storage.checkpoint import Checkpoint, drawn_at
 from lightning_tracin.storage.scratch import Scratch
 
-# Of the gradients, in float32, of training examples that are compared with all others at once.
-_ROWS_BYTES = 64 * 2**20
+# Of the gradients, in float32, of training examples that are compared with all others at once, and of their products:
+# of these as much as a quarter of the kernel, which is told, too, and has copies of them beside it while it is made.
+_ROWS_BYTES, _LEAST_PRODUCTS_BYTES = 64 * 2**20, 16 * 2**20
 
 # A kernel and its factor, or the columns at landmarks and their products; and of landmarks alone, in float64.
 _BYTES_PER_PAIR, _BYTES_PER_LANDMARKS = 8, 32
@@ -110,7 +112,7 @@ class Kernels:
         """(n_examples, n) float32 products of training examples with all that were drawn; in the first process."""
         products = torch.empty(len(examples), len(drawn)) if self.processes.first else None
         start = 0
-        for chunk in torch.split(examples, _rows_at_once(terms)):
+        for chunk in torch.split(examples, _rows_at_once(terms, len(examples))):
             gradients = [term.prepared(term.shards.read_examples(chunk.tolist()), "test") for term in terms]
             rows = score(PreparedTests(chunk, terms, gradients), None, self.processes, self.device).scores
             assert rows is not None
@@ -146,11 +148,13 @@ def require_memory(method: TracInRidge, n_train: int) -> None:
     if columns < n_train:
         needed += _BYTES_PER_LANDMARKS * columns**2
     if free is not None and needed > free:
-        fitting = int(free / (2 * _BYTES_PER_PAIR * n_train))
+        fitting = _landmarks_in(0.9 * free, n_train)
+        fewer = (
+            f"Approximate it by some of the examples, TracInRidge(..., landmarks={fitting}), ask" if fitting else "Ask"
+        )
         raise ValueError(
             f"TracInRidge compares {n_train:,} training examples with {columns:,}, which takes {decimal(needed)} of "
-            f"memory, but {decimal(free)} are free. Approximate it by some of the examples, "
-            f"TracInRidge(..., landmarks={fitting}), ask by the method inside it, or fit on fewer examples."
+            f"memory, but {decimal(free)} are free. {fewer} by the method inside it, or fit on fewer examples."
         )
     of = "" if free is None else f", of {decimal(free)} that are free"
     by = "" if columns == n_train else f" by {columns:,} landmarks"
@@ -159,8 +163,16 @@ def require_memory(method: TracInRidge, n_train: int) -> None:
     )
 
 
-def _rows_at_once(terms: Sequence[Term]) -> int:
-    """How many training examples are compared with all others at once."""
+def _landmarks_in(free: float, n_train: int) -> int:
+    """The largest number of landmarks that so many bytes hold: the root of what :func:`require_memory` needs."""
+    linear = _BYTES_PER_PAIR * n_train
+    return int((math.sqrt(linear**2 + 4 * _BYTES_PER_LANDMARKS * free) - linear) / (2 * _BYTES_PER_LANDMARKS))
+
+
+def _rows_at_once(terms: Sequence[Term], n_rows: int) -> int:
+    """How many of so many training examples are compared with all others at once."""
     header = terms[0].checkpoint.header
     stored = sum(term.shards.nbytes for term in terms) / header.n_train
-    return max(1, int(_ROWS_BYTES / max(1.0, stored * 4 / DTYPES[header.dtype].itemsize)))
+    by_gradients = _ROWS_BYTES / max(1.0, stored * 4 / DTYPES[header.dtype].itemsize)
+    by_products = max(_LEAST_PRODUCTS_BYTES / (4 * header.n_train), n_rows / 4)
+    return max(1, int(min(by_gradients, by_products)))

@@ -333,8 +333,8 @@ class TracInSum:
         mix: the factor of each method's scores; 1 by default.
         scales: what each method's scores are divided by. By default their standard deviation over all pairs of test and
             training examples, measured when influence is computed, in one more pass over the stored gradients; where
-            test examples do not fit into memory at once, over the first that do. The method of a result has those that
-            were measured, to be asked with again. (1, 1) sums plain scores of two parts.
+            test examples do not fit into memory at once, over the first of each loader that do. The method of a result
+            has those that were measured, to be asked with again. (1, 1) sums plain scores of two parts.
 
     Raises:
         ValueError: if parts, mix or scales are not of this form.

@@ -11,6 +11,9 @@ from torch import Tensor
 from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.storage.scratch import Scratch
 
+_COLUMNS_AT_ONCE = 256  # of a kernel, which are solved for
+_ROWS_AT_ONCE = 4096  # of the columns at landmarks, in float64
+
 
 class Solver(Protocol):
     """What solves for a number of test examples."""
@@ -32,14 +35,16 @@ class WholeKernel:
     Attributes:
         shift: a.
         factor: (n, n) float32, the lower factor.
+        kernel: (n, n) float32, U; None in what is kept, which is not asked about training examples.
     """
 
     shift: float
     factor: Tensor
+    kernel: Tensor | None
 
     @classmethod
     def of(cls, kernel: Tensor, shift: float) -> WholeKernel:
-        """Factorise a kernel (n, n), whose diagonal is changed.
+        """Factorise a kernel (n, n).
 
         Raises:
             ValueError: if it is not positive definite in float32.
@@ -48,28 +53,39 @@ class WholeKernel:
             >>> WholeKernel.of(torch.eye(2), 1.0).solved(torch.ones(2, 1)).flatten()
             tensor([0.5000, 0.5000])
         """
+        diagonal = kernel.diagonal().clone()
         kernel.diagonal().add_(shift)
         factor, info = torch.linalg.cholesky_ex(kernel)
+        kernel.diagonal().copy_(diagonal)  # what a large shift would round
         if int(info):
             raise ValueError(
                 f"The kernel of {len(kernel):,} training examples cannot be factorised in float32, a = {shift:g}. "
                 "Use a larger alpha."
             )
-        return cls(shift, factor)
+        return cls(shift, factor, kernel)
 
     @full_precision()
     def solved(self, products: Tensor) -> Tensor:
         """As :class:`Solver`."""
-        return self.shift * torch.cholesky_solve(products, self.factor)
+        return self.shift * self._by_factor(products)
 
     @full_precision()
     def on_themselves(self) -> Tensor:
-        """As :class:`Solver`: of a (I - a (U + a I)⁻¹), which is the same."""
-        return self.shift * (1 - self.shift * torch.cholesky_inverse(self.factor).diagonal())
+        """As :class:`Solver`, column by column: a (I - a (U + a I)⁻¹) is the same, but loses its digits in the 1."""
+        assert self.kernel is not None
+        starts = range(0, len(self.kernel), _COLUMNS_AT_ONCE)
+        columns = zip(starts, torch.split(self.kernel, _COLUMNS_AT_ONCE, dim=1), strict=True)
+        return self.shift * torch.cat([self._by_factor(each)[start:].diagonal().clone() for start, each in columns])
+
+    def _by_factor(self, products: Tensor) -> Tensor:
+        """(U + a I)⁻¹ products; ``torch.cholesky_solve`` would copy the factor each time."""
+        halves = torch.linalg.solve_triangular(self.factor, products, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(self.factor.mT, halves, upper=True)
+        return solved
 
     def kept(self, scratch: Scratch) -> WholeKernel:
         """As :class:`Solver`. LAPACK has columns one after the other, safetensors rows."""
-        return replace(self, factor=scratch.put_tensor(self.factor.mT).mT)
+        return replace(self, factor=scratch.put_tensor(self.factor.mT).mT, kernel=None)
 
 
 @dataclass(frozen=True)
@@ -96,7 +112,7 @@ class Landmarks:
             ValueError: if it is not positive definite, as where two landmarks are the same.
         """
         inner = shift * columns[places].double()
-        for rows in torch.split(columns, 4096):
+        for rows in torch.split(columns, _ROWS_AT_ONCE):
             inner += rows.double().T @ rows.double()
         # What float32 rounds may make it indefinite where landmarks are alike.
         inner.diagonal().add_(1e-6 * float(inner.diagonal().mean()))
@@ -113,9 +129,11 @@ class Landmarks:
     @full_precision()
     def on_themselves(self) -> Tensor:
         """As :class:`Solver`: a times the diagonal of C (a W + C' C)⁻¹ C'."""
-        halves = torch.linalg.solve_triangular(self.factor, self.columns.T.double(), upper=False)
-        diagonal: Tensor = (halves**2).sum(0).float()
-        return self.shift * diagonal
+        pieces = []
+        for rows in torch.split(self.columns, _ROWS_AT_ONCE):
+            halves = torch.linalg.solve_triangular(self.factor, rows.T.double(), upper=False)
+            pieces.append((halves**2).sum(0).float())
+        return self.shift * torch.cat(pieces)
 
     def kept(self, scratch: Scratch) -> Landmarks:
         """As :class:`Solver`."""

@@ -56,6 +56,12 @@ class PreparedTests:
         own = slice(number, None, n_parts)
         return PreparedTests(self.indices, [replace(term, factor=1.0) for term in self.terms[own]], self.gradients[own])
 
+    def counted_by(self, method: Method) -> PreparedTests:
+        """The same, where each term counts as the method that it is of says by now."""
+        factors = [summand.factor for summand in method.summands]
+        terms = [replace(term, factor=factors[number % len(factors)]) for number, term in enumerate(self.terms)]
+        return replace(self, terms=terms)
+
 
 def score(tests: PreparedTests, k: int | None, processes: Processes, device: torch.device) -> Scores:
     """Score all training examples on some test examples; every process returns the scores of all.
@@ -92,34 +98,36 @@ def score(tests: PreparedTests, k: int | None, processes: Processes, device: tor
     return Scores(totals, None, *merge_top(candidates, k))
 
 
+def lacks_scales(method: Method) -> bool:
+    """Whether it is a sum whose parts' standard deviations are yet to be measured."""
+    return isinstance(method, TracInSum) and method.scales is None
+
+
 def with_scales(
-    method: Method, tests: PreparedTests, processes: Processes, device: torch.device, *, strict: bool = True
-) -> tuple[Method, PreparedTests]:
+    method: Method, blocks: Sequence[PreparedTests], processes: Processes, device: torch.device, *, strict: bool = True
+) -> Method:
     """A sum with the standard deviations of its parts' scores on some test examples; other methods as they are.
 
     All pairs count but those with training examples that training never drew.
 
     Args:
         method: what the terms are of.
-        tests: the test examples.
+        blocks: the test examples.
         processes: those that share the shards; every one of them must call it.
         device: what multiplies.
         strict: refuse a part whose scores are all the same; else it is not divided.
-
-    Returns:
-        The method, and the test examples with its terms.
 
     Raises:
         ValueError: if the scores of a part are all the same, or overflow, or if a file of the trace is damaged.
     """
     if not isinstance(method, TracInSum) or method.scales is not None:
-        return method, tests
+        return method
     n_parts = len(method.parts)
-    spreads = [_spread(tests.of_part(number, n_parts), processes, device) for number in range(n_parts)]
-    scaled = _divided(method, spreads, strict=strict)
-    factors = [summand.factor for summand in scaled.summands]
-    terms = [replace(term, factor=factors[number % n_parts]) for number, term in enumerate(tests.terms)]
-    return scaled, replace(tests, terms=terms)
+    spreads = [
+        Spread.sum(_spread(tests.of_part(number, n_parts), processes, device) for tests in blocks)
+        for number in range(n_parts)
+    ]
+    return _divided(method, spreads, strict=strict)
 
 
 def joined_scores(blocks: Sequence[Scores]) -> Scores:

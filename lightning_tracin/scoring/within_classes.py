@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_tracin.scoring.spread import Spread
 from lightning_tracin.storage.checkpoint import Checkpoint, ever_drawn
 from lightning_tracin.storage.trace import Trace, training_labels
 
@@ -29,9 +30,9 @@ def within_classes(values: Tensor, labels: Tensor) -> Tensor:
     counts = ~values.isnan() & ~labels.isnan()
     for label in torch.unique(labels[counts]):
         own = counts & (labels == label)
-        deviations = values[own] - values[own].mean()
-        spread = deviations.square().mean().sqrt()
-        found[own] = deviations / spread if spread > 0 else torch.zeros_like(deviations)
+        spread = Spread.of(values[own]).deviation
+        deviations = values[own].double() - values[own].double().mean()
+        found[own] = (deviations / spread).to(found.dtype) if spread else 0.0
     return found
 
 

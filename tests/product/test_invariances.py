@@ -330,6 +330,15 @@ def test_storing_the_top_words_scores_like_choosing_them(toy, tmp_path):
     chosen = toy.influence(loader(test_texts()), method=TracInWE(top_words=2)).scores
     torch.testing.assert_close(fit.influence(loader(test_texts())).scores, chosen)
     assert not torch.allclose(chosen, toy.influence(loader(test_texts())).scores)
+    for options, said in (
+        ({"exclude_tokens": [1, 2]}, "leaves words out"),
+        ({"precondition": "adam"}, "preconditions"),
+    ):
+        method = TracInWE(top_words=2, **options)  # which chooses after it has done that
+        few, all_words = (each.influence(loader(test_texts()), method=method) for each in (fit, toy))
+        assert not torch.allclose(few.scores, all_words.scores)
+        assert sum("keeps the 2 words" in note and said in note for note in few.notes) == 1
+        assert not any("keeps the 2 words" in note for note in (*all_words.notes, *fit.influence(loader()).notes))
 
 
 def test_the_module_may_be_anywhere_in_training_when_it_is_asked(toy, expected):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from toy import N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts, texts
 
-from lightning_tracin import InfluenceResult, TracInLast, TracInWE
+from lightning_tracin import InfluenceResult, TracInLast, TracInSum, TracInWE
 from lightning_tracin.querying import influence as influence_module
 from lightning_tracin.storage.files import hash_of_tensors
 
@@ -61,6 +61,25 @@ def test_rows_are_those_of_each_loader_by_itself(toy, method, k):
     torch.testing.assert_close(together.predictions, torch.cat([each.predictions for each in apart]))
     if method != TracInLast():
         assert dict(together.words(N_TEST + 1, 5)) == pytest.approx(dict(apart[1].words(1, 5)), rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("block_bytes", [influence_module._BLOCK_BYTES, 1])
+def test_sums_are_divided_by_what_all_loaders_say_in_whatever_order(trace, monkeypatch, block_bytes):
+    """Of blocks of one example each, by what the first of each loader says."""
+    monkeypatch.setattr(influence_module, "_BLOCK_BYTES", block_bytes)
+    parts = TracInWE(), TracInLast()
+    first_of = {name: slice(None if block_bytes > 1 else 1) for name in NAMES}
+    apart = [[ask(trace, each, part).scores[first_of[name]] for name, each in both().items()] for part in parts]
+    deviations = [float(torch.cat(scores).double().std(correction=0)) for scores in apart]
+    for loaders in (both(), dict(reversed(both().items()))):
+        found = ask(trace, loaders, TracInSum(parts))
+        assert found.method.scales == pytest.approx(deviations, rel=1e-5)
+        each = [ask(trace, loaders, part).scores / scale for part, scale in zip(parts, deviations, strict=True)]
+        torch.testing.assert_close(found.scores, sum(each), rtol=1e-4, atol=1e-5)
+
+
+def ask(trace, loaders, method):
+    return quiet().influence(loaders, Toy(), trace=trace, method=method)
 
 
 def test_scores_are_bit_for_bit_those_of_each_loader(toy, result):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from toy import EPOCHS, N_TEST, N_TRAIN, Toy, fitted, loader, quiet, test_texts,
 
 from lightning_tracin import InfluenceResult, Trace, TracInLast, TracInLayer, TracInRidge, TracInSum, TracInWE
 from lightning_tracin.scoring import kernels as kernels_module
+from lightning_tracin.scoring import ridge_solvers as solvers_module
 from lightning_tracin.scoring.naming import described, method_from_json, method_to_json
-from lightning_tracin.scoring.ridge_solvers import WholeKernel
+from lightning_tracin.scoring.ridge_solvers import Landmarks, WholeKernel
 
 WE = TracInWE(normalize="cosine")
 HIDDEN = TracInLayer("hidden", normalize="cosine")
@@ -101,7 +103,7 @@ def test_scores_are_those_of_the_dense_solution(recorded, method):
 @pytest.mark.parametrize("size", [1, 3, 7])
 @pytest.mark.parametrize("method", METHODS, ids=range(len(METHODS)))
 def test_kernels_come_in_blocks_of_any_size(recorded, monkeypatch, method, size):
-    monkeypatch.setattr(kernels_module, "_rows_at_once", lambda terms: size)
+    monkeypatch.setattr(kernels_module, "_rows_at_once", lambda *_: size)
     assert relative_error(asked(recorded, method).scores, expected(method, recorded)[0]) < 1e-5
 
 
@@ -110,6 +112,25 @@ def test_a_large_alpha_gives_the_cosines_back(recorded):
     plain = [asked(recorded, part).scores for part in method.parts]
     ridge = asked(recorded, TracInRidge(method, alpha=1e6, residual=0)).scores
     torch.testing.assert_close(ridge, plain[0] / 4 + plain[1] * 3 / 4, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("alpha", [1 / 16, 10, 1e6])
+@pytest.mark.parametrize("landmarks", [None, 12])
+def test_leverage_keeps_its_digits_whatever_alpha(monkeypatch, alpha, landmarks):
+    monkeypatch.setattr(solvers_module, "_COLUMNS_AT_ONCE", 7)
+    monkeypatch.setattr(solvers_module, "_ROWS_AT_ONCE", 7)
+    examples = torch.nn.functional.normalize(torch.randn(40, 12, generator=torch.Generator().manual_seed(0)), dim=1)
+    examples[3] = 0  # says nothing of anything
+    kernel = examples.double() @ examples.double().T
+    shift = alpha * len(kernel)
+    expected = shift * torch.linalg.solve(kernel + shift * torch.eye(len(kernel)), kernel).diagonal()
+    if landmarks is None:
+        found = WholeKernel.of(kernel.float(), shift).on_themselves()
+        assert float(found[3]) == 0
+    else:  # as many as there are dimensions, which tell all of the kernel
+        places = torch.arange(10, 10 + landmarks)
+        found = Landmarks.of(kernel[:, places].float(), places, shift).on_themselves()
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6 if landmarks is None else 1e-4, atol=1e-7)
 
 
 def test_copies_share_what_they_say():
@@ -249,6 +270,20 @@ def test_memory_is_told_before_it_is_taken(recorded, monkeypatch, caplog):
     monkeypatch.setattr(kernels_module.Kernels, "_dual", None)
     with pytest.raises(ValueError, match=r"20 training examples with 20.*landmarks=2"):
         asked(recorded, METHODS[0])
+    monkeypatch.setattr(kernels_module, "free_memory", lambda: 150)
+    with pytest.raises(ValueError, match=r"150 bytes are free\. Ask by the method inside it"):
+        asked(recorded, METHODS[0])
+
+
+@pytest.mark.parametrize(("n_train", "free"), [(20_000, 2_400_000_000), (4000, 50_000_000), (20, 800)])
+def test_as_many_landmarks_as_are_advised_fit(monkeypatch, n_train, free):
+    monkeypatch.setattr(kernels_module, "free_memory", lambda: free)
+    with pytest.raises(ValueError, match="landmarks=") as refused:
+        kernels_module.require_memory(TracInRidge(WE), n_train)
+    advised = int(re.search(r"landmarks=(\d+)", str(refused.value))[1])
+    kernels_module.require_memory(TracInRidge(WE, landmarks=advised), n_train)
+    with pytest.raises(ValueError, match="landmarks="):
+        kernels_module.require_memory(TracInRidge(WE, landmarks=advised + advised // 5 + 2), n_train)
 
 
 def test_how_checkpoints_count_is_that_of_the_method(recorded):

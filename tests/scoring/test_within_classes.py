@@ -40,6 +40,15 @@ def test_without_a_value_or_a_label_or_others():
     assert within_classes(values, labels).nan_to_num(-9).tolist() == [0, -9, 0, 0, -9]
 
 
+@pytest.mark.parametrize("size", [1e-24, 1.0, 1e20])
+def test_values_of_any_size_and_none_among_copies(size):
+    """Squares of what a sure model gives, 1e-24, are 0 in float32; the mean of copies is not their value."""
+    values, labels = torch.tensor([5.5, 7.4, 7.7, 4.7, 3.8, 0.1, 0.1, 0.1]) * size, torch.tensor([0.0] * 5 + [1.0] * 3)
+    found = within_classes(values, labels)
+    np.testing.assert_allclose(found[:5].numpy(), expected(values[:5].double().numpy(), labels[:5].numpy()), rtol=1e-5)
+    assert found[5:].tolist() == [0, 0, 0]
+
+
 def test_without_labels_there_are_no_classes(tmp_path):
     class Unlabelled(Toy):
         def influence_labels(self, batch):
