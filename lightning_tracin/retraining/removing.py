@@ -101,6 +101,8 @@ def does_it_matter(
             for name, chosen in removals.chosen.items()
         }
         wanted = [*base, *(each for of_name in asked.values() for of_test in of_name for each in of_test if each)]
+        if result.target != "label":
+            quantity_of(result, runs.run_each(wanted[:1]))  # refused after one fit, not after all
         found = dict(zip((each.key for each in wanted), runs.run_each(wanted), strict=True))
     notes = [*removals.notes, *notes_of_seeds([found[each.key] for each in base])]
     return _effect(result, rows, k, found, (base, asked), notes)

@@ -372,7 +372,8 @@ def test_where_no_class_is_said_the_loss_is_measured(tmp_path):
     assert "Mean change of the target's loss" in effect.summary()
     other = trainer.influence(planted.test_loader(), target="prediction")
     with pytest.raises(ValueError, match="these modules say no class"):
-        does_it_matter(other, build_value, planted.test_loader(), 2, 2, folder=tmp_path, against=[])
+        does_it_matter(other, build_value, planted.test_loader(), 2, 2, folder=tmp_path / "other", against=[])
+    assert len([*(tmp_path / "other").glob("*.safetensors")]) == 1  # after one fit, not after ten
 
 
 class Hinge(Value):
