@@ -216,7 +216,9 @@ def result_of(blocks: Sequence[Queries], gradients: Sequence[list[WordGradients]
         strongest_opponents=scores.opponents,
         totals=scores.totals,
         undrawn=undrawn(first.checkpoints),
-        common_tokens=first.texts.ids[:0] if word_part(first.method) is None else common_tokens(first.trace),
+        common_tokens=first.texts.ids[:0]
+        if word_part(first.method) is None
+        else common_tokens(first.trace, first.checkpoints),
         target=str(first.target),
         target_names=[name for block in blocks for name in block.target_names],
         target_classes=first.target_classes,

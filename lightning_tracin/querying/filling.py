@@ -86,14 +86,16 @@ def ready_checkpoints(
     return checkpoints
 
 
-def looked_up(query: Query) -> Query:
+def looked_up(query: Query, checkpoints: Sequence[Checkpoint]) -> Query:
     """The same question, with the ids of the tokens that its method leaves out by name.
 
-    It comes after :func:`ready_checkpoints`, when the texts of the training examples are stored.
+    Args:
+        query: what is asked.
+        checkpoints: of :func:`ready_checkpoints`, after which the texts of the training examples are stored.
     """
     with query.processes.synchronized():
         tokenizer = None if query.module is None else tokenizer_of(query.module)
-        return replace(query, method=with_ids_of(query.method, query.trace, tokenizer))
+        return replace(query, method=with_ids_of(query.method, query.trace, checkpoints, tokenizer))
 
 
 def _check_layers(trace: Trace, module: pl.LightningModule) -> None:

@@ -134,7 +134,7 @@ def influence(
         owners: list[int] = []  # of each test example, the number of its loader
         with weights_kept(module):
             ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
-            query = looked_up(query)
+            query = looked_up(query, ready)
             loaders = _blocks(query, ready, asked)
             device = trainer.strategy.root_device
             kernels = kernels_of(query.method, processes, device, keep=len(loaders) > 1)

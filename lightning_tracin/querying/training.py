@@ -74,4 +74,4 @@ def ready_training(trainer: pl.Trainer, method: Method, training: Training) -> t
     query = Query(trainer, module, opened, method, hooks, processes, training.checkpoints)
     with weights_kept(module) if module is not None else nullcontext():
         ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
-    return looked_up(query), ready
+    return looked_up(query, ready), ready

@@ -129,7 +129,7 @@ class ValidationLog:
         """
         module = self._gradients.module
         asked = self._plan.method or method_at(self._trace.sites[0])
-        test = Queries(module, with_ids_of(asked, self._trace, tokenizer_of(module)), self._trace)
+        test = Queries(module, with_ids_of(asked, self._trace, checkpoints, tokenizer_of(module)), self._trace)
         gradients = self._gradients.at(sites_of(asked, self._trace.sites), test.probe)
         with weights_kept(module):
             for checkpoint in checkpoints:

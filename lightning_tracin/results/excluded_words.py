@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -11,31 +11,33 @@ from lightning_tracin.results.words import is_special, marks_of, word_of_token
 from lightning_tracin.scoring.excluded_tokens import COMMON, SPECIAL, ExcludedTokens
 from lightning_tracin.scoring.methods import Method, TracInSum, TracInWE
 from lightning_tracin.scoring.ridge import TracInRidge
+from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.common_tokens import common_tokens
 from lightning_tracin.storage.trace import Trace
 
 
-def with_ids_of(method: Method, trace: Trace, tokenizer: Any = None) -> Method:
+def with_ids_of(method: Method, trace: Trace, checkpoints: Sequence[Checkpoint], tokenizer: Any = None) -> Method:
     """The same method, with the token ids that its ``exclude_tokens`` stand for in a trace whose texts are stored.
 
     Args:
         method: may name tokens by word, "special" or "common"; then ids of an earlier lookup do not count.
         trace: has the vocabulary and the texts.
+        checkpoints: those that count.
         tokenizer: of the module, if it has one: tells its special tokens, and the pieces of a word.
 
     Raises:
         ValueError: if the vocabulary has no words, or not one that is named.
     """
     if isinstance(method, TracInRidge):
-        return replace(method, method=with_ids_of(method.method, trace, tokenizer))  # type: ignore[arg-type]
+        return replace(method, method=with_ids_of(method.method, trace, checkpoints, tokenizer))  # type: ignore[arg-type]
     if isinstance(method, TracInSum):
-        return replace(method, parts=[with_ids_of(part, trace, tokenizer) for part in method.parts])  # type: ignore[misc]
+        return replace(method, parts=[with_ids_of(part, trace, checkpoints, tokenizer) for part in method.parts])  # type: ignore[misc]
     if not isinstance(method, TracInWE) or not method.excluded.words:
         return method
     named = set(method.excluded.words)
     ids: set[int] = set()
     if COMMON in named:
-        ids.update(common_tokens(trace).tolist())
+        ids.update(common_tokens(trace, checkpoints).tolist())
     if named != {COMMON}:
         vocabulary = _words_of(trace, method)
         if SPECIAL in named:

@@ -73,7 +73,7 @@ class PortableResult(ExplainedResult):
             evidence = Evidence.require(self)
             by = chosen or review_method(evidence.checkpoints, self.method)
             require_not_constant(by)
-            by = with_ids_of(by, evidence.trace, self.tokenizer)
+            by = with_ids_of(by, evidence.trace, evidence.checkpoints, self.tokenizer)
             review = reviewed_labels(evidence.trace, evidence.checkpoints, by)
         return label_issues_of(review, by, self._reader, partial(self._examples_in, evidence), n)
 
