@@ -192,4 +192,4 @@ def local_path(value: str | Path, what: str) -> Path:
             f"A trace is a folder of a file system, but the {what} is {str(value)!r}. Pass a local folder as dirpath "
             "of TracInCallback, and copy it when the fit is over."
         )
-    return Path(value)
+    return Path(value).expanduser()

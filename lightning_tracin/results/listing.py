@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from lightning_tracin.gradients.texts import NO_LABEL
 from lightning_tracin.report.explanation import Example
 from lightning_tracin.storage.trace import Trace
 
@@ -41,6 +42,8 @@ class Pushing(Protocol):
 class TextKeys:
     """What training examples say, as keys that are equal where token ids and label are, read when they are asked for.
 
+    An example whose label is not known, as it is not one number (soft labels, several values), is like no other.
+
     Args:
         texts: the trace that has them, or the examples that a saved result holds; any other counts as different from
             all.
@@ -57,8 +60,9 @@ class TextKeys:
             texts = self._texts.texts(missing)
             said = zip(missing, texts.ids_by_example(), texts.marks_by_example(), strict=True)
             for place, (index, ids, marks) in enumerate(said):
-                label = texts.label_of(place), texts.label_set_of(place), *marks
-                self._keys[index] = (*ids, label) if ids else index
+                labels = (texts.label_of(place), texts.label_set_of(place))
+                is_told = labels != (None, None) or set(marks) > {NO_LABEL}
+                self._keys[index] = (*ids, (*labels, *marks)) if ids and is_told else index
         elif missing and not isinstance(self._texts, Trace):
             self._keys.update((index, _key_of(self._texts.get(index), index)) for index in missing)
         return self._keys
@@ -66,7 +70,7 @@ class TextKeys:
 
 def _key_of(example: Example | None, index: int) -> Hashable:
     """What an example says, as a key; where that is not known, its index."""
-    if example is None or not example.ids:
+    if example is None or not example.ids or (example.label is None and not example.marks):
         return index
     of_words = ((word.tag, word.is_prompt) for word in example.words)  # all that files of earlier versions tell
     return *example.ids, example.label, *example.marks, *of_words

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from lightning_tracin.checked_numbers import whole_number, whole_number_or_none
 from lightning_tracin.report.explanation import Example
 from lightning_tracin.report.label_issues import LabelIssues
@@ -45,11 +47,21 @@ class PortableResult(ExplainedResult):
 
         Raises:
             ValueError: if k is negative.
+
+        Warns:
+            UserWarning: the trace is not at hand, so that the file has no texts, labels and words.
         """
         k = whole_number("k", k, at_least=0)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return replace(self, excerpt=self._excerpted(k) if k else None).write(path)
+        excerpt = self._excerpted(k) if k else None
+        if k and excerpt is None:
+            rank_zero_warn(
+                f"{path} holds scores alone: the trace that they were computed from"
+                f"{'' if self.trace is None else f', {self.trace.path},'} is not at hand, so that texts, labels and "
+                "words of training examples are missing. Load the result where its trace is."
+            )
+        return replace(self, excerpt=excerpt).write(path)
 
     def label_issues(self, method: str | Method | None = None, *, n: int | None = None) -> LabelIssues:
         """Training examples whose labels may be wrong, by self-influence; see :func:`lightning_tracin.label_issues`.

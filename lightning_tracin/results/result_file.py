@@ -23,6 +23,7 @@ from lightning_tracin.storage.files import (
     object_from_json,
     open_tensors,
     require_small,
+    size_of,
     status_of,
 )
 from lightning_tracin.storage.layouts import (
@@ -44,6 +45,9 @@ HEADER, FILE_CHECKSUM = "lightning_tracin.result", "lightning_tracin.checksum"
 WORD_TENSORS = ("examples", "tokens", "norms", "directions")
 
 _MOST_ID = 2**31 - 1
+
+# A file of so many bytes is read into memory: of a larger one, which is mapped, what somebody writes into it is read.
+_MOST_IN_MEMORY = 2**30
 
 
 class ResultHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -120,6 +124,8 @@ def read_result(path: Path) -> tuple[ResultHeader, Method, dict[str, Tensor]]:
         tensors, metadata = open_tensors(path)
     except ValueError as error:
         raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error.__cause__}. {REPAIR}") from error
+    if size_of(path) <= _MOST_IN_MEMORY:
+        tensors = {name: each.clone() for name, each in tensors.items()}
     if HEADER not in metadata:
         raise ValueError(f"{path} holds no InfluenceResult, or is damaged: its metadata has no {HEADER}. {REPAIR}")
     text, written = metadata[HEADER], metadata.get(FILE_CHECKSUM)

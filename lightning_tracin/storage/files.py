@@ -40,6 +40,12 @@ _REPAIR = (
     "influence with the training set at hand computes them again."
 )
 
+_SMALLER = {
+    "checkpoint.json": "It has each step since the checkpoint before, and each layer that did not move in it: take "
+    "checkpoints more often (every_n_train_steps of TracInCallback), or record fewer layers.",
+    "vocabulary.json": "Let influence_words name fewer tokens.",
+}  # what to do where a file has become too large
+
 # Parsed, JSON takes some 100 bytes for each value, and 400 for each key: with these limits, less than a gigabyte. They
 # allow for a million words, and for half a million steps between two checkpoints.
 _JSON_BYTES, _JSON_VALUES, _VALUES_OF_KEY = 64 * 2**20, 4_000_000, 3
@@ -167,12 +173,21 @@ def require_within(path: Path, folder: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[Any, Any]) -> None:
-    """Write an object to a JSON file atomically, with the checksum of its content as its last key."""
+    """Write an object to a JSON file atomically, with the checksum of its content as its last key.
+
+    Raises:
+        ValueError: if it is too large to be read again.
+    """
     plain = json.loads(json.dumps(content))  # as it will be read: keys are strings, tuples are lists
     plain.pop(CHECKSUM, None)  # of what it was read from
     plain[CHECKSUM] = _hash_of_json(plain)
+    text = json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
+    try:
+        require_small(text.encode())
+    except ValueError as error:
+        raise ValueError(f"{path} was not written: {error}. {_SMALLER.get(path.name, '')}".strip()) from error
     with atomic_file(path) as partial:
-        partial.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path, *, within: Path | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -243,12 +243,14 @@ class Trace:
                 break
         return Texts.cat(blocks).arranged(torch.cat([missing[:0], *places]), len(examples))
 
-    @cached_property
+    @property
     def vocabulary(self) -> dict[int, str]:
         """The words of the token ids that occur in the training set."""
         path = self.path / "vocabulary.json"
-        stored = schemas.read(path, VocabularyFile, within=self.path).words if path.exists() else {}
-        return {int(token): word for token, word in stored.items()}
+        if not path.exists():
+            return {}
+        status = path.stat()
+        return _vocabulary(path, self.path, status.st_mtime_ns, status.st_ino, status.st_size)
 
     def add_words(self, words: Mapping[int, str], processes: Processes = ALONE) -> None:
         """Add the words of token ids, from every process, to the vocabulary; every process must call it."""
@@ -258,7 +260,6 @@ class Trace:
         if processes.first:
             named = {str(token): storable(str(word)) for token, word in vocabulary.items()}
             schemas.write(self.path / "vocabulary.json", VocabularyFile(words=named))
-        self.__dict__.pop("vocabulary", None)
 
     def read_checkpoint(self, file: Path) -> Checkpoint:
         """The checkpoint that a ``checkpoint.json`` describes.
@@ -414,7 +415,13 @@ def _folder(path: Any) -> Path:
             f"A trace is a folder, but {os.fspath(path)} is a file. Pass the folder that TracInCallback wrote. "
             f"{of_checkpoints}"
         )
-    return Path(path)
+    return Path(path).expanduser().absolute()  # the working folder may be another one tomorrow, or in the next cell
+
+
+@lru_cache(maxsize=8)
+def _vocabulary(path: Path, folder: Path, *_: int) -> dict[int, str]:
+    """The words in a file, read once for each of its versions: another process may add to it at any time."""
+    return {int(token): word for token, word in schemas.read(path, VocabularyFile, within=folder).words.items()}
 
 
 def training_labels(trace: Trace) -> Tensor:
