@@ -25,8 +25,8 @@ from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.first_batch import FirstBatch, look_at_first_batch, stored_sites
 from lightning_tracin.recording.loggers import logger_folder
 from lightning_tracin.recording.new_labels import NewLabels
+from lightning_tracin.recording.optimizer_steps import OptimizerSteps
 from lightning_tracin.recording.plan import RecordingPlan, local_path
-from lightning_tracin.recording.raw_steps import RawSteps
 from lightning_tracin.recording.recorder import Recorder
 from lightning_tracin.recording.space import require_space
 from lightning_tracin.recording.training_cache import TrainingCache
@@ -115,7 +115,7 @@ def begin(
         first.gradients,
         trainer.train_dataloader,
         steps=steps,
-        raw=RawSteps(trainer, n_raw),
+        made=OptimizerSteps(trainer, n_raw),
         drawn=DrawnExamples(fit.trace.n_train, processes, resumed if steps else None),
         labels=NewLabels(module, first.batch),
         training=training,

@@ -274,8 +274,8 @@ class TracInCallback(DualCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Note the learning rates of this step: the last hook before a scheduler changes them."""
-        self._record(trainer, lambda recorder: recorder.note_step(trainer, optimizer))
+        """Learn that Lightning is about to make a step, and to count it; its rates are noted when it is made."""
+        self._record(trainer, lambda recorder: recorder.begin_step(trainer, optimizer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

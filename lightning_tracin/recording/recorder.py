@@ -26,8 +26,8 @@ from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.new_labels import NewLabels
+from lightning_tracin.recording.optimizer_steps import OptimizerSteps
 from lightning_tracin.recording.plan import RecordingPlan
-from lightning_tracin.recording.raw_steps import RawSteps
 from lightning_tracin.recording.sampled_indices import SampledLoader
 from lightning_tracin.recording.training_cache import TrainingCache
 from lightning_tracin.recording.training_form import check_training, divisor_of, warn_of_another_loss
@@ -49,7 +49,7 @@ class Recorder:
         gradients: takes those of the module in training.
         loader: the training loader that was looked at.
         steps: optimizer steps since the last checkpoint, of a fit that is resumed.
-        raw: the steps that Lightning does not count.
+        made: notices the steps of the optimizers.
         drawn: the examples that were trained on since the last checkpoint.
         labels: those that have been looked at.
         training: collects what training computes, if that is to be stored.
@@ -64,7 +64,7 @@ class Recorder:
         loader: Any,
         *,
         steps: list[Step],
-        raw: RawSteps,
+        made: OptimizerSteps,
         drawn: DrawnExamples,
         labels: NewLabels,
         training: TrainingCache | None = None,
@@ -79,7 +79,8 @@ class Recorder:
         self.gradients = gradients
         self._site_layers = sites_on_module(gradients.module, fit.trace.sites)
         self._loader = loader
-        self._raw = raw
+        self._made = made
+        self._without_gradient: list[str] | None = None
         self._drawn = drawn
         self._due = due
         self._killed = due is not None
@@ -90,7 +91,7 @@ class Recorder:
         self._failure: Exception | None = None
         recorded = fit.trace.checkpoints
         self._previous = recorded[-1].id if recorded else None
-        raw.watch(self._note_step)
+        made.watch(self._step_made)
 
     def check_loader(self, trainer: pl.Trainer) -> None:
         """Check that a loader made anew (``reload_dataloaders_every_n_epochs``) is of the same training set.
@@ -140,25 +141,40 @@ class Recorder:
 
     def steps_done(self, trainer: pl.Trainer) -> int:
         """The optimizer steps of the fit, those included that Lightning does not count."""
-        return trainer.global_step + self._raw.n_steps
+        return trainer.global_step + self._made.n_uncounted
 
-    def note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
-        """Note the learning rates of an optimizer step that Lightning is about to make."""
+    def begin_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Lightning is about to make an optimizer step, whose rates later hooks may still change."""
         if learns_nothing(trainer):
             return
-        self._raw.told_of(optimizer)
-        self._note_step(trainer, optimizer)
+        optimizer = _unwrapped(optimizer)
+        self._without_gradient = self._unmoved_by(optimizer)
+        if not self._made.announce(optimizer):
+            self._note_step(trainer, optimizer)
+
+    def _step_made(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Note a step that was made; what fails is told after the batch, not in the middle of a step."""
+        try:
+            self._note_step(trainer, optimizer)
+        except Exception as error:
+            self._failure = self._failure or error
 
     def _note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
-        number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is _unwrapped(optimizer)), 0)
+        """Note the learning rates of an optimizer step, and the sites that it left where they are."""
+        number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is optimizer), 0)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        step = (self.steps_done(trainer), number, rates, self._unmoved_by(optimizer))
-        if self.steps and self.steps[-1][:2] == step[:2]:  # L-BFGS asks for gradients several times in a step
+        before, self._without_gradient = self._without_gradient, None
+        if before is None or any(each.grad is not None for group in optimizer.param_groups for each in group["params"]):
+            unmoved = self._unmoved_by(optimizer)
+        else:
+            unmoved = before  # it has cleared all gradients itself, so that they tell nothing any more
+        step = (self.steps_done(trainer), number, rates, unmoved)
+        if self.steps and self.steps[-1][:2] == step[:2]:  # of several for which Lightning counts one, the last
             self.steps.pop()
         self.steps.append(step)
 
     def _unmoved_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        """The keys of the sites whose weights an optimizer has, but is about to leave where they are.
+        """The keys of the sites whose weights an optimizer has, but leaves where they are.
 
         Under FSDP a process may have no part of a weight, and so no gradient: nothing is concluded there.
         """
@@ -177,6 +193,7 @@ class Recorder:
     def end_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
         """Keep a training batch's gradients, and note whether a checkpoint is due by ``every_n_train_steps``."""
         with self._held_back(trainer):
+            self._raise_failure()
             if batch is None and sampled is not None:  # skipped: Lightning has not called on_train_batch_start
                 sampled.next_batch()
             elif self._learned:
@@ -229,7 +246,13 @@ class Recorder:
         self.log_validations(trainer)
         if self.validations is not None:
             self.validations.log_page(trainer)
-        if not self.fit.trace.checkpoints and not self.steps:
+        if not self.fit.trace.checkpoints and not self.steps and self._made.announced:
+            rank_zero_warn(
+                "No optimizer step of this fit was made, so there is no checkpoint and nothing to compute influence "
+                "from. The loss scale of fp16 skips steps whose gradients are not finite: look at the loss, or train "
+                'in precision="bf16-mixed".'
+            )
+        elif not self.fit.trace.checkpoints and not self.steps:
             rank_zero_warn(
                 "TracInCallback saw no optimizer step in this fit, so there is no checkpoint and nothing to compute "
                 "influence from. Step the optimizers that configure_optimizers returned, by self.optimizers()."
@@ -242,13 +265,13 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """What a fit that is resumed here needs to know."""
-        return {"steps": self.steps, "raw_steps": self._raw.n_steps, "due": self._due, **self._drawn.state()}
+        return {"steps": self.steps, "raw_steps": self._made.n_uncounted, "due": self._due, **self._drawn.state()}
 
     def close(self) -> None:
         """Leave the module as it was."""
         if self.training is not None:
             self.training.close()
-        self._raw.close()
+        self._made.close()
 
     @contextmanager
     def _held_back(self, trainer: pl.Trainer) -> Iterator[None]:
