@@ -33,7 +33,7 @@ from lightning_tracin.recording.training_cache import TrainingCache
 from lightning_tracin.recording.training_form import TrainingForm, check_training
 from lightning_tracin.recording.validation_log import ValidationLog
 from lightning_tracin.storage.known_texts import KnownTexts
-from lightning_tracin.storage.layouts import model_fingerprint
+from lightning_tracin.storage.layouts import model_fingerprint, shapes_of
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import has_trace, require_free, require_own
 from lightning_tracin.storage.sampled_moments import require_readable_apart
@@ -113,6 +113,7 @@ def begin(
         fit,
         plan,
         first.gradients,
+        shapes_of(begun.state),
         trainer.train_dataloader,
         steps=steps,
         made=OptimizerSteps(trainer, n_raw),

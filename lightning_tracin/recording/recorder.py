@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
@@ -47,6 +47,7 @@ class Recorder:
         fit: the trace, and the training set that it is of.
         plan: what is asked for.
         gradients: takes those of the module in training.
+        shapes: those of the module's state dict, by name.
         loader: the training loader that was looked at.
         steps: optimizer steps since the last checkpoint, of a fit that is resumed.
         made: notices the steps of the optimizers.
@@ -61,6 +62,7 @@ class Recorder:
         fit: RecordedFit,
         plan: RecordingPlan,
         gradients: ModuleGradients,
+        shapes: Mapping[str, tuple[int, ...]],
         loader: Any,
         *,
         steps: list[Step],
@@ -78,6 +80,7 @@ class Recorder:
         self._plan = plan
         self.gradients = gradients
         self._site_layers = sites_on_module(gradients.module, fit.trace.sites)
+        self._shapes = shapes
         self._loader = loader
         self._made = made
         self._without_gradient: list[str] | None = None
@@ -324,6 +327,7 @@ class Recorder:
             steps=self.steps,
             drawn=drawn,
             keep_weights=self._plan.keep_weights,
+            shapes=self._shapes,
             processes=processes,
         ) as checkpoint:
             if by_pass:
