@@ -83,8 +83,9 @@ class TracInCallback(DualCallback):
             their tokens; or a dict of the texts of "train" and, where there is one validation loader, of "val".
         on_error: what happens when recording fails in the middle of a fit (a full disk, a folder that is gone). "warn"
             says what, why and what is kept, ends the recording, and lets the fit go on as it would without the
-            callback; a single example without a finite gradient counts zero there, is named, and ends nothing. "raise"
-            ends the fit. What is refused before the first step is an error in either case.
+            callback. What goes wrong with ``log_examples`` ends the log alone. A single example without a finite
+            gradient counts zero there, is named, and ends nothing. "raise" ends the fit. What is refused before the
+            first step is an error in either case.
         overwrite: whether a trace that is already in ``dirpath`` may be replaced.
         keep_weights: False stores no weights, only gradients: ``trainer.self_influence`` (label errors) then works as
             ever, but ``trainer.influence``, which takes the gradients of test examples at each checkpoint's weights, is
@@ -356,14 +357,22 @@ class TracInCallback(DualCallback):
         step = self._recorder.steps_done(trainer)
         why = f"{type(error).__name__}: {error}".rstrip(".") + "."
         self._stopped = (
-            f"TracInCallback stopped recording at step {step}, because of {why} What was stored up to "
-            f"the last checkpoint in {self.trace.path} is complete, and can be asked; what comes later will be missing "
-            "from the scores."
+            f"TracInCallback stopped recording at step {step}, because of {why} {self._what_is_kept(self.trace)}"
         )
         with suppress(OSError, ValueError):  # The folder may be gone, or the disk full.
             self.trace.mark_incomplete(step, why)
         rank_zero_warn(f'{self._stopped} Training goes on. With on_error="raise" it would end here.')
         self._close(trainer)
+
+    @staticmethod
+    def _what_is_kept(trace: Trace) -> str:
+        """What can be asked when the recording has ended before the fit."""
+        if not trace.checkpoint_folders:
+            return f"There is no checkpoint in {trace.path} yet, so that there is nothing to ask."
+        return (
+            f"What was stored up to the last checkpoint in {trace.path} is complete, and can be asked; what comes "
+            "later will be missing from the scores."
+        )
 
     def _close(self, trainer: pl.Trainer) -> None:
         with self._writing:  # let go last

@@ -92,6 +92,7 @@ class Recorder:
         self._learned = False
         self._without_loss = False
         self._failure: Exception | None = None
+        self._log_failure: Exception | None = None
         recorded = fit.trace.checkpoints
         self._previous = recorded[-1].id if recorded else None
         made.watch(self._step_made)
@@ -221,34 +222,38 @@ class Recorder:
 
     def begin_validation(self, trainer: pl.Trainer) -> None:
         """Begin to choose examples of a validation."""
-        if self.validations is not None:
-            self.validations.begin(trainer)
+        if self.validations is not None and self._log_failure is None:
+            with self._logging(trainer, together=False):
+                self.validations.begin(trainer)
 
     def see_validation_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, dataloader_idx: int
     ) -> None:
         """Look at a validation batch."""
-        if self.validations is not None:
-            with self._held_back(trainer), inside_fit(trainer, module), torch.no_grad():
+        if self.validations is not None and self._log_failure is None:
+            with self._logging(trainer, together=False), inside_fit(trainer, module), torch.no_grad():
                 self.validations.see(batch, dataloader_idx)
 
     def end_validation(self, trainer: pl.Trainer) -> None:
         """Choose among the examples that all processes have seen."""
         if self.validations is not None:
-            with processes_of(trainer).synchronized():
-                self._raise_failure()
+            with self._logging(trainer, together=True), processes_of(trainer).synchronized():
+                if self._log_failure is not None:
+                    raise self._log_failure
                 self.validations.end(trainer)
 
     def log_validations(self, trainer: pl.Trainer) -> None:
         """Log the validations that are due: at the weights of each checkpoint in turn, training's own put back."""
         if self.validations is not None:
-            self.validations.log(trainer)
+            with self._logging(trainer, together=True):
+                self.validations.log(trainer)
 
     def end(self, trainer: pl.Trainer) -> None:
         """Log the last validation, and say so if the fit was too short for a checkpoint."""
         self.log_validations(trainer)
         if self.validations is not None:
-            self.validations.log_page(trainer)
+            with self._logging(trainer, together=True):
+                self.validations.log_page(trainer)
         if not self.fit.trace.checkpoints and not self.steps and self._made.announced:
             rank_zero_warn(
                 "No optimizer step of this fit was made, so there is no checkpoint and nothing to compute influence "
@@ -275,6 +280,29 @@ class Recorder:
         if self.training is not None:
             self.training.close()
         self._made.close()
+
+    @contextmanager
+    def _logging(self, trainer: pl.Trainer, *, together: bool) -> Iterator[None]:
+        """Let a fault of the log, which is an extra, end the log alone.
+
+        Args:
+            trainer: whose fit it is.
+            together: whether all processes come to the fault at once; else it waits until they do.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not together and trainer.world_size > 1:
+                self._log_failure = error
+                return
+            if self._plan.on_error == "raise":
+                raise
+            self.validations = None
+            why = f"{type(error).__name__}: {error}".rstrip(".")
+            rank_zero_warn(
+                f"log_examples stopped at step {self.steps_done(trainer)}, because of {why}. No further validation of "
+                'this fit is logged; recording and training go on. With on_error="raise" the fit would end here.'
+            )
 
     @contextmanager
     def _held_back(self, trainer: pl.Trainer) -> Iterator[None]:

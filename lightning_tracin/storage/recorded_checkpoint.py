@@ -113,7 +113,8 @@ def _require_shapes(state: Mapping[str, Any], begun_with: Mapping[str, tuple[int
     changed = sorted(name for name in now.keys() | begun_with.keys() if now.get(name) != begun_with.get(name))
     if not changed:
         return
-    listed = "; ".join(f"{name}: {_told(begun_with.get(name))} then, {_told(now.get(name))} now" for name in changed[:3])
+    both = [(name, _told(begun_with.get(name)), _told(now.get(name))) for name in changed[:3]]
+    listed = "; ".join(f"{name}: {before} then, {after} now" for name, before, after in both)
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     raise ValueError(
         "The module's state dict has changed since the fit began, but a trace holds the same tensors at each "

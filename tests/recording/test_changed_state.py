@@ -43,9 +43,7 @@ def seeded(build):
         (Late, r"\(center: none then, shape \(8,\) now\).*persistent=False"),
     ],
 )
-def test_a_state_dict_that_changes_ends_the_recording_by_name_and_what_was_stored_serves(
-    tmp_path, build, changed
-):
+def test_a_state_dict_that_changes_ends_the_recording_by_name_and_what_was_stored_serves(tmp_path, build, changed):
     one = fitted(tmp_path / "one", seeded(Toy), loader(), trainer={"max_epochs": 1})
     expected = one.influence(loader(test_texts()))
     with pytest.warns(UserWarning, match=f"stopped recording at step {2 * STEPS_PER_EPOCH}.*{changed}"):

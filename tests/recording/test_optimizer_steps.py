@@ -120,7 +120,8 @@ def test_a_step_that_the_loss_scale_skips_counts_at_no_rate(tmp_path, fused):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
         def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) * (torch.inf if self.training and self.global_step in (0, 3) else 1.0)
+            overflows = self.training and self.global_step in (0, 3)
+            return super().training_step(batch, batch_idx) * (torch.inf if overflows else 1.0)
 
         def optimizer_step(self, *arguments, **options):
             before = self.head.weight.detach().clone()
