@@ -211,6 +211,12 @@ class TracInCallback(DualCallback):
                 'A trainer can have one TracInCallback with cache="training", but got several. Use one with all of the '
                 'methods, or cache="checkpoint" for the others.'
             )
+        if sum(bool(each.plan.log_examples) for each in callbacks) > 1:
+            raise ValueError(
+                "A trainer can have one TracInCallback with log_examples, but got several: their tables and curves have "
+                "the same names, and one's page would replace the other's. Use log_examples=0 for the others, or one "
+                "callback with all of the methods, and log_method to choose among them."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to go on with the same trace."""
@@ -368,7 +374,7 @@ class TracInCallback(DualCallback):
     def _what_is_kept(trace: Trace) -> str:
         """What can be asked when the recording has ended before the fit."""
         if not trace.checkpoint_folders:
-            return f"There is no checkpoint in {trace.path} yet, so that there is nothing to ask."
+            return f"The trace in {trace.path} has no checkpoint, so that there is nothing to ask."
         return (
             f"What was stored up to the last checkpoint in {trace.path} is complete, and can be asked; what comes "
             "later will be missing from the scores."

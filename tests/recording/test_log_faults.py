@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 from toy import EPOCHS, STEPS_PER_EPOCH, loader, quiet, test_texts, texts
 
-from lightning_tracin import Trace, influence
+from lightning_tracin import Trace, TracInCallback, influence
 
 
 class Away(CSVLogger):
@@ -92,9 +92,17 @@ def test_validation_examples_without_a_finite_gradient_are_left_out(tmp_path, lo
 
 def test_a_recording_that_ends_before_the_first_checkpoint_says_that_there_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_tracin.recording.recorder.Recorder.end_backward", _fail)
-    with pytest.warns(UserWarning, match="stopped recording at step 0.*There is no checkpoint .* nothing to ask"):
+    with pytest.warns(UserWarning, match="stopped recording at step 0.*has no checkpoint, so that there is nothing to ask"):
         fit(tmp_path, on_error="warn", log_examples=0)
 
 
 def _fail(recorder, trainer):
     raise OSError("disk gone")
+
+
+def test_two_callbacks_that_log_are_refused(tmp_path):
+    """Their tables, curves and pages would have the same names."""
+    others = [TracInCallback(tmp_path / name, log_examples=1) for name in ("a", "b")]
+    with pytest.raises(ValueError, match="can have one TracInCallback with log_examples, but got several"):
+        quiet(callbacks=others).fit(Validated(), loader(), loader(test_texts()))
+    assert not (tmp_path / "a").exists()
