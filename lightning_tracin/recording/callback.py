@@ -164,6 +164,7 @@ class TracInCallback(DualCallback):
         self._fitting = False
         self._behind: BehindModelCheckpoint | None = None
         self._resumed: dict[str, Any] = {}
+        self._loaded = False
         self._fit: tuple[Any, Any] | None = None  # weak references to the trainer and the module
         self._left: tuple[Any, dict[str, Any]] | None = None  # of a fit that is over, these and its state
         self._stopped: str | None = None
@@ -189,7 +190,7 @@ class TracInCallback(DualCallback):
             self._check_plan(trainer)
             if trainer.checkpoint_callback is not None:
                 self._behind = BehindModelCheckpoint(trainer, self._take_due)
-            self._resumed, self._stopped = {}, None
+            self._resumed, self._loaded, self._stopped = {}, False, None
             self._sampled = SampledLoader(trainer, needed=self.plan.cache == "training")
 
     def _check_plan(self, trainer: pl.Trainer) -> None:
@@ -243,6 +244,7 @@ class TracInCallback(DualCallback):
 
         What stands under this callback's own key comes later, and counts.
         """
+        self._loaded = self._fitting
         states = checkpoint.get("callbacks", {})
         taken = {each.state_key for each in trainer.callbacks}  # type: ignore[attr-defined]
         begun = f"{type(self).__qualname__}(dirpath="
@@ -258,8 +260,10 @@ class TracInCallback(DualCallback):
         left = self._state_left()
         again = trainer.global_step + left.get("raw_steps", 0) > 0
         resumed = left if again and not self._resumed else self._resumed
+        # Steps of the trainer that this callback did not see, unless they were those of another module.
+        unseen = not resumed and trainer.global_step > 0 and (self._loaded or self._left is None)
         with unmoved(trainer.train_dataloader):
-            self._recorder = begin(trainer, pl_module, self.plan, resumed, self._writing)
+            self._recorder = begin(trainer, pl_module, self.plan, resumed, self._writing, unseen=unseen)
         self.recorded_fit = self._recorder.fit
         self._take_due(trainer)  # what a fit that was killed has still to take
 
