@@ -214,9 +214,9 @@ class TracInCallback(DualCallback):
             )
         if sum(bool(each.plan.log_examples) for each in callbacks) > 1:
             raise ValueError(
-                "A trainer can have one TracInCallback with log_examples, but got several: their tables and curves have "
-                "the same names, and one's page would replace the other's. Use log_examples=0 for the others, or one "
-                "callback with all of the methods, and log_method to choose among them."
+                "A trainer can have one TracInCallback with log_examples, but got several: their tables and curves "
+                "have the same names, and one's page would replace the other's. Use log_examples=0 for the others, or "
+                "one callback with all of the methods, and log_method to choose among them."
             )
 
     def state_dict(self) -> dict[str, Any]:

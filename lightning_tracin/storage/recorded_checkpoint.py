@@ -187,7 +187,18 @@ def _untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def tied_names(state: Mapping[str, Any]) -> dict[str, str]:
-    """The further names of a state dict's tied tensors, with the name that each first stands under."""
+    """The further names of a state dict's tied tensors, with the name that each first stands under.
+
+    Raises:
+        ValueError: if there are sparse tensors, which safetensors cannot hold.
+    """
+    sparse = sorted(name for name, each in state.items() if isinstance(each, Tensor) and each.layout != torch.strided)
+    if sparse:
+        raise ValueError(
+            f"{', '.join(sparse[:3])} in the module's state dict {'is' if len(sparse) == 1 else 'are'} no dense tensor "
+            f"({state[sparse[0]].layout}), which a trace cannot store. Make a buffer that never changes in __init__, "
+            "and leave it out of the state dict by register_buffer(..., persistent=False); or keep it dense."
+        )
     tied: dict[str, str] = {}
     name_at: dict[Any, str] = {}
     for name, value in state.items():

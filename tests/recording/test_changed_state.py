@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
+from brute_force import BruteForce, dense_gradients, relative_error
 from pytorch_lightning.callbacks import ModelPruning
-from toy import STEPS_PER_EPOCH, Toy, fitted, loader, quiet, test_texts
+from toy import STEPS_PER_EPOCH, Toy, fitted, loader, mean_rate, quiet, test_texts, texts
 
 from lightning_tracin import Trace, TracInCallback, influence
 
@@ -64,3 +65,32 @@ def test_pruning_in_the_fit_is_refused_by_name(tmp_path):
 def test_a_buffer_that_is_not_in_the_state_dict_may_grow(tmp_path):
     fit = fitted(tmp_path, Bank(persistent=False), loader())
     assert fit.influence(loader(test_texts())).scores.any()
+
+
+class Graph(Toy):
+    """With the sparse adjacency matrix of a graph."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.register_buffer("adjacency", 2 * torch.eye(8).to_sparse(), persistent=persistent)
+
+    def forward(self, ids):
+        words = (ids != 0).sum(1, keepdim=True)
+        summed = torch.sparse.mm(self.adjacency, self.embedding(ids).sum(1).T).T
+        return self.head(self.dropout(torch.tanh(self.hidden(summed / words))))
+
+
+def test_a_sparse_buffer_is_refused_by_name_and_serves_outside_of_the_state_dict(tmp_path):
+    with pytest.raises(ValueError, match=r"^adjacency in the module's state dict is no dense.*persistent=False"):
+        fitted(tmp_path / "refused", Graph(persistent=True), loader(), on_error="warn")
+    assert not (tmp_path / "refused" / "trace.json").exists()
+    fit = fitted(tmp_path / "trace", Graph(persistent=False), loader())
+    scores = fit.influence(loader(test_texts())).scores
+    sides = [[], []]
+    for checkpoint in Trace(tmp_path / "trace").checkpoints:
+        module = Graph(persistent=False).eval()
+        module.load_state_dict(checkpoint.weights())
+        for side, data in zip(sides, (test_texts(), texts()), strict=True):
+            loss = lambda batch, module=module: module.influence_loss(batch)[0]  # noqa: E731
+            side.append(dense_gradients(module, module.embedding, loader(data, 1), loss))
+    assert relative_error(scores, BruteForce([mean_rate(0, 5), mean_rate(5, 10)], *sides).scores()) < 1e-5
