@@ -110,9 +110,9 @@ def begin(
             Trace.create(begun.path, _header(begun, plan, processes, begun_at=done if late else 0))
     if unseen:
         rank_zero_warn(
-            f"This fit goes on at step {done}, but nothing is known of a trace of the steps before: the checkpoints "
-            "before this one will be missing from the scores. Resume from a checkpoint of a fit with TracInCallback, "
-            "or fit from the start; of Lightning's own files, Trace.from_checkpoints makes a trace."
+            f"This fit goes on at step {done}, but the trace in {begun.path} has nothing to go on with: the "
+            "checkpoints before this one will be missing from the scores. Resume from a checkpoint of a fit with "
+            "TracInCallback, or fit from the start; of Lightning's own files, Trace.from_checkpoints makes a trace."
         )
     fit = RecordedFit(_opened(begun.path, processes), begun.training_set)
     steps = [] if begun.source is None else _steps_to_go_on_with(fit.trace, resumed, done, processes)

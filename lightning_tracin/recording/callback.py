@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_tracin.bridge.compat import DualCallback
+from lightning_tracin.bridge.recorded_fits import KeptFit, kept_fits
 from lightning_tracin.bridge.strategy import require_strategy, spreads
 from lightning_tracin.bridge.training_set import RecordedFit
 from lightning_tracin.bridge.unmoved import unmoved
@@ -166,9 +168,13 @@ class TracInCallback(DualCallback):
         self._resumed: dict[str, Any] = {}
         self._loaded = False
         self._fit: tuple[Any, Any] | None = None  # weak references to the trainer and the module
-        self._left: tuple[Any, dict[str, Any]] | None = None  # of a fit that is over, these and its state
         self._stopped: str | None = None
         self._writing = ExitStack()  # holds the folder's lock
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is given: the arguments, and nothing of the fits of this one."""
+        of_fits = {"recorded_fit": None, "_recorder": None, "_sampled": None, "_behind": None, "_fit": None}
+        return {**self.__dict__, **of_fits, "_fitting": False, "_resumed": {}, "_writing": ExitStack()}
 
     @property
     def trace(self) -> Trace | None:
@@ -185,6 +191,8 @@ class TracInCallback(DualCallback):
         self._fitting = stage == "fit"
         self._fit = weakref.ref(trainer), weakref.ref(pl_module)
         self._recorder = None
+        if self.recorded_fit is None and (kept := kept_fits(trainer).get(self.state_key)) is not None:
+            self.recorded_fit = kept.fit  # of the callback that this one replaces
         if self._fitting:
             require_strategy(trainer)
             self._check_plan(trainer)
@@ -230,7 +238,9 @@ class TracInCallback(DualCallback):
 
         Not that of another fit: tuners save and restore the state of all callbacks, which would then seem resumed.
         """
-        return {} if self._left is None or self._left[0] != self._fit else self._left[1]
+        trainer, module = (None, None) if self._fit is None else (each() for each in self._fit)
+        kept = None if trainer is None else kept_fits(trainer).get(self.state_key)
+        return {} if kept is None or kept.module() is not module else kept.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the trace to go on with; only a fit does (predict with a checkpoint restores callbacks too)."""
@@ -261,10 +271,12 @@ class TracInCallback(DualCallback):
         again = trainer.global_step + left.get("raw_steps", 0) > 0
         resumed = left if again and not self._resumed else self._resumed
         # Steps of the trainer that this callback did not see, unless they were those of another module.
-        unseen = not resumed and trainer.global_step > 0 and (self._loaded or self._left is None)
+        fitted_before = self.state_key in kept_fits(trainer)
+        unseen = not resumed and trainer.global_step > 0 and (self._loaded or not fitted_before)
         with unmoved(trainer.train_dataloader):
             self._recorder = begin(trainer, pl_module, self.plan, resumed, self._writing, unseen=unseen)
         self.recorded_fit = self._recorder.fit
+        kept_fits(trainer)[self.state_key] = KeptFit(self.recorded_fit, weakref.ref(pl_module))
         self._take_due(trainer)  # what a fit that was killed has still to take
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -387,7 +399,8 @@ class TracInCallback(DualCallback):
     def _close(self, trainer: pl.Trainer) -> None:
         with self._writing:  # let go last
             if self._recorder is not None:
-                self._left = self._fit, self.state_dict()
+                kept = kept_fits(trainer)
+                kept[self.state_key] = replace(kept[self.state_key], state=self.state_dict())
                 self._recorder.close()
             if self._sampled is not None:
                 self._sampled.close()

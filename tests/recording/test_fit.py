@@ -278,7 +278,7 @@ def test_a_fit_that_is_resumed_from_one_without_the_callback_says_what_is_missin
     before = quiet(max_epochs=1)
     before.fit(Toy(), loader())
     before.save_checkpoint(tmp_path / "one.ckpt")
-    message = f"goes on at step {STEPS_PER_EPOCH}, but nothing is known of a trace"
+    message = f"goes on at step {STEPS_PER_EPOCH}, but the trace in .* has nothing to go on with"
     resumed = quiet(callbacks=[TracInCallback(tmp_path / "resumed", dtype="float32", on_error="raise")])
     with pytest.warns(UserWarning, match=message):
         resumed.fit(Toy(), loader(), ckpt_path=tmp_path / "one.ckpt")
