@@ -236,7 +236,8 @@ def summary(explanations: Sequence[Explanation]) -> dict[str, float]:
     ]
     if same:
         metrics["tracin/same_label"] = sum(same) / len(same)
-    held = [sum(each.share or 0.0 for each in proponents) for proponents in pushed if proponents]
+    # Shares are rounded, so that those of all proponents may add up to a little more than 1.
+    held = [min(1.0, sum(each.share or 0.0 for each in proponents)) for proponents in pushed if proponents]
     if held:
         metrics["tracin/concentration"] = sum(held) / len(held)
     if any(_has_class(of.test) and of.test.confidence is not None for of in explanations):
