@@ -231,6 +231,7 @@ def test_a_fit_that_goes_on_from_an_earlier_checkpoint_leaves_the_other_whole(tm
     assert torch.equal(quiet().influence(loader(test_texts()), Toy(), trace=new).scores, straight)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_fit_that_goes_on_in_another_dirpath_begins_with_what_came_before(tmp_path):
     def fit(*paths, epochs, ckpt_path=None):
         pl.seed_everything(0, verbose=False)
