@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tracin.bridge.compat import learns_nothing
+from lightning_tracin.gradients.layers import SiteLayers
+from lightning_tracin.parallel.fsdp import is_fsdp
 
 
 class OptimizerSteps:
@@ -85,6 +87,26 @@ class OptimizerSteps:
         announced = self._announced_at.get(id(optimizer)) == self._trainer.global_step
         if not announced and not self._trainer.lightning_module.automatic_optimization:
             self.n_uncounted += 1
+
+
+def unmoved_by(optimizer: Optimizer, sites: Sequence[SiteLayers], module: nn.Module) -> list[str]:
+    """The keys of the sites whose weights an optimizer has, but leaves where they are, as they have no gradient.
+
+    Under FSDP a process may have no part of a weight, and so no gradient: nothing is concluded there.
+
+    Args:
+        optimizer: that makes a step.
+        sites: each with its layers.
+        module: that is trained.
+    """
+    if is_fsdp(module):
+        return []
+    parameters = {each.site.key: [own for layer in each.layers for own in layer.parameters()] for each in sites}
+    if all(parameter.grad is not None for each in parameters.values() for parameter in each):
+        return []  # nearly always, so that the optimizer's parameters need not be gone through
+    owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    own = {key: [parameter for parameter in each if parameter in owned] for key, each in parameters.items()}
+    return [key for key, each in own.items() if each and all(parameter.grad is None for parameter in each)]
 
 
 def _skipped(optimizer: Optimizer) -> bool:

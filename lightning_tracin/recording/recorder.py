@@ -26,7 +26,7 @@ from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.new_labels import NewLabels
-from lightning_tracin.recording.optimizer_steps import OptimizerSteps
+from lightning_tracin.recording.optimizer_steps import OptimizerSteps, unmoved_by
 from lightning_tracin.recording.plan import RecordingPlan
 from lightning_tracin.recording.sampled_indices import SampledLoader
 from lightning_tracin.recording.training_cache import TrainingCache
@@ -152,7 +152,7 @@ class Recorder:
         if learns_nothing(trainer):
             return
         optimizer = _unwrapped(optimizer)
-        self._without_gradient = self._unmoved_by(optimizer)
+        self._without_gradient = unmoved_by(optimizer, self._site_layers, self.gradients.module)
         if not self._made.announce(optimizer):
             self._note_step(trainer, optimizer)
 
@@ -169,30 +169,13 @@ class Recorder:
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         before, self._without_gradient = self._without_gradient, None
         if before is None or any(each.grad is not None for group in optimizer.param_groups for each in group["params"]):
-            unmoved = self._unmoved_by(optimizer)
+            unmoved = unmoved_by(optimizer, self._site_layers, self.gradients.module)
         else:
             unmoved = before  # it has cleared all gradients itself, so that they tell nothing any more
         step = (self.steps_done(trainer), number, rates, unmoved)
         if self.steps and self.steps[-1][:2] == step[:2]:  # of several for which Lightning counts one, the last
             self.steps.pop()
         self.steps.append(step)
-
-    def _unmoved_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        """The keys of the sites whose weights an optimizer has, but leaves where they are.
-
-        Under FSDP a process may have no part of a weight, and so no gradient: nothing is concluded there.
-        """
-        if is_fsdp(self.gradients.module):
-            return []
-        parameters = {
-            each.site.key: [parameter for layer in each.layers for parameter in layer.parameters()]
-            for each in self._site_layers
-        }
-        if all(parameter.grad is not None for each in parameters.values() for parameter in each):
-            return []  # nearly always, so that the optimizer's parameters need not be gone through
-        owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        own = {key: [parameter for parameter in each if parameter in owned] for key, each in parameters.items()}
-        return [key for key, each in own.items() if each and all(parameter.grad is None for parameter in each)]
 
     def end_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
         """Keep a training batch's gradients, and note whether a checkpoint is due by ``every_n_train_steps``."""
