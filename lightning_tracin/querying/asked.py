@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_tracin.bridge.compat import DATAMODULES
 from lightning_tracin.bridge.hugging_face import is_hugging_face, wrapped_model
+from lightning_tracin.bridge.recorded_fits import recorded_fit_of
 from lightning_tracin.bridge.strategy import spreads
 from lightning_tracin.bridge.training_set import RecordedFit
 from lightning_tracin.parallel.fsdp import is_fsdp, require_spread
@@ -122,8 +123,8 @@ def trace_asked(trainer: pl.Trainer, trace: str | Path | Trace | None) -> Trace:
 
 
 def last_fits(trainer: pl.Trainer) -> list[RecordedFit]:
-    """What the last fit in this process recorded, by each of the trainer's callbacks."""
-    found = (getattr(each, "recorded_fit", None) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    """What each of a trainer's callbacks recorded of its last fit; of one that has not fitted, their last at all."""
+    found = (recorded_fit_of(trainer, each) for each in trainer.callbacks)  # type: ignore[attr-defined]
     return [each for each in found if isinstance(each, RecordedFit)]
 
 

@@ -25,15 +25,15 @@ from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.first_batch import FirstBatch, look_at_first_batch, stored_sites
 from lightning_tracin.recording.loggers import logger_folder
 from lightning_tracin.recording.new_labels import NewLabels
+from lightning_tracin.recording.optimizer_steps import OptimizerSteps
 from lightning_tracin.recording.plan import RecordingPlan, local_path
-from lightning_tracin.recording.raw_steps import RawSteps
 from lightning_tracin.recording.recorder import Recorder
 from lightning_tracin.recording.space import require_space
 from lightning_tracin.recording.training_cache import TrainingCache
 from lightning_tracin.recording.training_form import TrainingForm, check_training
 from lightning_tracin.recording.validation_log import ValidationLog
 from lightning_tracin.storage.known_texts import KnownTexts
-from lightning_tracin.storage.layouts import model_fingerprint
+from lightning_tracin.storage.layouts import model_fingerprint, shapes_of
 from lightning_tracin.storage.lock import locked
 from lightning_tracin.storage.own_files import has_trace, require_free, require_own
 from lightning_tracin.storage.sampled_moments import require_readable_apart
@@ -77,6 +77,8 @@ def begin(
     plan: RecordingPlan,
     resumed: Mapping[str, Any],
     writing: ExitStack,
+    *,
+    unseen: bool,
 ) -> Recorder:
     """Check all that can be checked on a first batch, and open the trace.
 
@@ -88,6 +90,7 @@ def begin(
         plan: what is asked for.
         resumed: what the callback's state says of the trace to go on with; empty for a fit from the start.
         writing: is given the folder's lock.
+        unseen: whether the module was trained before, but nothing is known of a trace of that.
 
     Raises:
         ValueError: on what influence cannot be computed for; the message says what to change.
@@ -103,7 +106,14 @@ def begin(
         if begun.source is not None:
             _go_on(begun, begun.source, plan, done, processes)
         elif processes.first:
-            Trace.create(begun.path, _header(begun, plan, processes))
+            late = unseen or bool(resumed)
+            Trace.create(begun.path, _header(begun, plan, processes, begun_at=done if late else 0))
+    if unseen:
+        rank_zero_warn(
+            f"This fit goes on at step {done}, but the trace in {begun.path} has nothing to go on with: the "
+            "checkpoints before this one will be missing from the scores. Resume from a checkpoint of a fit with "
+            "TracInCallback, or fit from the start; of Lightning's own files, Trace.from_checkpoints makes a trace."
+        )
     fit = RecordedFit(_opened(begun.path, processes), begun.training_set)
     steps = [] if begun.source is None else _steps_to_go_on_with(fit.trace, resumed, done, processes)
     tolerant = plan.on_error == "warn"
@@ -113,9 +123,10 @@ def begin(
         fit,
         plan,
         first.gradients,
+        shapes_of(begun.state),
         trainer.train_dataloader,
         steps=steps,
-        raw=RawSteps(trainer, n_raw),
+        made=OptimizerSteps(trainer, n_raw),
         drawn=DrawnExamples(fit.trace.n_train, processes, resumed if steps else None),
         labels=NewLabels(module, first.batch),
         training=training,
@@ -177,8 +188,16 @@ def _require_learning_rates(trainer: pl.Trainer) -> None:
             )
 
 
-def _header(begun: _Begun, plan: RecordingPlan, processes: Processes) -> TraceHeader:
-    """What a new trace is of."""
+def _header(begun: _Begun, plan: RecordingPlan, processes: Processes, *, begun_at: int) -> TraceHeader:
+    """What a new trace is of.
+
+    Args:
+        begun: what the checks found.
+        plan: what is asked for.
+        processes: those of the fit.
+        begun_at: the steps that training had done before, of which the trace has nothing.
+    """
+    notes = (f"The trace is incomplete. It begins at step {begun_at} of training: scores lack what came before.",)
     per_example = sum(begun.cost.size.gradients.values())
     return TraceHeader(
         n_train=len(begun.training_set),
@@ -188,6 +207,7 @@ def _header(begun: _Begun, plan: RecordingPlan, processes: Processes) -> TraceHe
         sites=begun.sites,
         dtype=plan.options.dtype,
         shard_examples=fitting_shard_examples(per_example, len(begun.training_set), processes),
+        notes=notes if begun_at else (),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_tracin.bridge.compat import DualCallback
+from lightning_tracin.bridge.recorded_fits import KeptFit, kept_fits
 from lightning_tracin.bridge.strategy import require_strategy, spreads
 from lightning_tracin.bridge.training_set import RecordedFit
 from lightning_tracin.bridge.unmoved import unmoved
@@ -84,8 +86,9 @@ class TracInCallback(DualCallback):
             their tokens; or a dict of the texts of "train" and, where there is one validation loader, of "val".
         on_error: what happens when recording fails in the middle of a fit (a full disk, a folder that is gone). "warn"
             says what, why and what is kept, ends the recording, and lets the fit go on as it would without the
-            callback; a single example without a finite gradient counts zero there, is named, and ends nothing. "raise"
-            ends the fit. What is refused before the first step is an error in either case.
+            callback. What goes wrong with ``log_examples`` ends the log alone. A single example without a finite
+            gradient counts zero there, is named, and ends nothing. "raise" ends the fit. What is refused before the
+            first step is an error in either case.
         overwrite: whether a trace that is already in ``dirpath`` may be replaced.
         keep_weights: False stores no weights, only gradients: ``trainer.self_influence`` (label errors) then works as
             ever, but ``trainer.influence``, which takes the gradients of test examples at each checkpoint's weights, is
@@ -164,10 +167,15 @@ class TracInCallback(DualCallback):
         self._fitting = False
         self._behind: BehindModelCheckpoint | None = None
         self._resumed: dict[str, Any] = {}
+        self._loaded = False
         self._fit: tuple[Any, Any] | None = None  # weak references to the trainer and the module
-        self._left: tuple[Any, dict[str, Any]] | None = None  # of a fit that is over, these and its state
         self._stopped: str | None = None
         self._writing = ExitStack()  # holds the folder's lock
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is given: the arguments, and nothing of the fits of this one."""
+        of_fits = {"recorded_fit": None, "_recorder": None, "_sampled": None, "_behind": None, "_fit": None}
+        return {**self.__dict__, **of_fits, "_fitting": False, "_resumed": {}, "_writing": ExitStack()}
 
     @property
     def trace(self) -> Trace | None:
@@ -184,12 +192,14 @@ class TracInCallback(DualCallback):
         self._fitting = stage == "fit"
         self._fit = weakref.ref(trainer), weakref.ref(pl_module)
         self._recorder = None
+        if self.recorded_fit is None and (kept := kept_fits(trainer).get(self.state_key)) is not None:
+            self.recorded_fit = kept.fit  # of the callback that this one replaces
         if self._fitting:
             require_strategy(trainer)
             self._check_plan(trainer)
             if trainer.checkpoint_callback is not None:
                 self._behind = BehindModelCheckpoint(trainer, self._take_due)
-            self._resumed, self._stopped = {}, None
+            self._resumed, self._loaded, self._stopped = {}, False, None
             self._sampled = SampledLoader(trainer, needed=self.plan.cache == "training")
 
     def _check_plan(self, trainer: pl.Trainer) -> None:
@@ -211,6 +221,12 @@ class TracInCallback(DualCallback):
                 'A trainer can have one TracInCallback with cache="training", but got several. Use one with all of the '
                 'methods, or cache="checkpoint" for the others.'
             )
+        if sum(bool(each.plan.log_examples) for each in callbacks) > 1:
+            raise ValueError(
+                "A trainer can have one TracInCallback with log_examples, but got several: their tables and curves "
+                "have the same names, and one's page would replace the other's. Use log_examples=0 for the others, or "
+                "one callback with all of the methods, and log_method to choose among them."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to go on with the same trace."""
@@ -223,7 +239,9 @@ class TracInCallback(DualCallback):
 
         Not that of another fit: tuners save and restore the state of all callbacks, which would then seem resumed.
         """
-        return {} if self._left is None or self._left[0] != self._fit else self._left[1]
+        trainer, module = (None, None) if self._fit is None else (each() for each in self._fit)
+        kept = None if trainer is None else kept_fits(trainer).get(self.state_key)
+        return {} if kept is None or kept.module() is not module else kept.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the trace to go on with; only a fit does (predict with a checkpoint restores callbacks too)."""
@@ -237,6 +255,7 @@ class TracInCallback(DualCallback):
 
         What stands under this callback's own key comes later, and counts.
         """
+        self._loaded = self._fitting
         states = checkpoint.get("callbacks", {})
         taken = {each.state_key for each in trainer.callbacks}  # type: ignore[attr-defined]
         begun = f"{type(self).__qualname__}(dirpath="
@@ -252,9 +271,13 @@ class TracInCallback(DualCallback):
         left = self._state_left()
         again = trainer.global_step + left.get("raw_steps", 0) > 0
         resumed = left if again and not self._resumed else self._resumed
+        # Steps of the trainer that this callback did not see, unless they were those of another module.
+        fitted_before = self.state_key in kept_fits(trainer)
+        unseen = not resumed and trainer.global_step > 0 and (self._loaded or not fitted_before)
         with unmoved(trainer.train_dataloader):
-            self._recorder = begin(trainer, pl_module, self.plan, resumed, self._writing)
+            self._recorder = begin(trainer, pl_module, self.plan, resumed, self._writing, unseen=unseen)
         self.recorded_fit = self._recorder.fit
+        kept_fits(trainer)[self.state_key] = KeptFit(self.recorded_fit, weakref.ref(pl_module))
         self._take_due(trainer)  # what a fit that was killed has still to take
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -275,8 +298,8 @@ class TracInCallback(DualCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Note the learning rates of this step: the last hook before a scheduler changes them."""
-        self._record(trainer, lambda recorder: recorder.note_step(trainer, optimizer))
+        """Learn that Lightning is about to make a step, and to count it; its rates are noted when it is made."""
+        self._record(trainer, lambda recorder: recorder.begin_step(trainer, optimizer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -357,19 +380,28 @@ class TracInCallback(DualCallback):
         step = self._recorder.steps_done(trainer)
         why = f"{type(error).__name__}: {error}".rstrip(".") + "."
         self._stopped = (
-            f"TracInCallback stopped recording at step {step}, because of {why} What was stored up to "
-            f"the last checkpoint in {self.trace.path} is complete, and can be asked; what comes later will be missing "
-            "from the scores."
+            f"TracInCallback stopped recording at step {step}, because of {why} {self._what_is_kept(self.trace)}"
         )
         with suppress(OSError, ValueError):  # The folder may be gone, or the disk full.
             self.trace.mark_incomplete(step, why)
         rank_zero_warn(f'{self._stopped} Training goes on. With on_error="raise" it would end here.')
         self._close(trainer)
 
+    @staticmethod
+    def _what_is_kept(trace: Trace) -> str:
+        """What can be asked when the recording has ended before the fit."""
+        if not trace.checkpoint_folders:
+            return f"The trace in {trace.path} has no checkpoint, so that there is nothing to ask."
+        return (
+            f"What was stored up to the last checkpoint in {trace.path} is complete, and can be asked; what comes "
+            "later will be missing from the scores."
+        )
+
     def _close(self, trainer: pl.Trainer) -> None:
         with self._writing:  # let go last
             if self._recorder is not None:
-                self._left = self._fit, self.state_dict()
+                kept = kept_fits(trainer)
+                kept[self.state_key] = replace(kept[self.state_key], state=self.state_dict())
                 self._recorder.close()
             if self._sampled is not None:
                 self._sampled.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
@@ -26,8 +26,8 @@ from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.new_labels import NewLabels
+from lightning_tracin.recording.optimizer_steps import OptimizerSteps, unmoved_by
 from lightning_tracin.recording.plan import RecordingPlan
-from lightning_tracin.recording.raw_steps import RawSteps
 from lightning_tracin.recording.sampled_indices import SampledLoader
 from lightning_tracin.recording.training_cache import TrainingCache
 from lightning_tracin.recording.training_form import check_training, divisor_of, warn_of_another_loss
@@ -47,9 +47,10 @@ class Recorder:
         fit: the trace, and the training set that it is of.
         plan: what is asked for.
         gradients: takes those of the module in training.
+        shapes: those of the module's state dict, by name.
         loader: the training loader that was looked at.
         steps: optimizer steps since the last checkpoint, of a fit that is resumed.
-        raw: the steps that Lightning does not count.
+        made: notices the steps of the optimizers.
         drawn: the examples that were trained on since the last checkpoint.
         labels: those that have been looked at.
         training: collects what training computes, if that is to be stored.
@@ -61,10 +62,11 @@ class Recorder:
         fit: RecordedFit,
         plan: RecordingPlan,
         gradients: ModuleGradients,
+        shapes: Mapping[str, tuple[int, ...]],
         loader: Any,
         *,
         steps: list[Step],
-        raw: RawSteps,
+        made: OptimizerSteps,
         drawn: DrawnExamples,
         labels: NewLabels,
         training: TrainingCache | None = None,
@@ -78,8 +80,10 @@ class Recorder:
         self._plan = plan
         self.gradients = gradients
         self._site_layers = sites_on_module(gradients.module, fit.trace.sites)
+        self._shapes = shapes
         self._loader = loader
-        self._raw = raw
+        self._made = made
+        self._without_gradient: list[str] | None = None
         self._drawn = drawn
         self._due = due
         self._killed = due is not None
@@ -88,9 +92,10 @@ class Recorder:
         self._learned = False
         self._without_loss = False
         self._failure: Exception | None = None
+        self._log_failure: Exception | None = None
         recorded = fit.trace.checkpoints
         self._previous = recorded[-1].id if recorded else None
-        raw.watch(self._note_step)
+        made.watch(self._step_made)
 
     def check_loader(self, trainer: pl.Trainer) -> None:
         """Check that a loader made anew (``reload_dataloaders_every_n_epochs``) is of the same training set.
@@ -140,43 +145,42 @@ class Recorder:
 
     def steps_done(self, trainer: pl.Trainer) -> int:
         """The optimizer steps of the fit, those included that Lightning does not count."""
-        return trainer.global_step + self._raw.n_steps
+        return trainer.global_step + self._made.n_uncounted
 
-    def note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
-        """Note the learning rates of an optimizer step that Lightning is about to make."""
+    def begin_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Lightning is about to make an optimizer step, whose rates later hooks may still change."""
         if learns_nothing(trainer):
             return
-        self._raw.told_of(optimizer)
-        self._note_step(trainer, optimizer)
+        optimizer = _unwrapped(optimizer)
+        self._without_gradient = unmoved_by(optimizer, self._site_layers, self.gradients.module)
+        if not self._made.announce(optimizer):
+            self._note_step(trainer, optimizer)
+
+    def _step_made(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Note a step that was made; what fails is told after the batch, not in the middle of a step."""
+        try:
+            self._note_step(trainer, optimizer)
+        except Exception as error:
+            self._failure = self._failure or error
 
     def _note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
-        number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is _unwrapped(optimizer)), 0)
+        """Note the learning rates of an optimizer step, and the sites that it left where they are."""
+        number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is optimizer), 0)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        step = (self.steps_done(trainer), number, rates, self._unmoved_by(optimizer))
-        if self.steps and self.steps[-1][:2] == step[:2]:  # L-BFGS asks for gradients several times in a step
+        before, self._without_gradient = self._without_gradient, None
+        if before is None or any(each.grad is not None for group in optimizer.param_groups for each in group["params"]):
+            unmoved = unmoved_by(optimizer, self._site_layers, self.gradients.module)
+        else:
+            unmoved = before  # it has cleared all gradients itself, so that they tell nothing any more
+        step = (self.steps_done(trainer), number, rates, unmoved)
+        if self.steps and self.steps[-1][:2] == step[:2]:  # of several for which Lightning counts one, the last
             self.steps.pop()
         self.steps.append(step)
-
-    def _unmoved_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        """The keys of the sites whose weights an optimizer has, but is about to leave where they are.
-
-        Under FSDP a process may have no part of a weight, and so no gradient: nothing is concluded there.
-        """
-        if is_fsdp(self.gradients.module):
-            return []
-        parameters = {
-            each.site.key: [parameter for layer in each.layers for parameter in layer.parameters()]
-            for each in self._site_layers
-        }
-        if all(parameter.grad is not None for each in parameters.values() for parameter in each):
-            return []  # nearly always, so that the optimizer's parameters need not be gone through
-        owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        own = {key: [parameter for parameter in each if parameter in owned] for key, each in parameters.items()}
-        return [key for key, each in own.items() if each and all(parameter.grad is None for parameter in each)]
 
     def end_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
         """Keep a training batch's gradients, and note whether a checkpoint is due by ``every_n_train_steps``."""
         with self._held_back(trainer):
+            self._raise_failure()
             if batch is None and sampled is not None:  # skipped: Lightning has not called on_train_batch_start
                 sampled.next_batch()
             elif self._learned:
@@ -201,35 +205,45 @@ class Recorder:
 
     def begin_validation(self, trainer: pl.Trainer) -> None:
         """Begin to choose examples of a validation."""
-        if self.validations is not None:
-            self.validations.begin(trainer)
+        if self.validations is not None and self._log_failure is None:
+            with self._logging(trainer, together=False):
+                self.validations.begin(trainer)
 
     def see_validation_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, dataloader_idx: int
     ) -> None:
         """Look at a validation batch."""
-        if self.validations is not None:
-            with self._held_back(trainer), inside_fit(trainer, module), torch.no_grad():
+        if self.validations is not None and self._log_failure is None:
+            with self._logging(trainer, together=False), inside_fit(trainer, module), torch.no_grad():
                 self.validations.see(batch, dataloader_idx)
 
     def end_validation(self, trainer: pl.Trainer) -> None:
         """Choose among the examples that all processes have seen."""
         if self.validations is not None:
-            with processes_of(trainer).synchronized():
-                self._raise_failure()
+            with self._logging(trainer, together=True), processes_of(trainer).synchronized():
+                if self._log_failure is not None:
+                    raise self._log_failure
                 self.validations.end(trainer)
 
     def log_validations(self, trainer: pl.Trainer) -> None:
         """Log the validations that are due: at the weights of each checkpoint in turn, training's own put back."""
         if self.validations is not None:
-            self.validations.log(trainer)
+            with self._logging(trainer, together=True):
+                self.validations.log(trainer)
 
     def end(self, trainer: pl.Trainer) -> None:
         """Log the last validation, and say so if the fit was too short for a checkpoint."""
         self.log_validations(trainer)
         if self.validations is not None:
-            self.validations.log_page(trainer)
-        if not self.fit.trace.checkpoints and not self.steps:
+            with self._logging(trainer, together=True):
+                self.validations.log_page(trainer)
+        if not self.fit.trace.checkpoints and not self.steps and self._made.announced:
+            rank_zero_warn(
+                "No optimizer step of this fit was made, so there is no checkpoint and nothing to compute influence "
+                "from. The loss scale of fp16 skips steps whose gradients are not finite: look at the loss, or train "
+                'in precision="bf16-mixed".'
+            )
+        elif not self.fit.trace.checkpoints and not self.steps:
             rank_zero_warn(
                 "TracInCallback saw no optimizer step in this fit, so there is no checkpoint and nothing to compute "
                 "influence from. Step the optimizers that configure_optimizers returned, by self.optimizers()."
@@ -242,13 +256,36 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """What a fit that is resumed here needs to know."""
-        return {"steps": self.steps, "raw_steps": self._raw.n_steps, "due": self._due, **self._drawn.state()}
+        return {"steps": self.steps, "raw_steps": self._made.n_uncounted, "due": self._due, **self._drawn.state()}
 
     def close(self) -> None:
         """Leave the module as it was."""
         if self.training is not None:
             self.training.close()
-        self._raw.close()
+        self._made.close()
+
+    @contextmanager
+    def _logging(self, trainer: pl.Trainer, *, together: bool) -> Iterator[None]:
+        """Let a fault of the log, which is an extra, end the log alone.
+
+        Args:
+            trainer: whose fit it is.
+            together: whether all processes come to the fault at once; else it waits until they do.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not together and trainer.world_size > 1:
+                self._log_failure = error
+                return
+            if self._plan.on_error == "raise":
+                raise
+            self.validations = None
+            why = f"{type(error).__name__}: {error}".rstrip(".")
+            rank_zero_warn(
+                f"log_examples stopped at step {self.steps_done(trainer)}, because of {why}. No further validation of "
+                'this fit is logged; recording and training go on. With on_error="raise" the fit would end here.'
+            )
 
     @contextmanager
     def _held_back(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -301,6 +338,7 @@ class Recorder:
             steps=self.steps,
             drawn=drawn,
             keep_weights=self._plan.keep_weights,
+            shapes=self._shapes,
             processes=processes,
         ) as checkpoint:
             if by_pass:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,12 @@ class Validation:
     epoch: int
     examples: Sequence[Validated]
     rows: Mapping[int, Any]
+
+    def without(self, places: Collection[int]) -> Validation:
+        """The same without some of the examples."""
+        kept = [place for place in range(len(self.examples)) if place not in places]
+        rows = {new: self.rows[old] for new, old in enumerate(kept) if old in self.rows}
+        return Validation(self.step, self.epoch, [self.examples[place] for place in kept], rows)
 
 
 class Choice:

@@ -86,18 +86,18 @@ class ValidationLog:
 
         Args:
             trainer: its loggers are written to by the first process.
-
-        Raises:
-            ValueError: if a gradient is not finite.
         """
         checkpoints = self._trace.checkpoints if self._pending else []
         if not checkpoints:
             return
         pending, self._pending = self._pending, []
         processes = processes_of(trainer)
-        for validation in pending:
+        for chosen in pending:
             with processes.synchronized():
-                result = self._explained(trainer, validation, checkpoints, processes)
+                validation, test = self._with_gradients(trainer, chosen, checkpoints, processes)
+                if not validation.examples:
+                    continue
+                result = self._explained(trainer, validation, test, processes)
                 if processes.first:
                     self._write(trainer, validation, list(result.explanations(k=self._k)))
                     self._last = validation, result
@@ -116,35 +116,70 @@ class ValidationLog:
             if not log_page(logger, page, step=validation.step):
                 rank_zero_info(f"A page of the last validation's influential examples is in {page}.")
 
-    def _explained(
+    def _with_gradients(
         self, trainer: pl.Trainer, validation: Validation, checkpoints: Sequence[Checkpoint], processes: Processes
-    ) -> InfluenceResult:
-        """All training examples scored on a validation's examples, over the checkpoints that there are.
+    ) -> tuple[Validation, Queries]:
+        """A validation without the examples whose gradients are not finite, and the gradients of the others.
 
-        The module is given the weights of each checkpoint in turn, and in the end its own. By default the first of the
-        trace's sites counts. The result has a row for each example, in their order, with the validation's predictions.
-
-        Raises:
-            ValueError: if a gradient is not finite.
+        By default the first of the trace's sites counts.
         """
         module = self._gradients.module
         asked = self._plan.method or method_at(self._trace.sites[0])
-        test = Queries(module, with_ids_of(asked, self._trace, checkpoints, tokenizer_of(module)), self._trace)
-        gradients = self._gradients.at(sites_of(asked, self._trace.sites), test.probe)
-        with weights_kept(module):
-            for checkpoint in checkpoints:
-                with processes.synchronized():
-                    module.load_state_dict(checkpoint.weights(), strict=False)
-                    for place, row in validation.rows.items():
-                        with inside_fit(trainer, module):
-                            captured = gradients.capture(row)
-                        if captured.first_not_finite() is not None:
-                            raise ValueError(
-                                f"The loss or gradient of validation example {validation.examples[place].index} is NaN "
-                                f"or infinite at the weights of step {checkpoint.step}."
-                            )
+        asked = with_ids_of(asked, self._trace, checkpoints, tokenizer_of(module))
+        while True:
+            test = Queries(module, asked, self._trace)
+            with weights_kept(module):
+                not_finite = self._take(trainer, validation, test, checkpoints, processes)
+            if not not_finite:
+                return validation, test
+            indices = ", ".join(str(validation.examples[place].index) for place in sorted(not_finite))
+            rank_zero_warn(
+                f"The gradient of validation example {indices} is NaN or infinite at the weights of a checkpoint: it "
+                "is not explained."
+            )
+            validation = validation.without(not_finite)
+            if not validation.examples:
+                return validation, test
+
+    def _take(
+        self,
+        trainer: pl.Trainer,
+        validation: Validation,
+        test: Queries,
+        checkpoints: Sequence[Checkpoint],
+        processes: Processes,
+    ) -> set[int]:
+        """Take the gradients of a validation's examples at the weights of each checkpoint, which stay with the module.
+
+        Returns:
+            The places of examples, seen by any process, whose gradients are not finite, after which nothing is taken.
+        """
+        module = self._gradients.module
+        gradients = self._gradients.at(sites_of(test.method, self._trace.sites), test.probe)
+        for checkpoint in checkpoints:
+            with processes.synchronized():
+                module.load_state_dict(checkpoint.weights(), strict=False)
+                not_finite: set[int] = set()
+                for place, row in validation.rows.items():
+                    with inside_fit(trainer, module):
+                        captured = gradients.capture(row)
+                    if captured.first_not_finite() is None:
                         test.take(captured, [place], row)
-                    test.finish_checkpoint(checkpoint, processes)
+                    else:
+                        not_finite.add(place)
+                not_finite.update(*processes.gather(not_finite))
+                if not_finite:
+                    return not_finite
+                test.finish_checkpoint(checkpoint, processes)
+        return set()
+
+    def _explained(
+        self, trainer: pl.Trainer, validation: Validation, test: Queries, processes: Processes
+    ) -> InfluenceResult:
+        """All training examples scored on a validation's examples, over the checkpoints that there are.
+
+        The result has a row for each example, in their order, with the validation's predictions.
+        """
         device = trainer.strategy.root_device
         kernels = kernels_of(test.method, processes, device, keep=False)
         # A layer that training has not moved yet gives scores of 0: that ends no recording.
@@ -202,7 +237,8 @@ def summary(explanations: Sequence[Explanation]) -> dict[str, float]:
     ]
     if same:
         metrics["tracin/same_label"] = sum(same) / len(same)
-    held = [sum(each.share or 0.0 for each in proponents) for proponents in pushed if proponents]
+    # Shares are rounded, so that those of all proponents may add up to a little more than 1.
+    held = [min(1.0, sum(each.share or 0.0 for each in proponents)) for proponents in pushed if proponents]
     if held:
         metrics["tracin/concentration"] = sum(held) / len(held)
     if any(_has_class(of.test) and of.test.confidence is not None for of in explanations):

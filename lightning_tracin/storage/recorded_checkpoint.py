@@ -16,6 +16,7 @@ from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.checkpoint import DRAWN, WEIGHTS, Checkpoint
 from lightning_tracin.storage.files import atomic_folder, write_tensors
 from lightning_tracin.storage.frozen import share_frozen
+from lightning_tracin.storage.layouts import shapes_of
 from lightning_tracin.storage.schemas import CheckpointFile, Step, write
 from lightning_tracin.storage.second_moments import moments_file, second_moments_at
 from lightning_tracin.storage.trace import Trace
@@ -33,6 +34,7 @@ def new_checkpoint(
     steps: list[Step],
     drawn: Tensor | None = None,
     keep_weights: bool = True,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     processes: Processes = ALONE,
 ) -> Iterator[Checkpoint]:
     """Record a checkpoint; it becomes part of the trace when all processes leave the context without an exception.
@@ -49,11 +51,12 @@ def new_checkpoint(
         steps: the optimizer steps since the previous checkpoint.
         drawn: (n_train,) bool, the examples that were trained on since then; None if all were, or if it is not known.
         keep_weights: whether to store the weights.
+        shapes: those of the state dict that the trace was begun with, by name; None if they are not known.
         processes: the processes of the fit; every one of them must enter the context.
 
     Raises:
         FileNotFoundError: if the trace, or a checkpoint of it, is no longer in its folder.
-        ValueError: if another trace has replaced it.
+        ValueError: if another trace has replaced it, or if the state dict has other names or shapes by now.
     """
     shared: dict[str, str] = {}
     with processes.synchronized():
@@ -86,6 +89,8 @@ def new_checkpoint(
     }
     with atomic_folder(trace.path / "checkpoints" / f"step-{step:09d}", processes) as folder:
         state = full_state_dict(module)
+        if processes.first and shapes is not None:
+            _require_shapes(state, shapes)
         content["checksums"] = _write_moments(trace, folder, module, optimizers, state, processes)
         if processes.first:
             if keep_weights:
@@ -96,6 +101,31 @@ def new_checkpoint(
         del state  # of sharded weights it is a copy
         content = processes.gather(content)[0]
         yield Checkpoint(path=folder, header=trace.header, **content)
+
+
+def _require_shapes(state: Mapping[str, Any], begun_with: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a state dict has the names and shapes that it had when the trace was begun.
+
+    Raises:
+        ValueError: if it has others, with which the trace could not be read.
+    """
+    now = shapes_of(state)
+    changed = sorted(name for name in now.keys() | begun_with.keys() if now.get(name) != begun_with.get(name))
+    if not changed:
+        return
+    both = [(name, _told(begun_with.get(name)), _told(now.get(name))) for name in changed[:3]]
+    listed = "; ".join(f"{name}: {before} then, {after} now" for name, before, after in both)
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    raise ValueError(
+        "The module's state dict has changed since the fit began, but a trace holds the same tensors at each "
+        f"checkpoint ({listed}{more}). A buffer that grows, or comes during training, needs "
+        "register_buffer(..., persistent=False), or its full size from the start; prune (ModelPruning renames weights) "
+        "before the fit, not in it."
+    )
+
+
+def _told(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else f"shape {shape}"
 
 
 def _write_moments(
@@ -157,7 +187,18 @@ def _untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def tied_names(state: Mapping[str, Any]) -> dict[str, str]:
-    """The further names of a state dict's tied tensors, with the name that each first stands under."""
+    """The further names of a state dict's tied tensors, with the name that each first stands under.
+
+    Raises:
+        ValueError: if there are sparse tensors, which safetensors cannot hold.
+    """
+    sparse = sorted(name for name, each in state.items() if isinstance(each, Tensor) and each.layout != torch.strided)
+    if sparse:
+        raise ValueError(
+            f"{', '.join(sparse[:3])} in the module's state dict {'is' if len(sparse) == 1 else 'are'} no dense tensor "
+            f"({state[sparse[0]].layout}), which a trace cannot store. Make a buffer that never changes in __init__, "
+            "and leave it out of the state dict by register_buffer(..., persistent=False); or keep it dense."
+        )
     tied: dict[str, str] = {}
     name_at: dict[Any, str] = {}
     for name, value in state.items():

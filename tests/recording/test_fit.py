@@ -271,8 +271,33 @@ def test_a_resumed_fit_without_its_trace_says_what_is_missing(tmp_path):
     resumable(tmp_path / "cut", 1)
     shutil.rmtree(tmp_path / "cut")
     with pytest.warns(UserWarning, match="will be missing from the scores"):
-        resumable(tmp_path / "cut", 2, ckpt_path=str(tmp_path / "saved-cut" / "step=5.ckpt"))
+        resumed = resumable(tmp_path / "cut", 2, ckpt_path=str(tmp_path / "saved-cut" / "step=5.ckpt"))
     assert [each.step for each in Trace(tmp_path / "cut").checkpoints] == [10]
+    assert "It begins at step 5 of training" in str(resumed.influence(loader(test_texts())).notes)
+
+
+def test_a_fit_that_is_resumed_from_one_without_the_callback_says_what_is_missing(tmp_path):
+    """As does one of a trainer that has trained before; not one that begins."""
+    before = quiet(max_epochs=1)
+    before.fit(Toy(), loader())
+    before.save_checkpoint(tmp_path / "one.ckpt")
+    message = f"goes on at step {STEPS_PER_EPOCH}, but the trace in .* has nothing to go on with"
+    resumed = quiet(callbacks=[TracInCallback(tmp_path / "resumed", dtype="float32", on_error="raise")])
+    with pytest.warns(UserWarning, match=message):
+        resumed.fit(Toy(), loader(), ckpt_path=tmp_path / "one.ckpt")
+    before.callbacks.append(TracInCallback(tmp_path / "added", cache="on_demand"))
+    before.fit_loop.max_epochs = 2
+    with pytest.warns(UserWarning, match=message):
+        before.fit(before.lightning_module, loader())
+    for name, first in (("resumed", STEPS_PER_EPOCH), ("added", 0)):  # a second fit begins its schedule again
+        trace = Trace(tmp_path / name)
+        assert [each.step for each in trace.checkpoints] == [2 * STEPS_PER_EPOCH]
+        assert trace.checkpoints[0].learning_rate == pytest.approx(mean_rate(first, first + STEPS_PER_EPOCH))
+        assert trace.header.notes == (
+            f"The trace is incomplete. It begins at step {STEPS_PER_EPOCH} of training: scores lack what came before.",
+        )
+    assert trace.header.notes[0] in resumed.influence(loader(test_texts())).notes
+    assert not Trace(fitted(tmp_path / "whole", cache="on_demand").callbacks[0].trace.path).header.notes
 
 
 def test_predicting_from_an_earlier_checkpoint_leaves_the_trace_alone(tmp_path):

@@ -413,6 +413,12 @@ def test_curves_leave_out_what_is_not_known():
     assert loggers.rows_of([nothing], [(0, 1.0)], step=0, epoch=0) == []
 
 
+def test_rounded_shares_are_no_more_than_the_whole():
+    whole = explanation_of("good", "good", [("good", 7.0000002), ("bad", 3.0000002)])
+    assert sum(each.share for each in whole.proponents) > 1
+    assert summary([whole])["tracin/concentration"] == 1.0
+
+
 def test_a_shuffled_validation_loader_numbers_by_its_order(tmp_path):
     """The text is that of the example all the same."""
     data = TensorDataset(*test_texts().tensors)
