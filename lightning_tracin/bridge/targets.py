@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_tracin.bridge.mixin import token_ids_of, with_labels_of
 from lightning_tracin.bridge.observing import Observer, lacks_labels
-from lightning_tracin.bridge.target_checks import require_fitting, require_labels_are_read
+from lightning_tracin.bridge.target_checks import require_fitting, require_labels_are_read, require_told
 from lightning_tracin.bridge.target_names import TargetNames
 from lightning_tracin.gradients.batches import tensors_of
 from lightning_tracin.gradients.losses import IGNORED, Losses, hugging_face_model, writes_apart
@@ -69,6 +69,7 @@ class TargetLosses:
             ValueError: if the target does not fit what the module says, or a position has no token.
         """
         if self.target.is_plain:
+            self._observer.warn_if_untold(batch)
             return [self._probe.watching(self._observer.losses)]
         output, _ = self._learned(batch)
         if output.kind == "value" or (output.kind == "set" and self._classes):
@@ -118,6 +119,8 @@ class TargetLosses:
         """
         if self._output is None:
             return self._observer.predictions(labels, losses)
+        if not self._output.is_told:
+            return torch.full((len(losses), 2), torch.nan, dtype=torch.float64)
         if labels is None and self._output.kind in ("set", "value") and self._output.n_classes > 1:
             labels = self._all(batch, 0)
         return self._probe.predictions(len(losses), labels, is_binary=self._output.kind == "binary")
@@ -148,6 +151,7 @@ class TargetLosses:
                 if output.kind != "value":
                     labels = self._all(batch, 0), self._all(batch, 1)
                     self._output = require_labels_are_read(self._observer, self._output, batch, labels)
+                require_told(self.target, self._classes, self._output, self._observer)
         return self._output, self._names
 
     def _labels(self, batch: Any, numbers: Sequence[int] | None, number: int | None) -> Tensor:
