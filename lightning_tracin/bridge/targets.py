@@ -18,8 +18,9 @@ from lightning_tracin.bridge.mixin import token_ids_of, with_labels_of
 from lightning_tracin.bridge.observing import Observer, lacks_labels
 from lightning_tracin.bridge.target_checks import require_fitting, require_labels_are_read, require_told
 from lightning_tracin.bridge.target_names import TargetNames
-from lightning_tracin.gradients.batches import tensors_of
-from lightning_tracin.gradients.losses import IGNORED, Losses, hugging_face_model, writes_apart
+from lightning_tracin.gradients.batches import IGNORED, tensors_of
+from lightning_tracin.gradients.losses import Losses, hugging_face_model, writes_apart
+from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.outputs import Output, counted_tokens, named_tokens
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.gradients.targets import Target
@@ -75,6 +76,8 @@ class TargetLosses:
         if output.kind == "value" or (output.kind == "set" and self._classes):
             return [partial(self._losses_of_outputs, classes=self._classes or (0,))]
         of_each = [self._labels(batch, numbers, number) for number in self._classes or (None,)]
+        if isinstance(self._observer.losses, MeanLoss):
+            self._observer.losses.check_new(with_labels_of(self._module, batch, of_each[0]))
         return [self._probe.watching(partial(self._losses_of_labels, labels=labels)) for labels in of_each]
 
     def checked_batch(self, batch: Any) -> Any:

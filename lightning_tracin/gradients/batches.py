@@ -9,6 +9,9 @@ from typing import Any
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+#: The label by which transformers, and torch's cross-entropy, mark a position without a loss.
+IGNORED = -100
+
 
 def labels_of(batch: Any) -> Tensor | None:
     """The batch's labels, as far as its form alone tells them; None if it does not.
@@ -31,6 +34,18 @@ def _named_labels(batch: Any) -> Tensor | None:
     """``labels`` or ``label`` of a mapping."""
     named = [batch.get(name) for name in ("labels", "label")] if isinstance(batch, Mapping) else []
     return next((each for each in named if isinstance(each, Tensor)), None)
+
+
+def counts_of(labels: Tensor | None) -> list[int] | None:
+    """How many labels each example of a batch has; None where they are not whole numbers by their type.
+
+    Args:
+        labels: (B, ...), :data:`IGNORED` where there is none; None if there are none.
+    """
+    if labels is None or labels.dim() == 0 or labels.is_floating_point() or labels.is_complex():
+        return None
+    counts: list[int] = (labels != IGNORED).reshape(len(labels), -1).sum(1).tolist()
+    return counts
 
 
 def answers_of(batch: Any) -> tuple[Tensor, Tensor] | None:

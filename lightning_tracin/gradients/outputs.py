@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_tracin.gradients.attention_masks import attended_tokens
-from lightning_tracin.gradients.losses import IGNORED, is_causal
+from lightning_tracin.gradients.batches import IGNORED
+from lightning_tracin.gradients.losses import is_causal
 
 #: What an output means: one of several classes, one of two by a single number, numbers, a set of classes, a class or
 #: token at each position, or where an answer starts and ends.

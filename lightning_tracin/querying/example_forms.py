@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_tracin.gradients.losses import IGNORED
+from lightning_tracin.gradients.batches import IGNORED
 from lightning_tracin.results.reader import RawText
 
 #: The names of labels in an example, and of its token ids.
