@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tracin.bridge.fingerprint import hash_of
 from lightning_tracin.bridge.mixin import token_ids_of, with_labels_of
 from lightning_tracin.bridge.observing import Observer, lacks_labels
 from lightning_tracin.bridge.target_checks import require_fitting, require_labels_are_read, require_told
 from lightning_tracin.bridge.target_names import TargetNames
+from lightning_tracin.gradients.attention_masks import attended_tokens
 from lightning_tracin.gradients.batches import IGNORED, tensors_of
 from lightning_tracin.gradients.losses import Losses, hugging_face_model, writes_apart
 from lightning_tracin.gradients.mean_loss import MeanLoss
@@ -29,6 +31,10 @@ _ANOTHER_ORDER = (
     "The test loader gave other examples at each pass. Use a sampler that yields the same examples each time; their "
     "order does not matter, unless the data set is a stream."
 )
+
+
+class OtherExamples(ValueError):
+    """A test example is not what it was when the model said something of it."""
 
 
 class TargetLosses:
@@ -53,6 +59,7 @@ class TargetLosses:
         self._classes: tuple[int, ...] = ()
         self._said: dict[int, Tensor] = {}
         self._said_names: dict[int, str] = {}
+        self._said_of: dict[int, bytes] = {}
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -107,8 +114,11 @@ class TargetLosses:
         said = said.reshape(len(said), -1)
         counted = self._counted(batch) if kind == "tokens" else torch.ones_like(said, dtype=torch.bool)
         chosen = self._chosen(batch, numbers or (), counted)
+        hashes = self._hashes(batch, counted) if kind == "tokens" else []
         for row, number in enumerate(numbers or ()):
             self._said[number] = said[row][counted[row]]
+            if hashes:
+                self._said_of[number] = hashes[row]
             self._said_names[number] = names.of(said[row][chosen[row]].tolist(), batch, row)
         return said
 
@@ -176,8 +186,12 @@ class TargetLosses:
         labels = self._all(batch, number or 0) if own is None or number is not None else own.clone()
         if self.target.what == "prediction" and numbers is not None:
             said = torch.cat([self._what_was_said(each) for each in numbers])
-            if len(said) != int(counted.sum()):
-                raise ValueError(_ANOTHER_ORDER)
+            for each, found in zip(numbers, self._hashes(batch, counted), strict=True):
+                if self._said_of[each] != found:
+                    raise OtherExamples(
+                        f"Test example {each} has other tokens, or labels at other places, than when the model said "
+                        'what target="prediction" explains'
+                    )
             labels[counted.to(labels.device)] = said.to(labels)
         if numbers is not None:
             counted = self._chosen(batch, numbers, counted)
@@ -190,6 +204,16 @@ class TargetLosses:
         if number not in self._said:
             raise ValueError(_ANOTHER_ORDER)
         return self._said[number]
+
+    def _hashes(self, batch: Any, counted: Tensor) -> list[bytes]:
+        """What each example of a batch reads, and where it has labels, however much it is padded."""
+        ids = token_ids_of(batch)
+        if ids is None or ids.shape != counted.shape:  # what is read is not what is labelled
+            return [hash_of(row.nonzero()) for row in counted]
+        first = attended_tokens(batch, ids.shape).long().argmax(1).tolist()
+        found = zip(ids.cpu(), counted, first, strict=True)
+        # behind the last label may be padding that no mask tells
+        return [hash_of([(row.nonzero() - start), of[start:][: _last(row) + 1 - start]]) for of, row, start in found]
 
     def _counted(self, batch: Any) -> Tensor:
         """(B, T) the tokens that have a label."""
@@ -246,3 +270,8 @@ class TargetLosses:
         output = self._observer.output(batch)
         first, *second = (output.log_of_output(number) for number in classes)
         return second[0] - first if second else -first
+
+
+def _last(counted: Tensor) -> int:
+    """The place of the last token that counts; -1 if none does."""
+    return max(counted.nonzero()[:, 0].tolist(), default=-1)
