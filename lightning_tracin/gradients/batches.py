@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from copy import copy
 from typing import Any
 
@@ -62,8 +62,32 @@ def shown_labels_of(batch: Any) -> Tensor | None:
 
 
 def shallow_copy(batch: Any) -> Any:
-    """A shallow copy of a mapping or list, so that entries removed from it stay in the original batch."""
-    return copy(batch) if isinstance(batch, (Mapping, list)) else batch
+    """A copy of a batch's mappings and lists, at every level, so that entries removed from it stay in the original.
+
+    Tensors are shared.
+    """
+    if isinstance(batch, list):
+        return _refilled(batch, [shallow_copy(each) for each in batch])
+    if isinstance(batch, tuple):
+        parts = [shallow_copy(each) for each in batch]
+        if all(part is each for part, each in zip(parts, batch, strict=True)):
+            return batch
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if not isinstance(batch, Mapping):
+        return batch
+    copied = copy(batch)
+    for name, value in batch.items():
+        part = shallow_copy(value)
+        if part is not value and isinstance(copied, MutableMapping):
+            copied[name] = part
+    return copied
+
+
+def _refilled(batch: list[Any], parts: list[Any]) -> list[Any]:
+    """A copy of a list, of its own kind, with other entries."""
+    copied = copy(batch)
+    copied[:] = parts
+    return copied
 
 
 def batch_size(batch: Any) -> int | None:
