@@ -187,8 +187,8 @@ def tell_classes(logits: Tensor, gradients: Tensor, labels: Tensor) -> bool | No
     total = float(gradients.square().sum())
     if not total:
         return None
-    if int(numbers.max()) >= logits.shape[1]:
-        return False
+    has_others = int(numbers.max()) >= logits.shape[1]  # labels that are shown may be counted otherwise than classes
+    numbers = gradients.argmin(1) if has_others else numbers
     wanted = functional.one_hot(numbers, logits.shape[1])
 
     def explained(said: Tensor) -> float:
@@ -199,7 +199,7 @@ def tell_classes(logits: Tensor, gradients: Tensor, labels: Tensor) -> bool | No
     adds_up = float(gradients.sum(1).square().sum()) <= _ADDS_UP * total
     if adds_up and explained(logits.softmax(1)) > _NEAR:
         return True
-    return max(explained(logits.sigmoid()), explained(logits)) > _THERE
+    return not has_others and max(explained(logits.sigmoid()), explained(logits)) > _THERE
 
 
 def best_answers(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
