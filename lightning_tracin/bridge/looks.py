@@ -10,13 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch.utils.data import DataLoader
 
 from lightning_tracin.bridge.fingerprint import N_READ, length_of
 from lightning_tracin.bridge.loaders import loader_over
 from lightning_tracin.bridge.unmoved import random_state_kept
+from lightning_tracin.gradients.batches import counts_of
 
-#: What is noticed of an example: how much it holds, and its label, where that is one number.
+#: What is noticed of an example: how much it holds, and its label, where that is one number, or how many it has.
 Look: TypeAlias = tuple[int, float | None]
 
 UNSEEN: Look = (-1, None)
@@ -30,7 +32,10 @@ def look_of(item: Any) -> Look:
 
 
 def _label_of(item: Any) -> float | None:
-    """``labels`` or ``label`` of a mapping, or the second of a pair, where it is a number, or one in a column."""
+    """``labels`` or ``label`` of a mapping, or the second of a pair, where it is a number, or one in a column.
+
+    Of several labels, as of tokens, their number, without those of -100, which mark that there is none.
+    """
     if isinstance(item, Mapping):
         label = item.get("labels", item.get("label"))
     else:
@@ -38,12 +43,23 @@ def _label_of(item: Any) -> float | None:
         label = _label_of(label) if isinstance(label, Mapping) else label
     if isinstance(label, (list, tuple)) and len(label) == 1:
         label = label[0]
-    if isinstance(label, (str, bytes)) or math.prod(getattr(label, "shape", ())) != 1:
+    if isinstance(label, (str, bytes)):
         return None
+    if isinstance(label, (list, tuple)) or math.prod(getattr(label, "shape", ())) != 1:
+        return _number_of_labels(label)
     try:
         return float(label.item() if hasattr(label, "item") else label)
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def _number_of_labels(labels: Any) -> float | None:
+    """How many labels are not -100; None where they are no whole numbers."""
+    try:
+        counts = counts_of(torch.as_tensor(labels)[None])
+    except (TypeError, ValueError, RuntimeError):  # of words, or of rows that differ in length
+        return None
+    return None if counts is None else float(counts[0])
 
 
 def looks_of(items: Sequence[Any]) -> list[Look]:

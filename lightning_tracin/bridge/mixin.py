@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ def losses_of(module: nn.Module) -> Losses:
     """The module's losses of single examples; without the mixin, a :class:`MeanLoss` that is yet to be checked."""
     own = getattr(module, "influence_loss", None)
     if not callable(own):
-        return MeanLoss(module)
+        return MeanLoss(module, labels_of=partial(labels_of_module, module))
     return lambda batch: call_in_forward_pass(module, own, shallow_copy(batch))
 
 

@@ -89,7 +89,12 @@ class ModuleGradients:
         Args:
             batch: the module's.
             losses: others in the place of the module's own.
+
+        Raises:
+            ValueError: if a mean of them is taken over the labels of the batch, and its examples have some more.
         """
+        if isinstance(self._own_losses, MeanLoss):
+            self._own_losses.check_new(batch)
         fsdp = is_fsdp(self.module)
         reading = () if fsdp else sites_on_module(self.module, self._read)
         return capture(

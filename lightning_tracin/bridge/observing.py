@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_tracin.bridge.mixin import (
@@ -24,9 +25,10 @@ from lightning_tracin.bridge.mixin import (
     with_labels_of,
 )
 from lightning_tracin.gradients.batches import batch_size, tensors_of
+from lightning_tracin.gradients.capture import without_inference_tensors
 from lightning_tracin.gradients.layers import layer_name
 from lightning_tracin.gradients.losses import called_with, checked_losses, hugging_face_model, writes_apart
-from lightning_tracin.gradients.outputs import Output, are_distances, are_none, output_of
+from lightning_tracin.gradients.outputs import Output, are_distances, are_none, are_whole, output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.parallel.fsdp import call_in_forward_pass, is_fsdp
 
@@ -48,6 +50,7 @@ class Observer:
         self._read_training_labels = training_labels
         self._way: Callable[[Any], Tensor] | None = None
         self._stand_in: Tensor | None = None  # the labels of the last batch that had none
+        self._is_told: bool | None = None  # whether some logits are those of classes, once a batch has told
 
     @property
     def has_own_loss(self) -> bool:
@@ -80,8 +83,45 @@ class Observer:
             losses: (B,) the module's own, of these labels.
         """
         logits = self.probe.logits(len(losses), (1, 2))
-        is_binary = logits is not None and self._meant(logits, labels, labels, losses).kind == "binary"
-        return self.probe.predictions(len(losses), labels, is_binary=is_binary)
+        meant = None if logits is None else self._meant(logits, labels, labels, losses)
+        if meant is not None and (not meant.is_told or (meant.kind == "value" and meant.n_classes > 1)):
+            return torch.full((len(losses), 2), torch.nan, dtype=torch.float64)
+        return self.probe.predictions(len(losses), labels, is_binary=meant is not None and meant.kind == "binary")
+
+    def tell_classes(self, batch: Any, labels: Tensor | None = None) -> bool:
+        """Find out, by a first batch with labels, which of the outputs that are seen are those of the classes.
+
+        It takes one more pass of that batch, inside of ``gradients_enabled``. Sharded modules are taken at their word.
+
+        Args:
+            batch: the module's.
+            labels: those in it, where they were put there.
+
+        Returns:
+            Whether the outputs say classes, as far as is known.
+        """
+        if self._is_told is not None or is_fsdp(self.module):
+            return self._is_told is not False
+        labels = self.labels(batch) if labels is None else labels
+        if labels is None or not _are_single(labels):
+            return True
+        with torch.enable_grad(), self.probe.watched(differentiable=True):
+            losses = checked_losses(self.losses(without_inference_tensors(batch)))
+        logits = self.probe.logits(len(losses), (2,))
+        if logits is None or logits.shape[1] == 1 or self._meant(logits, labels, labels, losses).kind != "class":
+            return True
+        self._is_told = self.probe.choose(losses, labels.detach().cpu().double().reshape(-1))
+        return self._is_told is not False
+
+    def warn_if_untold(self, batch: Any) -> None:
+        """Warn if a first batch with labels tells that no output is that of the classes; see :meth:`tell_classes`."""
+        if self._is_told is None and not self.tell_classes(batch):
+            rank_zero_warn(
+                f"What {type(self.module).__name__} says of an example is not known: its losses are not those that are "
+                "usual in classification at the outputs that are seen, those of its last linear layer or named logits. "
+                "Results have no predictions. Let forward return an object with the logits of the classes, and "
+                "influence_loss take them from there."
+            )
 
     def output(self, batch: Any) -> Output:
         """What the module says of a batch, with its graph where gradients are enabled.
@@ -140,6 +180,12 @@ class Observer:
         return self._read_training_labels()
 
     @property
+    def n_classes_trained(self) -> int | None:
+        """How many classes training's labels tell of; None if they are not known."""
+        known = self._training_labels[~self._training_labels.isnan()]
+        return int(known.max()) + 1 if len(known) else None
+
+    @property
     def _has_single_labels(self) -> bool:
         """Whether training's labels are one number for each example, as far as they are known."""
         return not len(self._training_labels) or not bool(self._training_labels.isnan().all())
@@ -158,6 +204,10 @@ class Observer:
         output = output_of(logits, labels, model, own_loss=says_its_loss(self.module), may_be_binary=may_be_binary)
         if output.kind == "binary" and labels is not None and are_distances(losses, output.logits, labels):
             return replace(output, kind="value")
+        if output.kind == "class":
+            if (own is None or own.is_floating_point()) and not are_whole(self._training_labels):
+                return replace(output, kind="value")
+            return replace(output, is_told=self._is_told is not False)
         return output
 
     def _may_be_binary(self, own: Tensor | None) -> bool:
@@ -233,6 +283,11 @@ class Observer:
         losses = self._by_loss(with_labels_of(self.module, batch, labels))
         self._stand_in = labels
         return losses
+
+
+def _are_single(labels: Tensor) -> bool:
+    """Whether labels are one number for each example."""
+    return labels.dim() > 0 and labels.numel() == len(labels) and not labels.is_complex()
 
 
 def lacks_labels(labels: Tensor) -> bool:

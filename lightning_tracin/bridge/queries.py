@@ -240,19 +240,38 @@ def first_labels(trace: Trace) -> Tensor:
 
 @contextmanager
 def weights_kept(module: nn.Module) -> Iterator[None]:
-    """Give a module back the weights and the training flags that it had."""
+    """Give a module back the weights, buffers, their types and the training flags that it had.
+
+    A trainer in true half or double precision casts the module that it is given.
+    """
     if is_fsdp(module):
         with local_weights_restored(module):
             yield
         return
     state = {name: value.cpu().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    dtypes = {name: each.dtype for name, each in _tensors(module).items()}
+    buffers = {name: each.cpu().clone() for name, each in module.named_buffers() if name not in state}
     training = {part: part.training for part in module.modules()}
+    told = {part: part._dtype for part in training if isinstance(getattr(part, "_dtype", None), torch.dtype)}
     try:
         yield
     finally:
+        for name, each in _tensors(module).items():
+            if each.dtype != dtypes.get(name, each.dtype):
+                each.data = each.data.to(dtypes[name])
         module.load_state_dict(state, strict=False)
+        for name, each in module.named_buffers():
+            if name in buffers and each.shape == buffers[name].shape:
+                each.data = buffers[name].to(each.device)
         for part, flag in training.items():
             part.training = flag
+        for part, dtype in told.items():
+            part.__dict__["_dtype"] = dtype
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers, by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _places(indices: list[int]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tracin.bridge.mixin import with_labels_of
 from lightning_tracin.bridge.observing import Observer
 from lightning_tracin.bridge.target_names import TargetNames
 from lightning_tracin.gradients.losses import elementwise_losses
@@ -53,12 +54,30 @@ def require_fitting(target: Target, classes: Sequence[int], output: Output, name
         )
     if len(set(classes)) < len(classes):
         raise ValueError(f"{asked} holds class {classes[0]} against itself: name two classes.")
-    if max(classes) >= output.n_classes:
-        raise ValueError(
-            f"{asked}: there is no class {max(classes)}. The model has {output.n_classes}, numbered from 0."
-        )
     if names.of_vocabulary and not target.has_positions:
         raise ValueError(f"{asked} is a token: say by positions at which places of the text.")
+
+
+def require_told(target: Target, classes: Sequence[int], output: Output, observer: Observer) -> None:
+    """Check that a module's outputs tell what a target needs to know of them.
+
+    Args:
+        target: what was asked for.
+        classes: the numbers of its classes.
+        output: what the module says, as its losses tell, too.
+        observer: of the module.
+
+    Raises:
+        ValueError: if they do not, or if there is no such class.
+    """
+    if target.what == "prediction" and not output.is_told:
+        raise ValueError(f"{_untold(observer, output)} Nor does a class, by its number or name.")
+    n_classes = output.n_classes if output.is_told else observer.n_classes_trained
+    if classes and n_classes is not None and max(classes) >= n_classes:
+        of = "The model has" if output.is_told else "Training's labels are of"
+        raise ValueError(
+            f"target={str(target)!r}: there is no class {max(classes)}. {of} {n_classes}, numbered from 0."
+        )
 
 
 def require_labels_are_read(observer: Observer, output: Output, batch: Any, labels: tuple[Tensor, Tensor]) -> Output:
@@ -91,14 +110,23 @@ def require_labels_are_read(observer: Observer, output: Output, batch: Any, labe
             f"What {name} says depends on the labels in its batch, which its forward reads. Let influence_with_labels "
             "keep what the model reads, such as decoder_input_ids, and let forward take it."
         )
+    if output.kind == "class":
+        alternating = torch.arange(len(losses), device=labels[0].device).reshape(-1, *[1] * (labels[0].dim() - 1)) % 2
+        alternating = alternating.expand_as(labels[0]).to(labels[0])
+        changed = with_labels_of(observer.module, batch, alternating)
+        return replace(output, is_told=observer.tell_classes(changed, alternating))
     if output.kind not in ("set", "tokens"):
         return output
     for causal in (output.causal, not output.causal) if output.kind == "tokens" else (False,):
         if _are_usual(observer, others, said.float(), labels[1], causal=causal):
             return replace(output, causal=causal)
-    raise ValueError(
-        f"What {name} says cannot be told from its outputs, as its losses are not those that are usual in "
-        f'{_TASKS[output.kind]}. target="label" does not need it.'
+    raise ValueError(_untold(observer, output))
+
+
+def _untold(observer: Observer, output: Output) -> str:
+    return (
+        f"What {type(observer.module).__name__} says cannot be told from its outputs, as its losses are not those that "
+        f'are usual in {_TASKS[output.kind]}. target="label" does not need it.'
     )
 
 

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tracin.bridge.fingerprint import hash_of
 from lightning_tracin.bridge.mixin import token_ids_of, with_labels_of
 from lightning_tracin.bridge.observing import Observer, lacks_labels
-from lightning_tracin.bridge.target_checks import require_fitting, require_labels_are_read
+from lightning_tracin.bridge.target_checks import require_fitting, require_labels_are_read, require_told
 from lightning_tracin.bridge.target_names import TargetNames
-from lightning_tracin.gradients.batches import tensors_of
-from lightning_tracin.gradients.losses import IGNORED, Losses, hugging_face_model, writes_apart
+from lightning_tracin.gradients.attention_masks import attended_tokens
+from lightning_tracin.gradients.batches import IGNORED, tensors_of
+from lightning_tracin.gradients.losses import Losses, hugging_face_model, writes_apart
+from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.outputs import Output, counted_tokens, named_tokens
 from lightning_tracin.gradients.predictions import PredictionProbe
 from lightning_tracin.gradients.targets import Target
@@ -28,6 +31,10 @@ _ANOTHER_ORDER = (
     "The test loader gave other examples at each pass. Use a sampler that yields the same examples each time; their "
     "order does not matter, unless the data set is a stream."
 )
+
+
+class OtherExamples(ValueError):
+    """A test example is not what it was when the model said something of it."""
 
 
 class TargetLosses:
@@ -52,6 +59,7 @@ class TargetLosses:
         self._classes: tuple[int, ...] = ()
         self._said: dict[int, Tensor] = {}
         self._said_names: dict[int, str] = {}
+        self._said_of: dict[int, bytes] = {}
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -69,11 +77,14 @@ class TargetLosses:
             ValueError: if the target does not fit what the module says, or a position has no token.
         """
         if self.target.is_plain:
+            self._observer.warn_if_untold(batch)
             return [self._probe.watching(self._observer.losses)]
         output, _ = self._learned(batch)
         if output.kind == "value" or (output.kind == "set" and self._classes):
             return [partial(self._losses_of_outputs, classes=self._classes or (0,))]
         of_each = [self._labels(batch, numbers, number) for number in self._classes or (None,)]
+        if isinstance(self._observer.losses, MeanLoss):
+            self._observer.losses.check_new(with_labels_of(self._module, batch, of_each[0]))
         return [self._probe.watching(partial(self._losses_of_labels, labels=labels)) for labels in of_each]
 
     def checked_batch(self, batch: Any) -> Any:
@@ -103,8 +114,11 @@ class TargetLosses:
         said = said.reshape(len(said), -1)
         counted = self._counted(batch) if kind == "tokens" else torch.ones_like(said, dtype=torch.bool)
         chosen = self._chosen(batch, numbers or (), counted)
+        hashes = self._hashes(batch, counted) if kind == "tokens" else []
         for row, number in enumerate(numbers or ()):
             self._said[number] = said[row][counted[row]]
+            if hashes:
+                self._said_of[number] = hashes[row]
             self._said_names[number] = names.of(said[row][chosen[row]].tolist(), batch, row)
         return said
 
@@ -118,6 +132,8 @@ class TargetLosses:
         """
         if self._output is None:
             return self._observer.predictions(labels, losses)
+        if not self._output.is_told:
+            return torch.full((len(losses), 2), torch.nan, dtype=torch.float64)
         if labels is None and self._output.kind in ("set", "value") and self._output.n_classes > 1:
             labels = self._all(batch, 0)
         return self._probe.predictions(len(losses), labels, is_binary=self._output.kind == "binary")
@@ -148,6 +164,7 @@ class TargetLosses:
                 if output.kind != "value":
                     labels = self._all(batch, 0), self._all(batch, 1)
                     self._output = require_labels_are_read(self._observer, self._output, batch, labels)
+                require_told(self.target, self._classes, self._output, self._observer)
         return self._output, self._names
 
     def _labels(self, batch: Any, numbers: Sequence[int] | None, number: int | None) -> Tensor:
@@ -169,8 +186,12 @@ class TargetLosses:
         labels = self._all(batch, number or 0) if own is None or number is not None else own.clone()
         if self.target.what == "prediction" and numbers is not None:
             said = torch.cat([self._what_was_said(each) for each in numbers])
-            if len(said) != int(counted.sum()):
-                raise ValueError(_ANOTHER_ORDER)
+            for each, found in zip(numbers, self._hashes(batch, counted), strict=True):
+                if self._said_of[each] != found:
+                    raise OtherExamples(
+                        f"Test example {each} has other tokens, or labels at other places, than when the model said "
+                        'what target="prediction" explains'
+                    )
             labels[counted.to(labels.device)] = said.to(labels)
         if numbers is not None:
             counted = self._chosen(batch, numbers, counted)
@@ -183,6 +204,16 @@ class TargetLosses:
         if number not in self._said:
             raise ValueError(_ANOTHER_ORDER)
         return self._said[number]
+
+    def _hashes(self, batch: Any, counted: Tensor) -> list[bytes]:
+        """What each example of a batch reads, and where it has labels, however much it is padded."""
+        ids = token_ids_of(batch)
+        if ids is None or ids.shape != counted.shape:  # what is read is not what is labelled
+            return [hash_of(row.nonzero()) for row in counted]
+        first = attended_tokens(batch, ids.shape).long().argmax(1).tolist()
+        found = zip(ids.cpu(), counted, first, strict=True)
+        # behind the last label may be padding that no mask tells
+        return [hash_of([(row.nonzero() - start), of[start:][: _last(row) + 1 - start]]) for of, row, start in found]
 
     def _counted(self, batch: Any) -> Tensor:
         """(B, T) the tokens that have a label."""
@@ -239,3 +270,8 @@ class TargetLosses:
         output = self._observer.output(batch)
         first, *second = (output.log_of_output(number) for number in classes)
         return second[0] - first if second else -first
+
+
+def _last(counted: Tensor) -> int:
+    """The place of the last token that counts; -1 if none does."""
+    return max(counted.nonzero()[:, 0].tolist(), default=-1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from copy import copy
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+
+#: The label by which transformers, and torch's cross-entropy, mark a position without a loss.
+IGNORED = -100
 
 
 def labels_of(batch: Any) -> Tensor | None:
@@ -33,6 +36,18 @@ def _named_labels(batch: Any) -> Tensor | None:
     return next((each for each in named if isinstance(each, Tensor)), None)
 
 
+def counts_of(labels: Tensor | None) -> list[int] | None:
+    """How many labels each example of a batch has; None where they are not whole numbers by their type.
+
+    Args:
+        labels: (B, ...), :data:`IGNORED` where there is none; None if there are none.
+    """
+    if labels is None or labels.dim() == 0 or labels.is_floating_point() or labels.is_complex():
+        return None
+    counts: list[int] = (labels != IGNORED).reshape(len(labels), -1).sum(1).tolist()
+    return counts
+
+
 def answers_of(batch: Any) -> tuple[Tensor, Tensor] | None:
     """Where the answers of a batch of questions start and end in their texts, (B,) each; None if it has none."""
     named = [batch.get(f"{side}_positions") for side in ("start", "end")] if isinstance(batch, Mapping) else []
@@ -47,8 +62,32 @@ def shown_labels_of(batch: Any) -> Tensor | None:
 
 
 def shallow_copy(batch: Any) -> Any:
-    """A shallow copy of a mapping or list, so that entries removed from it stay in the original batch."""
-    return copy(batch) if isinstance(batch, (Mapping, list)) else batch
+    """A copy of a batch's mappings and lists, at every level, so that entries removed from it stay in the original.
+
+    Tensors are shared.
+    """
+    if isinstance(batch, list):
+        return _refilled(batch, [shallow_copy(each) for each in batch])
+    if isinstance(batch, tuple):
+        parts = [shallow_copy(each) for each in batch]
+        if all(part is each for part, each in zip(parts, batch, strict=True)):
+            return batch
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if not isinstance(batch, Mapping):
+        return batch
+    copied = copy(batch)
+    for name, value in batch.items():
+        part = shallow_copy(value)
+        if part is not value and isinstance(copied, MutableMapping):
+            copied[name] = part
+    return copied
+
+
+def _refilled(batch: list[Any], parts: list[Any]) -> list[Any]:
+    """A copy of a list, of its own kind, with other entries."""
+    copied = copy(batch)
+    copied[:] = parts
+    return copied
 
 
 def batch_size(batch: Any) -> int | None:

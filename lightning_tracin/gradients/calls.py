@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.bags import Bags
+from lightning_tracin.gradients.embedding_layers import require_lookup
 from lightning_tracin.gradients.linear_layers import features_last, require_linear
 from lightning_tracin.gradients.losses import Losses, checked_losses
 
@@ -40,12 +41,13 @@ class Call:
 
         Raises:
             ValueError: if the layer does not take a tensor and return a tensor, is a bag without words' gradients, or a
-                linear layer by its class that computes something else.
+                linear or embedding layer by its class that computes something else.
         """
         value = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Tensor)), None)
         if value is None or not isinstance(output, Tensor):
             raise ValueError(f"The layer {layer} must take a tensor and return a tensor; it returned {type(output)}.")
         require_linear(layer, value, output)
+        require_lookup(layer, value, output)
         bags = Bags.of(layer, args, kwargs) if isinstance(layer, nn.EmbeddingBag) else None
         return cls(layer, value.detach().clone(), output, bags=bags)
 

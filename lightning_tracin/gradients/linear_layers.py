@@ -29,7 +29,7 @@ def require_linear(layer: nn.Module, value: Tensor, output: Tensor) -> None:
     kind, weight = _kind_of(layer), getattr(layer, "weight", None)
     if kind is None or not isinstance(weight, Tensor) or not weight.is_floating_point():  # as quantized ones
         return
-    if type(layer).forward is kind.forward and all(map(_is_ours, layer._forward_hooks.values())):
+    if type(layer).forward is kind.forward and all(map(is_ours, layer._forward_hooks.values())):
         return
     with torch.no_grad():
         plain = kind.forward(layer, value)
@@ -53,7 +53,8 @@ def _kind_of(layer: nn.Module) -> type[nn.Module] | None:
     return next((each for each in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(layer, each)), None)
 
 
-def _is_ours(hook: Any) -> bool:
+def is_ours(hook: Any) -> bool:
+    """Whether a hook of a layer is one of this package's, which changes nothing."""
     return str(getattr(hook, "__module__", "")).startswith("lightning_tracin.")
 
 

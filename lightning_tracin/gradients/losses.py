@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_tracin.gradients.batches import answers_of, described_batch, labels_of
+from lightning_tracin.gradients.batches import IGNORED, answers_of, described_batch, labels_of
 
 #: A function from a batch to the losses of its examples, (B,). A module's mean loss is that mean repeated B times.
 Losses: TypeAlias = Callable[[Any], Tensor]
@@ -25,9 +25,6 @@ NOT_FINITE_ADVICE = (
 
 # Classes of transformers whose logits at a position predict the next token, so that labels are shifted by one position.
 _CAUSAL = re.compile(r"CausalLM|LMHeadModel|DoubleHeads|WithLMHead$")
-
-#: The label by which transformers, and torch's cross-entropy, mark a position without a loss.
-IGNORED = -100
 
 
 class DependsOnBatch(ValueError):
@@ -116,7 +113,8 @@ def hugging_face_losses(module: nn.Module, batch: Any) -> Tensor:
         values, counted = values.flatten(1), counted.flatten(1)
         losses, mean = values.sum(1) / counted.sum(1).clamp(min=1), values.sum() / counted.sum()
     model_loss = output_entry(output, "loss")
-    comparable = isinstance(model_loss, Tensor) and model_loss.dim() == 0 and bool(counted.any(0).all())
+    has_mean = bool(counted.any()) if labels is not None else bool(counted.any(0).all())  # of answers, of each side
+    comparable = isinstance(model_loss, Tensor) and model_loss.dim() == 0 and has_mean
     if comparable and bool(mean.isfinite() | model_loss.isfinite()):  # whoever asked tells which example's is NaN
         tolerance = 1e-3 if model_loss.element_size() > 2 else 2e-2
         if not torch.isclose(mean.detach(), model_loss.detach().float(), rtol=tolerance, atol=1e-5):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy, deepcopy
 from types import MethodType
@@ -14,12 +14,21 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_tracin.gradients.batches import batch_size, described_batch, row_of, shallow_copy
+from lightning_tracin.gradients.batches import (
+    batch_size,
+    counts_of,
+    described_batch,
+    labels_of,
+    row_of,
+    shallow_copy,
+)
 from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.layouts import Layout
 from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, DependsOnBatch
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
-from lightning_tracin.parallel.fsdp import call_in_forward_pass
+from lightning_tracin.parallel.fsdp import call_in_forward_pass, is_fsdp
+
+_MOST_COUNTS = 8  # different numbers of labels that are looked at: each check costs a pass for every example
 
 
 class MeanLoss:
@@ -31,11 +40,20 @@ class MeanLoss:
     Args:
         module: a LightningModule with automatic optimization.
         n_examples: number of examples in a batch, where that is known; None to take it from the batch's first tensor.
+        labels_of: what says the labels of a batch.
     """
 
-    def __init__(self, module: nn.Module, n_examples: int | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        n_examples: int | None = None,
+        *,
+        labels_of: Callable[[Any], Tensor | None] = labels_of,
+    ) -> None:
         self.module = module
         self._n_examples = n_examples
+        self._labels_of = labels_of
+        self._counts: set[int] = set()
 
     def __call__(self, batch: Any) -> Tensor:
         """The mean loss of a batch, repeated for each of its examples, (B,).
@@ -50,6 +68,21 @@ class MeanLoss:
         """The examples of a batch, each as a batch of one."""
         size = _size(batch)
         return [row_of(batch, row, size) for row in range(size)]
+
+    def check_new(self, batch: Any) -> None:
+        """Check a batch that holds examples of different numbers of labels, some of which none before it held.
+
+        A mean over all labels of a batch is none over its examples; where these have as many each, it looks like one.
+        More passes than a batch's own are too many for FSDP.
+
+        Raises:
+            ValueError: see :meth:`check`.
+        """
+        counts = set(counts_of(self._labels_of(batch)) or ())
+        is_known = len(counts) < 2 or counts <= self._counts or len(self._counts) > _MOST_COUNTS
+        if is_known or is_fsdp(self.module):
+            return
+        self.check(batch)
 
     @full_precision()
     def check(self, batch: Any) -> None:
@@ -77,6 +110,8 @@ class MeanLoss:
                 f"{len(losses)} examples, but {mean:.6g} is the mean of what it returned for each of them alone: its "
                 f"loss is not a mean of independent losses. {_use_mixin()}."
             )
+        counts = set(counts_of(self._labels_of(batch)) or ())
+        self._counts |= counts if len(counts) > 1 else set()
 
     @full_precision()
     def layouts(self, batch: Any, layers: Sequence[nn.Module]) -> dict[nn.Module, Layout]:

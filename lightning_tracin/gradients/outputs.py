@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_tracin.gradients.attention_masks import attended_tokens
-from lightning_tracin.gradients.losses import IGNORED, is_causal
+from lightning_tracin.gradients.batches import IGNORED
+from lightning_tracin.gradients.losses import is_causal
 
 #: What an output means: one of several classes, one of two by a single number, numbers, a set of classes, a class or
 #: token at each position, or where an answer starts and ends.
 Kind: TypeAlias = Literal["class", "binary", "value", "set", "tokens", "answer"]
+
+# Sums of gradients that round to 0 in 8 bits, as a share of the gradients' squares, and the shares of these that lie in
+# the direction of a loss: near it, as with smoothed labels, and there.
+_ADDS_UP, _NEAR, _THERE = 1e-3, 0.5, 0.9
 
 # The losses of regressions.
 _DISTANCES = (functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss)
@@ -29,11 +34,13 @@ class Output:
         kind: what it means.
         logits: (B, C), one for each class or value; (B, T, C) of tokens; (B, 2, T) of answers.
         causal: whether the logits at a position are of the token after it.
+        is_told: whether the logits are known to be those of the classes; if not, the losses of labels say them alone.
     """
 
     kind: Kind
     logits: Tensor
     causal: bool = False
+    is_told: bool = True
 
     @property
     def n_classes(self) -> int:
@@ -93,6 +100,8 @@ def output_of(
     if configured == "regression":
         return Output("value", logits)
     is_set = labels is not None and labels.shape == logits.shape
+    if labels is not None and not is_set and not are_whole(labels):
+        return Output("value", logits)
     return Output("set" if is_set or configured == "multi_label_classification" else "class", logits)
 
 
@@ -106,6 +115,12 @@ def are_of_two_classes(labels: Tensor) -> bool:
     values = labels.detach().cpu().double()
     has_none = values.isnan() | are_none(values)
     return values.numel() == len(values) and bool((has_none | (values == 0) | (values == 1)).all())
+
+
+def are_whole(labels: Tensor) -> bool:
+    """Whether labels, as far as there are any, are whole numbers, of whatever type, as those of classes are."""
+    values = labels.detach().cpu().double()
+    return not bool((values.isfinite() & (values.frac() != 0)).any())
 
 
 def are_none(labels: Tensor) -> Tensor:
@@ -142,6 +157,49 @@ def are_distances(losses: Tensor, outputs: Tensor, labels: Tensor) -> bool:
         return False
     distances = [each(said, wanted, reduction="none") for each in _DISTANCES]
     return any(have(factor * values) for values in distances for factor in (1, 0.5))
+
+
+def tell_classes(logits: Tensor, gradients: Tensor, labels: Tensor) -> bool | None:
+    """Whether the gradients of losses at logits are those of classes, which each label's own logit lowers.
+
+    The gradient of a cross-entropy is a multiple of the probabilities less 1 at the label, which adds up to 0; weights
+    of classes, smoothed labels and focal losses leave it near that direction. That of one binary cross-entropy, or
+    squared error, for each class is a multiple of what it says less 1 at the label. What a loss does with other
+    outputs, such as a projection, thresholds of ordered classes, or a mean and a variance, has other directions.
+
+    Args:
+        logits: (B, C).
+        gradients: (B, C) of each example's loss, times any positive constant.
+        labels: (B,) float64; NaN and negative ones are none.
+
+    Returns:
+        None if no label has a gradient, so that nothing is known.
+
+    Example:
+        >>> logits, labels = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([1.0]).double()
+        >>> tell_classes(logits, logits.softmax(1) - torch.tensor([0, 1, 0]), labels)
+        True
+        >>> tell_classes(logits, torch.tensor([[-0.12, 0.73, 0.5]]), labels)  # of thresholds: 1 less below the label
+        False
+    """
+    counts = (labels >= 0) & gradients.isfinite().all(1) & logits.isfinite().all(1)
+    logits, gradients, numbers = logits[counts].double(), gradients[counts].double(), labels[counts].long()
+    total = float(gradients.square().sum())
+    if not total:
+        return None
+    has_others = int(numbers.max()) >= logits.shape[1]  # labels that are shown may be counted otherwise than classes
+    numbers = gradients.argmin(1) if has_others else numbers
+    wanted = functional.one_hot(numbers, logits.shape[1])
+
+    def explained(said: Tensor) -> float:
+        """The share of the gradients' squares that lies in the directions of what is said less what is wanted."""
+        directions = functional.normalize(said - wanted, dim=1)
+        return float((gradients * directions).sum(1).clamp(min=0).square().sum()) / total
+
+    adds_up = float(gradients.sum(1).square().sum()) <= _ADDS_UP * total
+    if adds_up and explained(logits.softmax(1)) > _NEAR:
+        return True
+    return not has_others and max(explained(logits.sigmoid()), explained(logits)) > _THERE
 
 
 def best_answers(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_tracin.gradients.losses import IGNORED
+from lightning_tracin.gradients.batches import IGNORED
 from lightning_tracin.results.reader import RawText
 
 #: The names of labels in an example, and of its token ids.
@@ -83,10 +83,50 @@ def typed(value: Any, like: Any) -> Any:
     return type(like)(value) if isinstance(like, (float, bool)) and isinstance(value, (int, float)) else value
 
 
-def is_own_label(like: Mapping[str, Any], name: str) -> bool:
-    """Whether training's labels are the token ids themselves, as a language model's are."""
-    labels, ids = like[name], like.get(IDS)
-    return _dimensions(labels) == 1 and ids is not None and list(map(int, labels)) == list(map(int, ids))
+def are_own_labels(items: Sequence[Any], name: str) -> bool:
+    """Whether training's labels are the token ids themselves, as a language model's are; padding may have none.
+
+    Args:
+        items: some training examples.
+        name: of the labels in them.
+    """
+    return bool(items) and all(_has_own_labels(item, name) for item in items)
+
+
+def _has_own_labels(item: Any, name: str) -> bool:
+    if not isinstance(item, Mapping) or not {name, IDS} <= item.keys() or _dimensions(item[name]) != 1:
+        return False
+    labels, ids, mask = _integers(item[name]), _integers(item[IDS]), _mask_of(item)
+    same = len(labels) == len(ids) == len(mask)
+    return same and all(
+        label == token or (label == IGNORED and not read) for label, token, read in zip(labels, ids, mask, strict=True)
+    )
+
+
+def own_labels(item: Mapping[str, Any], items: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """The token ids of an example as its labels, in the type of training's; padding has none where training's has none.
+
+    Args:
+        item: the example.
+        items: some training examples.
+        name: of the labels in them.
+    """
+    without = any(IGNORED in _integers(each[name]) for each in items)
+    ids = [
+        IGNORED if without and not read else token
+        for token, read in zip(_integers(item[IDS]), _mask_of(item), strict=True)
+    ]
+    return typed(ids, items[0][name])
+
+
+def _mask_of(item: Mapping[str, Any]) -> list[int]:
+    """1 at an example's tokens, and 0 at its padding."""
+    mask = item.get("attention_mask")
+    return [1] * len(item[IDS]) if mask is None else _integers(mask)
+
+
+def _integers(values: Any) -> list[int]:
+    return list(map(int, values))
 
 
 def lent(like: Mapping[str, Any], name: str, item: Mapping[str, Any]) -> Any:

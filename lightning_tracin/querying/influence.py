@@ -15,6 +15,7 @@ from lightning_tracin.bridge.queries import Queries, result_of, weights_kept
 from lightning_tracin.bridge.query_examples import example_blocks
 from lightning_tracin.bridge.strategy import launched, require_results
 from lightning_tracin.bridge.target_names import require_known
+from lightning_tracin.bridge.targets import OtherExamples
 from lightning_tracin.checked_numbers import whole_number
 from lightning_tracin.gradients.rows import DTYPES
 from lightning_tracin.gradients.targets import Asked, Positions, Target
@@ -217,10 +218,23 @@ def _taken(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, block_n
     step = GradientStep(ModuleGradients(query.module, sites, recorded=query.trace.sites), test.targets)
     for number, checkpoint in enumerate(checkpoints, start=1):
         description = f"Test gradients {number}/{len(checkpoints)}{block_name}"
-        run_pass(query, checkpoint, Pass(loader, step, test.take, description))
+        try:
+            run_pass(query, checkpoint, Pass(loader, step, test.take, description))
+        except OtherExamples as error:
+            raise ValueError(_of_random(error, loader)) from error
         with query.processes.synchronized():
             test.finish_checkpoint(checkpoint, query.processes)
     return test
+
+
+def _of_random(error: OtherExamples, loader: Any) -> str:
+    """What to say of test examples that come otherwise each time."""
+    own = getattr(loader.collate_fn, "own", loader.collate_fn)  # of raw examples
+    name = getattr(own, "__qualname__", type(own).__name__)
+    return (
+        f"{error}: the collate function of the test loader, {name}, or its data set draws at random, and each pass "
+        "gets other draws. Draw once, and keep what is drawn in the data set, or seed a generator by the example."
+    )
 
 
 def _nothing_taken(*_: Any) -> None:

@@ -51,8 +51,9 @@ def label_issues(
     :func:`~lightning_tracin.scoring.label_review.probably_wrong`. It names none where the model hardly fits, few where
     labels are learned by heart from the first epoch on, and never all: look at the first of the table, too.
 
-    Where no such head was recorded (regression, several labels, tokens), ``predicted_label`` and ``is_label_issue`` are
-    empty, and ``label_score`` is the share of the training examples that influence themselves at least as much. With
+    Where no such head was recorded (regression, several labels, tokens, or a last layer whose outputs are not the
+    logits of the classes, as the gradients there tell), ``predicted_label`` and ``is_label_issue`` are empty, and
+    ``label_score`` is the share of the training examples that influence themselves at least as much. With
     ``cache="training"`` the inputs are those of training, with dropout.
 
     Args:

@@ -18,11 +18,12 @@ from lightning_tracin.gradients.batches import described_batch
 from lightning_tracin.querying.example_forms import (
     IDS,
     LABELS,
+    are_own_labels,
     described,
     has_label,
     is_alike,
-    is_own_label,
     lent,
+    own_labels,
     text_columns,
     text_of,
     typed,
@@ -125,6 +126,7 @@ class RawExamples(Dataset[Any]):
         self._most_tokens = most_tokens
         self._is_labelled = has_label(rows[0])
         self._lends_labels = False
+        self._own_names: dict[str, bool] = {}
         self.collate([self[0]])
         if self._lends_labels:
             self._check_lent()
@@ -273,13 +275,19 @@ class RawExamples(Dataset[Any]):
         for name in wanted:
             if name in named:
                 labels[name] = self._label(named[name], like[name])
-            elif is_own_label(like, name):  # a language model's
-                labels[name] = item[IDS]
+            elif self._are_own(name):  # a language model's
+                labels[name] = own_labels(item, self._collation.items, name)
             else:
                 labels[name] = lent(like, name, item)
                 self._lends_labels = True
         known = [name for name in item if name in like and name not in LABELS]
         return {name: typed(item[name], like[name]) for name in known} | labels
+
+    def _are_own(self, name: str) -> bool:
+        """Whether training's labels of a name are token ids."""
+        if name not in self._own_names:
+            self._own_names[name] = are_own_labels(self._collation.items, name)
+        return self._own_names[name]
 
     def _label(self, value: Any, like: Any) -> Any:
         """A label as training has it: a number where it is a class's name."""

@@ -140,6 +140,7 @@ class Choice:
         losses = []
         predictions = []
         for part in self._losses.rows(batch) if isinstance(self._losses, MeanLoss) else [batch]:
+            self._observer.warn_if_untold(part)
             with self._observer.probe.watched():
                 losses.append(checked_losses(self._losses(part)).detach().float().cpu())
             labels = labels_of_module(self._observer.module, part, len(losses[-1]))

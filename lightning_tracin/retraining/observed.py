@@ -22,6 +22,7 @@ from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, Losses, checked
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.outputs import are_of_two_classes, output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
+from lightning_tracin.parallel.fsdp import is_fsdp
 from lightning_tracin.querying.passes import predict_by
 from lightning_tracin.retraining.held_out import HeldOut
 from lightning_tracin.retraining.outcomes import Outcome
@@ -42,6 +43,8 @@ class Observed:
         self._last_layer: str | None = None
         self._looked = False
         self._is_binary = False
+        self._is_told = True
+        self._chosen: str | None = None
 
     def outcome(self, trainer: pl.Trainer, module: pl.LightningModule) -> Outcome:
         """What a module says, in eval mode.
@@ -93,6 +96,7 @@ class Observed:
         if not self._looked:  # all modules are of one form: it is enough to look once
             self._look(module, losses_of_batch, batch)
         probe = PredictionProbe(module, self._last_layer)
+        probe.chosen = self._chosen
         with torch.no_grad():
             losses = checked_losses(probe.watching(losses_of_batch)(batch))
             logits = probe.logits(len(losses), (1, 2))
@@ -108,8 +112,22 @@ class Observed:
         with suppress(ValueError):
             self._last_layer = layer_name(module, last_layer_of(module, lambda: losses(batch)))
         labels = [labels_of_module(module, each) for each in self._held_out.batches]
+        self._is_told = self._tells_classes(module, losses, batch)
         self._is_binary = all(each is not None and are_of_two_classes(each) for each in labels)
         self._looked = True
+
+    def _tells_classes(self, module: pl.LightningModule, losses: Losses, batch: Any) -> bool:
+        """Whether losses are those of classes at the outputs that are seen, as far as a batch tells."""
+        labels = labels_of_module(module, batch)
+        if labels is None or labels.numel() != len(labels) or is_fsdp(module):
+            return True
+        probe = PredictionProbe(module, self._last_layer)
+        with torch.enable_grad():
+            with probe.watched(differentiable=True):
+                found = checked_losses(losses(batch))
+            is_told = probe.choose(found, labels.detach().cpu().double().reshape(-1)) is not False
+        self._chosen = probe.chosen
+        return is_told
 
     def _classes(
         self, module: pl.LightningModule, probe: PredictionProbe, logits: Tensor, batch: Any
@@ -121,6 +139,8 @@ class Observed:
         model = hugging_face_model(module) if probe.from_hugging_face else None
         output = output_of(logits, labels, model, own_loss=says_its_loss(module), may_be_binary=self._is_binary)
         if output.kind == "class" and not labels.is_floating_point():
+            if not self._is_told:
+                return None, None
             return output.logits.log_softmax(1).cpu(), None
         if output.kind != "binary":
             return None, None

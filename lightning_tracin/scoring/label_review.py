@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.gradients.factor_gradients import FactorGradients
+from lightning_tracin.gradients.outputs import tell_classes
 from lightning_tracin.gradients.precision import full_precision
 from lightning_tracin.gradients.sites import Site, last_site
 from lightning_tracin.parallel.processes import ALONE, Processes
@@ -199,7 +200,8 @@ def _mean_probabilities(checkpoints: Sequence[Checkpoint], given: Tensor, proces
 
     Returns:
         (n_train, n_classes) float32, NaN for an example without any; None if the head's inputs are not there, or are
-        not one for each text, or if labels are no classes of it. A single output is that of the second of two classes.
+        not one for each text, or if labels are no classes of it, or its losses not those of classes. A single output is
+        that of the second of two classes.
     """
     site = last_site(checkpoints[0].sites)
     if site is None or site.shape != "factors" or not all(each.has_gradients(site) for each in checkpoints):
@@ -212,7 +214,7 @@ def _mean_probabilities(checkpoints: Sequence[Checkpoint], given: Tensor, proces
     if bool(((known != known.round()) | (known < 0) | (known >= n_classes)).any()):
         return None
     shards = [checkpoint.gradients(site) for checkpoint in checkpoints]
-    if len(heads[0]) == 1 and not _is_of_two_classes(shards[0], heads[0], given):
+    if not _is_of_classes(shards[0], heads[0], given):
         return None
     own = [_of_shard(shards, heads, shard, given) for shard in processes.share(len(shards[0]))]
     parts = [part for of_process in processes.gather(own) for part in of_process]
@@ -231,19 +233,29 @@ def _head(checkpoint: Checkpoint, site: Site) -> Tensor | None:
     return torch.cat([weight, parts["bias"].float()[:, None]], 1) if "bias" in parts else weight
 
 
-def _is_of_two_classes(shards: Shards, head: Tensor, given: Tensor) -> bool:
-    """Whether a single output, whose labels are 0 and 1, is that of two classes, and not a value.
+def _is_of_classes(shards: Shards, head: Tensor, given: Tensor) -> bool:
+    """Whether the head's outputs are logits of the classes, by the gradients of the first examples' losses there.
 
-    The gradient at an output z is σ(z) - y by a cross-entropy, z - y by a squared error; times a constant, which may be
-    another for each label y. The first examples tell to which it is nearer.
+    They may be a projection, thresholds of ordered classes, or a mean and a variance.
     """
     held = next((shard for shard in range(len(shards)) if shards.holds(shard)), None)
     block = None if held is None else shards.read(held)
     if held is None or not isinstance(block, FactorGradients) or block.widths != head.shape[::-1]:
         return False
     start, stop = shards.bounds(held)
-    labels = given[start:stop][block.examples]
-    outputs, gradients = _outputs(block, head)[:, 0].double(), block.scaled_deltas[:, 0].double()
+    labels, outputs = given[start:stop][block.examples], _outputs(block, head)
+    if len(head) == 1:
+        return _are_of_two_classes(outputs[:, 0], block.scaled_deltas[:, 0], labels)
+    return tell_classes(outputs, block.scaled_deltas, labels) is not False
+
+
+def _are_of_two_classes(outputs: Tensor, gradients: Tensor, labels: Tensor) -> bool:
+    """Whether single outputs, whose labels are 0 and 1, are those of two classes, and not values.
+
+    The gradient at an output z is σ(z) - y by a cross-entropy, z - y by a squared error; times a constant, which may be
+    another for each label y. It tells to which it is nearer.
+    """
+    outputs, gradients = outputs.double(), gradients.double()
 
     def explained(said: Tensor) -> float:
         """How much of the gradients' squares such differences explain."""

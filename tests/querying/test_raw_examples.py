@@ -268,7 +268,16 @@ def test_a_language_model_is_its_own_label(tmp_path):
         batch = TOKENIZER.pad([{"input_ids": each["input_ids"]} for each in some], return_tensors="pt")
         return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
+    def padded(texts, masks):
+        encoded = TOKENIZER(texts, truncation=True, max_length=LONGEST, padding="max_length", return_tensors="pt")
+        ids, read = encoded["input_ids"], encoded["attention_mask"]
+        labels = ids.masked_fill(read == 0, -100) if masks else ids
+        names = ("input_ids", "attention_mask", "labels")
+        return [dict(zip(names, each, strict=True)) for each in zip(ids, read, labels, strict=True)]
+
     for made, collate in (
+        (partial(padded, masks=True), default_collate),
+        (partial(padded, masks=False), default_collate),
         (items, labelled),
         (lambda texts: [{**each, "labels": each["input_ids"]} for each in items(texts)], labelled),
         (items, DataCollatorForLanguageModeling(TOKENIZER, mlm=False)),

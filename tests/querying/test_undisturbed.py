@@ -197,3 +197,26 @@ def test_what_data_sets_and_modules_hold_is_as_it_was(tmp_path, cache, kind):
     fit.self_influence()
     assert str((train.state(), test.state(), module.remembered(), shuffling.get_state().tolist())) == before
     assert same_weights(weights, module.state_dict())
+
+
+class WithTable(Toy):
+    """Holds numbers that no state dict has."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.rand(8), persistent=False)
+
+    def forward(self, ids):
+        return super().forward(ids) + 0 * self.table.sum()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_and_their_types_are_as_they_were(tmp_path, precision):
+    module = fitted(tmp_path, WithTable()).lightning_module
+    before = {name: each.clone() for name, each in [*module.state_dict().items(), ("table", module.table)]}
+    quiet(precision=precision).influence(loader(test_texts()), module, trace=tmp_path)
+    after = {**module.state_dict(), "table": module.table}
+    assert {name: each.dtype for name, each in after.items()} == {name: each.dtype for name, each in before.items()}
+    assert same_weights(before, after)
+    assert module.dtype == torch.float32
+    assert module(test_texts().tensors[0]).dtype == torch.float32

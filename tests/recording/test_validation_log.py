@@ -176,7 +176,7 @@ def test_given_examples_cost_their_own_batches_only(tmp_path):
 
     module = Counting()
     fit(tmp_path, module, log_examples=[5], trainer={"max_epochs": 1, "num_sanity_val_steps": 0})
-    assert module.calls == 2  # the second of two batches, and the example alone
+    assert module.calls == 3  # the second of two batches, once more to tell what it says, and the example alone
 
 
 @pytest.fixture
