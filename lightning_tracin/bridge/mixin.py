@@ -14,6 +14,7 @@ from lightning_tracin.gradients.batches import shallow_copy, shown_labels_of, te
 from lightning_tracin.gradients.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
 from lightning_tracin.gradients.losses import Losses, hugging_face_losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
+from lightning_tracin.gradients.printable import storable
 from lightning_tracin.gradients.relabelled import relabelled
 from lightning_tracin.parallel.fsdp import call_in_forward_pass, unwrapped
 
@@ -176,7 +177,7 @@ def words_of_batch(module: nn.Module, batch: Any, token_ids: list[int]) -> dict[
         ValueError: if ``influence_words`` does not return a string for each id of the batch.
     """
     if not has_own_words(module):
-        return dict(zip(token_ids, words_of_ids(module, token_ids), strict=True))
+        return {token: storable(word) for token, word in zip(token_ids, words_of_ids(module, token_ids), strict=True)}
     rows = module.influence_words(batch)  # type: ignore[operator]
     ids = token_ids_of(batch)
     if ids is None or [len(row) for row in rows] != [ids.shape[1]] * len(ids):
@@ -185,7 +186,7 @@ def words_of_batch(module: nn.Module, batch: Any, token_ids: list[int]) -> dict[
             f"{None if ids is None else tuple(ids.shape)}, but returned lists of {[len(row) for row in rows]}."
         )
     named = {
-        token: word
+        token: storable(word)
         for row, words in zip(ids.tolist(), rows, strict=True)
         for token, word in zip(row, words, strict=True)
     }

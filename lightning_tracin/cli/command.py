@@ -285,6 +285,11 @@ def _export(arguments: Namespace) -> int:
     from lightning_tracin.report.pairs import columns_of, words_in_a_line
     from lightning_tracin.storage.files import output_file
 
+    target = next(each for each in (arguments.csv, arguments.json, arguments.parquet) if each is not None)
+    if not target:
+        arguments.usage_error("the file to write to has no name: is a variable of the shell empty?")
+    if arguments.parquet == "-":
+        arguments.usage_error("Parquet is no text, and is not written to stdout: name a file")
     result = _result(arguments.result, arguments.trace)
     if arguments.parquet is not None:
         try:
@@ -297,7 +302,7 @@ def _export(arguments: Namespace) -> int:
             raise ModuleNotFoundError(message) from error
         return 0
     rows = result.rows(arguments.k)
-    with _opened(arguments.csv or arguments.json) as file:
+    with _opened(target) as file:
         if arguments.csv is not None:
             writer = csv.DictWriter(file, fieldnames=columns_of(rows), lineterminator="\n")
             writer.writeheader()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from typing import Any
 
 from rich.filesize import decimal
@@ -39,6 +40,9 @@ _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kKMB]?)")
 _FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _LAYER = re.compile(r"([0-9]+)x([0-9]+)")
 _OF_MODEL = ("parameters", "hidden", "vocab")
+_METHODS = ("tracin-we", "tracin-last")
+_OF_SIZES = ("classes", "labelled", "trainable", "tokens", "words")
+_OF_STORAGE = ("weights", "no_weights", "no_moments", "methods", "dtype", "top_words", "projection", "rank")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -60,19 +64,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     number("trainable", "those that training moves (LoRA); all by default")
     number("hidden", "numbers in a row of the word embedding table")
     number("vocab", "rows of the word embedding table")
-    number("classes", "outputs of a classifier (2 by default)", default=2)
+    number("classes", "outputs of a classifier (2 by default)")
     parser.add_argument("--language-model", action="store_true", help="the last layer is a tied head at every token")
-    parser.add_argument("--weights", choices=("float32", "float16", "bfloat16"), default="float32", help="their type")
+    parser.add_argument("--weights", choices=("float32", "float16", "bfloat16"), help="their type (float32 by default)")
     parser.add_argument("--no-weights", action="store_true", help="keep_weights=False")
     parser.add_argument("--no-moments", action="store_true", help="the optimizer is not of the Adam family")
     parser.add_argument(
         "--methods",
         metavar="METHOD",
         nargs="+",
-        default=["tracin-we", "tracin-last"],
-        help="tracin-we, tracin-last, or OUTxIN for a linear layer that every token goes through, such as 3072x768",
+        help="tracin-we, tracin-last (these two by default), or OUTxIN for a linear layer that every token goes "
+        "through, such as 3072x768",
     )
-    parser.add_argument("--dtype", choices=("float32", "float16", "int8"), default="float16", help="of gradients")
+    parser.add_argument("--dtype", choices=("float32", "float16", "int8"), help="of gradients (float16 by default)")
     number("top-words", "store only so many words of each example")
     parser.add_argument("--projection", metavar="N", type=quantity, nargs="+", help="one number, or two")
     parser.add_argument("--rank", metavar="N", type=quantity, nargs=2, help="K-FAC's components, of inputs and outputs")
@@ -101,20 +105,36 @@ def estimated(arguments: Namespace) -> TraceSize:
         ValueError: if a model or trace is not what is needed.
     """
     if arguments.trace is not None:
+        _require_unused(arguments, "trace", (*_OF_MODEL, *_OF_SIZES, *_OF_STORAGE, "language_model", "task"))
         from lightning_tracin.cli.measured_size import size_like_trace
 
         return size_like_trace(arguments.trace, arguments.examples, arguments.checkpoints)
     if arguments.examples is None:
         arguments.usage_error("--examples is needed: how many training examples there are")
+    classes = arguments.classes or 2
     if arguments.model is not None:
-        return _size(arguments, size_of_model(arguments.model, arguments.task, arguments.classes))
+        _require_unused(arguments, "model", (*_OF_MODEL, "language_model"))
+        return _size(arguments, size_of_model(arguments.model, arguments.task, classes))
+    if arguments.task is not None:
+        arguments.usage_error("--task says what the model of --model FOLDER does, which is missing")
     missing = [f"--{name}" for name in _OF_MODEL if getattr(arguments, name) is None]
     if missing:
         arguments.usage_error(f"{', '.join(missing)} needed, or --model FOLDER, or --trace TRACE")
     writes, hidden = arguments.language_model, arguments.hidden
-    outputs, inputs = (arguments.vocab, hidden) if writes else (arguments.classes, hidden + 1)
+    outputs, inputs = (arguments.vocab, hidden) if writes else (classes, hidden + 1)
     model = ModelSize(arguments.parameters, hidden, arguments.vocab, outputs, inputs, writes, is_tied=writes)
     return _size(arguments, model)
+
+
+def _require_unused(arguments: Namespace, source: str, names: Sequence[str]) -> None:
+    """Check that nothing is given that another source of sizes has told already.
+
+    Raises:
+        SystemExit: if something is.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) not in (None, False)]
+    if given:
+        arguments.usage_error(f"{', '.join(given)} would change nothing beside --{source}, which tells that itself")
 
 
 def _size(arguments: Namespace, model: ModelSize) -> TraceSize:
@@ -122,15 +142,16 @@ def _size(arguments: Namespace, model: ModelSize) -> TraceSize:
     tokens, n_train = arguments.tokens or 128, arguments.examples
     words = min(arguments.words or distinct_words(model.vocab, tokens), tokens)
     trainable = min(arguments.trainable or model.parameters, model.parameters)
-    kept = (not arguments.no_weights) * NUMBER_BYTES[arguments.weights]
+    kept = (not arguments.no_weights) * NUMBER_BYTES[arguments.weights or "float32"]
     projection = _projection(arguments)
     if arguments.rank and isinstance(projection, tuple):
         arguments.usage_error("--rank and --projection both make gradients of linear layers smaller: use one of them")
     rank = tuple(arguments.rank) if arguments.rank else None
     from lightning_tracin.storage.encoding import StorageOptions  # loads torch, which `--help` need not wait for
 
-    options = StorageOptions(arguments.dtype, arguments.top_words, projection, rank)
-    layers = {name: _layer(arguments, name, model, words, tokens) for name in dict.fromkeys(arguments.methods)}
+    options = StorageOptions(arguments.dtype or "float16", arguments.top_words, projection, rank)
+    methods = dict.fromkeys(arguments.methods or _METHODS)
+    layers = {name: _layer(arguments, name, model, words, tokens) for name in methods}
     for name, layer in layers.items():
         if layer.has_words and isinstance(projection, int) and projection >= model.hidden:
             arguments.usage_error(f"--projection {projection} saves nothing: {name} has {model.hidden} numbers a word")

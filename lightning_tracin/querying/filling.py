@@ -30,7 +30,7 @@ from lightning_tracin.scoring.methods import Method
 from lightning_tracin.scoring.terms import terms_at, training_sites_of, warn_if_nothing_counts
 from lightning_tracin.storage.checkpoint import Checkpoint, require_weights
 from lightning_tracin.storage.lock import locked
-from lightning_tracin.storage.own_files import remove_temporary, require_own
+from lightning_tracin.storage.own_files import remove_folder, remove_temporary, require_own
 from lightning_tracin.storage.sampled_moments import SampledMoments, sampling_order
 from lightning_tracin.storage.trace import Trace
 from lightning_tracin.storage.training_pass import TrainingPass, reading_order, stored_stream, training_pass
@@ -166,6 +166,8 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
             _checkpoints_of_first(trace, query.method, processes)
             # Others may have stored some.
             missing = [each for each in missing if not all(map(each.has_gradients, sites))]
+            if processes.first:
+                _remove_without_index(trace, [(each, site) for each in missing for site in sites])
         contexts.enter_context(attribute_set(query.trainer, "limit_predict_batches", 1.0))  # every training example
         taken: dict[tuple[Site, ...], ModuleGradients] = {}
         for number, checkpoint in enumerate(missing, start=1):
@@ -185,6 +187,14 @@ def _fill(query: Query, missing: Sequence[Checkpoint], sites: Sequence[Site], tr
                 description = f"Training gradients {number}/{len(missing)}"
                 loader = training_set.loader_over(order)
                 run_pass(query, checkpoint, Pass(loader, GradientStep(taken[wanted]), take, description))
+
+
+def _remove_without_index(trace: Trace, wanted: Sequence[tuple[Checkpoint, Site]]) -> None:
+    """Remove folders of gradients that are to be written anew, as their index is gone (a copy that broke off)."""
+    for checkpoint, site in wanted:
+        folder = checkpoint.path / site.key
+        if folder.is_dir() and not checkpoint.has_gradients(site):
+            remove_folder(trace.path, folder)
 
 
 def _sampled_factors(

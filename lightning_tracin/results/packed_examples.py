@@ -58,7 +58,13 @@ class PackedExamples(Mapping[int, Example]):
         for number, example in examples:
             text = json.dumps(msgspec.to_builtins(example), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             encoded = storable(text).encode()
-            require_small(encoded)
+            try:
+                require_small(encoded)
+            except ValueError as error:
+                raise ValueError(
+                    f"Example {example.index}, of {len(example.ids):,} tokens, is too long for the file of a result: "
+                    f"{error}. With save(path, k=0) the file holds scores alone."
+                ) from error
             numbers.append(number)
             indices.append(example.index)
             pieces.append(zlib.compress(encoded))

@@ -113,7 +113,8 @@ class StoredResult:
             excerpt=None if self.excerpt is None else header_of(self.excerpt),
         )
         text = header.to_json()
-        write_tensors(path, tensors, {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)})
+        metadata = {HEADER: text, FILE_CHECKSUM: hash_of_tensors(tensors, text)}
+        write_tensors(Path(os.path.realpath(path)), tensors, metadata, alone=True)  # what a link leads to
         return path
 
     def _tensors(self) -> dict[str, Tensor]:

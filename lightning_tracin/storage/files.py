@@ -67,20 +67,30 @@ class Layout(Protocol):
         """
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, alone: bool = False
+) -> str:
     """Write a safetensors file atomically, and return its checksum.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        metadata: texts by name.
+        alone: whether who may read it is what the process says of new files (umask); of those of a trace, whose folder
+            several people may share, it is what the folder says.
 
     Raises:
         OSError: if the file cannot be written.
     """
     with atomic_file(path) as partial:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        mode = (partial if alone else path.parent).stat().st_mode
         try:
             save_file(contiguous, partial, metadata=dict(metadata or {}))
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}. What was stored before is complete.") from error
         # safetensors creates files that only their owner can read; who writes this one, may, whatever the folder says
-        partial.chmod(path.parent.stat().st_mode & 0o666 | 0o600)
+        partial.chmod(mode & 0o666 | 0o600)
         return _hash_of_file(partial)
 
 

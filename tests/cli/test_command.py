@@ -350,6 +350,8 @@ def test_folders_of_exports_are_made(tmp_path, file, form):
         ["top", "."],
         ["export", "result"],
         ["export", "result", "--csv", "-", "--json", "-"],
+        ["export", "result", "--csv", ""],
+        ["export", "result", "--parquet", "-"],
         ["html", "result"],
     ],
 )

@@ -170,6 +170,13 @@ def test_it_prints_a_table_and_the_line_of_a_fit(capsys):
         ("--examples 0", 2, "expected a number from 1 on, such as 200k or 1.2B, but got '0'"),
         ("--examples 5 --model nowhere", 1, "nowhere holds no config.json"),
         ("--trace nowhere", 1, "no trace in"),
+        ("--trace nowhere --dtype int8 --no-weights", 2, "--no-weights, --dtype would change nothing beside --trace"),
+        ("--examples 5 --model nowhere --hidden 8", 2, "--hidden would change nothing beside --model"),
+        (
+            "--examples 5 --hidden 8 --vocab 9 --parameters 10 --task causal-lm",
+            2,
+            "--model FOLDER does, which is missing",
+        ),
         ("--examples 5 --hidden 8 --vocab 9 --parameters 10 --projection 8", 2, "saves nothing"),
         ("--examples 5 --hidden 8 --vocab 9 --parameters 10 --methods pooler", 1, "but got 'pooler'"),
         ("--examples 5 --hidden 8 --vocab 9 --parameters 10 --projection 1 2 3", 2, "one number, or two"),

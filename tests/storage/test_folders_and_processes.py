@@ -65,6 +65,10 @@ def test_a_loaded_result_is_not_changed_by_what_is_written_into_its_file(toy, tm
 
 
 def test_what_could_not_be_read_again_is_not_written(toy, tmp_path, monkeypatch):
+    result = toy.influence(loader(test_texts()))
+    monkeypatch.setattr(files, "_JSON_VALUES", 100)
+    with pytest.raises(ValueError, match=r"Example 0, of \d tokens, is too long .* With save\(path, k=0\)"):
+        result.save(tmp_path / "result.safetensors")
     monkeypatch.setattr(files, "_JSON_VALUES", 2000)
     steps = [(step, 0, [0.01, 0.02], ["linear-1"]) for step in range(500)]
     content = CheckpointFile(
@@ -97,3 +101,39 @@ def test_equal_texts_with_labels_that_are_not_one_number_are_listed_each(tmp_pat
         listed = [*explanation.proponents, *explanation.opponents]
         assert {0, 1, 2} <= {each.example.index for each in listed}
         assert all(not each.equal and each.score == float(result.scores[0, each.example.index]) for each in listed)
+
+
+def test_a_saved_result_is_as_readable_as_other_new_files_and_a_link_stays_one(toy, tmp_path):
+    result = toy.influence(loader(test_texts()))
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    (shared / "link.safetensors").symlink_to(tmp_path / "real.safetensors")
+    (shared / "other").touch()
+    result.save(shared / "link.safetensors")
+    assert (shared / "link.safetensors").is_symlink()
+    assert InfluenceResult.load(tmp_path / "real.safetensors").test_indices.tolist() == result.test_indices.tolist()
+    result.save(shared / "result.safetensors")
+    assert (shared / "result.safetensors").stat().st_mode == (shared / "other").stat().st_mode
+
+
+def test_gradients_whose_index_is_gone_are_computed_again(tmp_path):
+    fit = fitted(tmp_path / "trace", dtype="float32")
+    expected = fit.influence(loader(test_texts())).scores
+    for index in (tmp_path / "trace").glob("checkpoints/*/words/index.json"):
+        index.unlink()
+    torch.testing.assert_close(fit.influence(loader(test_texts())).scores, expected, rtol=1e-5, atol=1e-9)
+
+
+class Halved(Toy):
+    """Says half of a character for a token."""
+
+    def influence_words(self, batch):
+        return [[f"\ud83d{token}" for token in row] for row in batch[0].tolist()]
+
+
+def test_halves_of_characters_in_words_are_shown_as_such(tmp_path):
+    result = fitted(tmp_path / "trace", Halved()).influence(loader(test_texts()))
+    assert all("\ufffd" in row["test_text"] for row in result.rows(1))
+    result.save(tmp_path / "result.safetensors")
+    assert str(InfluenceResult.load(tmp_path / "result.safetensors")) == str(result)
