@@ -107,10 +107,11 @@ class Observer:
             return True
         with torch.enable_grad(), self.probe.watched(differentiable=True):
             losses = checked_losses(self.losses(without_inference_tensors(batch)))
-        logits = self.probe.logits(len(losses), (2,))
-        if logits is None or logits.shape[1] == 1 or self._meant(logits, labels, labels, losses).kind != "class":
-            return True
-        self._is_told = self.probe.choose(losses, labels.detach().cpu().double().reshape(-1))
+            logits = self.probe.logits(len(losses), (2,))
+            if logits is None or logits.shape[1] == 1 or self._meant(logits, labels, labels, losses).kind != "class":
+                return True
+            # While it is watched: where parts are computed again in the backward pass, they must save the same tensors.
+            self._is_told = self.probe.choose(losses, labels.detach().cpu().double().reshape(-1))
         return self._is_told is not False
 
     def warn_if_untold(self, batch: Any) -> None:

@@ -44,7 +44,7 @@ def counts_of(labels: Tensor | None) -> list[int] | None:
     """
     if labels is None or labels.dim() == 0 or labels.is_floating_point() or labels.is_complex():
         return None
-    counts: list[int] = (labels != IGNORED).reshape(len(labels), -1).sum(1).tolist()
+    counts: list[int] = (labels != IGNORED).reshape(len(labels), -1).sum(1).cpu().tolist()
     return counts
 
 
