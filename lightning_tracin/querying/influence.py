@@ -229,7 +229,8 @@ def _taken(query: Query, checkpoints: Sequence[Checkpoint], loader: Any, block_n
 
 def _of_random(error: OtherExamples, loader: Any) -> str:
     """What to say of test examples that come otherwise each time."""
-    own = getattr(loader.collate_fn, "own", loader.collate_fn)  # of raw examples
+    collate = getattr(loader, "collate_fn", loader)  # a loader of the user's own kind may have none
+    own = getattr(collate, "own", collate)  # of raw examples
     name = getattr(own, "__qualname__", type(own).__name__)
     return (
         f"{error}: the collate function of the test loader, {name}, or its data set draws at random, and each pass "
