@@ -79,7 +79,7 @@ def deletion_part(task: Task, options: argparse.Namespace) -> None:
     changes = changes_of(table) if table else []
     for seed in range(options.deletion_seeds):
         changes = with_seed(changes, deletion, scores, options.ks, seed)
-        _write(options, f"deletion-{task.name}", deletion_table(deletion, changes))
+        _write(options, f"deletion-{task.name}", deletion_table(deletion, changes, table))
 
 
 def matters_part(task: Task, options: argparse.Namespace) -> None:

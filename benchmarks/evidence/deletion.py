@@ -126,26 +126,44 @@ def with_seed(
     return list(known.values())
 
 
-def deletion_table(deletion: Deletion, changes: Sequence[Change]) -> dict[str, Any]:
-    """What removing changes, as one table of JSON: a row for each method and number of removed examples."""
+def deletion_table(
+    deletion: Deletion, changes: Sequence[Change], former: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What removing changes, as one table of JSON: a row for each method and number of removed examples.
+
+    Args:
+        deletion: of a task.
+        changes: all that is known.
+        former: a table of before, whose rows stay where nothing was added: its numbers are rounded, so that of two that
+            print alike nobody knows any more which is lower.
+    """
     seeds = sorted({seed for each in changes for seed in each.seeds})
     return {
         "task": deletion.task.name,
         "title": deletion.task.title,
         "tests": deletion.tests,
         "probability_with_all": round(float(deletion.with_all(seeds).exp().mean()), 4),
-        "rows": [
-            {
-                "method": each.method,
-                "k": each.k,
-                "seeds": list(each.seeds),
-                "p": _mean_and_interval(each.p),
-                "against": {other.method: _pair(each, other) for other in changes if _compares(each, other)},
-                "per_test": _numbers(each.p),
-            }
-            for each in sorted(changes, key=lambda each: each.k)
-        ],
+        "rows": [row for k in sorted({each.k for each in changes}) for row in _rows(changes, k, former or {})],
     }
+
+
+def _rows(changes: Sequence[Change], k: int, former: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a number of removed examples."""
+    own = [each for each in changes if each.k == k]
+    known = [row for row in former.get("rows", []) if row["k"] == k]
+    if [(row["method"], tuple(row["seeds"])) for row in known] == [(each.method, each.seeds) for each in own]:
+        return known
+    return [
+        {
+            "method": each.method,
+            "k": k,
+            "seeds": list(each.seeds),
+            "p": _mean_and_interval(each.p),
+            "against": {other.method: _pair(each, other) for other in own if other.method != each.method},
+            "per_test": _numbers(each.p),
+        }
+        for each in own
+    ]
 
 
 def changes_of(table: Mapping[str, Any]) -> list[Change]:
@@ -153,10 +171,6 @@ def changes_of(table: Mapping[str, Any]) -> list[Change]:
     return [
         Change(row["method"], row["k"], tuple(row["seeds"]), torch.tensor(row["per_test"])) for row in table["rows"]
     ]
-
-
-def _compares(one: Change, other: Change) -> bool:
-    return one.k == other.k and one.method != other.method
 
 
 def _pair(one: Change, other: Change) -> dict[str, Any]:

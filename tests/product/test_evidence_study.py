@@ -254,6 +254,10 @@ def test_deletion_removes_the_strongest_and_says_by_how_much(task, folder):
     difference = rows["same label", 18]["against"]["other label"]["p"][0]
     assert difference == pytest.approx(mean - rows["other label", 18]["p"][0], abs=2e-4)
     assert "of 4" in "".join(page.deletion([table]))
+    rows["same label", 18]["against"]["other label"]["lower"] = 3  # as if rounded numbers did not tell any more
+    later = deletion_table(deletion, with_seed(changes_of(table), deletion, scores, [15], 1), table)
+    assert [row for row in later["rows"] if row["k"] == 18] == [row for row in table["rows"] if row["k"] == 18]
+    assert all(row["seeds"] == [0, 1] for row in later["rows"])
 
 
 def test_a_seed_that_comes_later_counts_as_if_it_had_been_there(task, folder):
