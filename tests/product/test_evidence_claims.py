@@ -39,8 +39,8 @@ METHODS = {
 }
 
 
-def table(heads):
-    """The rows of a page's table with these columns, by their first cell."""
+def table(heads, n_rows=7):
+    """The rows of a page's table with these columns, by their first cell: as many as that, or more."""
     lines = TRUST.splitlines()
     head = next(
         at for at, line in enumerate(lines) if all(f"| {each} |" in line.replace(" | ", " | ") for each in heads)
@@ -48,7 +48,7 @@ def table(heads):
     rows = {}
     for line in lines[head + 2 :]:
         if not line.startswith("|"):
-            assert len(rows) >= 7
+            assert len(rows) >= n_rows
             return rows
         name, *cells = (each.strip() for each in line.strip("|").split("|"))
         rows[name] = dict(zip(heads, cells, strict=True))
@@ -92,6 +92,21 @@ def test_the_case_deletion_that_is_named_is_that_of_the_results(head, task):
             assert f"lower on {pair['lower']} of 20" in cell
         elif cell:
             assert numbers(cell) == pytest.approx(found[METHODS[name]]["p"], abs=6e-3), name
+
+
+@pytest.mark.parametrize(("head", "task"), [("BBC News", "bbc-cnn"), ("SMS", "sms-cnn")])
+def test_what_any_number_of_removed_examples_does_is_that_of_the_results(head, task):
+    found = {(row["k"], row["method"].split(":")[0]): row for row in results("deletion", task)["rows"]}
+    methods = {"`TracInWE()`": "TracIn-WE", "`TracInLast()`": "TracIn-Last", "R2": "R2"}
+    heads = [f"{each}, {name}" for each in ("BBC News", "SMS") for name in methods]
+    for k, cells in table(heads, n_rows=4).items():
+        for name, method in methods.items():
+            cell, row = cells[f"{head}, {name}"], found.get((int(k), method))
+            assert (row is None) == (cell == ""), (k, name)
+            if row is not None:
+                assert numbers(cell) == pytest.approx(row["p"], abs=6e-3), (k, name)
+                n_seeds = re.search(r"\((\d) seeds?\)", cell)
+                assert len(row["seeds"]) == (5 if n_seeds is None else int(n_seeds[1])), (k, name)
 
 
 def test_the_ridge_is_above_every_baseline_by_five_standard_errors():
