@@ -122,9 +122,8 @@ class Observed:
         if labels is None or labels.numel() != len(labels) or is_fsdp(module):
             return True
         probe = PredictionProbe(module, self._last_layer)
-        with torch.enable_grad():
-            with probe.watched(differentiable=True):
-                found = checked_losses(losses(batch))
+        with torch.enable_grad(), probe.watched(differentiable=True):  # also while parts are computed again
+            found = checked_losses(losses(batch))
             is_told = probe.choose(found, labels.detach().cpu().double().reshape(-1)) is not False
         self._chosen = probe.chosen
         return is_told

@@ -11,8 +11,11 @@ from families import CLASSES, FAMILIES, bert_classifier, classes, labelled_texts
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
-from toy import Toy, fitted, loader, test_texts
+from torch.utils.data import DataLoader, Subset
+from toy import N_TRAIN, Toy, fitted, loader, test_texts, texts
+
+from lightning_tracin.retraining import Retrainings, without
+from lightning_tracin.retraining.folder import Retraining
 
 METHODS = ("tracin-we", "tracin-last")
 CACHES = ("checkpoint", "training", "on_demand")
@@ -105,6 +108,21 @@ def test_scores_and_predictions_are_those_without_checkpoints(tmp_path, plain, c
     for expected, again in zip(*sides, strict=True):
         assert expected.abs().sum() > 0
         torch.testing.assert_close(again, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_a_retrained_module_says_its_classes_where_parts_are_computed_again(tmp_path):
+    """Nothing of it but what comes after the last layer is trained."""
+
+    said = []
+    for make in (Frozen, partial(whole, Frozen)):
+
+        def build(indices, seed, make=make):
+            return make(), loader(Subset(texts(), indices), shuffle=True)
+
+        runs = Retrainings(tmp_path / str(len(said)), build, loader(test_texts()), n_train=N_TRAIN, trainer=1)
+        (outcome,) = runs.run_each([Retraining(without(N_TRAIN, [0]), 0)])
+        said.append(outcome.log_probabilities)
+    torch.testing.assert_close(said[1], said[0])
 
 
 TRANSFORMERS = {
