@@ -23,7 +23,6 @@ from lightning_tracin.storage.files import (
     object_from_json,
     open_tensors,
     require_small,
-    size_of,
     status_of,
 )
 from lightning_tracin.storage.layouts import (
@@ -119,12 +118,12 @@ def read_result(path: Path) -> tuple[ResultHeader, Method, dict[str, Tensor]]:
     if path.is_dir():
         what = "a trace: Trace opens it, and trainer.influence(..., trace=...) makes results of it"
         raise ValueError(f"A result is one file, but {path} is a folder{f', {what}' if has_trace(path) else ''}.")
-    status_of(path)
+    size = status_of(path).st_size
     try:
         tensors, metadata = open_tensors(path)
     except ValueError as error:
         raise ValueError(f"{path} holds no InfluenceResult, or is damaged: {error.__cause__}. {REPAIR}") from error
-    if size_of(path) <= _MOST_IN_MEMORY:
+    if size <= _MOST_IN_MEMORY:
         tensors = {name: each.clone() for name, each in tensors.items()}
     if HEADER not in metadata:
         raise ValueError(f"{path} holds no InfluenceResult, or is damaged: its metadata has no {HEADER}. {REPAIR}")

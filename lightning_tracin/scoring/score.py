@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def score(tests: PreparedTests, k: int | None, processes: Processes, device: tor
     return Scores(totals, None, *merge_top(candidates, k))
 
 
-def lacks_scales(method: Method) -> bool:
+def lacks_scales(method: Method) -> TypeGuard[TracInSum]:
     """Whether it is a sum whose parts' standard deviations are yet to be measured."""
     return isinstance(method, TracInSum) and method.scales is None
 
@@ -120,7 +120,7 @@ def with_scales(
     Raises:
         ValueError: if the scores of a part are all the same, or overflow, or if a file of the trace is damaged.
     """
-    if not isinstance(method, TracInSum) or method.scales is not None:
+    if not lacks_scales(method):
         return method
     n_parts = len(method.parts)
     spreads = [
@@ -165,7 +165,7 @@ def self_influences(checkpoints: Sequence[Checkpoint], method: Method, processes
     Raises:
         ValueError: if the fit did not record what the method needs, or a file of the trace is damaged.
     """
-    if isinstance(method, TracInSum) and method.scales is None:
+    if lacks_scales(method):
         parts = [self_influences(checkpoints, part, processes) for part in method.parts]
         drawn = ever_drawn(checkpoints)
         scaled = _divided(method, [Spread.of(each if drawn is None else each[drawn]) for each in parts], strict=False)

@@ -191,13 +191,13 @@ def write_json(path: Path, content: Mapping[Any, Any]) -> None:
     plain = json.loads(json.dumps(content))  # as it will be read: keys are strings, tuples are lists
     plain.pop(CHECKSUM, None)  # of what it was read from
     plain[CHECKSUM] = _hash_of_json(plain)
-    text = json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
+    encoded = (json.dumps(plain, indent=1, ensure_ascii=False) + "\n").encode()
     try:
-        require_small(text.encode())
+        require_small(encoded)
     except ValueError as error:
         raise ValueError(f"{path} was not written: {error}. {_SMALLER.get(path.name, '')}".strip()) from error
     with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(encoded)
 
 
 def read_json(path: Path, *, within: Path | None = None) -> dict[str, Any]:
