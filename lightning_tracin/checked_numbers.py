@@ -13,7 +13,8 @@ from numbers import Integral, Real
 from operator import index
 from typing import Any
 
-_LARGEST = 2**62  # Larger numbers do not fit into a tensor.
+#: Larger numbers do not fit into a tensor.
+LARGEST = 2**62
 
 
 def is_whole(value: object) -> bool:
@@ -68,7 +69,7 @@ def whole_number(
         Traceback (most recent call last):
         ValueError: k must be a whole number of at least 1, but got 2.5.
     """
-    largest = _LARGEST if at_most is None else at_most
+    largest = LARGEST if at_most is None else at_most
     if is_whole(value) and at_least <= value <= largest:
         return int(value)
     bounds = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
@@ -117,7 +118,7 @@ def pair_of_whole_numbers(name: str, value: Any, of: str) -> tuple[int, int]:
         (128, 32)
     """
     numbers = list(value) if isinstance(value, Sequence) else []
-    if len(numbers) != 2 or not all(is_whole(each) and 1 <= each <= _LARGEST for each in numbers):
+    if len(numbers) != 2 or not all(is_whole(each) and 1 <= each <= LARGEST for each in numbers):
         raise ValueError(f"{name} must be a pair of whole numbers of at least 1, {of}, but got {value!r}.")
     return int(numbers[0]), int(numbers[1])
 

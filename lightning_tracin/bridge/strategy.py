@@ -34,7 +34,7 @@ def launched(trainer: pl.Trainer) -> Processes:
         ValueError: if they cannot work on a trace.
     """
     require_strategy(trainer)
-    if trainer.world_size > 1 and processes_of(trainer).size == 1 and not _spawns(trainer):
+    if trainer.world_size > 1 and processes_of(trainer).size == 1 and not launches_by_multiprocessing(trainer):
         launcher: Any = trainer.strategy.launcher
         launcher.launch(trainer.strategy.setup_environment)
     return processes_of(trainer)
@@ -76,12 +76,8 @@ def require_results(trainer: pl.Trainer) -> None:
     Raises:
         ValueError: if they are spawned or forked for each call.
     """
-    if _spawns(trainer):
+    if launches_by_multiprocessing(trainer):
         raise ValueError(
             "The trainer spawns or forks its processes, which end before their results could come back. Ask for "
             'influence with strategy="ddp", or with devices=1 and trace="..." (the folder that the fit wrote).'
         )
-
-
-def _spawns(trainer: pl.Trainer) -> bool:
-    return launches_by_multiprocessing(trainer)

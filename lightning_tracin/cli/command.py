@@ -294,7 +294,6 @@ def _export(arguments: Namespace) -> int:
     if arguments.parquet is not None:
         try:
             frame = result.to_pandas(arguments.k)
-            Path(arguments.parquet).parent.mkdir(parents=True, exist_ok=True)
             with output_file(Path(arguments.parquet)) as partial:
                 frame.to_parquet(partial, index=False)
         except ImportError as error:
@@ -396,7 +395,6 @@ def _opened(path: str) -> Iterator[TextIO]:
     else:
         from lightning_tracin.storage.files import output_file
 
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with output_file(Path(path)) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             yield file
 
@@ -416,11 +414,9 @@ def _json(content: Any, indent: int | None = None) -> str:
 def _progress(n_bytes: int) -> Iterator[Callable[[int], object]]:
     """A progress bar on a terminal; yields a function that takes the number of bytes done."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done: None
-        return
     columns = (TextColumn("checking"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=hidden) as progress:
         yield partial(progress.advance, progress.add_task("", total=n_bytes))
 
 

@@ -311,7 +311,6 @@ def _checkpoint_choice(given: list[Any] | None) -> tuple[CheckpointChoice, list[
 
 def _write_csv(scores: Tensor, order: Tensor, path: Path) -> None:
     """Write training examples and their scores, in an order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with output_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["train_index", "self_influence"])

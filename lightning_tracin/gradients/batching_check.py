@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_tracin.gradients.batches import tensors_of
 from lightning_tracin.gradients.losses import DependsOnBatch, Losses, require_one_each
 from lightning_tracin.gradients.mean_loss import MeanLoss
-from lightning_tracin.gradients.precision import full_precision, uses_half_precision
+from lightning_tracin.gradients.precision import full_precision, loss_tolerance
 
 _PARTS = (slice(None), slice(0, None, 2), slice(1, None, 2))  # a whole batch, and two halves of it
 
@@ -55,7 +55,7 @@ def check_batching(
     if isinstance(losses, MeanLoss):  # each loss is the mean of its batch
         expected, repeated, halved = (values.mean()[None] for values in (expected, repeated, halved))
     worst = int((halved - expected).abs().argmax())
-    tolerance = 5e-2 if uses_half_precision(module) else 1e-3
+    tolerance = loss_tolerance(module)
     is_repeatable, is_independent = (
         torch.allclose(values, expected, rtol=tolerance, atol=1e-6) for values in (repeated, halved)
     )

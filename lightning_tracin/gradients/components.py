@@ -49,7 +49,8 @@ class Components:
             return torch.zeros_like(self.values)
         return (self.values + damping * self.mean).rsqrt()
 
-    def whitened(self, norms: Tensor, directions: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    @full_precision()
+    def whitened(self, norms: Tensor, directions: Tensor, damping: float | None) -> tuple[Tensor, Tensor]:
         """Vectors x in the coordinates of the components, each multiplied by its scale: (M + ...)^(-1/2) x, rotated.
 
         Args:
@@ -60,14 +61,7 @@ class Components:
         Returns:
             The norms (R,) of the whitened vectors, and the vectors divided by them, (R, r), both float32.
         """
-        return self._rotated(norms, directions, self.scales(damping))
-
-    def rotated(self, norms: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors in the coordinates of the components, as :meth:`whitened` has them, but not scaled."""
-        return self._rotated(norms, directions, torch.ones_like(self.values))
-
-    @full_precision()
-    def _rotated(self, norms: Tensor, directions: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        scales = torch.ones_like(self.values) if damping is None else self.scales(damping)
         relative, largest = relative_to_largest(scales)
         lengths, rotated = torch.empty(len(norms)), torch.empty(len(norms), len(scales))
         size = max(1, memory.NUMBERS_AT_ONCE // len(self.basis))

@@ -34,7 +34,7 @@ class KroneckerFactors:
         """The numbers of the layer's inputs and outputs."""
         return len(self.inputs.basis), len(self.deltas.basis)
 
-    def whitened(self, factors: FactorGradients, damping: float) -> FactorGradients:
+    def whitened(self, factors: FactorGradients, damping: float | None) -> FactorGradients:
         """Gradients with both factors whitened, see :meth:`Components.whitened`."""
         return FactorGradients(
             factors.n_examples,
@@ -57,13 +57,7 @@ class KroneckerFactors:
                 f"K-FAC's components are of a layer with {self.widths[0]} inputs and {self.widths[1]} outputs, but the "
                 f"gradients have {factors.widths}: one of them is of another model, or damaged."
             )
-        rotated = FactorGradients(
-            factors.n_examples,
-            factors.examples,
-            *self.inputs.rotated(factors.input_norms, factors.inputs),
-            *self.deltas.rotated(factors.delta_norms, factors.deltas),
-        )
-        return MatrixGradients.from_factors(rotated, None)
+        return MatrixGradients.from_factors(self.whitened(factors, None), None)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lightning_tracin.gradients.batches import (
 from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.layouts import Layout
 from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, DependsOnBatch
-from lightning_tracin.gradients.precision import full_precision, uses_half_precision
+from lightning_tracin.gradients.precision import full_precision, loss_tolerance, uses_half_precision
 from lightning_tracin.parallel.fsdp import call_in_forward_pass, is_fsdp
 
 _MOST_COUNTS = 8  # different numbers of labels that are looked at: each check costs a pass for every example
@@ -153,7 +153,7 @@ class MeanLoss:
 
     def _layout_of_rows(self, call: Call, alone: Sequence[Call], n_examples: int) -> Layout:
         """The layout by which an example's rows of a call are those that the layer is called on when it is alone."""
-        tolerance = 5e-2 if uses_half_precision(self.module) else 1e-3
+        tolerance = loss_tolerance(self.module)
         errors = {Layout(together=together): torch.inf for together in (True, False)}
         if len(alone) == n_examples and len(call.inputs) % n_examples == 0:
             for layout in errors:

@@ -50,6 +50,11 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+def loss_tolerance(module: nn.Module) -> float:
+    """The relative difference of a loss, or of a gradient's norm, that other shapes of a batch may make by rounding."""
+    return 5e-2 if uses_half_precision(module) else 1e-3
+
+
 def uses_half_precision(module: nn.Module) -> bool:
     """Whether a module computes in 16 bits: under autocast, by its weights' type, or by FSDP's mixed precision."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):

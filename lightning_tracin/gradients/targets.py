@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
+
+from lightning_tracin.checked_numbers import index_of
 
 #: A class by its number or by its name.
 Class: TypeAlias = int | str
@@ -156,15 +157,12 @@ def number_of_class(given: Class, names: Mapping[int, str]) -> int:
 def _class(given: Any, asked: Any) -> Class:
     if isinstance(given, str):
         return given
-    try:
-        if isinstance(given, bool):
-            raise TypeError
-        number = operator.index(given)
-    except TypeError:
+    number = index_of(given)
+    if number is None:
         raise TypeError(
             'target must be "label", "prediction", a class by its number or name, or a pair of two classes, but got '
             f"{asked!r}."
-        ) from None
+        )
     if number < 0:
         raise ValueError(f"target={asked!r}: classes are numbered from 0.")
     return number
@@ -187,10 +185,11 @@ def _positions(given: Any) -> tuple[tuple[int, ...] | None, tuple[tuple[int, ...
 
 
 def _place(given: Any, positions: Any) -> int:
-    if isinstance(given, bool) or not isinstance(given, int):
+    place = index_of(given)
+    if place is None:
         raise TypeError(
             f"positions must be whole numbers, or a sequence of them for each example, but got {positions!r}."
         )
-    if given < 0:
-        raise ValueError(f"positions count an example's tokens from 0, but got {given}.")
-    return given
+    if place < 0:
+        raise ValueError(f"positions count an example's tokens from 0, but got {place}.")
+    return place

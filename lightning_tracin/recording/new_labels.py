@@ -16,7 +16,7 @@ from lightning_tracin.bridge.mixin import labels_of_module, losses_of
 from lightning_tracin.gradients.batches import batch_size, counts_of, row_of
 from lightning_tracin.gradients.losses import checked_losses
 from lightning_tracin.gradients.mean_loss import MeanLoss
-from lightning_tracin.gradients.precision import full_precision, uses_half_precision
+from lightning_tracin.gradients.precision import full_precision, loss_tolerance
 
 _MOST = 64  # different labels that are looked at: where there are more, as in language models, each batch has new ones
 _MOST_NUMBERS = 8  # different numbers of labels that are looked at
@@ -124,5 +124,5 @@ class NewLabels:
             alone = checked_losses(self._losses(row_of(batch, place, len(losses)))).float().cpu()
         except (ValueError, RuntimeError, IndexError, TypeError, KeyError):  # the model is not made for what was cut
             return False
-        tolerance = 5e-2 if uses_half_precision(self._module) else 1e-3
+        tolerance = loss_tolerance(self._module)
         return len(alone) == 1 and bool(torch.isclose(alone[0], losses[place], rtol=tolerance, atol=1e-6))

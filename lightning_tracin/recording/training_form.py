@@ -19,7 +19,7 @@ from lightning_tracin.gradients.layers import sites_on_module
 from lightning_tracin.gradients.layouts import Layout
 from lightning_tracin.gradients.losses import label_counts
 from lightning_tracin.gradients.mean_loss import MeanLoss
-from lightning_tracin.gradients.precision import full_precision, uses_half_precision
+from lightning_tracin.gradients.precision import full_precision, loss_tolerance
 
 USE_CHECKPOINT = 'Use cache="checkpoint".'
 
@@ -94,7 +94,7 @@ def _of_training(gradients: ModuleGradients, batch: Any, of_losses: Captured) ->
     places = sites_on_module(module, gradients.sites)
     of_training = capture(MeanLoss(module, len(of_losses)), batch, places, layouts=dict(gradients.layouts))
     expected, found = (torch.stack(_norms(captured)) for captured in (of_losses, of_training))
-    tolerance = 5e-2 if uses_half_precision(module) else 1e-3
+    tolerance = loss_tolerance(module)
     for by_labels in (True, False):
         form = TrainingForm(gradients.layouts, by_labels)
         weighted = expected * form.shares(module, batch, len(of_losses)) * len(of_losses)
@@ -123,7 +123,7 @@ def warn_of_another_loss(gradients: ModuleGradients, batch: Any, of_losses: Capt
     losses = losses_of(module)
     if isinstance(losses, MeanLoss):
         return
-    tolerance = 5e-2 if uses_half_precision(module) else 1e-3
+    tolerance = loss_tolerance(module)
     of_training = MeanLoss(module, len(of_losses))
     try:
         with torch.no_grad():

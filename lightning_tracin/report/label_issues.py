@@ -153,7 +153,6 @@ class LabelIssues(RichRepr):
             OSError: if the file cannot be written.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with output_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             self.write_csv(file)
         return path

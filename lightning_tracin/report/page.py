@@ -79,7 +79,6 @@ def write_page(page: Page, path: str | Path) -> Path:
     path = Path(path)
     html = page_html(page)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with output_file(path) as partial:
             partial.write_text(html, encoding="utf-8")
     except OSError as error:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from lightning_tracin.bridge.compat import batch_to_device
 from lightning_tracin.bridge.mixin import labels_of_module, last_layer_of, losses_of, says_its_loss
+from lightning_tracin.bridge.observing import Observer
 from lightning_tracin.gradients.capture import without_inference_tensors
 from lightning_tracin.gradients.eval_mode import gradients_enabled
 from lightning_tracin.gradients.layers import layer_name
@@ -22,7 +23,6 @@ from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, Losses, checked
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.outputs import are_of_two_classes, output_of
 from lightning_tracin.gradients.predictions import PredictionProbe
-from lightning_tracin.parallel.fsdp import is_fsdp
 from lightning_tracin.querying.passes import predict_by
 from lightning_tracin.retraining.held_out import HeldOut
 from lightning_tracin.retraining.outcomes import Outcome
@@ -112,21 +112,11 @@ class Observed:
         with suppress(ValueError):
             self._last_layer = layer_name(module, last_layer_of(module, lambda: losses(batch)))
         labels = [labels_of_module(module, each) for each in self._held_out.batches]
-        self._is_told = self._tells_classes(module, losses, batch)
+        probe = PredictionProbe(module, self._last_layer)
+        self._is_told = Observer(module, probe, lambda: torch.empty(0)).tell_classes(batch)
+        self._chosen = probe.chosen
         self._is_binary = all(each is not None and are_of_two_classes(each) for each in labels)
         self._looked = True
-
-    def _tells_classes(self, module: pl.LightningModule, losses: Losses, batch: Any) -> bool:
-        """Whether losses are those of classes at the outputs that are seen, as far as a batch tells."""
-        labels = labels_of_module(module, batch)
-        if labels is None or labels.numel() != len(labels) or is_fsdp(module):
-            return True
-        probe = PredictionProbe(module, self._last_layer)
-        with torch.enable_grad(), probe.watched(differentiable=True):  # also while parts are computed again
-            found = checked_losses(losses(batch))
-            is_told = probe.choose(found, labels.detach().cpu().double().reshape(-1)) is not False
-        self._chosen = probe.chosen
-        return is_told
 
     def _classes(
         self, module: pl.LightningModule, probe: PredictionProbe, logits: Tensor, batch: Any

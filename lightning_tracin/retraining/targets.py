@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_tracin.gradients.targets import number_of_class
+from lightning_tracin.results.reader import Reader
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.retraining.outcomes import Outcome
 
@@ -116,8 +117,4 @@ def target_name(result: InfluenceResult, row: int) -> str:
     """What to print for the target of a row."""
     if result.target_names:
         return result.target_names[row]
-    label = result.test_texts.label_of(row)
-    if label is None:
-        return "its label"
-    number = int(label) if label == int(label) else label
-    return result.label_names.get(int(number), f"{number:g}")
+    return Reader({}, result.label_names).label(result.test_texts.label_of(row)) or "its label"

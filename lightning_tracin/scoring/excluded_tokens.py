@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import index
 from typing import Any
+
+from lightning_tracin.checked_numbers import LARGEST, index_of
 
 #: Names for many tokens at once; all other strings are words.
 SPECIAL, COMMON = "special", "common"
 
 _PRINTED_WORDS, _PRINTED_IDS = 12, 4  # So many are printed; of more, their number.
-
-_MOST = 2**62  # Larger numbers do not fit into a tensor.
 
 
 class ExcludedTokens(tuple[int | str, ...]):
@@ -38,14 +37,13 @@ class ExcludedTokens(tuple[int | str, ...]):
         """Check what is asked for."""
         try:
             several = [asked] if isinstance(asked, str) else list(asked)
-            tokens = [each if isinstance(each, str) else index(each) for each in several]
         except TypeError as error:
             raise _refusal(asked) from error
-        if any(isinstance(each, bool) for each in several):
-            raise _refusal(asked)
+        tokens = [token for each in several if (token := each if isinstance(each, str) else index_of(each)) is not None]
         numbers = [token for token in tokens if isinstance(token, int)]
         found = numbers if len(numbers) == len(tokens) else ids
-        if any(abs(token) >= _MOST for token in (*numbers, *(found or ()))) or "" in tokens:
+        is_too_large = any(abs(token) >= LARGEST for token in (*numbers, *(found or ())))
+        if len(tokens) < len(several) or is_too_large or "" in tokens:
             raise _refusal(asked)
         excluded = super().__new__(cls, tokens)
         excluded.ids = None if found is None else tuple(sorted({*found, *numbers}))

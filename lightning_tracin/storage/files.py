@@ -360,10 +360,12 @@ def output_file(path: Path) -> Iterator[Path]:
     """Yield where to write a file that was asked for, which appears whole or not at all.
 
     What is no regular file, such as /dev/stdout, is written to directly; of a link, what it leads to is replaced.
+    Folders that are missing are made.
     """
     if path.exists() and not path.is_file():
         yield path
     else:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(Path(os.path.realpath(path))) as partial:
             yield partial
 

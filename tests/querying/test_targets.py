@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from asked_targets import AskedFamily
@@ -121,7 +122,7 @@ def test_tags(family):
         places = torch.tensor([number % 3])
         return torch.full_like(batch["labels"][0], -100).index_copy_(0, places, batch["labels"][0][places])
 
-    require_same(asked, of_tokens(of_each), positions=[[number % 3] for number in range(5)])
+    require_same(asked, of_tokens(of_each), positions=[[np.int64(number % 3)] for number in range(5)])
 
 
 @pytest.mark.parametrize(("name", "shift"), [("gpt2-causal", 1), ("bert-masked", 0), ("t5", 0), ("bart", 0)])

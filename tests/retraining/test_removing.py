@@ -21,7 +21,7 @@ from lightning_tracin.retraining import does_it_matter, tail_patch_gains
 from lightning_tracin.retraining.outcomes import Outcome
 from lightning_tracin.retraining.removal_effect import RemovalEffect
 from lightning_tracin.retraining.removals import Removals
-from lightning_tracin.retraining.targets import quantity_of, target_classes, values_of
+from lightning_tracin.retraining.targets import quantity_of, target_classes, target_name, values_of
 
 SEEDS = 3
 T_QUANTILE = 4.303  # .975, of two degrees of freedom
@@ -281,6 +281,13 @@ def test_too_few_of_a_label_are_told(planted_result):
     without_trace = Removals(replace(planted_result, trace=None), rows, 3, 2, ("random", "tf-idf"))
     assert set(without_trace.chosen) == {"proponents", "random"}
     assert "no comparison with 'tf-idf'" in without_trace.notes[0]
+
+
+def test_a_value_is_no_class_that_its_whole_part_numbers(planted_result):
+    texts = replace(planted_result.test_texts, labels=torch.full((N_TEST,), 1.7, dtype=torch.float64))
+    rated = replace(planted_result, target_names=(), test_texts=texts)
+    assert target_name(rated, 0) == "1.7"
+    assert target_name(replace(rated, test_texts=planted_result.test_texts), 0) in planted_result.label_names.values()
 
 
 def test_other_targets_have_other_classes(planted_fit, planted_result, folder):
