@@ -138,7 +138,18 @@ def _require_unused(arguments: Namespace, source: str, names: Sequence[str]) -> 
 
 
 def _size(arguments: Namespace, model: ModelSize) -> TraceSize:
-    """The size of the trace of a model."""
+    """The size of the trace of a model.
+
+    Raises:
+        SystemExit: if arguments contradict each other, or say what does not count.
+        ValueError: if there is no such method.
+    """
+    for name, counts in (("labelled", model.writes), ("classes", arguments.classes == model.outputs)):
+        if getattr(arguments, name) is not None and not counts:
+            place = "token" if model.writes else "example"
+            arguments.usage_error(
+                f"--{name} would change nothing: the last layer has {model.outputs} outputs, once for each {place}"
+            )
     tokens, n_train = arguments.tokens or 128, arguments.examples
     words = min(arguments.words or distinct_words(model.vocab, tokens), tokens)
     trainable = min(arguments.trainable or model.parameters, model.parameters)
@@ -207,10 +218,11 @@ def as_json(size: TraceSize) -> dict[str, Any]:
             "weights": round(size.weights),
             "moments": round(size.moments),
             "components": round(size.components),
+            "texts": round(size.texts) if size.texts_each else 0,
             "gradients": {name: round(size.drawn * each) for name, each in size.gradients.items()},
         },
         "example": {name: round(each) for name, each in size.gradients.items()},
-        "once": {"frozen_weights": round(size.frozen), "texts": round(size.texts)},
+        "once": {"frozen_weights": round(size.frozen), "texts": 0 if size.texts_each else round(size.texts)},
         "total": round(size.of(number)),
     }
 
@@ -234,6 +246,9 @@ def size_table(size: TraceSize) -> Table:
         add("components", None, size.components, number * size.components)
     for name, each in size.gradients.items():
         add(printable(f"gradients {name}"), each, each * size.drawn, number * each * size.drawn)
-    add("texts", size.texts / size.drawn, None, size.texts)
+    if size.texts_each:
+        add("texts", size.texts / size.drawn, size.texts, number * size.texts)
+    else:
+        add("texts", size.texts / size.n_train, None, size.texts)
     add("all", None, size.checkpoint, size.of(number))
     return table
