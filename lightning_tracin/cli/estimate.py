@@ -13,6 +13,7 @@ from typing import Any
 from rich.filesize import decimal
 from rich.table import Table
 
+from lightning_tracin.cli.argument_types import path
 from lightning_tracin.cli.model_size import TASKS, ModelSize, size_of_model
 from lightning_tracin.gradients.printable import printable
 from lightning_tracin.storage.sizes import (
@@ -56,8 +57,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     number("tokens", "tokens of an example, on the mean (128 by default)")
     number("words", "different tokens of an example; by default judged from --tokens by Zipf's law")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="FOLDER", help="a Hugging Face model's, with its config.json")
-    source.add_argument("--trace", metavar="TRACE", help="a trace of the same model with the same options")
+    source.add_argument("--model", metavar="FOLDER", type=path, help="a Hugging Face model's, with its config.json")
+    source.add_argument("--trace", metavar="TRACE", type=path, help="a trace of the same model with the same options")
     parser.add_argument("--task", choices=sorted(TASKS), help="what the model of --model does, if it does not say")
     number("labelled", "tokens with a label, of a language model (all by default; of masked ones 15 %%)")
     number("parameters", "parameters of the model, tied ones once")
