@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
+from lightning_tracin.gradients.printable import storable
+
 #: A class by its number or by its name.
 Class: TypeAlias = int | str
 
@@ -155,7 +157,7 @@ def number_of_class(given: Class, names: Mapping[int, str]) -> int:
 
 def _class(given: Any, asked: Any) -> Class:
     if isinstance(given, str):
-        return given
+        return storable(given)  # as names of classes are
     try:
         if isinstance(given, bool):
             raise TypeError
