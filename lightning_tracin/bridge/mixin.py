@@ -186,7 +186,7 @@ def words_of_batch(module: nn.Module, batch: Any, token_ids: list[int]) -> dict[
             f"{None if ids is None else tuple(ids.shape)}, but returned lists of {[len(row) for row in rows]}."
         )
     named = {
-        token: storable(word)
+        token: storable(str(word))
         for row, words in zip(ids.tolist(), rows, strict=True)
         for token, word in zip(row, words, strict=True)
     }
@@ -266,7 +266,7 @@ def label_names_of(module: nn.Module) -> dict[int, str]:
             "influence_label_names must return a mapping from each label's number to its name, such as "
             f"{{0: 'ham', 1: 'spam'}}, but returned {names!r}."
         )
-    return {number: str(name) for number, name in names.items()}
+    return {number: storable(str(name)) for number, name in names.items()}
 
 
 def tokenizer_of(module: Any) -> Any:

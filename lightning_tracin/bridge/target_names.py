@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_tracin.bridge.mixin import label_names_of, token_ids_of, tokenizer_of, words_of_ids
 from lightning_tracin.gradients.losses import hugging_face_model, writes_tokens
 from lightning_tracin.gradients.outputs import Output
+from lightning_tracin.gradients.printable import storable
 from lightning_tracin.gradients.targets import Class, Target, number_of_class
 
 _LISTED = 12  # So many tags or tokens are named.
@@ -90,4 +91,4 @@ class TargetNames:
         """What tokens say."""
         tokens = words_of_ids(self._module, ids[:_LISTED])
         joined = getattr(tokenizer_of(self._module), "convert_tokens_to_string", " ".join)(tokens)
-        return str(joined).strip() + (" …" if len(ids) > _LISTED else "")
+        return storable(str(joined)).strip() + (" …" if len(ids) > _LISTED else "")

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 import lightning_tracin
+from lightning_tracin.cli import argument_types as types
 from lightning_tracin.cli.estimate import NOTES, add_arguments, as_json, estimated, size_table
 from lightning_tracin.cli.help_notes import (
     EXPORT_NOTES,
@@ -118,12 +119,14 @@ def _parser() -> ArgumentParser:
         return added
 
     info = command("info", _info, "What a trace holds, and how much space it takes.", INFO_NOTES)
-    info.add_argument("trace", metavar="TRACE", help="folder that TracInCallback wrote")
+    info.add_argument("trace", metavar="TRACE", type=types.path, help="folder that TracInCallback wrote")
     info.add_argument("--json", action="store_true", help="print one JSON object; sizes are in bytes")
 
     top = command("top", _top, "The training examples that pushed test examples most.", TOP_NOTES)
-    top.add_argument("path", metavar="RESULT | TRACE", help="file of a result; with --result, folder of its trace")
-    top.add_argument("--result", metavar="FILE", help="file of the result, where its trace has moved to TRACE")
+    of_path = "file of a result; with --result, folder of its trace"
+    top.add_argument("path", metavar="RESULT | TRACE", type=types.path, help=of_path)
+    of_result = "file of the result, where its trace has moved to TRACE"
+    top.add_argument("--result", metavar="FILE", type=types.path, help=of_result)
     _add_k(top, 10)
     top.add_argument(
         "--test", metavar="I", type=int, nargs="+", action="extend", help="rows of the scores, from 0; all by default"
@@ -131,24 +134,28 @@ def _parser() -> ArgumentParser:
 
     html = command("html", _html, "Write a result as a page for reading.", HTML_NOTES)
     _add_result(html)
-    html.add_argument("-o", "--output", metavar="FILE", required=True, help="the page, usually *.html")
+    of_page = "the page, usually *.html"
+    html.add_argument("-o", "--output", metavar="FILE", required=True, type=types.written_file, help=of_page)
     _add_k(html, 20)
 
     export = command("export", _export, "Write the strongest pairs of a result as a table.", EXPORT_NOTES)
     _add_result(export)
     forms = export.add_mutually_exclusive_group(required=True)
-    forms.add_argument("--csv", metavar="FILE", help="write CSV with a header; - is stdout")
-    forms.add_argument("--json", metavar="FILE", help="write a JSON list of objects, one a line; - is stdout")
-    forms.add_argument("--parquet", metavar="FILE", help="write Parquet; needs lightning-tracin[parquet]")
+    forms.add_argument("--csv", metavar="FILE", type=types.path, help="write CSV with a header; - is stdout")
+    of_json = "write a JSON list of objects, one a line; - is stdout"
+    forms.add_argument("--json", metavar="FILE", type=types.path, help=of_json)
+    of_parquet = "write Parquet; needs lightning-tracin[parquet]"
+    forms.add_argument("--parquet", metavar="FILE", type=types.written_file, help=of_parquet)
     _add_k(export, 10)
 
     labels = command("labels", _labels, "Training examples whose labels may be wrong.", LABELS_NOTES)
     _add_result(labels)
-    labels.add_argument("--csv", metavar="FILE", help="write all as CSV, to review and correct; - is stdout")
-    labels.add_argument("-n", type=_positive, help="only the first so many")
+    of_csv = "write all as CSV, to review and correct; - is stdout"
+    labels.add_argument("--csv", metavar="FILE", type=types.path, help=of_csv)
+    labels.add_argument("-n", type=types.positive, help="only the first so many")
 
     verify = command("verify", _verify, "Check every file of a trace against its checksum.", VERIFY_NOTES)
-    verify.add_argument("trace", metavar="TRACE", help="folder that TracInCallback wrote")
+    verify.add_argument("trace", metavar="TRACE", type=types.path, help="folder that TracInCallback wrote")
 
     add_arguments(command("estimate", _estimate, "What a trace will take on disk, before a fit.", NOTES))
     return parser
@@ -285,11 +292,6 @@ def _export(arguments: Namespace) -> int:
     from lightning_tracin.report.pairs import columns_of, words_in_a_line
     from lightning_tracin.storage.files import output_file
 
-    target = next(each for each in (arguments.csv, arguments.json, arguments.parquet) if each is not None)
-    if not target:
-        arguments.usage_error("the file to write to has no name: is a variable of the shell empty?")
-    if arguments.parquet == "-":
-        arguments.usage_error("Parquet is no text, and is not written to stdout: name a file")
     result = _result(arguments.result, arguments.trace)
     if arguments.parquet is not None:
         try:
@@ -301,7 +303,7 @@ def _export(arguments: Namespace) -> int:
             raise ModuleNotFoundError(message) from error
         return 0
     rows = result.rows(arguments.k)
-    with _opened(target) as file:
+    with _opened(arguments.csv or arguments.json) as file:
         if arguments.csv is not None:
             writer = csv.DictWriter(file, fieldnames=columns_of(rows), lineterminator="\n")
             writer.writeheader()
@@ -360,20 +362,17 @@ def _estimate(arguments: Namespace) -> int:
 
 
 def _add_result(parser: ArgumentParser) -> None:
-    parser.add_argument("result", metavar="RESULT", help="file that InfluenceResult.save wrote")
-    parser.add_argument("--trace", metavar="TRACE", help="folder of its trace, where that has moved")
+    parser.add_argument("result", metavar="RESULT", type=types.path, help="file that InfluenceResult.save wrote")
+    parser.add_argument("--trace", metavar="TRACE", type=types.path, help="folder of its trace, where that has moved")
 
 
 def _add_k(parser: ArgumentParser, default: int) -> None:
     parser.add_argument(
-        "-k", type=_positive, default=default, help=f"how many proponents and how many opponents ({default} by default)"
+        "-k",
+        type=types.positive,
+        default=default,
+        help=f"how many proponents and how many opponents ({default} by default)",
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"expected a number from 1 on, but got {text!r}")
-    return int(text)
 
 
 def _result(path: str, trace: str | None) -> lightning_tracin.InfluenceResult:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.filesize import decimal
 from rich.table import Table
 
+from lightning_tracin.cli.argument_types import path
 from lightning_tracin.cli.model_size import TASKS, ModelSize, size_of_model
 from lightning_tracin.gradients.printable import printable
 from lightning_tracin.storage.sizes import (
@@ -56,8 +57,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     number("tokens", "tokens of an example, on the mean (128 by default)")
     number("words", "different tokens of an example; by default judged from --tokens by Zipf's law")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="FOLDER", help="a Hugging Face model's, with its config.json")
-    source.add_argument("--trace", metavar="TRACE", help="a trace of the same model with the same options")
+    source.add_argument("--model", metavar="FOLDER", type=path, help="a Hugging Face model's, with its config.json")
+    source.add_argument("--trace", metavar="TRACE", type=path, help="a trace of the same model with the same options")
     parser.add_argument("--task", choices=sorted(TASKS), help="what the model of --model does, if it does not say")
     number("labelled", "tokens with a label, of a language model (all by default; of masked ones 15 %%)")
     number("parameters", "parameters of the model, tied ones once")
@@ -138,7 +139,18 @@ def _require_unused(arguments: Namespace, source: str, names: Sequence[str]) -> 
 
 
 def _size(arguments: Namespace, model: ModelSize) -> TraceSize:
-    """The size of the trace of a model."""
+    """The size of the trace of a model.
+
+    Raises:
+        SystemExit: if arguments contradict each other, or say what does not count.
+        ValueError: if there is no such method.
+    """
+    for name, counts in (("labelled", model.writes), ("classes", arguments.classes == model.outputs)):
+        if getattr(arguments, name) is not None and not counts:
+            place = "token" if model.writes else "example"
+            arguments.usage_error(
+                f"--{name} would change nothing: the last layer has {model.outputs} outputs, once for each {place}"
+            )
     tokens, n_train = arguments.tokens or 128, arguments.examples
     words = min(arguments.words or distinct_words(model.vocab, tokens), tokens)
     trainable = min(arguments.trainable or model.parameters, model.parameters)
@@ -207,10 +219,11 @@ def as_json(size: TraceSize) -> dict[str, Any]:
             "weights": round(size.weights),
             "moments": round(size.moments),
             "components": round(size.components),
+            "texts": round(size.texts) if size.texts_each else 0,
             "gradients": {name: round(size.drawn * each) for name, each in size.gradients.items()},
         },
         "example": {name: round(each) for name, each in size.gradients.items()},
-        "once": {"frozen_weights": round(size.frozen), "texts": round(size.texts)},
+        "once": {"frozen_weights": round(size.frozen), "texts": 0 if size.texts_each else round(size.texts)},
         "total": round(size.of(number)),
     }
 
@@ -234,6 +247,9 @@ def size_table(size: TraceSize) -> Table:
         add("components", None, size.components, number * size.components)
     for name, each in size.gradients.items():
         add(printable(f"gradients {name}"), each, each * size.drawn, number * each * size.drawn)
-    add("texts", size.texts / size.drawn, None, size.texts)
+    if size.texts_each:
+        add("texts", size.texts / size.drawn, size.texts, number * size.texts)
+    else:
+        add("texts", size.texts / size.n_train, None, size.texts)
     add("all", None, size.checkpoint, size.of(number))
     return table

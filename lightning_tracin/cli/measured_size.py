@@ -33,15 +33,15 @@ def size_like_trace(folder: str, examples: int | None, checkpoints: int | None) 
     drawn = sum(len(drawn_at(each)) for each in found)
     n_read = trace.n_train - len(trace.undrawn)
     gradients = {site.name: sum(each.gradients(site).nbytes for each in found) / drawn for site in sites}
-    texts = [trace.path / "texts", *(each.path / "texts" for each in found)]
-    texts_each = not texts[0].exists()
+    of_all, of_each = _bytes_below(trace.path / "texts"), [_bytes_below(each.path / "texts") for each in found]
+    texts_each = not of_all and all(of_each)  # else what a checkpoint lacks was stored before it, once and for all
     n_train = n_read if examples is None else examples
     return TraceSize(
         weights=sum(size_of(each.path / WEIGHTS) for each in found if each.keeps_weights) / len(found),
         frozen=sum(size_of(trace.path / name) for name in {name for each in found for name in each.shared}),
         moments=max(_bytes_of_moments(each) for each in found),
         gradients=gradients,
-        texts=n_train * sum(map(_bytes_below, texts)) / (drawn if texts_each else n_read),
+        texts=n_train / n_read * (of_all + sum(of_each)) / (len(found) if texts_each else 1),
         n_train=n_train,
         drawn=n_train * drawn / (len(found) * n_read),
         checkpoints=len(found) if checkpoints is None else checkpoints,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from lightning_tracin.checked_numbers import index_of
+from lightning_tracin.gradients.printable import storable
 
 #: A class by its number or by its name.
 Class: TypeAlias = int | str
@@ -156,7 +157,7 @@ def number_of_class(given: Class, names: Mapping[int, str]) -> int:
 
 def _class(given: Any, asked: Any) -> Class:
     if isinstance(given, str):
-        return given
+        return storable(given)  # as names of classes are
     number = index_of(given)
     if number is None:
         raise TypeError(

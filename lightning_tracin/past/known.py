@@ -104,6 +104,7 @@ class KnownRun:
                 frozen=frozen_names(self.module),
                 moments=dict(self._moments(number, sites)),
                 drawn=drawn[number],
+                repeats=each.recorded.repeats if each.recorded is not None and each.rate is None else [],
             )
 
     def _groups_and_steps(self, number: int, sites: Sequence[Site]) -> tuple[list[list[list[str]]], list[Step]]:

@@ -35,6 +35,7 @@ class KnownCheckpoint:
         frozen: names of the weights that no gradient moves.
         moments: Adam's second moments, at the sites where they are known.
         drawn: (n_train,) bool, the examples that were trained on since the checkpoint before; None if all were.
+        repeats: how many steps each of ``steps`` stands for in another trace; none where that is one.
     """
 
     step: int
@@ -45,6 +46,7 @@ class KnownCheckpoint:
     frozen: Set[str]
     moments: Mapping[Site, SecondMoments]
     drawn: Tensor | None
+    repeats: list[int]
 
 
 def assembled_trace(path: Path, header: TraceHeader, checkpoints: Iterable[KnownCheckpoint]) -> Trace:
@@ -94,6 +96,7 @@ def _written(path: Path, header: TraceHeader, known: KnownCheckpoint, previous: 
             epoch=known.epoch,
             previous=None if previous is None else previous.id,
             steps=known.steps,
+            repeats=known.repeats,
             groups=known.groups,
             checksums=checksums,
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import repeat
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,15 @@ class Checkpoint:
         step: ``trainer.global_step``.
         epoch: ``trainer.current_epoch``.
         previous: id of the checkpoint before; None for the first one.
-        steps: the optimizer steps since the previous checkpoint.
+        steps: the optimizer steps since the previous checkpoint; where they are very many, one for all that are alike,
+            with the mean of their rates.
         groups: the parameter names of each group of each optimizer.
         checksums: of the files of weights, of second moments and of the examples that were drawn, by name; see
             :meth:`file`.
         header: what the trace says of all checkpoints.
         keeps_weights: whether weights are stored (``keep_weights`` of the callback).
         frozen_sites: the keys of the sites that no step of the whole trace moved.
+        repeats: how many steps each of ``steps`` stands for; empty where that is one each.
     """
 
     path: Path
@@ -56,6 +60,7 @@ class Checkpoint:
     header: TraceHeader
     keeps_weights: bool = True
     frozen_sites: frozenset[str] = frozenset()
+    repeats: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, folder: Path, header: TraceHeader, content: CheckpointFile) -> Checkpoint:
@@ -88,15 +93,19 @@ class Checkpoint:
         Without steps, the rate is 0.
         """
         held = self._groups_of(site)
-        rates: list[float] = []
-        for _, optimizer, group_rates, unmoved in self.steps:
+        sums: list[float] = []
+        n_rates = 0
+        for (_, optimizer, group_rates, unmoved), n in zip(self.steps, self.repeats or repeat(1), strict=False):
+            rates: list[float] = []
             if not held:
-                rates += group_rates if site.key in self.frozen_sites else [0.0]
+                rates = group_rates if site.key in self.frozen_sites else [0.0]
             elif any(optimizer == each for each, _ in held):
                 own = [rate for group, rate in enumerate(group_rates) if (optimizer, group) in held]
                 moves = site.key not in unmoved or site.key in self.frozen_sites
-                rates += own if own and moves else [0.0]
-        return sum(rates) / len(rates) if rates else 0.0
+                rates = own if own and moves else [0.0]
+            sums += [n * rate for rate in rates]
+            n_rates += n * len(rates)
+        return fsum(sums) / n_rates if n_rates else 0.0
 
     def moves(self, site: Site) -> bool:
         """Whether a step since the previous checkpoint moved a site's weight."""

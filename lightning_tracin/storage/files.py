@@ -41,13 +41,14 @@ _REPAIR = (
 )
 
 _SMALLER = {
-    "checkpoint.json": "It has each step since the checkpoint before, and each layer that did not move in it: take "
-    "checkpoints more often (every_n_train_steps of TracInCallback), or record fewer layers.",
+    "checkpoint.json": "It has the layers that did not move in each step since the checkpoint before, once for all "
+    "steps where they are the same: take checkpoints more often (every_n_train_steps of TracInCallback), or record "
+    "fewer layers.",
     "vocabulary.json": "Let influence_words name fewer tokens.",
 }  # what to do where a file has become too large
 
 # Parsed, JSON takes some 100 bytes for each value, and 400 for each key: with these limits, less than a gigabyte. They
-# allow for a million words, and for half a million steps between two checkpoints.
+# allow for a million words; steps between two checkpoints are summed up long before.
 _JSON_BYTES, _JSON_VALUES, _VALUES_OF_KEY = 64 * 2**20, 4_000_000, 3
 
 # Of the header of a safetensors file, which may hold the words of a saved result, and its braces: one for each tensor.

@@ -19,6 +19,7 @@ from lightning_tracin.storage.frozen import share_frozen
 from lightning_tracin.storage.layouts import shapes_of
 from lightning_tracin.storage.schemas import CheckpointFile, Step, write
 from lightning_tracin.storage.second_moments import moments_file, second_moments_at
+from lightning_tracin.storage.summed_steps import summed_up
 from lightning_tracin.storage.trace import Trace
 
 
@@ -78,12 +79,14 @@ def new_checkpoint(
         ]
         for optimizer in optimizers
     ]
+    stored_steps, repeats = summed_up(steps)
     content: dict[str, Any] = {
         "id": uuid.uuid4().hex,
         "step": step,
         "epoch": epoch,
         "previous": previous,
-        "steps": steps,
+        "steps": stored_steps,
+        "repeats": repeats,
         "groups": groups,
         "keeps_weights": keep_weights,
     }

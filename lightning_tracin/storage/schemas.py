@@ -105,10 +105,11 @@ class TraceFile(TraceHeader, frozen=True, kw_only=True):
     ended_at: StepNumber | None = None
 
 
-class CheckpointFile(JsonFile, frozen=True, kw_only=True):
+class CheckpointFile(JsonFile, frozen=True, kw_only=True, omit_defaults=True):
     """``checkpoint.json``; the attributes are those of :class:`~lightning_tracin.storage.checkpoint.Checkpoint`.
 
-    A checkpoint without weights says so itself: where only their file is gone, that is noticed.
+    A checkpoint without weights says so itself: where only their file is gone, that is noticed. What is as it mostly is
+    is not written, so that earlier versions can read it.
     """
 
     id: Identity
@@ -119,8 +120,11 @@ class CheckpointFile(JsonFile, frozen=True, kw_only=True):
     groups: list[list[list[str]]]
     checksums: dict[Annotated[str, Meta(pattern=_FILES_OF_CHECKPOINT)], Checksum]
     keeps_weights: bool = True
+    repeats: list[Annotated[int, Meta(ge=1, le=999_999_999)]] = []
 
     def __post_init__(self) -> None:
+        if len(self.repeats) not in (0, len(self.steps)):
+            raise ValueError(f"it has {len(self.steps)} steps, but says of {len(self.repeats)} for how many they stand")
         if self.keeps_weights and "weights.safetensors" not in self.checksums:
             raise ValueError("there is no checksum of weights.safetensors in it")
         weights = [name for name in self.checksums if name.startswith(("weights", "frozen"))]

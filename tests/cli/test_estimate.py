@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from toy import quiet, texts
+from toy import fitted, loader, quiet, texts
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config
 
 from lightning_tracin import Trace, TracInCallback, TracInMixin
@@ -153,6 +153,27 @@ def test_a_trace_tells_the_size_of_a_larger_one(tmp_path, capsys, cache):
     assert asked(capsys, "--trace", large)["total"] == pytest.approx(files_below(large), rel=0.02)
 
 
+@pytest.mark.parametrize(("cache", "are_stored_once"), [("checkpoint", True), ("training", False)])
+def test_texts_of_several_checkpoints_in_an_epoch_are_counted_as_often_as_they_are_stored(
+    tmp_path, capsys, cache, are_stored_once
+):
+    """A pass stores those that none before it has; training's own gradients come with theirs each time."""
+    fitted(tmp_path / "trace", data=loader(texts(100), shuffle=True), every_n_train_steps=7, cache=cache)
+    told = asked(capsys, "--trace", tmp_path / "trace")
+    number, each, once = told["checkpoints"], told["checkpoint"]["texts"], told["once"]["texts"]
+    assert number == 7
+    assert (each == 0, once > 0) == (are_stored_once, are_stored_once)
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "trace").rglob("texts/*.safetensors"))
+    assert once + number * each == pytest.approx(on_disk, abs=number)
+    more = asked(capsys, "--trace", tmp_path / "trace", "--checkpoints", 70)
+    assert more["once"]["texts"] + 70 * more["checkpoint"]["texts"] == pytest.approx(
+        on_disk * (1 if are_stored_once else 10), abs=70
+    )
+    assert main(["estimate", "--trace", str(tmp_path / "trace")]) == 0
+    (row,) = re.findall(r"^texts +(.+)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(row.split("  ")) >= (2 if are_stored_once else 3)
+
+
 def test_it_prints_a_table_and_the_line_of_a_fit(capsys):
     arguments = "--examples 200k --hidden 768 --vocab 30522 --parameters 110M --trainable 1M --checkpoints 3"
     assert main(["estimate", *arguments.split()]) == 0
@@ -176,6 +197,16 @@ def test_it_prints_a_table_and_the_line_of_a_fit(capsys):
             "--examples 5 --hidden 8 --vocab 9 --parameters 10 --task causal-lm",
             2,
             "--model FOLDER does, which is missing",
+        ),
+        (
+            "--examples 5 --hidden 8 --vocab 9 --parameters 10 --labelled 3",
+            2,
+            "--labelled would change nothing: the last layer has 2 outputs, once for each example",
+        ),
+        (
+            "--examples 5 --hidden 8 --vocab 9 --parameters 10 --language-model --classes 3",
+            2,
+            "--classes would change nothing: the last layer has 9 outputs, once for each token",
         ),
         ("--examples 5 --hidden 8 --vocab 9 --parameters 10 --projection 8", 2, "saves nothing"),
         ("--examples 5 --hidden 8 --vocab 9 --parameters 10 --methods pooler", 1, "but got 'pooler'"),

@@ -131,9 +131,19 @@ class Halved(Toy):
     def influence_words(self, batch):
         return [[f"\ud83d{token}" for token in row] for row in batch[0].tolist()]
 
+    def influence_label_names(self):
+        return {0: "a\udc00", 1: "\ud83d\ude00", 2: "c"}
 
-def test_halves_of_characters_in_words_are_shown_as_such(tmp_path):
-    result = fitted(tmp_path / "trace", Halved()).influence(loader(test_texts()))
+
+def test_halves_of_characters_in_words_and_names_of_labels_are_shown_as_such(tmp_path):
+    trainer = fitted(tmp_path / "trace", Halved())
+    result = trainer.influence(loader(test_texts()))
+    assert result.label_names == {0: "a\ufffd", 1: "\N{GRINNING FACE}", 2: "c"}
+    for name in ("a\udc00", "a\ufffd"):  # as the module calls it, and as it is shown
+        asked = trainer.influence(loader(test_texts()), target=name)
+        assert asked.target == "a\ufffd"
+        assert torch.equal(asked.scores, trainer.influence(loader(test_texts()), target=0).scores)
+        f"{asked}{list(asked.explanations())}{asked.rows(1)}".encode()
     assert all("\ufffd" in row["test_text"] for row in result.rows(1))
     result.save(tmp_path / "result.safetensors")
     assert str(InfluenceResult.load(tmp_path / "result.safetensors")) == str(result)
