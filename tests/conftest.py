@@ -1,19 +1,9 @@
 from __future__ import annotations
 
-import functools
-import os
+import gc
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, settings
-from lightning_fabric.utilities import registry
-from toy import fitted
-
-torch.set_num_threads(1)  # the models are tiny: threads cost more than they give
-# Each Trainer looks through all installed packages for callbacks, which takes nearly all of the 12 ms to make one.
-registry.entry_points = functools.cache(registry.entry_points)
-# Each file of a trace waits some ms for the disk: tests that are about that put something of their own in its place.
-os.fsync = lambda descriptor: None
 
 # An example fits and asks, which takes some tenths of a second: making a small one of one that fails takes minutes.
 settings.register_profile(
@@ -28,10 +18,30 @@ settings.register_profile(
 settings.load_profile("quick")
 
 
+def pytest_collectstart():
+    """Not in the process that hands out tests to others: they start the sooner, as it does not import torch."""
+    import prepared  # noqa: F401
+
+
+def pytest_collection_finish():
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A trainer whose fit left a float32 trace; tests only ask it."""
+    from toy import fitted
+
     return fitted(tmp_path_factory.mktemp("toy") / "trace")
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs scripts in processes that need not import torch and Lightning first."""
+    from launched import Forks
+
+    with Forks() as running:
+        yield running
 
 
 @pytest.fixture

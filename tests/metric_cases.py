@@ -1,4 +1,4 @@
-"""Each metric with inputs that can be cut into batches; and a script of two processes: ``metric_cases.py RANK FILE``.
+"""Each metric with inputs that can be cut into batches; and a script of two processes: ``metric_cases.py FOLDER``.
 
 As a script it writes what each metric's ``compute`` gave where each process had one half, and where one had all.
 """
@@ -6,10 +6,12 @@ As a script it writes what each metric's ``compute`` gave where each process had
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,9 +100,10 @@ def numbers(value: Any) -> Any:
     return None if value is None else [numbers(each) for each in value]
 
 
-def main(rank: int, file: str) -> None:
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     found = {}
     for name, case in cases().items():
         metric, half = case.metric(), case.size // 2 + 1  # unequal parts
@@ -109,9 +112,9 @@ def main(rank: int, file: str) -> None:
         if rank == 0:
             alone.update(*case.inputs)
         found[name] = [numbers(metric.compute()), numbers(alone.compute())]
-    sys.stdout.write(json.dumps(found))
+    (folder / f"found-{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

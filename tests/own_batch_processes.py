@@ -1,4 +1,4 @@
-"""A script that test_own_batches.py runs, and Lightning launches a second time: ``own_batch_processes.py FOLDER``."""
+"""A script that test_own_batches.py runs in two processes: ``own_batch_processes.py FOLDER``."""
 
 from __future__ import annotations
 

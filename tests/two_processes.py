@@ -1,4 +1,4 @@
-"""A script that test_processes.py runs, and Lightning launches a second time: ``two_processes.py FOLDER [FAULT]``."""
+"""A script of test_processes.py for two processes; with a fault Lightning starts the second: ``FOLDER [FAULT]``."""
 
 from __future__ import annotations
 

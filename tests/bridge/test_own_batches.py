@@ -9,7 +9,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from brute_force import relative_error
-from launched import run
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, default_collate
 from toy import Toy, quiet, same_weights, texts
 from unpadded import BUDGET, EqualLengths, Still, Texts, TokenBudget, brute_scores, padded
@@ -158,10 +157,10 @@ def test_the_first_batch_is_one_that_the_sampler_composes():
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, forks):
     """The folder, and what each of two processes found."""
     folder = tmp_path_factory.mktemp("two")
-    done = run(folder, script="own_batch_processes.py")
+    done = forks.run_two(folder, script="own_batch_processes.py")
     assert done.returncode == 0, done.stderr
     return folder, *(torch.load(folder / f"process-{rank}.pt", weights_only=True) for rank in (0, 1))
 

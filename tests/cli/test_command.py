@@ -21,7 +21,7 @@ from lightning_tracin.cli.command import main
 from lightning_tracin.report.pairs import words_in_a_line
 from lightning_tracin.storage.files import read_json, write_json
 
-COMMAND = [sys.executable, "-m", "lightning_tracin"]
+COMMAND = ["-m", "lightning_tracin"]
 
 
 @pytest.fixture(autouse=True)
@@ -297,16 +297,14 @@ def test_gradients_that_were_removed_on_purpose_are_no_damage(copied):
     assert run("verify", copied) == 0
 
 
-def test_a_progress_bar_shows_on_a_terminal_only(trace):
+def test_a_progress_bar_shows_on_a_terminal_only(forks, trace):
     reader, terminal = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm"}
-    done = subprocess.run(
-        [*COMMAND, "verify", trace], stdout=subprocess.PIPE, stderr=terminal, env=environment, check=True
-    )
+    done = forks.run(*COMMAND, "verify", trace, stderr=terminal, TERM="xterm")
     os.close(terminal)
+    assert done.returncode == 0
     assert "checking" in os.read(reader, 100_000).decode()
     os.close(reader)
-    assert done.stdout.decode().startswith(f"{trace}: all ")
+    assert done.stdout.startswith(f"{trace}: all ")
 
 
 @pytest.mark.parametrize("command", [("info",), ("verify",)])
@@ -408,45 +406,48 @@ print("slow:", [name for name in ("torch", "pytorch_lightning", "pandas") if nam
 
 def test_what_needs_no_model_does_not_wait_for_lightning(file):
     code = f"""
-import sys
+import sys, lightning_tracin
+assert "torch" not in sys.modules
+print(lightning_tracin.TracInWE())
 from lightning_tracin.cli.command import main
 assert main(["top", {file!r}]) == 0
 print([name for name in ("pytorch_lightning", "transformers", "pandas") if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
+    assert done.stdout.startswith("TracInWE(")
 
 
 def test_the_script_is_this_command_and_tells_its_version():
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     (target,) = re.findall(r'^lightning-tracin = "(.+)"$', project, re.MULTILINE)
     assert resolve_name(target).__module__ == "lightning_tracin.__main__"  # what the next line runs
-    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, *COMMAND, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"lightning-tracin {lightning_tracin.__version__}\n"
 
 
 @pytest.mark.parametrize("command", [["top", "-k", "20"], ["export", "--json", "-"]])
-def test_a_reader_that_goes_away_is_no_error(file, command):
+def test_a_reader_that_goes_away_is_no_error(forks, file, command):
     name, *options = command
-    arguments = [*COMMAND, name, file, *options]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as writer:
-        writer.stdout.close()  # before anything was written: that takes a second
-        assert writer.stderr.read() == ""
-        assert writer.wait() == 0
-
-
-def test_head_takes_the_first_record(file, capsys):
-    piped = f"set -o pipefail; {sys.executable} -m lightning_tracin top {file} | head -1"
-    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, check=True)
-    run("top", file)
-    assert done.stdout == capsys.readouterr().out.splitlines(keepends=True)[0]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = forks.run(*COMMAND, name, file, *options, stdout=writer)
+    os.close(writer)
     assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_head_takes_the_first_record(forks, file, capsys):
+    with subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as head:
+        done = forks.run(*COMMAND, "top", file, stdout=head.stdin)
+        first, _ = head.communicate()
+    run("top", file)
+    assert first == capsys.readouterr().out.splitlines(keepends=True)[0]
+    assert done.stderr == ""
+    assert done.returncode == 0
 
 
 def test_names_are_imported_when_they_are_asked_for():
-    code = "import sys, lightning_tracin; assert 'torch' not in sys.modules; print(lightning_tracin.TracInWE())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("TracInWE(")
     assert set(lightning_tracin.__all__) <= set(dir(lightning_tracin))
     assert lightning_tracin.querying.trainer.Trainer is lightning_tracin.Trainer  # modules are there as well
     with pytest.raises(AttributeError, match="no attribute 'Tracer'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from lightning_tracin.report.word_table import WordTable
 from lightning_tracin.storage import files
 from lightning_tracin.storage.files import read_json, write_json
 
-COMMAND = [sys.executable, "-m", "lightning_tracin"]
+COMMAND = ["-m", "lightning_tracin"]
 EVIL = "\x1b[2J\x1b]0;gone\x07\x9b31m\u202etxt.exe\u2066\u200f[/red]"
 
 
@@ -124,31 +125,37 @@ def test_a_full_disk_leaves_no_half_of_an_export(toy, tmp_path, monkeypatch, cap
     assert not before or target.read_text() == before
 
 
-def test_an_export_to_a_device_or_through_a_link_goes_there(toy, tmp_path):
+def test_an_export_to_a_device_or_through_a_link_goes_there(forks, toy, tmp_path):
     path = toy.influence(loader(test_texts())).save(tmp_path / "result.safetensors")
     (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
     assert main(["export", str(path), "--csv", str(tmp_path / "link.csv")]) == 0
     assert (tmp_path / "link.csv").is_symlink()
-    done = subprocess.run([*COMMAND, "export", path, "--csv", "/dev/stdout"], capture_output=True, check=True)
-    assert done.stdout == (tmp_path / "real.csv").read_bytes()
+    reader, writer = os.pipe()
+    done = forks.run(*COMMAND, "export", path, "--csv", "/dev/stdout", stdout=writer)
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    with os.fdopen(reader, "rb") as piped:
+        assert piped.read() == (tmp_path / "real.csv").read_bytes()
     assert Path("/dev/null").is_char_device()
     assert main(["export", str(path), "--csv", "/dev/null"]) == 0
     assert Path("/dev/null").is_char_device()
 
 
-def test_a_full_standard_output_is_an_error_in_one_line(trace):
+def test_a_full_standard_output_is_an_error_in_one_line(forks, trace):
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run([*COMMAND, "info", trace], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = forks.run(*COMMAND, "info", trace, stdout=full)
     assert done.returncode == 1
     assert done.stderr == "lightning-tracin: error: [Errno 28] No space left on device\n"
 
 
-def test_signs_that_the_terminal_has_not_are_escaped(trace, tmp_path):
+def test_signs_that_the_terminal_has_not_are_escaped(trace, tmp_path, monkeypatch):
     copied = Path(shutil.copytree(trace, tmp_path / "trace"))
     write_json(copied / "trace.json", {**read_json(copied / "trace.json"), "model_class": "Modèle"})
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([*COMMAND, "info", copied], capture_output=True, text=True, check=True, env=environment)
-    assert r"Mod\xe8le" in done.stdout
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["info", str(copied)]) == 0
+    sys.stdout.flush()
+    assert rb"Mod\xe8le" in written.getvalue()
 
 
 @pytest.mark.parametrize("after", [0.0, 0.3, 1.0])
@@ -167,7 +174,9 @@ def test_ctrl_c_is_quiet_while_modules_are_imported_and_later(trace, after):
 
 
 def test_help_whose_reader_has_gone_is_quiet():
-    with subprocess.Popen([*COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as writer:
+    with subprocess.Popen(
+        [sys.executable, *COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as writer:
         writer.stdout.close()
         assert writer.stderr.read() == ""
         assert writer.wait() == 0

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import lightning.pytorch as twin
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI as TwinCLI
-from toy import N_TEST, N_TRAIN, Data, Toy, environment, loader, quiet, test_texts
+from toy import N_TEST, N_TRAIN, Data, Toy, loader, quiet, test_texts
 from twin_toy import TwinToy
 
 from lightning_tracin import (
@@ -71,12 +70,12 @@ class TwinTracInCLI(InfluenceCLIMixin, TwinCLI):
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
+def recorded(tmp_path_factory, forks):
     """A folder in which ``main.py fit`` has run, in a process of its own."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "config.yaml").write_text(CONFIG)
     (folder / "main.py").write_text(MAIN)
-    run_main(folder, "fit", "-c", "config.yaml")
+    run_main(forks, folder, "fit", "-c", "config.yaml")
     return folder
 
 
@@ -87,9 +86,8 @@ def project(recorded, monkeypatch):
     return recorded
 
 
-def run_main(folder, *arguments: str) -> str:
-    command, variables = [sys.executable, "main.py", *arguments], environment(COLUMNS="100")
-    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+def run_main(forks, folder, *arguments: str) -> str:
+    done = forks.run("main.py", *arguments, cwd=folder, COLUMNS="100")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -103,10 +101,12 @@ def expected(trace, **options) -> InfluenceResult:
     return quiet().influence(model=Toy(), datamodule=Data(), trace=trace, **options)
 
 
-def test_fit_then_influence_from_the_configuration_that_fit_saved(recorded):
+def test_fit_then_influence_from_the_configuration_that_fit_saved(forks, recorded):
     trace = recorded / "lightning_logs/version_0/trace"
     assert [each.step for each in Trace(trace).checkpoints] == [4, 8]
-    run_main(recorded, "influence", "-c", "config.yaml", "--trace", str(trace), "--output", "written/r.safetensors")
+    run_main(
+        forks, recorded, "influence", "-c", "config.yaml", "--trace", str(trace), "--output", "written/r.safetensors"
+    )
     written = InfluenceResult.load(recorded / "written/r.safetensors")
     assert written.scores.shape == (N_TEST, N_TRAIN)
     assert torch.equal(written.scores, expected(trace).scores)

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from metric_cases import N_TEST, N_TRAIN, cases, numbers
 from torchmetrics import Metric, MetricCollection
-from toy import environment
 
 from lightning_tracin import metrics
 
 CASES = cases()
-SCRIPT = Path(__file__).parents[1] / "metric_cases.py"
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 
@@ -46,18 +41,12 @@ def flat_states(metric) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
+def of_two(tmp_path_factory, forks):
     """What two processes, with a part of the examples each, or with all and none, say of the whole."""
-    file = tmp_path_factory.mktemp("two") / "store"
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(file)], stdout=subprocess.PIPE, env=environment(), text=True
-        )
-        for rank in range(2)
-    ]
-    said = [each.communicate(timeout=240)[0] for each in started]
-    assert [each.returncode for each in started] == [0, 0]
-    return [json.loads(each) for each in said]
+    folder = tmp_path_factory.mktemp("two")
+    done = forks.run_two(folder, script="metric_cases.py")
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def test_a_class_of_each_name(name):

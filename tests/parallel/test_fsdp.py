@@ -24,7 +24,6 @@ from fsdp_processes import (
     Reproducible,
     Tied,
 )
-from launched import run
 from safetensors import safe_open
 from torch.utils.data import DistributedSampler
 from toy import RATE, Toy, loader, mean_rate, quiet, site_of, texts
@@ -42,12 +41,12 @@ ROUNDED = 1e-2  # relative error of what is computed in bfloat16, of 8 bits
 
 
 @pytest.fixture(scope="module")
-def fits(request, tmp_path_factory):
+def fits(request, tmp_path_factory, forks):
     """The folder of the traces, and what each of the two processes found."""
     folder = tmp_path_factory.mktemp("fsdp")
     here = [item for item in request.session.items if getattr(item, "module", None) is request.module]
     slow = any(item.get_closest_marker("slow") for item in here)
-    done = run(folder, *(["all"] if slow else []), script="fsdp_processes.py")
+    done = forks.run_two(folder, *(["all"] if slow else []), script="fsdp_processes.py")
     assert done.returncode == 0, done.stderr
     return folder, *(json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from launched import run
 from logged_fits import assert_scores, at_checkpoint, examples_of, read
 from logging_processes import validation_texts
 from processes_apart import Normed
@@ -14,10 +13,10 @@ from lightning_tracin import Trace
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, forks):
     """What fits of two processes left."""
     folder = tmp_path_factory.mktemp("two")
-    done = run(folder, script="logging_processes.py", timeout=200)
+    done = forks.run_two(folder, script="logging_processes.py")
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -26,11 +26,11 @@ METHODS = ("tracin-we", "tracin-last")
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, forks):
     """The folder, and what each of the two processes found."""
     folder = tmp_path_factory.mktemp("two")
     fitted(folder / "alone")
-    done = run(folder)
+    done = forks.run_two(folder, script="two_processes.py")
     assert done.returncode == 0, done.stderr
     return folder, *(torch.load(folder / f"process-{rank}.pt", weights_only=True) for rank in (0, 1))
 
@@ -117,7 +117,7 @@ def apart(tmp_path_factory):
     """The folder, and what each of two processes found that differ in one thing or another."""
     folder = tmp_path_factory.mktemp("apart")
     fitted(folder / "empty", cache="on_demand")
-    done = run(folder, "2", script="processes_apart.py", timeout=120)
+    done = run(folder, "2", script="processes_apart.py")
     assert done.returncode == 0, done.stderr
     return folder, *(json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1))
 
@@ -239,7 +239,7 @@ def test_the_folder_beside_the_log_is_the_same_for_all(apart):
 @pytest.mark.slow
 def test_three_processes_of_torchrun_with_two_examples(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=3", "--standalone")
-    done = run(tmp_path, "3", script="processes_apart.py", launcher=launcher, timeout=120)
+    done = run(tmp_path, "3", script="processes_apart.py", launcher=launcher)
     assert done.returncode == 0, done.stderr
     few = texts(2, seed=1)
     alone = quiet().influence(loader(few), Toy(), trace=tmp_path / "few", method="tracin-last").scores
@@ -279,7 +279,7 @@ def test_a_folder_that_another_process_does_not_see(monkeypatch):
     ("fault", "message"), [pytest.param("nan", "is NaN or infinite", marks=pytest.mark.slow), ("killed", "")]
 )
 def test_when_one_process_fails_all_end_and_the_checkpoint_is_not_there(tmp_path, fault, message):
-    done = run(tmp_path, fault, timeout=120)
+    done = run(tmp_path, fault)
     assert done.returncode != 0
     assert message in done.stderr
     assert [each.step for each in Trace(tmp_path / "trace").checkpoints] == [3]

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from fsdp_processes import LENGTH, UNEVEN
-from launched import run
 from rank_processes import FITS, METHOD, TESTS, Reading
 from toy import loader, quiet, texts
 
@@ -16,10 +15,10 @@ from lightning_tracin.storage.verification import verify
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, forks):
     """The folder of the traces, and what each of the two processes found."""
     folder = tmp_path_factory.mktemp("two")
-    done = run(folder, script="rank_processes.py")
+    done = forks.run_two(folder, script="rank_processes.py")
     assert done.returncode == 0, done.stderr
     return folder, *(json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1))
 

@@ -6,16 +6,15 @@ import json
 
 import pytest
 import torch
-from launched import run
 from target_processes import FITS, LENGTH, TARGETS, TESTS
 from toy import loader, quiet, texts
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, forks):
     """The folder of the traces, and what each of the two processes found."""
     folder = tmp_path_factory.mktemp("two")
-    done = run(folder, script="target_processes.py")
+    done = forks.run_two(folder, script="target_processes.py")
     assert done.returncode == 0, done.stderr
     return folder, *(json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1))
 

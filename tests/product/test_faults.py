@@ -6,12 +6,10 @@ import multiprocessing
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from toy import Toy, environment, fitted, loader, quiet, test_texts
+from toy import Toy, fitted, loader, quiet, test_texts
 
 from lightning_tracin import Trace, TracInWE
 
@@ -81,9 +79,8 @@ def test_a_file_system_that_takes_no_more_is_an_error_and_keeps_what_was_complet
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_processes_that_are_killed_leave_nothing_wrong(tmp_path):
+def test_processes_that_are_killed_leave_nothing_wrong(forks, tmp_path):
     """A few kills; `make torture` has some hundred. What is wrong is printed, with how to repeat it."""
-    script = [sys.executable, "-m", "torture.killer", tmp_path / "kills", "--kills", "2"]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=600, env=environment(OMP_NUM_THREADS="1"))
+    done = forks.run("-m", "torture.killer", tmp_path / "kills", "--kills", "2", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "'kills': 2" in done.stdout or "'kills': 3" in done.stdout

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -228,7 +226,7 @@ class Wide(pl.LightningModule):
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has one setting for all")
-def test_a_setting_for_all_operations_is_inherited_again(tmp_path):
+def test_a_setting_for_all_operations_is_inherited_again(forks):
     """In a process of its own: what one operation was told cannot be taken back."""
     code = """
 import torch
@@ -241,7 +239,8 @@ assert (inside - x.double() @ x.double()).abs().max() < 1e-3
 torch.backends.fp32_precision = "ieee"
 assert torch.backends.mkldnn.matmul.fp32_precision == "ieee", torch.backends.mkldnn.matmul.fp32_precision
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = forks.run("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 class Grown(Wide):

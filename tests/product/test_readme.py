@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 
 import torch
-from fences import ROOT, blocks
+from fences import blocks
 from spellings import TEXTS, trained
 from transformers import BertConfig, BertForSequenceClassification
 
 
-def test_from_your_own_data_to_a_page(tmp_path):
+def test_from_your_own_data_to_a_page(forks, tmp_path):
     (script,) = blocks("README.md", "python")
     tokenizer = trained("WordPiece")
     torch.manual_seed(0)
@@ -26,10 +23,7 @@ def test_from_your_own_data_to_a_page(tmp_path):
         messages = [*TEXTS * 6, *(word for text in TEXTS for word in text.split())]  # so that few words are common
         writer.writerows([text, ("ham", "spam")[place % 2]] for place, text in enumerate(messages))
     (tmp_path / "train.py").write_text(script.text.replace("distilbert-base-uncased", "model"), encoding="utf-8")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    done = forks.run("train.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "of all proponents  label " in done.stdout
     assert "Test example 0, label " in done.stdout

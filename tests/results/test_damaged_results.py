@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -19,15 +20,20 @@ from lightning_tracin.storage.files import hash_of_tensors
 HEADER, CHECKSUM = "lightning_tracin.result", "lightning_tracin.checksum"
 
 
-@pytest.fixture(params=[None, 3], ids=["all scores", "k=3"])
-def file(request, toy, tmp_path):
+@pytest.fixture(scope="module", params=[None, 3], ids=["all scores", "k=3"])
+def saved(request, toy, tmp_path_factory):
     """The file of a result whose trace is not where it was, so that nothing but the file is read."""
-    result = toy.influence(loader(test_texts()), k=request.param)
-    result.save(tmp_path / "saved" / "result.safetensors")
-    path = tmp_path / "result.safetensors"
-    tensors, metadata = content_of(tmp_path / "saved" / "result.safetensors")
+    path = tmp_path_factory.mktemp("saved") / "result.safetensors"
+    toy.influence(loader(test_texts()), k=request.param).save(path)
+    tensors, metadata = content_of(path)
     header = {**json.loads(metadata[HEADER]), "trace": None, "trace_relative": None}
     return rewritten(path, tensors, json.dumps(header))
+
+
+@pytest.fixture
+def file(saved, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copy(saved, tmp_path / "result.safetensors")
 
 
 def content_of(path):

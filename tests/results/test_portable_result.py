@@ -228,9 +228,15 @@ def resaved(tensors, path, text):
     save_file(tensors, path, metadata={HEADER: text, CHECKSUM: hash_of_tensors(tensors, text)})
 
 
+@pytest.fixture(scope="module")
+def saved(toy, tmp_path_factory):
+    return toy.influence(loader(test_texts())).save(tmp_path_factory.mktemp("saved") / "result.safetensors", k=3)
+
+
 @pytest.fixture
-def file(toy, tmp_path):
-    return toy.influence(loader(test_texts())).save(tmp_path / "result.safetensors", k=3)
+def file(saved, tmp_path):
+    """A copy, to be forged."""
+    return shutil.copy(saved, tmp_path / "result.safetensors")
 
 
 def set_in(name, place, value):

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from toy import environment
-
-SCRIPT = Path(__file__).parents[1] / "killed_retrainings.py"
+from launched import HERE
 
 
-def after_kills(kind: str, folder):
+def after_kills(forks, kind: str, folder):
     """What was found after each kill, and after going on."""
-    command = [sys.executable, SCRIPT, kind, folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment(OMP_NUM_THREADS="1"))
+    done = forks.run(HERE / "killed_retrainings.py", kind, folder, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found
@@ -26,16 +20,16 @@ def after_kills(kind: str, folder):
     return found
 
 
-def test_a_kill_in_the_midst_of_a_fit_loses_that_fit(tmp_path):
-    (found,) = after_kills("fit", tmp_path)
+def test_a_kill_in_the_midst_of_a_fit_loses_that_fit(forks, tmp_path):
+    (found,) = after_kills(forks, "fit", tmp_path)
     assert found["left"] == {".json": 1, ".safetensors": 1, ".lock": 1}
     assert found["fits"] == 2
     assert found["finally"] == {".json": 1, ".safetensors": 3}
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_operation_on_files_leaves_nothing_wrong(tmp_path):
-    found = after_kills("files", tmp_path)
+def test_a_kill_at_any_operation_on_files_leaves_nothing_wrong(forks, tmp_path):
+    found = after_kills(forks, "files", tmp_path)
     assert len(found) > 8
     for each in found:
         was_there = each["left"].get(".safetensors", 0)

@@ -8,10 +8,9 @@ import logging
 import os
 import random
 import re
-import subprocess
-import sys
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
-from toy import Toy, environment, loader, quiet, test_texts, texts
+from toy import Toy, loader, quiet, test_texts, texts
 
 from lightning_tracin.retraining import random_halves, stored_outcomes, without
 from lightning_tracin.retraining.folder import Retraining, RetrainingFolder
@@ -92,27 +91,26 @@ def test_stored_outcomes_are_read_back(tmp_path):
         stored_outcomes(tmp_path / "elsewhere")
 
 
-def test_two_processes_share_a_folder(tmp_path):
+def test_two_processes_share_a_folder(forks, tmp_path):
     script = (
         "import sys, torch; from retraining_toys import *; from lightning_tracin.retraining import random_halves\n"
         "build = Build(); retrainings(sys.argv[1], build).run(random_halves(20, 8)); print(len(build.asked))"
     )
     build = Build()
     mine = retrainings(tmp_path, build)
-    child = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)], env=environment(), stdout=subprocess.PIPE, text=True
-    )
     first = random_halves(N_TRAIN, 8)[0]
-    with mine.folder.taken(Retraining(first, 0)) as is_mine:  # the other one must wait for it
-        mine.folder.path.mkdir(exist_ok=True)
-        assert is_mine
-        while len([*tmp_path.glob("*.safetensors")]) < 2:
-            assert child.poll() is None
-            time.sleep(0.05)
-    found = mine.run(random_halves(N_TRAIN, 8))
-    out, _ = child.communicate(timeout=60)
-    assert len(build.asked) + int(out) == 8 + 4  # each looks twice at what is built
-    assert int(out) >= 2
+    with ThreadPoolExecutor() as waiting:
+        with mine.folder.taken(Retraining(first, 0)) as is_mine:  # the other one must wait for it
+            mine.folder.path.mkdir(exist_ok=True)
+            assert is_mine
+            other = waiting.submit(forks.run, "-c", script, tmp_path, timeout=60)
+            while len([*tmp_path.glob("*.safetensors")]) < 2:
+                assert not other.done()
+                time.sleep(0.05)
+        found = mine.run(random_halves(N_TRAIN, 8))
+        theirs = int(other.result().stdout)
+    assert len(build.asked) + theirs == 8 + 4  # each looks twice at what is built
+    assert theirs >= 2
     assert torch.equal(found.losses, retrainings(tmp_path / "alone").run(random_halves(N_TRAIN, 8)).losses)
 
 
@@ -163,13 +161,15 @@ def test_memory_of_fits_is_freed(tmp_path):
         return module, data
 
     runs = retrainings(tmp_path, build)
+    gc.unfreeze()
     gc.disable()
     try:
         runs.run(HALVES)
+        assert gc.get_freeze_count() == 0
     finally:
         gc.enable()
+        gc.freeze()  # as it was
     assert [each() is None for each in made[2:]] == [True, True, True]
-    assert gc.get_freeze_count() == 0
 
 
 class Plain(pl.LightningModule):

@@ -199,9 +199,14 @@ def small_traces(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        *((dtype, float("nan")) for dtype in ("float32", "float16", "int8")),
+        *(("float32", float("inf")), ("float16", -float("inf"))),
+    ],
+)
 @pytest.mark.parametrize("place", ["words", "linear-0", "matrix"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_none_never_come_into_scores(small_traces, tmp_path, dtype, place, value):
     source = small_traces / (f"{dtype}-matrix" if place == "matrix" else dtype)
     name = f"{STEP}/{'linear-0' if place == 'matrix' else place}/00000.safetensors"
