@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -18,9 +19,12 @@ from lightning_tracin.gradients.losses import is_causal
 #: token at each position, or where an answer starts and ends.
 Kind: TypeAlias = Literal["class", "binary", "value", "set", "tokens", "answer"]
 
-# Sums of gradients that round to 0 in 8 bits, as a share of the gradients' squares, and the shares of these that lie in
-# the direction of a loss: near it, as with smoothed labels, and there.
-_ADDS_UP, _NEAR, _THERE = 1e-3, 0.5, 0.9
+# As shares of gradients' squares: sums that round to 0 in 8 bits; what the losses of classes may leave at all, and what
+# cross-entropies at the label. And how much of a label is smoothed at most.
+_ADDS_UP, _LEFT, _LEFT_OF_LABEL, _MOST_SMOOTHED = 1e-3, 0.02, 5e-3, 0.25
+_EXACT, _ROUNDS, _FEW = 1e-3, 100, 3
+# Powers of 1 - p in focal losses, and of p in the gradients of generalized cross-entropies (Zhang and Sabuncu 2018).
+_FOCAL, _ROBUST = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0), (0.3, 0.5, 0.7, 1.0)
 
 # The losses of regressions.
 _DISTANCES = (functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss)
@@ -159,27 +163,32 @@ def are_distances(losses: Tensor, outputs: Tensor, labels: Tensor) -> bool:
     return any(have(factor * values) for values in distances for factor in (1, 0.5))
 
 
-def tell_classes(logits: Tensor, gradients: Tensor, labels: Tensor) -> bool | None:
-    """Whether the gradients of losses at logits are those of classes, which each label's own logit lowers.
+def tell_classes(logits: Tensor, gradients: Tensor, labels: Tensor, rounding: float = 0.0) -> bool | None:
+    """Whether the gradients of losses at logits are those of classes, whose probabilities are what the logits say.
 
-    The gradient of a cross-entropy is a multiple of the probabilities less 1 at the label, which adds up to 0; weights
-    of classes, smoothed labels and focal losses leave it near that direction. That of one binary cross-entropy, or
-    squared error, for each class is a multiple of what it says less 1 at the label. What a loss does with other
-    outputs, such as a projection, thresholds of ordered classes, or a mean and a variance, has other directions.
+    The gradient of a cross-entropy is a multiple of the probabilities less 1 at the label. Weights of classes and focal
+    losses multiply it, smoothed labels take the same of each class from it. That of a hinge loss is the same at each
+    class that comes too near to the label's. That of one binary cross-entropy, or squared error, for each class is a
+    multiple of what it says less 1 at the label. What a loss does with other outputs, such as a projection, logits to
+    which something is added or by which something is multiplied, clusters of classes, thresholds of ordered classes, or
+    a mean and a variance, is another.
 
     Args:
         logits: (B, C).
-        gradients: (B, C) of each example's loss, times any positive constant.
+        gradients: (B, C) of each example's loss, times one positive constant.
         labels: (B,) float64; NaN and negative ones are none.
+        rounding: to what part of an example's largest gradient the others were rounded.
 
     Returns:
-        None if no label has a gradient, so that nothing is known.
+        None if nothing is known: if no label has a gradient, or a few examples of two classes have weights.
 
     Example:
         >>> logits, labels = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([1.0]).double()
         >>> tell_classes(logits, logits.softmax(1) - torch.tensor([0, 1, 0]), labels)
         True
         >>> tell_classes(logits, torch.tensor([[-0.12, 0.73, 0.5]]), labels)  # of thresholds: 1 less below the label
+        False
+        >>> tell_classes(logits - torch.tensor([2.0, 0, 0]), logits.softmax(1) - torch.tensor([0, 1, 0]), labels)
         False
     """
     counts = (labels >= 0) & gradients.isfinite().all(1) & logits.isfinite().all(1)
@@ -188,18 +197,106 @@ def tell_classes(logits: Tensor, gradients: Tensor, labels: Tensor) -> bool | No
     if not total:
         return None
     has_others = int(numbers.max()) >= logits.shape[1]  # labels that are shown may be counted otherwise than classes
-    numbers = gradients.argmin(1) if has_others else numbers
-    wanted = functional.one_hot(numbers, logits.shape[1])
-
-    def explained(said: Tensor) -> float:
-        """The share of the gradients' squares that lies in the directions of what is said less what is wanted."""
-        directions = functional.normalize(said - wanted, dim=1)
-        return float((gradients * directions).sum(1).clamp(min=0).square().sum()) / total
-
-    adds_up = float(gradients.sum(1).square().sum()) <= _ADDS_UP * total
-    if adds_up and explained(logits.softmax(1)) > _NEAR:
+    if has_others:
+        shown, numbers = numbers, gradients.argmin(1)
+        pairs = set(zip(shown.tolist(), numbers.tolist(), strict=True))
+        if len(pairs) > len(set(numbers.tolist())):  # of clusters, each has several
+            return False
+    others = ~functional.one_hot(numbers, logits.shape[1]).bool()
+    rounded = rounding * logits.shape[1] * gradients.abs().amax(1)
+    if float(gradients.sum(1).square().sum()) > _ADDS_UP * total + float(rounded.square().sum()):
+        return not has_others and any(_of_each(gradients, said, others) for said in (logits.sigmoid(), logits))
+    said = logits.softmax(1)
+    if torch.allclose(gradients, said - (~others).double(), atol=_EXACT):
         return True
-    return not has_others and max(explained(logits.sigmoid()), explained(logits)) > _THERE
+    of_label = -gradients[~others]
+    step = rounding * of_label[:, None]
+    fits = _spread_as(said, gradients, others, step) and _as_large_as(said[~others], of_label, numbers)
+    fits = fits or _is_hinge(logits, gradients, others, numbers, step)
+    n_fitted = 0 if logits.shape[1] > 2 else len(numbers.unique())  # of two classes, a multiple for each fits much
+    return False if not fits else True if len(numbers) > _FEW + n_fitted else None
+
+
+def _spread_as(said: Tensor, gradients: Tensor, others: Tensor, step: Tensor) -> bool:
+    """Whether an example's gradients at the other classes are a multiple of the probabilities, less what is smoothed.
+
+    Args:
+        said: (B, C) the probabilities.
+        gradients: (B, C).
+        others: (B, C) all classes but the label.
+        step: (B, 1) to which the gradients were rounded.
+    """
+    said, wanted = said * others, gradients * others
+    most = _LEFT * float(wanted.square().sum()) + float((step * others).square().sum())
+
+    def factors_and_rest(smoothed: Tensor) -> tuple[Tensor, Tensor]:
+        factors = ((wanted + smoothed) * said).sum(1) / said.square().sum(1).clamp(min=1e-300)
+        return factors, factors[:, None] * said - wanted
+
+    for share in torch.linspace(0, _MOST_SMOOTHED, 26).tolist():
+        directions = functional.normalize((said - share / said.shape[1]) * others, dim=1)
+        if (
+            float((wanted - (wanted * directions).sum(1, keepdim=True).clamp(min=0) * directions).square().sum())
+            <= most
+        ):
+            return True
+    smoothed = torch.zeros(said.shape[1], dtype=torch.float64)
+    # Least squares of a multiple for each example, and then of what each class is smoothed by, which fit any few.
+    for _ in range(_ROUNDS if len(said) > _FEW else 0):
+        factors, rest = factors_and_rest(smoothed * others)
+        is_smoothing = float(smoothed.sum()) <= _MOST_SMOOTHED * float(factors.mean())
+        if is_smoothing and float((rest - smoothed * others).square().sum()) <= most:
+            return True
+        smoothed = ((rest * others).sum(0) / others.sum(0).clamp(min=1)).clamp(min=0)
+    return False
+
+
+def _as_large_as(said: Tensor, gradients: Tensor, numbers: Tensor) -> bool:
+    """Whether gradients at labels are as large as those of a cross-entropy, times a constant of each label.
+
+    Args:
+        said: (B,) the probability of each example's label.
+        gradients: (B,) minus those at it.
+        numbers: (B,) the labels.
+    """
+    missing, logs = 1 - said, -said.clamp(min=1e-300).log()
+    forms = [missing**power * (missing + power * said * logs) for power in _FOCAL]
+    forms += [said**power * missing for power in _ROBUST]
+    smoothed = torch.stack([missing - share for share in torch.linspace(0, _MOST_SMOOTHED, 26).tolist()])
+
+    def left(shapes: Tensor) -> Tensor:
+        """The squares that multiples of some shapes leave of one label, (n,)."""
+        found = torch.zeros(len(numbers.unique()), len(shapes), dtype=torch.float64)
+        for row, number in enumerate(numbers.unique()):
+            shape, wanted = shapes[:, numbers == number], gradients[numbers == number]
+            factors = (shape @ wanted / shape.square().sum(1).clamp(min=1e-300)).clamp(min=0)
+            found[row] = (factors[:, None] * shape - wanted).square().sum(1)
+        return found
+
+    least = min(float(left(torch.stack(forms)).sum(0).min()), float(left(smoothed).amin(1).sum()))
+    return least <= _LEFT_OF_LABEL * float(gradients.square().sum())
+
+
+def _is_hinge(logits: Tensor, gradients: Tensor, others: Tensor, numbers: Tensor, step: Tensor) -> bool:
+    """Whether gradients are alike for each label, at the classes of the largest logits beside it, and else 0."""
+    wanted = gradients * others
+    of_label = torch.zeros(logits.shape[1], dtype=torch.float64).scatter_reduce(0, numbers, wanted.amax(1), "amax")
+    largest = of_label[numbers][:, None]
+    pushed = wanted > largest / 2
+    are_alike = bool(((wanted - largest * pushed).abs() <= _EXACT * largest + step.max()).all())
+    lowest = logits.masked_fill(~pushed, math.inf).amin(1)
+    return are_alike and bool((lowest >= logits.masked_fill(pushed | ~others, -math.inf).amax(1)).all())
+
+
+def _of_each(gradients: Tensor, said: Tensor, others: Tensor) -> bool:
+    """Whether gradients are those of a loss for each class: what is said less 1 at the label, times a constant."""
+    errors = 0.0
+    for part in (others, ~others):
+        differences, found = (said - (~others).double())[part], gradients[part]
+        square = float(differences.square().sum())
+        factor = max(0.0, float((differences * found).sum()) / square) if square else 0.0
+        errors += float((found - factor * differences).square().sum())
+    return errors <= _LEFT * float(gradients.square().sum())
 
 
 def best_answers(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -246,7 +246,8 @@ def _is_of_classes(shards: Shards, head: Tensor, given: Tensor) -> bool:
     labels, outputs = given[start:stop][block.examples], _outputs(block, head)
     if len(head) == 1:
         return _are_of_two_classes(outputs[:, 0], block.scaled_deltas[:, 0], labels)
-    return tell_classes(outputs, block.scaled_deltas, labels) is not False
+    rounding = 1 / 127 if shards.dtype == "int8" else 0.0
+    return tell_classes(outputs, block.scaled_deltas, labels, rounding) is not False
 
 
 def _are_of_two_classes(outputs: Tensor, gradients: Tensor, labels: Tensor) -> bool:

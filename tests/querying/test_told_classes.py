@@ -73,6 +73,71 @@ def test_gradients_tell_losses_of_classes_from_others(loss, width, expected, sca
     assert tell_classes(logits.detach(), gradients, labels.double()) is expected
 
 
+def robust(logits, labels):
+    return (1 - logits.softmax(1).gather(1, labels[:, None])[:, 0] ** 0.7) / 0.7
+
+
+def added(logits, labels):
+    return cross_entropy()(logits + torch.linspace(2, -2, logits.shape[1]), labels)
+
+
+def multiplied(logits, labels):
+    return cross_entropy(weight=torch.linspace(0.2, 2, logits.shape[1]))(8 * logits, labels)
+
+
+def of_clusters(logits, labels):
+    return cross_entropy()(logits, labels // 2)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 20])
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (cross_entropy(), True),
+        (lambda logits, labels: cross_entropy(weight=torch.linspace(0.2, 2, logits.shape[1]))(logits, labels), True),
+        (cross_entropy(label_smoothing=0.2), True),
+        (robust, True),
+        (lambda logits, labels: functional.multi_margin_loss(logits, labels, reduction="none"), True),
+        (added, False),
+        (multiplied, False),
+        (of_clusters, False),
+    ],
+)
+def test_what_is_added_to_the_outputs_or_multiplied_is_told_also_of_two_classes(loss, expected, n_classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(N, n_classes, generator=generator).requires_grad_()
+    labels = torch.arange(N) % (2 * n_classes if loss is of_clusters else n_classes)
+    (gradients,) = torch.autograd.grad(loss(logits, labels).sum(), logits)
+    assert tell_classes(logits.detach(), gradients, labels.double()) is expected
+    largest = gradients.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    rounded = (gradients / largest * 127).round() * largest / 127  # as "int8" stores them
+    found = tell_classes(logits.detach(), 1e-3 * rounded, labels.double(), 1 / 127)
+    assert found is not False if expected else not found
+
+
+class Biased(Toy):
+    """What the last layer says is not what the losses are of: a learned prior is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prior = nn.Parameter(torch.tensor([2.0, 0.0, -2.0]))
+
+    def forward(self, ids):
+        return super().forward(ids) + self.prior
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def test_an_output_to_which_a_prior_is_added_says_no_class(tmp_path):
+    fit = fitted(tmp_path, Biased())
+    with pytest.warns(UserWarning, match="What Biased says of an example is not known"):
+        assert bool(fit.influence(loader(test_texts())).predictions.isnan().all())
+    with pytest.raises(ValueError, match="What Biased says cannot be told from its outputs"):
+        fit.influence(loader(test_texts()), target="prediction")
+    assert fit.label_issues().n_issues is None
+
+
 def test_labels_without_a_gradient_tell_nothing():
     assert tell_classes(torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(2).double()) is None
     assert tell_classes(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([-1.0, torch.nan]).double()) is None
