@@ -226,7 +226,6 @@ def _go_on(begun: _Begun, source: Path, plan: RecordingPlan, done: int, processe
 
 def _training_form(trainer: pl.Trainer, module: pl.LightningModule, first: FirstBatch) -> TrainingForm:
     """How training's own gradients are made of those of the examples' losses, if they can be used."""
-    _require_whole_epoch(trainer)
     with inside_fit(trainer, module), zero_weights_filled(module):
         return check_training(first.gradients, first.batch, first.captured)
 
@@ -343,21 +342,6 @@ def _steps_to_go_on_with(trace: Trace, resumed: Mapping[str, Any], done: int, pr
     """The optimizer steps since the last checkpoint that is still there, up to the last that was done."""
     last = processes.gather(max((each.step for each in trace.checkpoints), default=0))[0]
     return [tuple(step) for step in resumed["steps"] if last <= step[0] < done]
-
-
-def _require_whole_epoch(trainer: pl.Trainer) -> None:
-    """Check that a fit does not go on inside an epoch by a loader that leaves out what the epoch has seen.
-
-    Raises:
-        ValueError: if it does.
-    """
-    loader = trainer.train_dataloader
-    if trainer.fit_loop.restarting and hasattr(loader, "load_state_dict"):
-        raise ValueError(
-            f"This fit is resumed inside an epoch, and its {type(loader).__name__} goes on where it was: "
-            'cache="training" cannot tell which examples its batches hold. Resume from the checkpoint of an epoch\'s '
-            'end, or use cache="checkpoint".'
-        )
 
 
 def _opened(path: Path, processes: Processes) -> Trace:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -43,7 +45,8 @@ class SampledIndices(StandIn):
         place = "sampler" if loader.batch_sampler is None else "batch_sampler"
         own: Any = getattr(loader, place)
         n_examples = len(loader.dataset)
-        ours = {"loader": loader, "own": own, "_place": place, "_n_examples": n_examples, "_latest": None}
+        ours = {"loader": loader, "own": own, "_place": place, "_n_examples": n_examples}
+        ours |= {"_latest": None, "ended": None, "_skipping": (None, None)}
         self.__dict__.update(ours)  # what others set is their sampler's
         object.__setattr__(loader, place, self)  # the loader itself refuses a new sampler
         _ask(loader, instead_of=own, sampler=self)
@@ -56,7 +59,9 @@ class SampledIndices(StandIn):
             return type(self) if own.__module__ == "builtins" else own
 
     def __iter__(self) -> Iterator[Any]:
-        iteration = _Iteration(self, iter(self.own))  # without what an epoch that was cut short has left
+        batches = iter(self.own)
+        kind = _ResumableIteration if hasattr(batches, "load_state_dict") else _Iteration
+        iteration = kind(self, batches)  # without what an epoch that was cut short has left
         self.__dict__["_latest"] = iteration
         return iteration
 
@@ -71,22 +76,36 @@ class SampledIndices(StandIn):
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.own, name, value)
 
-    def next_batch(self, iteration: object | None = None) -> list[int]:
+    def next_batch(self, iteration: object | None = None, ahead: int | None = None) -> list[int]:
         """The data set indices of the batch that comes next.
 
         Args:
             iteration: of the loader's sampler, whose batch it is; by default the one that was begun last.
+            ahead: how many batches it was asked for after this one. What it gave before is passed over: a loader that
+                goes on inside an epoch (torchdata's) skips batches, or reads them again and drops them.
 
         Raises:
             ValueError: if the loader has delivered a batch that its sampler did not ask for.
         """
-        while isinstance(iteration, _Iteration) and iteration.of is not self:
-            iteration = iteration.batches  # another callback's stand-in has ours as its own sampler
-        read = iteration if isinstance(iteration, _Iteration) else self._latest
+        read = self._latest if iteration is None else self._ours(iteration)
         if read is not None:
+            while ahead is not None and len(read.yielded) > ahead + 1:
+                read.yielded.popleft()
             with suppress(IndexError):
                 return [int(index) % self._n_examples for index in read.yielded.popleft()]  # -1 is the last one
         raise ValueError(f"The training loader gave a batch that its sampler had not asked for. {_USE}")
+
+    def _ours(self, iteration: object) -> _Iteration | None:
+        """This stand-in's iteration in what a loader asks for indices; None if there is none."""
+        if isinstance(iteration, islice):  # by which torchdata skips; it does not tell of what it is
+            known, found = self._skipping
+            if known is not iteration:
+                found = next((each for each in gc.get_referents(iteration) if isinstance(each, _Iteration)), self.ended)
+                self.__dict__["_skipping"] = iteration, found
+            iteration = found
+        while isinstance(iteration, _Iteration) and iteration.of is not self:
+            iteration = iteration.batches  # another callback's stand-in has ours as its own sampler
+        return iteration if isinstance(iteration, _Iteration) else None
 
     def restore(self) -> None:
         """Give the loader its own sampler back, also where another callback has put its stand-in before this one."""
@@ -112,9 +131,26 @@ class _Iteration:
         return self
 
     def __next__(self) -> Any:
-        batch = next(self.batches)
+        try:
+            batch = next(self.batches)
+        except StopIteration:
+            self.of.__dict__["ended"] = self  # workers were asked ahead: an islice then lets go of it
+            raise
         self.yielded.append(batch.tolist() if hasattr(batch, "tolist") else list(batch))
         return batch
+
+
+class _ResumableIteration(_Iteration):
+    """One that tells where it is and can be put there again, as those of torchdata's ``StatefulDataLoader``."""
+
+    batches: Any
+
+    def state_dict(self) -> Any:
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.batches.load_state_dict(state_dict)
+        self.yielded.clear()
 
 
 def _ask(loader: Any, *, instead_of: Any, sampler: Any) -> None:
@@ -144,7 +180,7 @@ class SampledLoader:
         Raises:
             ValueError: if the loader has delivered a batch that its sampler did not ask for.
         """
-        return None if self._sampled is None else self._sampled.next_batch(training_iteration(self._trainer))
+        return None if self._sampled is None else self._sampled.next_batch(*training_iteration(self._trainer))
 
     def close(self) -> None:
         """Leave the loader as it was."""
