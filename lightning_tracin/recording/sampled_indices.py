@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections import deque
 from collections.abc import Iterator
@@ -41,10 +42,21 @@ class SampledIndices(StandIn):
             its own sampler back.
     """
 
+    _kind: Any = None  # of the own sampler; each has a class of its own here
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Any:
+        """A stand-in; by the class of one, ``type(batch_sampler)(sampler, ...)``, what the own sampler's class makes.
+
+        So Lightning makes a batch sampler anew, for a ``predict`` with the training loader inside a fit.
+        """
+        if cls._kind is not None:
+            return cls._kind(*arguments, **options)
+        kind = type(getattr(arguments[0], _place(arguments[0])))
+        return super().__new__(type(kind.__name__, (cls,), {"_kind": kind}))
+
     def __init__(self, loader: Any) -> None:
-        place = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        place, n_examples = _place(loader), len(loader.dataset)
         own: Any = getattr(loader, place)
-        n_examples = len(loader.dataset)
         ours = {"loader": loader, "own": own, "_place": place, "_n_examples": n_examples}
         ours |= {"_latest": None, "ended": None, "_skipping": (None, None)}
         self.__dict__.update(ours)  # what others set is their sampler's
@@ -75,6 +87,12 @@ class SampledIndices(StandIn):
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.own, name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.own, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # of copy.copy and pickle
+        return copy.copy, (self.own,)
 
     def next_batch(self, iteration: object | None = None, ahead: int | None = None) -> list[int]:
         """The data set indices of the batch that comes next.
@@ -113,7 +131,7 @@ class SampledIndices(StandIn):
         if outer is self:
             object.__setattr__(self.loader, self._place, self.own)
             _ask(self.loader, instead_of=self, sampler=self.own)
-        while type(outer) is SampledIndices:
+        while isinstance(outer, SampledIndices):
             if outer.own is self:
                 outer.__dict__["own"] = self.own
             outer = outer.own
@@ -151,6 +169,11 @@ class _ResumableIteration(_Iteration):
     def load_state_dict(self, state_dict: Any) -> None:
         self.batches.load_state_dict(state_dict)
         self.yielded.clear()
+
+
+def _place(loader: Any) -> str:
+    """Which attribute of a loader composes its batches."""
+    return "sampler" if loader.batch_sampler is None else "batch_sampler"
 
 
 def _ask(loader: Any, *, instead_of: Any, sampler: Any) -> None:
