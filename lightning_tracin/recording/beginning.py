@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ def _checked(
     processes = processes_of(trainer)
     require_spread(module)
     require_automatic_optimization(module)
+    _require_batches(module)
     _require_learning_rates(trainer)
     label_names_of(module)  # which only a question reads; but what is wrong with them is told before training
     path = _locked_path(trainer, plan, processes, writing)
@@ -172,6 +174,20 @@ def _checked(
         require_space(trainer, plan, path, cost, training_set)
     say_cost(plan, path, cost, first)
     return _Begun(path, source, training_set, fingerprint, first, state, cost, type(module).__name__, sites, form)
+
+
+def _require_batches(module: pl.LightningModule) -> None:
+    """Check that Lightning gives a module its batches.
+
+    Raises:
+        ValueError: if the module takes them from the loader itself: when, and how many in a step, nobody is told.
+    """
+    if "dataloader_iter" in signature(module.training_step).parameters:
+        raise ValueError(
+            f"training_step of {type(module).__name__} takes its batches from a dataloader_iter, so that nobody can "
+            "tell which examples a step is of. Let it take batch and batch_idx, or make a trace of the fit's "
+            "checkpoints when it is over (Trace.from_checkpoints)."
+        )
 
 
 def _require_learning_rates(trainer: pl.Trainer) -> None:
