@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_tracin.bridge.compat import training_iteration, watch_training_loader
-from lightning_tracin.bridge.own_batches import StandIn
+from lightning_tracin.bridge.own_batches import StandIn, numbers_of
 
 _USE = 'Use cache="checkpoint", which reads the training set by itself.'
 
@@ -103,14 +103,15 @@ class SampledIndices(StandIn):
                 goes on inside an epoch (torchdata's) skips batches, or reads them again and drops them.
 
         Raises:
-            ValueError: if the loader has delivered a batch that its sampler did not ask for.
+            ValueError: if the loader has delivered a batch that its sampler did not ask for, or one with examples that
+                its data set did not have.
         """
         read = self._latest if iteration is None else self._ours(iteration)
         if read is not None:
             while ahead is not None and len(read.yielded) > ahead + 1:
                 read.yielded.popleft()
             with suppress(IndexError):
-                return [int(index) % self._n_examples for index in read.yielded.popleft()]  # -1 is the last one
+                return numbers_of(read.yielded.popleft(), self._n_examples)
         raise ValueError(f"The training loader gave a batch that its sampler had not asked for. {_USE}")
 
     def _ours(self, iteration: object) -> _Iteration | None:
