@@ -96,15 +96,22 @@ def watch_training_loader(trainer: pl.Trainer, see: Callable[[Any], None]) -> Ca
     return end
 
 
-def training_iteration(trainer: pl.Trainer) -> object | None:
-    """What a fit's own iteration of its loader asks for indices, whoever else reads the same loader; None if not found.
+def training_iteration(trainer: pl.Trainer) -> tuple[object | None, int | None]:
+    """What a fit's own iteration of its loader asks for indices, whoever else reads the same loader.
 
     A validation inside an epoch, or a callback, may iterate the training loader, too.
+
+    Returns:
+        It, and how many batches it was asked for that the fit is yet to train on: workers prefetch, and so does
+        Lightning where a loader has no length. None, and None, if it is not found.
     """
     iterator = getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_iterator", None)
-    of_loaders: list[object] = getattr(iterator, "iterators", [])
-    found: object | None = getattr(of_loaders[0], "_sampler_iter", None) if len(of_loaders) == 1 else None
-    return found
+    of_loaders: list[Any] = getattr(iterator, "iterators", [])
+    if len(of_loaders) != 1 or not hasattr(of_loaders[0], "_sampler_iter"):
+        return None, None
+    prefetched = getattr(trainer.fit_loop._data_fetcher, "batches", [])
+    ahead = len(getattr(of_loaders[0], "_task_info", ())) + len(prefetched)
+    return of_loaders[0]._sampler_iter, ahead
 
 
 def _call_with_loaders(trainer: pl.Trainer, watching: list[Callable[[Any], None]]) -> None:

@@ -7,7 +7,7 @@ such as a number of tokens. A part of such a batch has what the whole has: it is
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -104,11 +104,27 @@ def parts_of(batches: Sequence[Sequence[int]], indices: Sequence[int]) -> list[l
     return parts
 
 
+def numbers_of(batch: Iterable[Any], n_examples: int) -> list[int]:
+    """The numbers of the examples that a sampler puts into a batch; -1 is the last one.
+
+    Raises:
+        ValueError: if the data set has none of such a number, whatever it may give for it.
+    """
+    numbers = [int(index) for index in batch]
+    for number in numbers:
+        if not -n_examples <= number < n_examples:
+            raise ValueError(
+                f"A sampler asks for example {number} of a data set that had {n_examples} examples when it was first "
+                "looked at: let it have all of the examples, and the length to match, from the start."
+            )
+    return [number % n_examples for number in numbers]
+
+
 def _news(batches: Iterator[Any], n_examples: int, seen: set[int]) -> Iterator[list[int]]:
     """Of each batch the examples that were in none before, until all were, or a sampler has given plenty."""
     drawn = 0
     for batch in batches:
-        indices = [int(index) % n_examples for index in batch]  # -1 is the last one
+        indices = numbers_of(batch, n_examples)
         drawn += len(indices)
         new = [index for index in dict.fromkeys(indices) if index not in seen]
         seen.update(new)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ def _checked(
     processes = processes_of(trainer)
     require_spread(module)
     require_automatic_optimization(module)
+    _require_batches(module)
     _require_learning_rates(trainer)
     label_names_of(module)  # which only a question reads; but what is wrong with them is told before training
     path = _locked_path(trainer, plan, processes, writing)
@@ -172,6 +174,20 @@ def _checked(
         require_space(trainer, plan, path, cost, training_set)
     say_cost(plan, path, cost, first)
     return _Begun(path, source, training_set, fingerprint, first, state, cost, type(module).__name__, sites, form)
+
+
+def _require_batches(module: pl.LightningModule) -> None:
+    """Check that Lightning gives a module its batches.
+
+    Raises:
+        ValueError: if the module takes them from the loader itself: when, and how many in a step, nobody is told.
+    """
+    if "dataloader_iter" in signature(module.training_step).parameters:
+        raise ValueError(
+            f"training_step of {type(module).__name__} takes its batches from a dataloader_iter, so that nobody can "
+            "tell which examples a step is of. Let it take batch and batch_idx, or make a trace of the fit's "
+            "checkpoints when it is over (Trace.from_checkpoints)."
+        )
 
 
 def _require_learning_rates(trainer: pl.Trainer) -> None:
@@ -226,7 +242,6 @@ def _go_on(begun: _Begun, source: Path, plan: RecordingPlan, done: int, processe
 
 def _training_form(trainer: pl.Trainer, module: pl.LightningModule, first: FirstBatch) -> TrainingForm:
     """How training's own gradients are made of those of the examples' losses, if they can be used."""
-    _require_whole_epoch(trainer)
     with inside_fit(trainer, module), zero_weights_filled(module):
         return check_training(first.gradients, first.batch, first.captured)
 
@@ -343,21 +358,6 @@ def _steps_to_go_on_with(trace: Trace, resumed: Mapping[str, Any], done: int, pr
     """The optimizer steps since the last checkpoint that is still there, up to the last that was done."""
     last = processes.gather(max((each.step for each in trace.checkpoints), default=0))[0]
     return [tuple(step) for step in resumed["steps"] if last <= step[0] < done]
-
-
-def _require_whole_epoch(trainer: pl.Trainer) -> None:
-    """Check that a fit does not go on inside an epoch by a loader that leaves out what the epoch has seen.
-
-    Raises:
-        ValueError: if it does.
-    """
-    loader = trainer.train_dataloader
-    if trainer.fit_loop.restarting and hasattr(loader, "load_state_dict"):
-        raise ValueError(
-            f"This fit is resumed inside an epoch, and its {type(loader).__name__} goes on where it was: "
-            'cache="training" cannot tell which examples its batches hold. Resume from the checkpoint of an epoch\'s '
-            'end, or use cache="checkpoint".'
-        )
 
 
 def _opened(path: Path, processes: Processes) -> Trace:

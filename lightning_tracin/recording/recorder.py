@@ -17,7 +17,7 @@ from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
 from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.progress import progress_task
 from lightning_tracin.bridge.strategy import processes_of
-from lightning_tracin.bridge.training_set import RecordedFit, TrainingSet
+from lightning_tracin.bridge.training_set import RecordedFit
 from lightning_tracin.bridge.unmoved import unmoved
 from lightning_tracin.gradients.capture import Captured
 from lightning_tracin.gradients.layers import sites_on_module
@@ -28,6 +28,7 @@ from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.new_labels import NewLabels
 from lightning_tracin.recording.optimizer_steps import OptimizerSteps, unmoved_by
 from lightning_tracin.recording.plan import RecordingPlan
+from lightning_tracin.recording.same_examples import require_same_examples
 from lightning_tracin.recording.sampled_indices import SampledLoader
 from lightning_tracin.recording.training_cache import TrainingCache
 from lightning_tracin.recording.training_form import check_training, divisor_of, warn_of_another_loss
@@ -82,6 +83,7 @@ class Recorder:
         self._site_layers = sites_on_module(gradients.module, fit.trace.sites)
         self._shapes = shapes
         self._loader = loader
+        self._compared_in: int | None = None
         self._made = made
         self._without_gradient: list[str] | None = None
         self._drawn = drawn
@@ -105,9 +107,9 @@ class Recorder:
         """
         if trainer.train_dataloader is self._loader:
             return
-        with processes_of(trainer).synchronized(), unmoved(trainer.train_dataloader):
+        with processes_of(trainer).synchronized():
             self._loader = trainer.train_dataloader
-            _require_same(TrainingSet(self._loader), self.fit, trainer.current_epoch)
+            require_same_examples(self._loader, self.fit.trace, made_anew_for=trainer.current_epoch)
 
     def begin_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
         """Learn which examples a training batch holds."""
@@ -311,6 +313,9 @@ class Recorder:
         processes = processes_of(trainer)
         with processes.synchronized():  # before any of them waits for the others
             self._raise_failure()
+            if epoch != self._compared_in:  # a user's callback may change the data set between epochs
+                require_same_examples(self._loader, self.fit.trace)
+                self._compared_in = epoch
         drawn = self._drawn.of_all()
         if drawn is not None and not drawn.any():
             self._warn_of_no_loss(step)
@@ -419,27 +424,6 @@ def _buffers_of_first(module: torch.nn.Module, processes: Processes) -> Iterator
     finally:
         for buffer, value in own:
             buffer.copy_(value)
-
-
-def _require_same(training_set: TrainingSet, fit: RecordedFit, epoch: int) -> None:
-    """Check that the training set of a later epoch is that which a trace was begun with.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    trace = fit.trace
-    if (len(training_set), training_set.fingerprint()) == (trace.n_train, trace.data_fingerprint):
-        return
-    difference = (
-        f"{len(training_set)} examples instead of {trace.n_train}"
-        if len(training_set) != trace.n_train
-        else "other examples, or the same in another order"
-    )
-    raise ValueError(
-        f"The training loader was made anew for epoch {epoch}, and its data set has {difference}: gradients would be "
-        "stored under the numbers of other examples. Let train_dataloader give the same data set each time, with all "
-        "of the examples, and its sampler choose those of the epoch; or fit without reload_dataloaders_every_n_epochs."
-    )
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
+import pickle
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from brute_force import dense_gradients, relative_error
-from torch.utils.data import DataLoader
-from toy import Toy, fitted, loader, quiet, test_texts, texts
+from torch.utils.data import BatchSampler, DataLoader
+from toy import EPOCHS, N_TRAIN, Toy, fitted, loader, quiet, same_weights, test_texts, texts
 
 from lightning_tracin import TracInCallback
 
@@ -106,3 +108,68 @@ def test_a_loader_that_iterates_in_a_way_of_its_own_is_warned_of(tmp_path, recwa
     fitted(tmp_path, data=kind(texts(), batch_size=4))
     told = [each for each in recwarn if "Cutting iterates in a way of its own" in str(each.message)]
     assert len(told) == n_warnings
+
+
+class Pairs(BatchSampler):
+    """A batch sampler of one's own."""
+
+    def __init__(self, sampler, batch_size=2, drop_last=False):
+        super().__init__(sampler, batch_size, drop_last)
+
+
+class Numbered(Still):
+    def predict_step(self, batch, batch_idx):
+        return batch[1]
+
+
+def predicted(train):
+    return quiet().predict(Numbered(), train)
+
+
+def made_anew(train):
+    """As Lightning makes one, where a process gets a share."""
+    return list(type(train.batch_sampler)(range(9), batch_size=2, drop_last=True))
+
+
+ACTS = {
+    "predicted": predicted,
+    "made anew": made_anew,
+    "copied": lambda train: list(copy.copy(train.batch_sampler)),
+    "copied with the loader": lambda train: [labels for _, labels in copy.deepcopy(train)],
+    "pickled": lambda train: list(pickle.loads(pickle.dumps(train.batch_sampler))),
+    "pickled with the loader": lambda train: [labels for _, labels in pickle.loads(pickle.dumps(train))],
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+def test_a_callback_hands_on_or_copies_the_loader(tmp_path, act, own):
+    """It has what it would have without ours, of which nothing is in a copy."""
+
+    def run(*callbacks):
+        found = []
+
+        class Acts(pl.Callback):
+            def on_train_batch_end(self, trainer, *_):
+                if trainer.global_step == 2:
+                    train = trainer.train_dataloader
+                    copied = (copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)))
+                    assert {type(each(train.batch_sampler)) for each in copied} == {Pairs if own else BatchSampler}
+                    found.append(act(train))
+
+        pl.seed_everything(0, verbose=False)
+        train = loader(shuffle=True)
+        train = DataLoader(texts(), batch_sampler=Pairs(train.sampler, 4)) if own else train
+        trainer = quiet(callbacks=[*callbacks, Acts()])
+        trainer.fit(Still(), train)
+        return found, trainer.lightning_module.state_dict()
+
+    ours = [TracInCallback(tmp_path / cache, cache=cache, on_error="raise") for cache in ("checkpoint", "training")]
+    (found,), weights = run(*ours)
+    (expected,), others = run()
+    assert str(found) == str(expected)
+    assert same_weights(weights, others)
+    for callback in ours:
+        assert len(callback.trace.checkpoints) == EPOCHS
+        assert all(len(each.steps) == N_TRAIN / 4 for each in callback.trace.checkpoints)
+        assert all(each.drawn() is None for each in callback.trace.checkpoints)  # each epoch has all

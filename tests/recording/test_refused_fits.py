@@ -122,6 +122,20 @@ def test_a_training_step_that_optimizes_by_hand(tmp_path):
         fitted(tmp_path / "trace", module)
 
 
+def test_a_training_step_that_takes_its_batches_from_the_loader(tmp_path):
+    class Taking(Toy):
+        def training_step(self, dataloader_iter):
+            return self.influence_loss(next(dataloader_iter)[0]).mean()
+
+    with pytest.raises(ValueError, match=r"^training_step of Taking takes its batches from a dataloader_iter, so"):
+        fitted(tmp_path / "trace", Taking(), on_error="warn")
+    assert not (tmp_path / "trace" / "trace.json").exists()
+    trainer = quiet(max_epochs=1)
+    trainer.fit(Taking(), loader())
+    trainer.save_checkpoint(tmp_path / "over.ckpt")
+    assert len(Trace.from_checkpoints(tmp_path / "past", [tmp_path / "over.ckpt"], Taking(), loader()).checkpoints) == 1
+
+
 def test_the_default_loss_of_a_module_that_is_not_hugging_face(tmp_path):
     class Defaulting(Toy):
         influence_loss = TracInMixin.influence_loss

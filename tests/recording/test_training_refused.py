@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from still_fits import Still, build
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import IterableDataset, default_collate
 from toy import CLASSES, N_TRAIN, fitted, loader, quiet, texts
 from variants import Stepping
 
@@ -58,24 +57,6 @@ def test_what_cannot_be_told_is_refused_before_training(tmp_path, module, data, 
 def test_a_loader_that_does_not_keep_the_order_is_refused(tmp_path):
     with pytest.raises(ValueError, match="in_order=True"):
         fitted(tmp_path / "trace", build(), loader(in_order=False), cache="training")
-
-
-def test_a_loader_that_goes_on_inside_an_epoch_is_refused(tmp_path):
-    class Stateful(DataLoader):
-        def state_dict(self):
-            return {}
-
-        def load_state_dict(self, state):
-            pass
-
-    saving = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    options = {"cache": "training", "dtype": "float32"}
-    first = quiet(callbacks=[TracInCallback(tmp_path / "trace", **options), saving], enable_checkpointing=True)
-    first.fit(build(), Stateful(texts(), batch_size=4))
-    again = quiet(callbacks=[TracInCallback(tmp_path / "trace", **options)], max_epochs=3)
-    with pytest.raises(ValueError, match="resumed inside an epoch, and its Stateful goes on where it was"):
-        again.fit(build(), Stateful(texts(), batch_size=4), ckpt_path=tmp_path / "step=8.ckpt")
-    assert [each.step for each in Trace(tmp_path / "trace").checkpoints] == [5, 10]
 
 
 def test_a_collate_function_that_drops_an_example(tmp_path):
