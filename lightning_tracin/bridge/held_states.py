@@ -21,6 +21,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
 from lightning_tracin.parallel.fsdp import is_fsdp
@@ -44,12 +45,14 @@ _MAY_DRAW = (FunctionType, partial)
 _COUNTED = (list, dict, set, deque)
 
 # The attributes of what these packages define are their own affair: trainers, threads, layers that set themselves up at
-# their first call. Data sets and samplers of torch.utils.data are looked into.
+# their first call. Data sets, samplers and schedulers of torch are looked into.
 _FOREIGN = (
     *("torch", "pytorch_lightning", "lightning", "lightning_fabric", "lightning_tracin", "lightning_utilities"),
     *("numpy", "pandas", "pyarrow", "bitsandbytes", "torchao", "deepspeed", "transformer_engine"),
     *("threading", "multiprocessing", "concurrent", "asyncio", "logging", "weakref", "_thread", "builtins"),
 )
+
+_LOOKED_INTO = ("torch.utils.data", "torch.optim")
 
 _OWN_KINDS = ("LightningModule", "LightningDataModule")
 
@@ -143,7 +146,11 @@ class Held:
             self._expect((each for each in named if whole and isinstance(each, _COUNTED)), True)
 
     def _note_attributes(self, thing: Any, whole: bool) -> None:
-        """The attributes of an instance, and the generators of its class."""
+        """The attributes of an instance, and the generators of its class; of an optimizer the options of its groups."""
+        if isinstance(thing, Optimizer):
+            for group in thing.param_groups:
+                self._note_mapping(group, whole, frozenset({"params"}))
+            return
         names = getattr(thing, "__dict__", None)
         if isinstance(names, dict):
             self._note_mapping(names, whole, self._not_ours if _is_lightning(type(thing)) else frozenset())
@@ -307,9 +314,9 @@ def _names(code: CodeType) -> Iterator[str]:
 
 @cache
 def _is_in(module: str, packages: tuple[str, ...]) -> bool:
-    """Whether a module is of one of some packages; ``torch.utils.data`` is of none."""
+    """Whether a module is of one of some packages; what of torch is looked into is of none."""
     named = any(module == each or module.startswith(f"{each}.") for each in packages)
-    return named and not module.startswith("torch.utils.data")
+    return named and not module.startswith(_LOOKED_INTO)
 
 
 def _is_installed(code: CodeType) -> bool:
@@ -324,7 +331,7 @@ def _is_lightning(kind: type) -> bool:
 def _is_foreign(kind: type) -> bool:
     """Whether instances of a class are not looked into: trainers, callbacks, threads, and what C code defines."""
     foreign = any(_is_in(each.__module__, _FOREIGN) for each in kind.__mro__ if each is not object)
-    return foreign and not _is_lightning(kind)
+    return foreign and not _is_lightning(kind) and not issubclass(kind, Optimizer)
 
 
 def _is_map_style(thing: Any) -> bool:

@@ -124,13 +124,14 @@ class ModuleGradients:
 def inside_fit(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     """Compute gradients between two training batches without a trace in training.
 
-    No random number is drawn from it, and what forward passes and batch hooks change beside the weights is put back.
+    No random number is drawn from it, and what forward passes, ``training_step`` and batch hooks change beside the
+    weights is put back, such as learning rates.
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     with (
         random_state_kept(),
         gradients_enabled(module),
-        module_unmoved(module, datamodule),
+        module_unmoved(module, datamodule, trainer),
         trainer.precision_plugin.predict_step_context(),
     ):
         yield

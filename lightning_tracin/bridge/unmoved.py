@@ -48,14 +48,18 @@ def unmoved(*loaders: Any) -> Iterator[None]:
 
 
 @contextmanager
-def module_unmoved(module: pl.LightningModule, datamodule: Any = None) -> Iterator[None]:
+def module_unmoved(
+    module: pl.LightningModule, datamodule: Any = None, trainer: pl.Trainer | None = None
+) -> Iterator[None]:
     """Run a module's losses and batch hooks: buffers, metrics, attributes and what it logs stay as they are now.
 
     Args:
         module: the module.
         datamodule: whose batch hooks run, if any.
+        trainer: whose learning rates and schedulers stay as they are, too: a ``training_step`` may move them.
     """
-    held = Held(module, datamodule, computed=True)
+    schedules = [each.scheduler for each in trainer.lr_scheduler_configs] if trainer else []
+    held = Held(module, datamodule, trainer and trainer.optimizers, schedules, computed=True)
     attributes: dict[str, Any] = module.__dict__
     own: dict[str, Any] = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
     try:

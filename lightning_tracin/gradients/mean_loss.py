@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from copy import copy, deepcopy
 from types import MethodType
 from typing import Any
@@ -26,6 +26,7 @@ from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.layouts import Layout
 from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, DependsOnBatch
 from lightning_tracin.gradients.precision import full_precision, loss_tolerance, uses_half_precision
+from lightning_tracin.gradients.unwritten import parameters_unwritten
 from lightning_tracin.parallel.fsdp import call_in_forward_pass, is_fsdp
 
 _MOST_COUNTS = 8  # different numbers of labels that are looked at: each check costs a pass for every example
@@ -191,8 +192,11 @@ class MeanLoss:
             module.__dict__[name] = lambda *_, **__: None
         step = module.training_step
         batch = shallow_copy(batch)
+        args = (batch, 0) if len(inspect.signature(step).parameters) > 1 else (batch,)
         try:
-            output = step(batch, 0) if len(inspect.signature(step).parameters) > 1 else step(batch)
+            # FSDP itself writes into parameters, to gather them.
+            with nullcontext() if is_fsdp(self.module) else parameters_unwritten(self.module):
+                output = step(*args)
         except (
             AttributeError,
             IndexError,

@@ -98,7 +98,7 @@ def _run_by_predict(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
     writer = _Writer(of.take, weights)
     failure = None
     with ExitStack() as stack:
-        stack.enter_context(module_unmoved(module, query.datamodule))
+        stack.enter_context(module_unmoved(module, query.datamodule, trainer))
         if processes.size > 1:  # fewer examples than processes are no mistake
             stack.enter_context(attribute_set(module, "allow_zero_length_dataloader_with_multiple_devices", True))
         try:
