@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from lightning_tracin.gradients.bags import Bags
 from lightning_tracin.gradients.embedding_layers import lookup_factor
-from lightning_tracin.gradients.linear_layers import features_last, require_linear
+from lightning_tracin.gradients.linear_layers import features_last, is_linear, require_linear
 from lightning_tracin.gradients.losses import Losses, checked_losses
+
+_NO_WORDS = (
+    " If another layer reads the words, return it from influence_embedding_layer() of the module. If the encoder is "
+    'meant to be under torch.no_grad, as in a linear probe, words have no gradients: take methods=("tracin-last",) in '
+    'TracInCallback and method="tracin-last" in influence.'
+)
 
 
 @dataclass
@@ -145,6 +151,7 @@ def require_called(groups: Sequence[Sequence[nn.Module]], calls: Sequence[Call])
             raise ValueError(
                 f"The layer {layers[0]} was not called when the loss of a batch was computed, or where no gradient "
                 "could be taken: inside of torch.no_grad, or of a checkpoint with use_reentrant=True (use False)."
+                f"{'' if is_linear(layers[0]) else _NO_WORDS}"
             )
 
 
