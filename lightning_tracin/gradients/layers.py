@@ -169,11 +169,16 @@ def linear_layers_named(module: nn.Module, pattern: str) -> list[str]:
 
 
 def called_layers(losses: Callable[[], Tensor], layers: Sequence[nn.Module]) -> set[nn.Module]:
-    """Those of some layers that are called when the losses are computed, in one forward pass without gradients."""
+    """Those of some layers that are called, where gradients can be taken, when the losses are computed."""
     called: set[nn.Module] = set()
-    with ExitStack() as hooks, torch.no_grad():
+
+    def record(layer: nn.Module, *_: Any) -> None:
+        if torch.is_grad_enabled():  # else, as in a teacher, no loss reaches the layer
+            called.add(layer)
+
+    with ExitStack() as hooks:
         for layer in layers:
-            hooks.callback(layer.register_forward_hook(lambda layer, *_: called.add(layer)).remove)
+            hooks.callback(layer.register_forward_hook(record).remove)
         losses()
     return called
 
