@@ -432,6 +432,24 @@ def gpt2():
     return HuggingFace(transformers.GPT2LMHeadModel(config), embedding="transformer.wte", last="lm_head")
 
 
+def gemma():
+    """Its embedding layer multiplies the rows by the root of their size."""
+    config = transformers.GemmaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        initializer_range=0.3,
+        bos_token_id=FIRST,
+        eos_token_id=FIRST,
+    )
+    return HuggingFace(transformers.GemmaForCausalLM(config), embedding="model.embed_tokens", last="lm_head")
+
+
 def t5():
     config = transformers.T5Config(
         vocab_size=VOCABULARY,
@@ -525,6 +543,7 @@ FAMILIES = {
     ),
     "gpt2-causal": Family(gpt2, labelled_texts(next_words)),
     "gpt2-padded-on-the-left": Family(gpt2, padded_on_the_left(labelled_texts(next_words)), masked_tokens=(PADDING,)),
+    "gemma-causal": Family(gemma, labelled_texts(next_words)),
     "bert-masked": Family(lambda: bert("BertForMaskedLM", "cls.predictions.decoder"), masked_texts()),
     "distilbert-masked": Family(distilbert_masked, masked_texts()),
     "roberta-masked": Family(roberta_masked, masked_texts(padding=1)),

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tracin.gradients.bags import Bags
-from lightning_tracin.gradients.embedding_layers import require_lookup
-from lightning_tracin.gradients.linear_layers import features_last, require_linear
+from lightning_tracin.gradients.embedding_layers import lookup_factor
+from lightning_tracin.gradients.linear_layers import features_last, is_linear, require_linear
 from lightning_tracin.gradients.losses import Losses, checked_losses
+
+_NO_WORDS = (
+    " If another layer reads the words, return it from influence_embedding_layer() of the module. If the encoder is "
+    'meant to be under torch.no_grad, as in a linear probe, words have no gradients: take methods=("tracin-last",) in '
+    'TracInCallback and method="tracin-last" in influence.'
+)
 
 
 @dataclass
@@ -27,6 +33,7 @@ class Call:
         gradient: the gradient of the sum of the losses at the output; None before the backward pass, and if no loss
             depends on this call.
         bags: how an ``nn.EmbeddingBag`` adds up its words; None for any other layer.
+        factor: what an embedding layer multiplies the rows of its table by.
     """
 
     layer: nn.Module
@@ -34,6 +41,7 @@ class Call:
     output: Tensor
     gradient: Tensor | None = None
     bags: Bags | None = None
+    factor: float = 1.0
 
     @classmethod
     def of(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
@@ -47,9 +55,9 @@ class Call:
         if value is None or not isinstance(output, Tensor):
             raise ValueError(f"The layer {layer} must take a tensor and return a tensor; it returned {type(output)}.")
         require_linear(layer, value, output)
-        require_lookup(layer, value, output)
+        factor = lookup_factor(layer, value, output)
         bags = Bags.of(layer, args, kwargs) if isinstance(layer, nn.EmbeddingBag) else None
-        return cls(layer, value.detach().clone(), output, bags=bags)
+        return cls(layer, value.detach().clone(), output, bags=bags, factor=factor)
 
     @property
     def positions(self) -> torch.Size:
@@ -143,6 +151,7 @@ def require_called(groups: Sequence[Sequence[nn.Module]], calls: Sequence[Call])
             raise ValueError(
                 f"The layer {layers[0]} was not called when the loss of a batch was computed, or where no gradient "
                 "could be taken: inside of torch.no_grad, or of a checkpoint with use_reentrant=True (use False)."
+                f"{'' if is_linear(layers[0]) else _NO_WORDS}"
             )
 
 

@@ -177,7 +177,9 @@ def capture(
             require_dependent(per_example)
         if not new:
             check = independent and not known
-            found = find_layouts(per_example, [*calls, *reading_calls], known, check=check, passes=passes)
+            names = {layer: each.site.layer for each in sites for layer in each.layers}
+            every = [*calls, *reading_calls]
+            found = find_layouts(per_example, every, known, check=check, passes=passes, names=names)
             _differentiate(per_example, calls)
     if new:  # learned once more, with gradients at all of the calls
         for layer in new:

@@ -34,20 +34,26 @@ def find_embedding_layer(
     """The word embedding layer: a Hugging Face model's ``get_input_embeddings()``, or else the only embedding layer.
 
     Of several it is the one that is called with the batch's token ids, if no other one seems to read words, as those of
-    positions and of segments do not.
+    positions and of segments do not. So it is where the Hugging Face model's own is not called, but given vectors.
 
     Args:
         module: the module.
-        losses: computes the losses of a batch; None to call nothing.
+        losses: computes the losses of a batch, with autograd on; None to call nothing.
         ids: what may be token ids in that batch.
 
     Raises:
         ValueError: if there is none, or more than one; the message lists the candidates by name.
     """
-    candidates = _hugging_face_embeddings(module) or [layer for layer in module.modules() if _is_embedding(layer)]
-    unique = list({id(getattr(layer, "weight", layer)): layer for layer in candidates}.values())
-    if len(unique) > 1 and losses is not None:
-        unique = _reading_words(losses, unique, ids) or unique
+    own, inside = _hugging_face_embeddings(module)
+    tables = [layer for layer in module.modules() if _is_embedding(layer)]
+    unique = _of_own_tables(own or tables)
+    sizes = {len(layer.weight) for layer in own}  # type: ignore[arg-type]
+    others = [each for each in tables if own and (id(each) not in inside or len(each.weight) in sizes)]  # type: ignore[arg-type]
+    every = _of_own_tables([*others, *unique])
+    if losses is not None and len(every) > 1:
+        inputs = _inputs_of_tables(module, losses, every)
+        is_called = not own or any(inputs[layer] for layer in unique)
+        unique = _reading_words(inputs, unique if is_called else every, ids) or unique
     if len(unique) == 1:
         return unique[0]
     if not unique:
@@ -61,17 +67,33 @@ def find_embedding_layer(
     )
 
 
-def _reading_words(losses: Callable[[], Tensor], layers: Sequence[nn.Module], ids: Sequence[Tensor]) -> list[nn.Module]:
-    """Of some embedding layers that which is called with a batch's ids; all that seem to read words, if others do."""
+def _of_own_tables(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """One layer, the last, for each table among those of some embedding layers."""
+    return list({id(getattr(layer, "weight", layer)): layer for layer in layers}.values())
+
+
+def _inputs_of_tables(
+    module: nn.Module, losses: Callable[[], Tensor], layers: Sequence[nn.Module]
+) -> dict[nn.Module, list[Tensor]]:
+    """What the table of each embedding layer is called with, by whatever layer, where gradients can be taken."""
     inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+    with ExitStack() as hooks:
+        for layer, seen in inputs.items():
 
-    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[layer] += [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:1]
+            def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: list[Tensor] = seen) -> None:
+                if torch.is_grad_enabled():
+                    seen.extend([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:1])
 
-    with ExitStack() as hooks, torch.no_grad():
-        for layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+            for each in layers_sharing_table(module, layer):
+                hooks.callback(each.register_forward_pre_hook(record, with_kwargs=True).remove)
         losses()
+    return inputs
+
+
+def _reading_words(
+    inputs: Mapping[nn.Module, Sequence[Tensor]], layers: Sequence[nn.Module], ids: Sequence[Tensor]
+) -> list[nn.Module]:
+    """Of some embedding layers that which is called with a batch's ids; all that seem to read words, if others do."""
     known = [each.flatten(0, -2) for each in ids]
     if len({each.shape[-1] for each in known}) == 1:
         known.append(torch.cat(known))
@@ -79,7 +101,7 @@ def _reading_words(losses: Callable[[], Tensor], layers: Sequence[nn.Module], id
     def is_given(value: Tensor) -> bool:
         return value.dim() > 1 and any(torch.equal(value.flatten(0, -2), each) for each in known)
 
-    given = [layer for layer, values in inputs.items() if any(map(is_given, values))]
+    given = [layer for layer in layers if any(map(is_given, inputs[layer]))]
     others = [layer for layer in layers if layer not in given and any(map(_may_be_words, inputs[layer]))]
     return given if not given else [*given, *others]
 
@@ -147,11 +169,16 @@ def linear_layers_named(module: nn.Module, pattern: str) -> list[str]:
 
 
 def called_layers(losses: Callable[[], Tensor], layers: Sequence[nn.Module]) -> set[nn.Module]:
-    """Those of some layers that are called when the losses are computed, in one forward pass without gradients."""
+    """Those of some layers that are called, where gradients can be taken, when the losses are computed."""
     called: set[nn.Module] = set()
-    with ExitStack() as hooks, torch.no_grad():
+
+    def record(layer: nn.Module, *_: Any) -> None:
+        if torch.is_grad_enabled():  # else, as in a teacher, no loss reaches the layer
+            called.add(layer)
+
+    with ExitStack() as hooks:
         for layer in layers:
-            hooks.callback(layer.register_forward_hook(lambda layer, *_: called.add(layer)).remove)
+            hooks.callback(layer.register_forward_hook(record).remove)
         losses()
     return called
 
@@ -294,8 +321,11 @@ def named_layer(module: nn.Module, name: str) -> nn.Module:
     return unwrapped(layer)
 
 
-def _hugging_face_embeddings(module: nn.Module) -> list[nn.Module]:
-    """The embedding layers that ``get_input_embeddings`` of the outermost Hugging Face models returns."""
+def _hugging_face_embeddings(module: nn.Module) -> tuple[list[nn.Module], set[int]]:
+    """The embedding layers that ``get_input_embeddings`` of the outermost Hugging Face models returns.
+
+    With them the ids of all modules inside of those models.
+    """
     layers: list[nn.Module] = []
     inside: set[int] = set()
     for submodule in module.modules():
@@ -306,7 +336,7 @@ def _hugging_face_embeddings(module: nn.Module) -> list[nn.Module]:
         if isinstance(layer, nn.Module) and isinstance(weight, Tensor) and weight.dim() <= 2:  # 1: a part, under FSDP
             layers.append(unwrapped(layer))
             inside.update(id(child) for child in submodule.modules())
-    return layers
+    return layers, inside
 
 
 def _layer_from_getter(model: nn.Module, method: str) -> Any:

@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.linear_layers import features_last
 
+_LEAVE_OUT = (
+    "If the layer is called on what all examples share, such as relative positions, leave it out of the methods of "
+    "TracInCallback"
+)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -61,6 +66,7 @@ def find_layouts(
     *,
     check: bool,
     passes: int | None = None,
+    names: Mapping[nn.Module, str] | None = None,
 ) -> dict[nn.Module, Layout]:
     """For each layer, the layout of its calls in a batch.
 
@@ -71,6 +77,7 @@ def find_layouts(
         known: the layouts that earlier batches determined; those that this batch determines are added.
         check: whether to check that the first example's loss does not depend on other examples.
         passes: the number of backward passes to run, 0 or 1, as FSDP requires; None for as many as are needed.
+        names: what errors call the layers.
 
     Returns:
         The layout for every layer; the first one that is possible as long as no batch determined it.
@@ -78,13 +85,17 @@ def find_layouts(
     Raises:
         ValueError: if the loss depends on other examples, or no layout is possible.
     """
-    n_examples = len(losses)
+    n_examples, names = len(losses), names or {}
     is_repeated = n_examples == 1 or (losses.stride(0) == 0 and not check)  # a stride of 0: one mean loss, expanded
     calls_of = {call.layer: [each for each in calls if each.layer is call.layer] for call in calls}
     possible: dict[nn.Module, list[list[Layout]]] = {}
     for layer, of_layer in calls_of.items():
         fits = layer in known and all(known[layer].fits(n_examples, call.positions) for call in of_layer)
-        possible[layer] = [[known[layer]]] if fits else _possible_layouts(n_examples, of_layer, is_repeated=is_repeated)
+        possible[layer] = (
+            [[known[layer]]]
+            if fits
+            else _possible_layouts(n_examples, of_layer, names.get(layer, str(layer)), is_repeated=is_repeated)
+        )
         check = check or not (fits or is_repeated)
     shown = [call for call in calls if call.output.requires_grad] if losses.requires_grad else []
     for example in range(n_examples if passes is None else passes):
@@ -94,6 +105,7 @@ def find_layouts(
         for call, gradient in zip(shown, _gradients(losses[example], shown), strict=True):
             if not is_repeated:
                 possible[call.layer] = _narrowed(possible[call.layer], call, gradient, example, n_examples)
+                _require_any(possible[call.layer], call, names.get(call.layer, str(call.layer)), example)
         check = False
     found = {layer: tiers[0][0] for layer, tiers in possible.items()}
     if passes is None and not is_repeated:
@@ -113,7 +125,7 @@ def new_layers(n_examples: int, calls: Sequence[Call], known: Mapping[nn.Module,
     }
 
 
-def _possible_layouts(n_examples: int, calls: Sequence[Call], *, is_repeated: bool) -> list[list[Layout]]:
+def _possible_layouts(n_examples: int, calls: Sequence[Call], name: str, *, is_repeated: bool) -> list[list[Layout]]:
     """The layouts that the shapes of a layer's calls allow: those with one row for each example, then the others.
 
     Raises:
@@ -131,12 +143,19 @@ def _possible_layouts(n_examples: int, calls: Sequence[Call], *, is_repeated: bo
     tiers = [tier for tier in ([one[:1]] if is_repeated else [one, several]) if tier]
     if not tiers:
         what = "is the number of losses" if is_repeated else "is the number of losses, or a multiple of it"
+        unfit = next((call for call in calls if not _has_rows(call, n_examples)), calls[0])
         raise ValueError(
-            f"A layer was called on positions of shape {tuple(calls[0].positions)}, of which neither the first nor the "
-            f"second dimension {what}, {n_examples}. Each example needs a row of its own, or as many rows as any "
-            "other: rearrange what the layer is called with, or return one loss for each of its rows."
+            f"The layer {name} was called on positions of shape {tuple(unfit.positions)}, of which neither the first "
+            f"nor the second dimension {what}, {n_examples}. Each example needs a row of its own, or as many rows as "
+            "any other: rearrange what the layer is called with, or return one loss for each of its rows. "
+            f"{_LEAVE_OUT}."
         )
     return tiers
+
+
+def _has_rows(call: Call, n_examples: int) -> bool:
+    """Whether one of the first two dimensions of a call may count the examples."""
+    return any(Layout(dim).rows(n_examples, call.positions) for dim in (0, 1))
 
 
 def _narrowed(
@@ -151,9 +170,8 @@ def _narrowed(
         example: the example's place in the batch.
         n_examples: how many the batch holds.
 
-    Raises:
-        ValueError: if there is none: the example's loss depends on other examples. It does with statistics over the
-            batch, negatives from the batch, or a loss over the whole batch.
+    Returns:
+        Those; none if there is no layout by which it has.
     """
     # The training pass reports NaN gradients, by the example that has them.
     is_reached = (gradient.nan_to_num(0, 0, 0) != 0).any(-1).cpu()
@@ -162,12 +180,25 @@ def _narrowed(
         return not bool(is_reached[layout.owners(n_examples, call.positions) != example].any())
 
     narrowed = [[layout for layout in tier if is_possible(layout)] for tier in tiers]
-    if any(narrowed):
-        return [tier for tier in narrowed if tier]
+    return [tier for tier in narrowed if tier]
+
+
+def _require_any(tiers: list[list[Layout]], call: Call, name: str, example: int) -> None:
+    """Check that there are layouts by which an example's loss has no gradient at other examples' positions of a call.
+
+    There are none where the loss is taken with statistics over the batch, with negatives from it or over the whole of
+    it; and where the layer is called on something that all examples share.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if tiers:
+        return
     raise ValueError(
-        f"The loss of {'the first example' if example == 0 else f'example {example}'} depends on the other examples of "
-        "its batch, so it has no gradient of its own. Compute each example's loss from that example alone (no "
-        "statistics over the batch, no negatives from the batch) in influence_loss."
+        f"By its gradient at the layer {name}, which was called on positions of shape {tuple(call.positions)}, the "
+        f"loss of {'the first example' if example == 0 else f'example {example}'} depends on the other examples of its "
+        "batch, so it has no gradient of its own. Compute each example's loss from that example alone (no statistics "
+        f"over the batch, no negatives from the batch) in influence_loss. {_LEAVE_OUT}."
     )
 
 

@@ -141,7 +141,9 @@ class MeanLoss:
                     f"{type(self.module).__name__} calls a layer with time in the first dimension, where the mean that "
                     f"its training_step returns does not tell examples from positions. {_use_mixin()}."
                 )
-            if call.positions[0] == len(rows):
+            # What is called on as many rows for one example alone is shared by all: no row is an example's own.
+            is_shared = len(rows) > 1 and bool(own) and own[0].positions == call.positions
+            if call.positions[0] == len(rows) and not is_shared:
                 found.setdefault(call.layer, Layout())
             else:
                 found[call.layer] = self._layout_of_rows(call, own, len(rows))

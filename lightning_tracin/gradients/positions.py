@@ -22,8 +22,8 @@ def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: 
         batch: the batch; attention masks in it mark padding, as does the layer's ``padding_idx``.
 
     Returns:
-        The example (P,), token id (P,) and gradient (P, H) of each position, the call (P,) that it is in, and its place
-        (P,) among the ids of that call, on the CPU.
+        The example (P,), token id (P,) and gradient of the row (P, H) of each position, the call (P,) that it is in,
+        and its place (P,) among the ids of that call, on the CPU.
 
     Raises:
         ValueError: if a call maps token ids (B, T) neither to vectors (B, T, H) nor, as nn.EmbeddingBag, to (B, H).
@@ -46,6 +46,8 @@ def word_positions(calls: Sequence[Call], owners_of_calls: list[Tensor], batch: 
             is_token &= attended
         places = torch.nonzero(is_token.cpu().reshape(-1))[:, 0]
         gradient = call.gradient_by_position.float().cpu().reshape(-1, output.shape[-1])
+        if call.factor != 1:
+            gradient = gradient * call.factor
         if call.bags is not None:
             bags = call.bags.of_words.cpu()[places]
             owners, gradient = owners[bags], gradient[bags] * call.bags.shares.cpu()[places, None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_tracin.bridge.compat import batch_to_device
@@ -98,12 +98,24 @@ def look_at_first_batch(
                 f"The {captured.fault(bad)} of training example {training_set.first_indices[bad]} is NaN or infinite "
                 f"{at}. {NOT_FINITE_ADVICE}"
             )
+        _warn_of_words_without_gradients(captured)
         if not is_fsdp(module):  # a pass without gradients is too many for FSDP
             others = (batch_to_device(trainer, module, each) for each in first_batches)
             _check_batching(trainer, module, training_set, batch, captured, others)
         if compared and not is_fsdp(module):
             warn_of_another_loss(gradients, batch, captured)
     return FirstBatch(batch, captured, gradients)
+
+
+def _warn_of_words_without_gradients(captured: Captured) -> None:
+    """Warn if no word of any example has a gradient: TracIn-WE would say that nothing has any influence."""
+    words = captured.gradients.get("words")
+    if words is not None and not len(words.examples):
+        rank_zero_warn(
+            "The gradients of all words of the first training examples are zero: the loss is detached from the word "
+            "embedding layer, or the weights behind it are zero as yet. As long as that is so, all scores by "
+            '"tracin-we" are zero; methods=("tracin-last",) in TracInCallback records the last layer alone.'
+        )
 
 
 def layer_sizes(first: FirstBatch, training_set: TrainingSet) -> dict[str, LayerSize]:

@@ -186,6 +186,16 @@ def test_a_plain_module_with_time_first_is_asked_for_the_mixin(tmp_path):
     assert not (tmp_path / "trace" / "checkpoints").exists()
 
 
+def test_a_layer_that_all_examples_share_is_told_though_it_has_as_many_rows(tmp_path):
+    class ReadingLabels(Plain):
+        def forward(self, ids):
+            names = self.embedding(torch.arange(1, 13).view(4, 3)).mean(1)  # batches are of 4, too
+            return self.embedding(ids).mean(1) @ names.T
+
+    with pytest.raises(ValueError, match=r"positions of shape \(4, 3\) for 4 examples, where the mean .*TracInMixin"):
+        fitted(tmp_path / "trace", ReadingLabels(), methods=("tracin-we",))
+
+
 @pytest.mark.parametrize("cache", ["checkpoint", "training"])
 def test_words_that_only_some_passes_saw_still_add_up(tmp_path, cache):
     data = loader(shuffle=True, collate_fn=masked)

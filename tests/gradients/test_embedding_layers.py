@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional
 from toy import N_TRAIN, VOCABULARY, fitted, loader, test_texts, texts
 
+from lightning_tracin import TracInWE
+
 
 class Unit(nn.Embedding):
     def forward(self, ids):
@@ -40,16 +42,32 @@ def test_other_numbers_than_the_rows_are_refused_by_name(tmp_path, build):
     assert fit.influence(loader(test_texts()), method="tracin-last").scores.shape == (6, N_TRAIN)
 
 
-def test_rows_times_a_constant_have_scores_times_its_square(tmp_path):
-    fit = fitted(tmp_path, Net(Scaled(VOCABULARY, 8)), loader(), trainer={"max_epochs": 1})
+class Rounded(nn.Embedding):
+    """As in training for few bits: rounded forwards, with the gradient of what is not."""
+
+    def forward(self, ids):
+        rows = super().forward(ids)
+        return rows + ((rows * 64).round() / 64 - rows).detach()
+
+
+@pytest.mark.parametrize("kind", [Scaled, Rounded])
+@pytest.mark.parametrize("cache", ["checkpoint", "training", "on_demand"])
+def test_gradients_are_those_of_the_rows(tmp_path, kind, cache):
+    fit = fitted(tmp_path, Net(kind(VOCABULARY, 8)), loader(), cache=cache, trainer={"max_epochs": 1})
     module = fit.lightning_module.eval().double()
 
     def gradients(data):
         losses = (module.influence_loss((ids[None], label[None])).sum() for ids, label in data)
-        found = torch.stack([torch.autograd.grad(loss, module.embedding.weight)[0] for loss in losses])
-        return found.flatten(1)
+        return torch.stack([torch.autograd.grad(loss, module.embedding.weight)[0] for loss in losses])
 
-    expected = gradients(test_texts()) @ gradients(texts()).T
+    test, train = gradients(test_texts()), gradients(texts())
+    expected = test.flatten(1) @ train.flatten(1).T
     fit.lightning_module.float()
-    found = fit.influence(loader(test_texts()), method="tracin-we").scores * 1e12
-    torch.testing.assert_close(found.double(), expected / 9, rtol=1e-4, atol=1e-6)
+    result = fit.influence(loader(test_texts()), method="tracin-we")
+    torch.testing.assert_close(result.scores.double() * 1e12, expected, rtol=1e-4, atol=1e-6)
+    terms = {int(word): term * 1e12 for word, term in result.words(0, 1)}
+    of_rows = (test[0] * train[1]).sum(1)
+    assert terms == pytest.approx({row: float(of_rows[row]) for row in terms}, rel=1e-4, abs=1e-6)
+    cosines = fit.influence(loader(test_texts()), method=TracInWE(normalize="cosine")).scores
+    norms = [side.flatten(1).norm(dim=1) for side in (test, train)]
+    torch.testing.assert_close(cosines.double() * 1e12, expected / norms[0][:, None] / norms[1], rtol=1e-4, atol=1e-6)

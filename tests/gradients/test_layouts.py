@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from toy import CLASSES, Toy, fitted
 
 from lightning_tracin.gradients.attention_masks import attended_ids
 from lightning_tracin.gradients.calls import recorded_calls
@@ -98,3 +99,31 @@ def test_masks_are_found_for_texts_that_are_put_together():
     assert attended_ids(pair, ids[1]).tolist() == [[False, False, False, True]] * 3
     assert attended_ids(pair, both.flip(0)) is None
     assert attended_ids({"input_ids": ids[0], "attention_mask": torch.ones(3, 1, 4, 4)}, ids[0]) is None
+
+
+@pytest.mark.parametrize(("n_shared", "why"), [(4, "depends on the other"), (5, "neither the first nor")])
+def test_a_layer_that_reads_what_examples_share_is_named(tmp_path, n_shared, why):
+    class Related(Toy):
+        def forward(self, ids):
+            shared = self.hidden(torch.ones(n_shared, 8))  # batches are of 4
+            return super().forward(ids) * shared.tanh().sum()
+
+    with pytest.raises(
+        ValueError, match=rf"layer hidden.*positions of shape \({n_shared},.*{why}.*leave it out of the"
+    ):
+        fitted(tmp_path, Related(), methods=("hidd*",))
+
+
+def test_layers_without_gradients_are_left_out_of_patterns(tmp_path):
+    class Taught(Toy):
+        def __init__(self):
+            super().__init__()
+            self.teacher = nn.Linear(8, CLASSES)
+
+        def forward(self, ids):
+            with torch.no_grad():
+                taught = self.teacher(torch.ones(5, 8)).mean(0)
+            return super().forward(ids) + taught
+
+    fit = fitted(tmp_path, Taught(), methods=("tracin-last", "*"))
+    assert [site.layer for site in fit.callbacks[0].trace.sites] == ["head", "hidden"]

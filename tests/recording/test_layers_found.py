@@ -145,3 +145,63 @@ def test_of_batches_with_names_those_of_ids_count():
         [{"tokens": ids}, labels],
     ):
         assert embedding_layer_of(module, lambda: module.influence_loss((ids, labels)), batch) is module.embedding
+
+
+class OwnTable(Toy):
+    """Reads words by a table of its own, which a Hugging Face model is given vectors of; a teacher does not learn."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.bert, self.teacher = bert(), bert()
+
+    def forward(self, ids):
+        with torch.no_grad():
+            taught = self.teacher(ids).last_hidden_state
+        return self.head(self.bert(inputs_embeds=self.embedding(ids)).last_hidden_state.mean(1) + taught.mean(1))
+
+
+class Student(OwnTable):
+    def forward(self, ids):
+        with torch.no_grad():
+            taught = self.teacher(ids).last_hidden_state
+        return self.head((self.bert(ids).last_hidden_state + taught).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(OwnTable, "embedding"), (Student, "bert.embeddings.word_embeddings")],
+    ids=["vectors", "student"],
+)
+def test_the_table_that_reads_words_with_gradients_is_meant(kind, name):
+    module, batch = kind(), texts()[:4]
+    found = embedding_layer_of(module, lambda: module.influence_loss(batch), batch)
+    assert found is module.get_submodule(name)
+
+
+class Probe(Toy):
+    """A head on an encoder that is frozen."""
+
+    detached = False
+
+    def __init__(self):
+        super().__init__()
+        del self.embedding
+        self.bert = bert()
+
+    def forward(self, ids):
+        with torch.set_grad_enabled(self.detached):
+            encoded = self.bert(ids).last_hidden_state.mean(1)
+        return self.head(encoded.detach())
+
+
+class Detached(Probe):
+    detached = True
+
+
+def test_a_linear_probe_is_told_to_record_its_last_layer(tmp_path):
+    with pytest.raises(ValueError, match=r"influence_embedding_layer\(\).*linear probe.*methods=\(\"tracin-last\",\)"):
+        fitted(tmp_path, Probe())
+    with pytest.warns(UserWarning, match="The gradients of all words of the first training examples are zero"):
+        fitted(tmp_path / "detached", Detached())
+    fitted(tmp_path / "last", Probe(), methods=("tracin-last",))
