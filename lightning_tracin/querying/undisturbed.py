@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 from lightning_tracin.bridge.compat import metrics_kept
 from lightning_tracin.bridge.unmoved import random_state_kept
+from lightning_tracin.gradients.precision import without_autocast
 
 
 def require_idle(trainer: pl.Trainer) -> None:
@@ -29,6 +30,9 @@ def require_idle(trainer: pl.Trainer) -> None:
 
 @contextmanager
 def left_as_found(trainer: pl.Trainer) -> Iterator[None]:
-    """Give back what a query takes: random numbers of Python, numpy and torch, and the metrics that a trainer holds."""
-    with random_state_kept(), metrics_kept(trainer):
+    """Give back what a query takes: random numbers of Python, numpy and torch, and the metrics that a trainer holds.
+
+    The module computes in the trainer's precision, whatever the caller's autocast says, and scores in float32.
+    """
+    with random_state_kept(), metrics_kept(trainer), without_autocast():
         yield

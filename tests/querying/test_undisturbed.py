@@ -220,3 +220,14 @@ def test_weights_and_their_types_are_as_they_were(tmp_path, precision):
     assert same_weights(before, after)
     assert module.dtype == torch.float32
     assert module(test_texts().tensors[0]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("cache", ["checkpoint", "on_demand"])
+def test_autocast_around_a_question_rounds_nothing(tmp_path, cache):
+    fit = fitted(tmp_path / "trace", cache=cache)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = fit.influence(loader(test_texts())).scores, fit.self_influence()
+        assert torch.is_autocast_enabled("cpu")
+    own = fitted(tmp_path / "own", cache=cache)
+    assert torch.equal(cast[0], own.influence(loader(test_texts())).scores)
+    assert torch.equal(cast[1], own.self_influence())
