@@ -131,7 +131,7 @@ def add_to_hash(digest: Any, item: Any) -> None:
     elif isinstance(item, (str, bytes, int, float, bool, np.generic)):
         digest.update(repr(item).encode())
     elif isinstance(item, Mapping):
-        for name in sorted(item, key=str):
+        for name in sorted(item.keys(), key=str):  # a TensorDict gives rows
             digest.update(str(name).encode())
             add_to_hash(digest, item[name])
     elif isinstance(item, (list, tuple)):

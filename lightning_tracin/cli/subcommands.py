@@ -285,6 +285,8 @@ def _method(given: str | dict[str, Any] | Namespace | Method) -> Method:
         return method_of(given)
     if "class_path" not in given:
         raise ValueError(f"a method with options needs class_path and init_args, but got {given}.")
+    if "." not in given["class_path"]:  # as jsonargparse takes the names of classes that it knows
+        given = {**given, "class_path": f"lightning_tracin.{given['class_path']}"}
     options = dict(given.get("init_args", {}))
     if isinstance(options.get("parts"), list):
         options["parts"] = [_method(part) for part in options["parts"]]

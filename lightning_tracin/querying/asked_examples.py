@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tracin.bridge.collated_order import check_order
 from lightning_tracin.bridge.compat import DATAMODULES
-from lightning_tracin.bridge.mixin import label_names_of, tokenizer_of
+from lightning_tracin.bridge.mixin import label_names_of
 from lightning_tracin.bridge.query_examples import checked_test_loader
 from lightning_tracin.bridge.training_set import TrainingSet
 from lightning_tracin.bridge.unmoved import unmoved
@@ -209,7 +209,7 @@ def _in_order(loader: Any) -> Any:
 
 def _raw(query: Query, rows: Sequence[Any], collation: Collation | None) -> RawExamples:
     """Test examples without a loader, in the form of training's."""
-    tokenizer = tokenizer_of(query.module) or tokenizer_of(query.datamodule)
+    tokenizer = query.tokenizer
     config = getattr(hugging_face_model(query.module), "config", None)
     limits = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
     known = [each for each in limits if isinstance(each, int) and 0 < each < _MOST_TOKENS]

@@ -78,7 +78,12 @@ def typed(value: Any, like: Any) -> Any:
         return torch.as_tensor(value, dtype=like.dtype)
     if isinstance(like, (np.ndarray, np.generic)):
         return np.asarray(value, dtype=like.dtype)
-    if isinstance(value, list) and isinstance(like, (list, tuple)) and len(like) == 1:
+    if (
+        isinstance(value, list)
+        and isinstance(like, (list, tuple))
+        and like
+        and (len(like) == 1 or isinstance(like[0], float))
+    ):
         return [typed(each, like[0]) for each in value]
     return type(like)(value) if isinstance(like, (float, bool)) and isinstance(value, (int, float)) else value
 

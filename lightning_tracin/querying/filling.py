@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_tracin.bridge.collated_order import check_order
-from lightning_tracin.bridge.mixin import labels_of_module, tokenizer_of, words_of_batch
+from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
 from lightning_tracin.bridge.module_gradients import ModuleGradients
 from lightning_tracin.bridge.strategy import require_results
 from lightning_tracin.bridge.training_set import TrainingSet
@@ -94,8 +94,7 @@ def looked_up(query: Query, checkpoints: Sequence[Checkpoint]) -> Query:
         checkpoints: of :func:`ready_checkpoints`, after which the texts of the training examples are stored.
     """
     with query.processes.synchronized():
-        tokenizer = None if query.module is None else tokenizer_of(query.module)
-        return replace(query, method=with_ids_of(query.method, query.trace, checkpoints, tokenizer))
+        return replace(query, method=with_ids_of(query.method, query.trace, checkpoints, query.tokenizer))
 
 
 def _check_layers(trace: Trace, module: pl.LightningModule) -> None:

@@ -33,7 +33,7 @@ from lightning_tracin.querying.filling import looked_up, ready_checkpoints
 from lightning_tracin.querying.passes import Pass, Query, run_pass
 from lightning_tracin.querying.steps import GradientStep, PredictionStep
 from lightning_tracin.querying.training import Training, ready_training
-from lightning_tracin.querying.undisturbed import left_as_found, require_idle
+from lightning_tracin.querying.undisturbed import left_as_found, require_idle, tokenizer_lent
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.scoring.kernels import kernels_of, require_kernels
 from lightning_tracin.scoring.methods import Method
@@ -133,7 +133,7 @@ def influence(
         answered: list[Queries] = []
         gradients: list[list[WordGradients]] = []
         owners: list[int] = []  # of each test example, the number of its loader
-        with weights_kept(module):
+        with weights_kept(module), tokenizer_lent(module, hooks):
             ready = ready_checkpoints(query, module, datamodule, train_dataloaders)
             query = looked_up(query, ready)
             loaders = _blocks(query, ready, asked)
@@ -160,7 +160,7 @@ def influence(
                 block.drop_gradients()
                 answered.append(block)
                 owners += [owner] * len(block.indices)
-        result = replace(result_of(answered, gradients, scratch), target=str(explained))
+            result = replace(result_of(answered, gradients, scratch), target=str(explained))
         return told_by_loader(result, asked, owners)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_tracin.bridge.mixin import label_names_of, tokenizer_of
+from lightning_tracin.bridge.mixin import label_names_of
 from lightning_tracin.checked_numbers import whole_number_or_none
 from lightning_tracin.querying.chosen_checkpoints import CheckpointChoice
 from lightning_tracin.querying.training import Training, ready_training
@@ -89,7 +89,8 @@ def label_issues(
             require_texts("texts", texts, query.trace.n_train)
         with query.processes.synchronized():
             review = reviewed_labels(query.trace, ready, query.method, query.processes)
-            reader = _reader_of(query.trace, query.module)
+            names = {} if query.module is None else label_names_of(query.module)
+            reader = Reader(query.trace.vocabulary, names, query.tokenizer)
 
             def examples(indices: Sequence[int]) -> dict[int, Example]:
                 if texts is not None:
@@ -112,13 +113,6 @@ def _warn_of_other_texts(trace: Trace, indices: Sequence[int], texts: Sequence[R
             f"Of the first {len(compared)} texts that are listed, {len(others)} are not what their token ids were made "
             f"of, such as that of training example {others[0]}: texts must be in the order of the training data set."
         )
-
-
-def _reader_of(trace: Trace, module: pl.LightningModule | None) -> Reader:
-    """What to print for token ids and labels, as far as trace and module tell."""
-    if module is None:
-        return Reader(trace.vocabulary, {})
-    return Reader(trace.vocabulary, label_names_of(module), tokenizer_of(module))
 
 
 def _in_one(text: RawText) -> str:

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import pytorch_lightning as pl
 
 from lightning_tracin.bridge.compat import PROGRESS_BARS, DualPredictionWriter, at_step, batch_to_device
+from lightning_tracin.bridge.mixin import tokenizer_of
 from lightning_tracin.bridge.module_gradients import inside_fit
 from lightning_tracin.bridge.progress import labelled
 from lightning_tracin.bridge.query_examples import spare_batch
@@ -59,6 +60,11 @@ class Query:
     datamodule: pl.LightningDataModule | None
     processes: Processes
     checkpoints: CheckpointChoice
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the module, or of its datamodule, which in a new process no fit has attached to it; None without."""
+        return tokenizer_of(self.module) or tokenizer_of(self.datamodule)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytorch_lightning as pl
+from pytorch_lightning.loggers.logger import DummyLogger
 
 from lightning_tracin.bridge.compat import metrics_kept
+from lightning_tracin.bridge.mixin import tokenizer_of
 from lightning_tracin.bridge.unmoved import random_state_kept
 from lightning_tracin.gradients.precision import without_autocast
 
@@ -33,6 +35,32 @@ def left_as_found(trainer: pl.Trainer) -> Iterator[None]:
     """Give back what a query takes: random numbers of Python, numpy and torch, and the metrics that a trainer holds.
 
     The module computes in the trainer's precision, whatever the caller's autocast says, and scores in float32.
+    Nothing is logged: a logger that ``predict`` begins would begin a run, or, as CSVLogger does, empty that of the fit.
     """
-    with random_state_kept(), metrics_kept(trainer), without_autocast():
+    with random_state_kept(), metrics_kept(trainer), without_autocast(), _loggers_unused(trainer):
         yield
+
+
+@contextmanager
+def tokenizer_lent(module: pl.LightningModule, datamodule: pl.LightningDataModule | None) -> Iterator[None]:
+    """Let a module have the tokenizer of its datamodule, which in a new process no fit has attached to it."""
+    tokenizer = tokenizer_of(datamodule)
+    if tokenizer is None or hasattr(module, "tokenizer"):
+        yield
+        return
+    object.__setattr__(module, "tokenizer", tokenizer)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "tokenizer")
+
+
+@contextmanager
+def _loggers_unused(trainer: pl.Trainer) -> Iterator[None]:
+    """Put loggers that do nothing in the place of a trainer's."""
+    own = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in own]
+    try:
+        yield
+    finally:
+        trainer.loggers = own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_tracin.bridge.fingerprint import hash_of
 from lightning_tracin.bridge.training_set import TrainingSet
 
 
@@ -29,3 +30,12 @@ def test_devices_keep_their_random_numbers(monkeypatch):
     assert found[0] == found[1]  # by what the examples hold: their random tokens are those of one seed
     assert not seeded
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_mapping_that_iterates_over_its_rows_counts_by_its_names():
+    class Rows(dict):  # as TensorDict does
+        def __iter__(self):
+            return iter([torch.zeros(2)])
+
+    one, other = Rows(ids=torch.ones(2), labels=torch.zeros(1)), Rows(ids=torch.ones(2), labels=torch.ones(1))
+    assert hash_of(one) == hash_of(Rows(one.items())) != hash_of(other)

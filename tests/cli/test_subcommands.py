@@ -175,6 +175,7 @@ def test_a_sum_over_layers_comes_from_the_configuration(project):
     [
         ("tracin-last", TracInLast()),
         ('{"class_path": "lightning_tracin.TracInLast"}', TracInLast()),
+        ('{"class_path": "TracInLast", "init_args": {"normalize": "cosine"}}', TracInLast("cosine")),
         (
             '{"class_path": "lightning_tracin.TracInWE", "init_args": {"exclude_tokens": ["common", 3]}}',
             TracInWE(exclude_tokens=("common", 3)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import lightning.pytorch as twin
 import pytest
 import pytorch_lightning as pl
@@ -9,7 +11,7 @@ import torch
 from toy import Data, Toy, fitted, loader, quiet, test_texts
 from twin_toy import TwinToy
 
-from lightning_tracin import InfluenceTrainerMixin, TracInCallback, influence, self_influence
+from lightning_tracin import InfluenceTrainerMixin, TracInCallback, TracInWE, influence, self_influence
 
 
 class Shifting(Data):
@@ -18,6 +20,14 @@ class Shifting(Data):
     def on_after_batch_transfer(self, batch, dataloader_idx):
         ids, labels = batch
         return [torch.where(ids > 0, (ids + 3) % 39 + 1, 0), labels]
+
+
+class Speaking(Data):
+    tokenizer = SimpleNamespace(
+        convert_ids_to_tokens=lambda ids: [f"word{each}" for each in ids],
+        all_special_ids=[1, 2, 3],
+        special_tokens_map={},
+    )
 
 
 class TwinData(twin.LightningDataModule):
@@ -51,6 +61,21 @@ def test_it_stands_for_test_and_training_loader(tmp_path, cache):
     torch.testing.assert_close(quiet().influence(Shifting(), **fresh).scores, expected)
     # its hook is for the batches of loaders that are passed, too
     torch.testing.assert_close(quiet().influence(loader(test_texts()), datamodule=Shifting(), **fresh).scores, expected)
+
+
+def test_its_tokenizer_serves_in_a_new_process_as_after_the_fit(tmp_path):
+    method = TracInWE(exclude_tokens=("special",))
+    fit = fitted(tmp_path / "trace", data=Speaking())
+    expected = fit.influence(Speaking(), method=method)
+    module = Toy()
+    found = quiet().influence(Speaking(), model=module, trace=tmp_path / "trace", method=method)
+    assert expected.method.exclude_tokens.ids == found.method.exclude_tokens.ids == (1, 2, 3)
+    torch.testing.assert_close(found.scores, expected.scores)
+    assert found.tokenizer is expected.tokenizer is Speaking.tokenizer
+    assert not hasattr(module, "tokenizer")
+    own = self_influence(fit, method=method)
+    training = {"model": module, "datamodule": Speaking(), "trace": tmp_path / "trace"}
+    torch.testing.assert_close(self_influence(quiet(), method=method, **training), own)
 
 
 @pytest.mark.parametrize(("kind", "data", "module"), [(pl.Trainer, Data, Toy), (twin.Trainer, TwinData, TwinToy)])

@@ -16,6 +16,7 @@ from toy import Toy, fitted, loader, quiet, test_texts
 from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, DataCollatorWithPadding
 
 from lightning_tracin import TracInMixin
+from lightning_tracin.querying.example_forms import typed
 
 LONGEST = 24
 TRAIN = [f"{first} {second}" for first in TEXTS[:4] for second in TEXTS]
@@ -400,3 +401,9 @@ def test_data_sets_of_hugging_face(fit):
     assert both.test_loader_names == ("a", "b")
     with pytest.raises(TypeError, match="must come in a DataLoader, but got IterableDataset"):
         ask(trainer, split.to_iterable_dataset())
+
+
+def test_sets_of_labels_in_whole_numbers_become_training_s_floats():
+    assert typed([1, 0, 1], [0.0, 0.0, 1.0]) == [1.0, 0.0, 1.0]
+    assert all(isinstance(each, float) for each in typed([1, 0, 1], [0.0, 0.0, 1.0]))
+    assert typed([4, 7], [1, 2, 3]) == [4, 7]

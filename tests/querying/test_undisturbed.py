@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import Dataset, RandomSampler
 from toy import N_TEST, Toy, fitted, loader, quiet, same_weights, test_texts, texts
 from twin_toy import TwinToy
@@ -231,3 +232,35 @@ def test_autocast_around_a_question_rounds_nothing(tmp_path, cache):
     own = fitted(tmp_path / "own", cache=cache)
     assert torch.equal(cast[0], own.influence(loader(test_texts())).scores)
     assert torch.equal(cast[1], own.self_influence())
+
+
+@pytest.mark.parametrize("ask", [influence, self_influence])
+def test_no_logger_is_begun_and_the_file_of_the_fit_stays(tmp_path, ask):
+    class Begun(CSVLogger):
+        runs = 0
+
+        @property
+        def experiment(self):
+            type(self).runs += 1
+            return super().experiment
+
+    class Logging(Toy):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+    def trainer():
+        return quiet(logger=Begun(tmp_path, "run", version=0), log_every_n_steps=1)
+
+    fit = trainer()
+    fit.callbacks.append(TracInCallback(tmp_path / "trace", cache="on_demand"))
+    fit.fit(Logging(), loader(texts()))
+    file, runs = tmp_path / "run" / "version_0" / "metrics.csv", Begun.runs
+    logged = file.read_text()
+    options = {"train_dataloaders": loader(texts()), "trace": tmp_path / "trace"}
+    for asked in (fit, trainer()):  # the second would empty the folder
+        own = asked.loggers
+        ask(asked, *([loader(test_texts())] if ask is influence else []), model=Logging(), **options)
+        assert asked.loggers == own
+    assert (file.read_text(), Begun.runs) == (logged, runs)
