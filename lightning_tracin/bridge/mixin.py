@@ -150,12 +150,13 @@ def losses_of(module: nn.Module) -> Losses:
 
     def losses(batch: Any) -> Tensor:
         try:
-            return call_in_forward_pass(module, own, shallow_copy(batch))
+            found: Tensor = call_in_forward_pass(module, own, shallow_copy(batch))
         except AttributeError as error:
             advice = make_earlier(module, error)
             if not advice:
                 raise
             raise ValueError(f"influence_loss of {type(module).__name__} failed: {error}. {advice}".rstrip()) from error
+        return found
 
     return losses
 

@@ -213,7 +213,7 @@ def tell_classes(logits: Tensor, gradients: Tensor, labels: Tensor, rounding: fl
     step = rounding * of_label[:, None]
     fits = _spread_as(said, gradients, others, step) and _as_large_as(said[~others], of_label, numbers)
     fits = fits or _is_hinge(logits, gradients, others, numbers, step)
-    n_fitted = 0 if logits.shape[1] > 2 else len(numbers.unique())  # of two classes, a multiple for each fits much
+    n_fitted = 0 if logits.shape[1] > 2 else len(torch.unique(numbers))  # of two classes, a multiple for each fits much
     return False if not fits else True if len(numbers) > _FEW + n_fitted else None
 
 
@@ -266,8 +266,8 @@ def _as_large_as(said: Tensor, gradients: Tensor, numbers: Tensor) -> bool:
 
     def left(shapes: Tensor) -> Tensor:
         """The squares that multiples of some shapes leave of one label, (n,)."""
-        found = torch.zeros(len(numbers.unique()), len(shapes), dtype=torch.float64)
-        for row, number in enumerate(numbers.unique()):
+        found = torch.zeros(len(torch.unique(numbers)), len(shapes), dtype=torch.float64)
+        for row, number in enumerate(torch.unique(numbers)):
             shape, wanted = shapes[:, numbers == number], gradients[numbers == number]
             factors = (shape @ wanted / shape.square().sum(1).clamp(min=1e-300)).clamp(min=0)
             found[row] = (factors[:, None] * shape - wanted).square().sum(1)
