@@ -45,6 +45,8 @@ class Measured:
         behind: how far it is behind the best method.
         behind_error: the standard error of that, taken pair by pair.
         n: how many independent values both errors are over: test examples, or halves.
+        together: how many methods it is one of. What is called clear is so for all of them at once, as the best of
+            many is easily above another by chance.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Measured:
     behind: float
     behind_error: float
     n: int
+    together: int = 1
 
     @property
     def width(self) -> float:
@@ -67,18 +70,22 @@ class Measured:
 
     @property
     def is_positive(self) -> bool:
-        """Whether the value is clearly above 0: its interval is."""
-        return self.value > self.width
+        """Whether the value is clearly above 0."""
+        return self.value > self._clear * self.error
 
     @property
     def is_behind(self) -> bool:
-        """Whether it is clearly behind the best method: the interval of the difference leaves out 0."""
-        return self.behind > self.behind_width
+        """Whether it is clearly behind the best method."""
+        return self.behind > self._clear * self.behind_error
 
     @property
     def is_ahead(self) -> bool:
         """Whether it is clearly ahead of the best method, as a baseline may be."""
-        return -self.behind > self.behind_width
+        return -self.behind > self._clear * self.behind_error
+
+    @property
+    def _clear(self) -> float:
+        return student(self.n, self.together)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -133,7 +140,7 @@ class Recommendation(RichRepr):
         if sum(each.method is not None for each in self.measured) == 1:
             told = f"{best} is the only method."
         elif not self.tied:
-            told = f"Use {best}: it is better than all other methods, beyond the 95 % intervals of the differences."
+            told = f"Use {best}: it is better than all other methods, beyond what chance makes of that many."
         else:
             told = (
                 f"{best} has the highest value, but cannot be told from {_listed(self.tied)} by these retrainings: run "

@@ -179,7 +179,9 @@ def _measured_lds(
     behind, error = (0.0, 0.0) if name == best else map(float, linear_datamodeling_difference(lds[best], lds[name]))
     method = results[name].method if name in results else None
     n_halves = len(lds[name].leave_one_out)
-    return Measured(name, method, float(lds[name].mean), float(lds[name].se_subsets), behind, error, n_halves)
+    return Measured(
+        name, method, float(lds[name].mean), float(lds[name].se_subsets), behind, error, n_halves, len(results)
+    )
 
 
 def _all_scores(result: InfluenceResult) -> Tensor:
@@ -271,7 +273,7 @@ def _measured_change(
     value, error = _mean_and_error(changes[name])
     behind, behind_error = _mean_and_error(changes[best] - changes[name])
     method = results[name].method if name in results else None
-    return Measured(name, method, value, error, behind, behind_error, len(changes[name]))
+    return Measured(name, method, value, error, behind, behind_error, len(changes[name]), len(results))
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:

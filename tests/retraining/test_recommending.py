@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import planted
 import pytest
@@ -20,6 +21,7 @@ from lightning_tracin.gradients.texts import Texts
 from lightning_tracin.metrics.functional import linear_datamodeling_score
 from lightning_tracin.retraining import recommend, stored_outcomes
 from lightning_tracin.retraining.candidates import baseline_scores, candidate_methods
+from lightning_tracin.retraining.intervals import student
 from lightning_tracin.retraining.recommendation import Measured, Recommendation
 from lightning_tracin.retraining.recommending import _measured_change
 from lightning_tracin.retraining.tf_idf import tf_idf_cosines
@@ -64,7 +66,7 @@ def test_a_small_deletion_explains(planted_fit, tmp_path):
     assert not found.is_clear
     assert found.what == "fall of the target's probability without the 4 strongest proponents"
     assert found.sentence() == (
-        "Use 'words': it is better than all other methods, beyond the 95 % intervals of the differences. It cannot be "
+        "Use 'words': it is better than all other methods, beyond what chance makes of that many. It cannot be "
         "told from 'tf-idf' (no model)."
     )
 
@@ -147,6 +149,32 @@ def measured(name, value, behind, error, method=None, n=100):
     return Measured(name, method, value, 0.05, behind, error, n)
 
 
+def test_what_is_clear_of_one_may_be_chance_of_many():
+    stats = pytest.importorskip("scipy.stats")
+    for n, together in ((2, 1), (8, 1), (8, 10), (9, 3), (20, 10), (101, 7)):
+        assert student(n, together) == pytest.approx(stats.t.ppf(1 - 0.025 / together, n - 1), rel=1e-6)
+    alone = measured("a", 0.6, 0.13, 0.05, TracInWE(), n=8)  # 2.6 standard errors
+    assert alone.is_behind
+    assert not replace(alone, together=10).is_behind  # 4.03 are needed
+    assert replace(alone, value=0.19, together=10).is_positive is False
+
+
+def test_ten_equal_methods_are_called_different_in_one_of_twenty_draws():
+    generator = torch.Generator().manual_seed(0)
+    results = dict.fromkeys([f"m{number}" for number in range(10)], SimpleNamespace(method=TracInWE()))
+    told = by_one = 0
+    for _ in range(200):
+        shared = torch.randn(20, 1, generator=generator)
+        values = 0.1 + 0.1 * (shared + torch.randn(20, 10, generator=generator))
+        changes = {name: values[:, number] for number, name in enumerate(results)}
+        best = max(changes, key=lambda name: float(changes[name].mean()))
+        found = [_measured_change(name, changes, best, results) for name in changes if name != best]
+        told += any(each.is_behind for each in found)
+        by_one += any(each.behind > each.behind_width for each in found)
+    assert told <= 0.15 * 200
+    assert by_one >= 0.4 * 200
+
+
 def test_what_cannot_be_told_is_said():
     best, near = measured("a", 0.6, 0.0, 0.0, TracInWE()), measured("b", 0.5, 0.1, 0.06, TracInLast())
     far = measured("c", 0.2, 0.4, 0.06, TracInLast())
@@ -154,7 +182,7 @@ def test_what_cannot_be_told_is_said():
     assert unclear.tied == [near]
     assert "'a' has the highest value, but cannot be told from 'b' by these retrainings" in unclear.sentence()
     clear = Recommendation("weigh", "LDS", [best, far, measured("same label", 0.1, 0.5, 0.1)], 12)
-    use = "Use 'a': it is better than all other methods, beyond the 95 % intervals of the differences."
+    use = "Use 'a': it is better than all other methods, beyond what chance makes of that many."
     assert clear.is_clear
     assert clear.sentence() == use
     level = Recommendation("weigh", "LDS", [best, measured("tf-idf", 0.55, 0.05, 0.1), far], 12)
@@ -188,7 +216,7 @@ def test_of_few_test_examples_student_tells_what_is_clear():
     """Two standard errors of three differences are passed by chance in one of five draws, not one of twenty."""
     best = torch.tensor([0.30, 0.32, 0.34])
     others = {"near": best - torch.tensor([0.02, 0.06, 0.10]), "far": best - torch.tensor([0.05, 0.06, 0.07])}
-    changes, results = {"best": best, **others}, {}
+    changes, results = {"best": best, **others}, {"best": SimpleNamespace(method=None)}
     near, far = (_measured_change(name, changes, "best", results) for name in others)
     assert near.behind == pytest.approx(far.behind) == pytest.approx(0.06, abs=1e-6)
     assert near.behind_error == pytest.approx(0.04 / 3**0.5, abs=1e-6)  # 2.6 of them
