@@ -50,6 +50,26 @@ def epochs_of(trace: Trace | None) -> int:
     return ends[-1]
 
 
+def warn_of_other_steps(trace: Trace, module: pl.LightningModule, loader: DataLoader[Any], n_epochs: int) -> None:
+    """Warn if so many epochs are not the optimizer steps of the fit that left a trace.
+
+    Args:
+        trace: has checkpoints.
+        module: what is trained anew; one that makes its steps by itself may make any number.
+        loader: of all training examples.
+        n_epochs: as many are trained.
+    """
+    fitted, trained = trace.checkpoints[-1].step, n_epochs * len(loader)
+    if module.automatic_optimization and fitted != trained:
+        rank_zero_warn(
+            f"The fit made {fitted} steps up to the trace's last checkpoint, but a retraining on all examples makes "
+            f"{trained}: it is another fit, and may tell of another model. Build loaders with its batch size, and "
+            "pass a function that makes its trainer as trainer=..., with its accumulate_grad_batches, max_steps and "
+            "limit_train_batches.",
+            category=UserWarning,
+        )
+
+
 def require_result(result: Any) -> None:
     """Check that something is a result.
 

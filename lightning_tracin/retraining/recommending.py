@@ -21,7 +21,13 @@ from lightning_tracin.metrics.functional.linear_datamodeling_score import FEWEST
 from lightning_tracin.querying.influence import influence
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.retraining.candidates import baseline_scores, candidate_methods
-from lightning_tracin.retraining.checks import checked_rows, epochs_of, number_removed, require_proponents
+from lightning_tracin.retraining.checks import (
+    checked_rows,
+    epochs_of,
+    number_removed,
+    require_proponents,
+    warn_of_other_steps,
+)
 from lightning_tracin.retraining.fits import QUIET, Build, Fit, apart
 from lightning_tracin.retraining.folder import Retraining
 from lightning_tracin.retraining.outcomes import Outcome
@@ -113,10 +119,12 @@ def recommend(
         place = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="retrainings-"))
         fit = epochs_of(trace) if trainer is None else trainer
         runs = Retrainings(place, build, test, n_train=trace.n_train, trainer=fit)
-        if question == "weigh":
-            return _weighed(trace, runs, _results(trace, runs, test, candidates), retrainings)
-        chosen = _chosen_tests(runs.n_test, retrainings, test_indices)
+        chosen = [] if question == "weigh" else _chosen_tests(runs.n_test, retrainings, test_indices)
         results = _results(trace, runs, test, candidates)
+        if trainer is None and isinstance(fit, int):
+            warn_of_other_steps(trace, runs.built_on_few[0], runs.loader_of_all, fit)
+        if question == "weigh":
+            return _weighed(trace, runs, results, retrainings)
         return _explained(runs, results, k, checked_rows(next(iter(results.values())), chosen))
 
 

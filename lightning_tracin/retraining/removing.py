@@ -21,6 +21,7 @@ from lightning_tracin.retraining.checks import (
     number_removed,
     require_proponents,
     require_same_test,
+    warn_of_other_steps,
 )
 from lightning_tracin.retraining.distinct_fits import notes_of_seeds
 from lightning_tracin.retraining.fits import Build, Fit
@@ -94,6 +95,8 @@ def does_it_matter(
         check_module(result.trace, module)
         require_same_test(result, runs.held_out, module)
         check_training_set(result.trace, runs.loader_of_all)
+        if trainer is None and result.trace is not None and isinstance(fit, int):
+            warn_of_other_steps(result.trace, module, runs.loader_of_all, fit)
         removals = Removals(result, rows, k, seeds, others)
         base = [Retraining(removals.drawn, seed) for seed in range(seeds)]
         asked = {

@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from families import BATCH_SIZE, FAMILIES, N_TRAIN
-from planted import COPIES, N_TEST, TRAIN, Learner, build
+from planted import COPIES, EPOCHS, N_TEST, TRAIN, Learner, build
 from retraining_toys import Build, retrainings
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -18,7 +18,13 @@ from toy import Toy, loader, quiet, test_texts
 
 from lightning_tracin import TracInCallback, TracInWE
 from lightning_tracin.retraining import Retrainings, does_it_matter, random_halves, recommend, tail_patch_gains, without
-from lightning_tracin.retraining.checks import _other_row, checked_rows, epochs_of, require_proponents
+from lightning_tracin.retraining.checks import (
+    _other_row,
+    checked_rows,
+    epochs_of,
+    require_proponents,
+    warn_of_other_steps,
+)
 from lightning_tracin.retraining.distinct_fits import DistinctFits
 from lightning_tracin.retraining.folder import Retraining
 from lightning_tracin.retraining.held_out import held_out
@@ -295,3 +301,15 @@ def test_of_epochs_that_may_have_no_checkpoint_there_is_a_warning(tmp_path, ever
     assert [each in str(warning.message) for each, warning in zip(expected, told, strict=True)] == [True] * len(
         expected
     )
+
+
+def test_another_number_of_steps_than_the_fit_made_is_warned_of(planted_fit, tmp_path):
+    _, loader = build(list(range(len(TRAIN))), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_steps(planted_fit.callbacks[0].trace, Learner(), loader, EPOCHS)
+    accumulated = quiet(max_epochs=1, accumulate_grad_batches=7, callbacks=[TracInCallback(tmp_path / "trace")])
+    accumulated.fit(Learner(), loader)
+    result = accumulated.influence(planted.test_loader(), method="tracin-last")
+    with pytest.warns(UserWarning, match="The fit made 1 steps .* a retraining on all examples makes 7"):
+        does_it_matter(result, build, planted.test_loader(), 2, seeds=2, test_indices=[0], against=["random"])
