@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
+from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
@@ -31,6 +34,7 @@ from lightning_tracin.retraining.held_out import held_out
 from lightning_tracin.retraining.observed import Observed
 from lightning_tracin.retraining.outcomes import Outcome
 from lightning_tracin.retraining.targets import common_quantity, log_probabilities_of
+from lightning_tracin.storage.checkpoint import Checkpoint
 
 
 def tail_patch_gains(
@@ -58,7 +62,7 @@ def tail_patch_gains(
         k: how many proponents.
         train_indices: (n, k) int64, other training examples than the proponents.
         test_indices: which rows of the result; all by default.
-        learning_rate: of the step; by default the mean of the trace's checkpoints.
+        learning_rate: of the step; by default of each parameter group its own, the mean of the trace's checkpoints.
 
     Returns:
         (n, k) float32, the log probability of the target after the step minus before, strongest proponent first; where
@@ -79,9 +83,9 @@ def tail_patch_gains(
         chosen = _checked_indices(train_indices, len(rows), result.n_train)
     checkpoints = trace.checkpoints
     if learning_rate is None:
-        rate = sum(each.learning_rate for each in checkpoints) / len(checkpoints)
+        rates, rate = _rates_of_groups(checkpoints), sum(each.learning_rate for each in checkpoints) / len(checkpoints)
     else:
-        rate = real_number("learning_rate", learning_rate)
+        rates, rate = {}, real_number("learning_rate", learning_rate)
     with apart():
         module, loader = built(build, list(range(result.n_train)), 0, result.n_train)
         check_training_set(trace, loader)
@@ -90,12 +94,25 @@ def tail_patch_gains(
         check_module(trace, module)
         module.load_state_dict(checkpoints[-1].weights(), strict=False)
         stepped_on = torch.unique(chosen)
-        patch = _TailPatch(module, Observed(held), rate)
+        patch = _TailPatch(module, Observed(held), rates, rate)
         patch.run(loader_of_batches(loader, [[each] for each in stepped_on.tolist()]))
     quantity = common_quantity(patch.outcomes)
     said = torch.stack([log_probabilities_of(result, rows, each, quantity) for each in patch.outcomes])
     gains = said[1:] - said[0]
     return gains[torch.searchsorted(stepped_on, chosen), torch.arange(len(rows))[:, None]]
+
+
+def _rates_of_groups(checkpoints: Sequence[Checkpoint]) -> dict[tuple[int, int], float]:
+    """The mean learning rate of each parameter group, by the numbers of its optimizer and of itself there."""
+    found: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for checkpoint in checkpoints:
+        own: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for (_, optimizer, rates, _), n in zip(checkpoint.steps, checkpoint.repeats or repeat(1), strict=False):
+            for group, rate in enumerate(rates):
+                own[optimizer, group] += [rate] * n
+        for key, of_steps in own.items():
+            found[key].append(fmean(of_steps))
+    return {key: fmean(means) for key, means in found.items()}
 
 
 def _checked_indices(asked: Tensor, n: int, n_train: int) -> Tensor:
@@ -130,16 +147,20 @@ class _TailPatch:
     Args:
         module: has the weights that each step begins at.
         observed: looks at the test examples.
-        learning_rate: of the steps.
+        rates: of the steps, by the numbers of an optimizer and of a parameter group.
+        other: the rate of groups that are not among these.
 
     Attributes:
         outcomes: before all steps, and after each.
     """
 
-    def __init__(self, module: pl.LightningModule, observed: Observed, learning_rate: float) -> None:
+    def __init__(
+        self, module: pl.LightningModule, observed: Observed, rates: Mapping[tuple[int, int], float], other: float
+    ) -> None:
         self._module = module
         self._observed = observed
-        self._rate = learning_rate
+        self._rates = rates
+        self._other = other
         self._trainer: pl.Trainer = lightning_of(module).Trainer(max_epochs=1, **QUIET)
         self.outcomes: list[Outcome] = []
 
@@ -163,9 +184,9 @@ class _TailPatch:
             if not self.outcomes:
                 self.outcomes.append(self._observed.outcome_now(self._trainer, module))
             torch.autograd.backward(losses_of(module)(batch).sum())
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = self._rate
+            for number, optimizer in enumerate(optimizers):
+                for place, group in enumerate(optimizer.param_groups):
+                    group["lr"] = self._rates.get((number, place), self._other)
                 optimizer.step()
                 optimizer.zero_grad()
                 optimizer.state.clear()  # the next step has no past either

@@ -525,6 +525,33 @@ def test_tail_patch_is_one_step_of_the_own_optimizer(planted_fit, planted_result
     ).all()
 
 
+class InGroups(Learner):
+    """Words learn slowly, as where a pretrained model is fine-tuned layer by layer."""
+
+    def configure_optimizers(self):
+        words = [*self.embedding.parameters()]
+        others = [each for name, each in self.named_parameters() if not name.startswith("embedding")]
+        return torch.optim.SGD([{"params": words, "lr": 1e-3}, {"params": others, "lr": 0.5}])
+
+
+def test_tail_patch_takes_each_group_s_own_rate(tmp_path):
+    fit = quiet(max_epochs=2, callbacks=[TracInCallback(tmp_path / "trace")])
+    fit.fit(InGroups(), build(list(range(len(TRAIN))), 0)[1])
+    result = fit.influence(planted.test_loader())
+    gains = tail_patch_gains(result, lambda *asked: (InGroups(), build(*asked)[1]), planted.test_loader(), k=2)
+    ids, labels = TEST.tensors
+    for row, chosen in enumerate(result.proponents(2).indices.tolist()):
+        module = InGroups()
+        module.load_state_dict(result.trace.checkpoints[-1].weights())
+        before = module(ids)[row].log_softmax(0)[labels[row]].item()
+        optimizer = module.configure_optimizers()
+        module.influence_loss(tuple(each[chosen[0] : chosen[0] + 1] for each in TRAIN.tensors)).sum().backward()
+        optimizer.step()
+        assert float(gains[row, 0]) == pytest.approx(
+            module(ids)[row].log_softmax(0)[labels[row]].item() - before, abs=1e-5
+        )
+
+
 class Bare(pl.LightningModule):
     """The task's network without the mixin: it says nothing of influence."""
 
