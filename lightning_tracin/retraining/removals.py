@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_tracin.results.result import InfluenceResult
 from lightning_tracin.retraining.folder import Retraining
 from lightning_tracin.retraining.subsets import without
+from lightning_tracin.retraining.targets import target_classes
 from lightning_tracin.retraining.tf_idf import tf_idf_cosines
 from lightning_tracin.storage.trace import Trace, training_labels
 
@@ -72,12 +73,14 @@ class Removals:
         return chosen.expand(len(self._rows), -1, -1)
 
     def _same_label(self) -> Tensor | None:
-        """Of the test example's label; the same for all test examples of one."""
+        """Of the test example's label, or of the class that is explained; the same for all test examples of one."""
         trace = self._trace("same label")
         if trace is None:
             return None
         of_train = training_labels(trace)
         of_test = self._result.test_texts.labels[self._rows]
+        if self._result.target != "label":
+            of_test = target_classes(self._result, self._rows)[:, 0].double()
         chosen = torch.full((len(self._rows), self._n_seeds, self._k), -1)
         for label in torch.unique(of_test[~of_test.isnan()]).tolist():
             among = (self.drawn & (of_train == label)).nonzero().flatten()

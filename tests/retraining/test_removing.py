@@ -525,6 +525,16 @@ def test_tail_patch_is_one_step_of_the_own_optimizer(planted_fit, planted_result
     ).all()
 
 
+@pytest.mark.parametrize("target", ["prediction", 1, (0, 1)])
+def test_the_control_of_another_target_has_its_label(planted_fit, target):
+    result = planted_fit.influence(planted.test_loader(), target=target)
+    result = replace(result, predictions=torch.tensor([[1.0, 0.9], [0, 0.9], [1, 0.9], [0, 0.9]]))
+    chosen = Removals(result, torch.arange(N_TEST), 3, 2, ("same label",)).chosen["same label"]
+    expected = {"prediction": [1, 0, 1, 0], 1: [1] * 4, (0, 1): [0] * 4}[target]
+    for of_test, label in zip(chosen, expected, strict=True):
+        assert set(TRAIN.tensors[1][of_test.flatten()].tolist()) == {label}
+
+
 class InGroups(Learner):
     """Words learn slowly, as where a pretrained model is fine-tuned layer by layer."""
 
