@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_tracin.gradients.batches import shallow_copy, shown_labels_of, tensors_of
 from lightning_tracin.gradients.layers import find_embedding_layer, find_last_layer, only_layer_before_loss
-from lightning_tracin.gradients.losses import Losses, hugging_face_losses
+from lightning_tracin.gradients.losses import Losses, hugging_face_losses, make_earlier
 from lightning_tracin.gradients.mean_loss import MeanLoss
 from lightning_tracin.gradients.printable import storable
 from lightning_tracin.gradients.relabelled import relabelled
@@ -140,11 +140,25 @@ def says_its_loss(module: nn.Module) -> bool:
 
 
 def losses_of(module: nn.Module) -> Losses:
-    """The module's losses of single examples; without the mixin, a :class:`MeanLoss` that is yet to be checked."""
+    """The module's losses of single examples; without the mixin, a :class:`MeanLoss` that is yet to be checked.
+
+    They raise ValueError where ``influence_loss`` needs an attribute that the module has not yet.
+    """
     own = getattr(module, "influence_loss", None)
     if not callable(own):
         return MeanLoss(module, labels_of=partial(labels_of_module, module))
-    return lambda batch: call_in_forward_pass(module, own, shallow_copy(batch))
+
+    def losses(batch: Any) -> Tensor:
+        try:
+            found: Tensor = call_in_forward_pass(module, own, shallow_copy(batch))
+        except AttributeError as error:
+            advice = make_earlier(module, error)
+            if not advice:
+                raise
+            raise ValueError(f"influence_loss of {type(module).__name__} failed: {error}. {advice}".rstrip()) from error
+        return found
+
+    return losses
 
 
 def embedding_layer_of(module: nn.Module, losses: Callable[[], Tensor], batch: Any) -> nn.Module:

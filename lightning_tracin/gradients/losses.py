@@ -48,6 +48,24 @@ def checked_losses(losses: object) -> Tensor:
     return losses
 
 
+def make_earlier(module: nn.Module, error: Exception) -> str:
+    """What to do where a module's step or loss fails by an attribute that only a hook of training gives the module.
+
+    Args:
+        module: the module.
+        error: what was raised.
+
+    Returns:
+        A sentence with a space after it; an empty string for any other error.
+    """
+    if not isinstance(error, AttributeError) or type(error.obj) is not type(module):
+        return ""
+    return (
+        f"Make self.{error.name} in __init__: before training, and where a question is asked, hooks such as "
+        "on_train_start have not made it. "
+    )
+
+
 def require_one_each(n_losses: int, n_examples: int, kind: str) -> None:
     """Check that a batch has one loss for each example that it was collated of.
 

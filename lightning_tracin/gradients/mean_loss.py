@@ -24,7 +24,7 @@ from lightning_tracin.gradients.batches import (
 )
 from lightning_tracin.gradients.calls import Call
 from lightning_tracin.gradients.layouts import Layout
-from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, DependsOnBatch
+from lightning_tracin.gradients.losses import NOT_FINITE_ADVICE, DependsOnBatch, make_earlier
 from lightning_tracin.gradients.precision import full_precision, uses_half_precision
 from lightning_tracin.gradients.unwritten import parameters_unwritten
 from lightning_tracin.parallel.fsdp import call_in_forward_pass, is_fsdp
@@ -204,8 +204,15 @@ class MeanLoss:
             TypeError,
         ) as error:  # it may need what only training sets up
             why = f"{type(error).__name__}: {error}"
+            earlier = make_earlier(self.module, error)
+            advice = f"{_use_mixin()}." if not earlier else f"Or p{_use_mixin()[1:]}."
+            if callable(
+                getattr(self.module, "influence_loss", None)
+            ):  # it has the mixin, and training's own gradients are wanted
+                advice = 'cache="checkpoint" does without it.'
             raise ValueError(
-                f"The training_step of {type(self.module).__name__} cannot be called by itself: {why}. {_use_mixin()}."
+                f"The training_step of {type(self.module).__name__} cannot be called by itself: {why}. "
+                f"{earlier}{advice}"
             ) from error
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1:
