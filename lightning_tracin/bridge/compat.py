@@ -7,7 +7,7 @@ accepted by both. Private names of Lightning that have no public counterpart sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -131,6 +131,28 @@ def metrics_kept(trainer: pl.Trainer) -> Iterator[None]:
     finally:
         for name, metrics in kept.items():
             setattr(connector, name, metrics)
+
+
+@contextmanager
+def at_step(trainer: pl.Trainer, step: int, epoch: int) -> Iterator[None]:
+    """Let a trainer, and what it runs, say that so many steps are done and that this is the epoch.
+
+    A loss may depend on ``global_step`` or ``current_epoch``, as where the weight of a term grows. Both are properties
+    without a setter, which read the counts of the fit's loops.
+
+    Args:
+        trainer: says so as long as the context lasts.
+        step: its ``global_step``, in automatic optimization and by hand.
+        epoch: its ``current_epoch``.
+    """
+    loop = trainer.fit_loop
+    automatic, by_hand = loop.epoch_loop.automatic_optimization, loop.epoch_loop.manual_optimization
+    steps = [automatic.optim_progress.optimizer.step.total, by_hand.optim_step_progress.total]
+    with ExitStack() as stack:
+        for count, value in (*((each, step) for each in steps), (loop.epoch_progress.current, epoch)):
+            stack.callback(setattr, count, "completed", count.completed)
+            count.completed = value
+        yield
 
 
 def learns_nothing(trainer: Any) -> bool:

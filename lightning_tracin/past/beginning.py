@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from lightning_tracin.bridge.collated_order import check_order
-from lightning_tracin.bridge.compat import DATAMODULES, DualCallback, configured_optimizers, lightning_of
+from lightning_tracin.bridge.compat import DATAMODULES, DualCallback, at_step, configured_optimizers, lightning_of
 from lightning_tracin.bridge.own_batches import own_batch_sampler
 from lightning_tracin.bridge.queries import weights_kept
 from lightning_tracin.bridge.training_set import TrainingSet
@@ -157,7 +157,8 @@ def _looked_at(
             configured = _configured(module)
         run = KnownRun.of(module, found, configured)
         run.load(len(found) - 1)
-        looked.append((run, look_at_first_batch(trainer, module, training_set, methods, compared=trains, at=at)))
+        with at_step(trainer, found[-1].number, found[-1].epoch):
+            looked.append((run, look_at_first_batch(trainer, module, training_set, methods, compared=trains, at=at)))
 
     few = training_set.loader_over(training_set.first_indices[:1])
     predict_by(_nothing, trainer, module, few, datamodule, callbacks=[_AtStart(look)])

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import pytorch_lightning as pl
 
-from lightning_tracin.bridge.compat import PROGRESS_BARS, DualPredictionWriter, batch_to_device
+from lightning_tracin.bridge.compat import PROGRESS_BARS, DualPredictionWriter, at_step, batch_to_device
 from lightning_tracin.bridge.module_gradients import inside_fit
 from lightning_tracin.bridge.progress import labelled
 from lightning_tracin.bridge.query_examples import spare_batch
@@ -81,10 +81,11 @@ class Pass:
 def run_pass(query: Query, checkpoint: Checkpoint, of: Pass) -> None:
     """Run a loader through ``trainer.predict`` at a checkpoint's weights, and hand on what its batches give.
 
-    What the loader and the module hold is then as it was: a data set's generators, buffers, metrics, counters.
+    The trainer says that this is the checkpoint's step. What the loader and the module hold is then as it was: a data
+    set's generators, buffers, metrics, counters.
     """
     run = _run_in_step if is_fsdp(query.module) else _run_by_predict
-    with unmoved(of.loader):
+    with unmoved(of.loader), at_step(query.trainer, checkpoint.step, checkpoint.epoch):
         run(query, checkpoint, of)
 
 

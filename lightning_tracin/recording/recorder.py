@@ -12,7 +12,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_tracin.bridge.compat import batch_to_device, learns_nothing
+from lightning_tracin.bridge.compat import at_step, batch_to_device, learns_nothing
 from lightning_tracin.bridge.mixin import labels_of_module, words_of_batch
 from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.progress import progress_task
@@ -342,7 +342,8 @@ class Recorder:
             processes=processes,
         ) as checkpoint:
             if by_pass:
-                self._store_gradients(trainer, checkpoint, processes)
+                with at_step(trainer, step, epoch):  # what a question in another process says
+                    self._store_gradients(trainer, checkpoint, processes)
             elif self.training is not None:
                 self.training.store(checkpoint, n_recorded)
             recorded = checkpoint.id

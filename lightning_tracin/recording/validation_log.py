@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_tracin.bridge.compat import logged_step
+from lightning_tracin.bridge.compat import at_step, logged_step
 from lightning_tracin.bridge.mixin import tokenizer_of
 from lightning_tracin.bridge.module_gradients import ModuleGradients, inside_fit
 from lightning_tracin.bridge.observing import Observer
@@ -157,7 +157,7 @@ class ValidationLog:
         module = self._gradients.module
         gradients = self._gradients.at(sites_of(test.method, self._trace.sites), test.probe)
         for checkpoint in checkpoints:
-            with processes.synchronized():
+            with processes.synchronized(), at_step(trainer, checkpoint.step, checkpoint.epoch):
                 module.load_state_dict(checkpoint.weights(), strict=False)
                 not_finite: set[int] = set()
                 for place, row in validation.rows.items():
