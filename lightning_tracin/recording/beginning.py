@@ -25,6 +25,7 @@ from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.first_batch import FirstBatch, look_at_first_batch, stored_sites
 from lightning_tracin.recording.loggers import logger_folder
 from lightning_tracin.recording.new_labels import NewLabels
+from lightning_tracin.recording.noted_steps import NotedSteps
 from lightning_tracin.recording.optimizer_steps import OptimizerSteps
 from lightning_tracin.recording.plan import RecordingPlan, local_path
 from lightning_tracin.recording.recorder import Recorder
@@ -125,7 +126,7 @@ def begin(
         first.gradients,
         shapes_of(begun.state),
         trainer.train_dataloader,
-        steps=steps,
+        steps=NotedSteps(module, steps, resumed if steps else {}),
         made=OptimizerSteps(trainer, n_raw),
         drawn=DrawnExamples(fit.trace.n_train, processes, resumed if steps else None),
         labels=NewLabels(module, first.batch),

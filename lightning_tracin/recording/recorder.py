@@ -26,6 +26,7 @@ from lightning_tracin.parallel.fsdp import is_fsdp, synchronized_batches
 from lightning_tracin.parallel.processes import Processes
 from lightning_tracin.recording.drawn import DrawnExamples
 from lightning_tracin.recording.new_labels import NewLabels
+from lightning_tracin.recording.noted_steps import NotedSteps
 from lightning_tracin.recording.optimizer_steps import OptimizerSteps, unmoved_by
 from lightning_tracin.recording.plan import RecordingPlan
 from lightning_tracin.recording.sampled_indices import SampledLoader
@@ -36,7 +37,6 @@ from lightning_tracin.storage.checkpoint import Checkpoint
 from lightning_tracin.storage.known_texts import KnownTexts
 from lightning_tracin.storage.recorded_checkpoint import new_checkpoint
 from lightning_tracin.storage.sampled_moments import SampledMoments, sampling_order
-from lightning_tracin.storage.schemas import Step
 from lightning_tracin.storage.training_pass import reading_order, stored_stream, training_pass
 
 
@@ -49,7 +49,7 @@ class Recorder:
         gradients: takes those of the module in training.
         shapes: those of the module's state dict, by name.
         loader: the training loader that was looked at.
-        steps: optimizer steps since the last checkpoint, of a fit that is resumed.
+        steps: optimizer steps since the last checkpoint.
         made: notices the steps of the optimizers.
         drawn: the examples that were trained on since the last checkpoint.
         labels: those that have been looked at.
@@ -65,7 +65,7 @@ class Recorder:
         shapes: Mapping[str, tuple[int, ...]],
         loader: Any,
         *,
-        steps: list[Step],
+        steps: NotedSteps,
         made: OptimizerSteps,
         drawn: DrawnExamples,
         labels: NewLabels,
@@ -73,7 +73,7 @@ class Recorder:
         due: int | None = None,
     ) -> None:
         self.fit = fit
-        self.steps = steps
+        self._noted = steps
         self.training = training
         self.validations: ValidationLog | None = None
         self.first_of_stream: KnownTexts | None = None
@@ -166,16 +166,12 @@ class Recorder:
     def _note_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Note the learning rates of an optimizer step, and the sites that it left where they are."""
         number = next((i for i, each in enumerate(trainer.optimizers) if _unwrapped(each) is optimizer), 0)
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
         before, self._without_gradient = self._without_gradient, None
         if before is None or any(each.grad is not None for group in optimizer.param_groups for each in group["params"]):
             unmoved = unmoved_by(optimizer, self._site_layers, self.gradients.module)
         else:
             unmoved = before  # it has cleared all gradients itself, so that they tell nothing any more
-        step = (self.steps_done(trainer), number, rates, unmoved)
-        if self.steps and self.steps[-1][:2] == step[:2]:  # of several for which Lightning counts one, the last
-            self.steps.pop()
-        self.steps.append(step)
+        self._noted.add(self.steps_done(trainer), number, optimizer, unmoved)
 
     def end_batch(self, trainer: pl.Trainer, batch: Any, sampled: SampledLoader | None) -> None:
         """Keep a training batch's gradients, and note whether a checkpoint is due by ``every_n_train_steps``."""
@@ -187,8 +183,8 @@ class Recorder:
                 self._drawn.add(self._indices)
             if self.training is not None:
                 self.training.end()
-        every = self._plan.every_n_train_steps
-        if every is not None and self.steps and self.steps_done(trainer) // every > self.steps[0][0] // every:
+        every, made = self._plan.every_n_train_steps, self._noted.steps
+        if every is not None and made and self.steps_done(trainer) // every > made[0][0] // every:
             self._due = trainer.current_epoch
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
@@ -200,7 +196,7 @@ class Recorder:
     def take_due(self, trainer: pl.Trainer) -> None:
         """Take a checkpoint if one is due."""
         (epoch, self._due), (killed, self._killed) = (self._due, None), (self._killed, False)
-        if epoch is not None and self.steps:  # else nothing was trained since the last one
+        if epoch is not None and self._noted.steps:  # else nothing was trained since the last one
             self._take_checkpoint(trainer, epoch, killed=killed)
 
     def begin_validation(self, trainer: pl.Trainer) -> None:
@@ -237,13 +233,13 @@ class Recorder:
         if self.validations is not None:
             with self._logging(trainer, together=True):
                 self.validations.log_page(trainer)
-        if not self.fit.trace.checkpoints and not self.steps and self._made.announced:
+        if not self.fit.trace.checkpoints and not self._noted.steps and self._made.announced:
             rank_zero_warn(
                 "No optimizer step of this fit was made, so there is no checkpoint and nothing to compute influence "
                 "from. The loss scale of fp16 skips steps whose gradients are not finite: look at the loss, or train "
                 'in precision="bf16-mixed".'
             )
-        elif not self.fit.trace.checkpoints and not self.steps:
+        elif not self.fit.trace.checkpoints and not self._noted.steps:
             rank_zero_warn(
                 "TracInCallback saw no optimizer step in this fit, so there is no checkpoint and nothing to compute "
                 "influence from. Step the optimizers that configure_optimizers returned, by self.optimizers()."
@@ -256,7 +252,8 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """What a fit that is resumed here needs to know."""
-        return {"steps": self.steps, "raw_steps": self._made.n_uncounted, "due": self._due, **self._drawn.state()}
+        made = {**self._noted.state(), "raw_steps": self._made.n_uncounted}
+        return {**made, "due": self._due, **self._drawn.state()}
 
     def close(self) -> None:
         """Leave the module as it was."""
@@ -328,6 +325,7 @@ class Recorder:
                 "That is usual while an fp16 loss scale is being found; otherwise look at the learning rate."
             )
             return
+        steps, groups = self._noted.of_checkpoint(optimizers)
         with new_checkpoint(
             self.fit.trace,
             self.gradients.module,
@@ -335,7 +333,8 @@ class Recorder:
             step=step,
             epoch=epoch,
             previous=self._previous,
-            steps=self.steps,
+            steps=steps,
+            groups=groups,
             drawn=drawn,
             keep_weights=self._plan.keep_weights,
             shapes=self._shapes,
@@ -347,7 +346,8 @@ class Recorder:
             elif self.training is not None:
                 self.training.store(checkpoint, n_recorded)
             recorded = checkpoint.id
-        self._previous, self.steps = recorded, []
+        self._previous = recorded
+        self._noted.clear()
         self._drawn.clear()
         self.log_validations(trainer)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp, parameter_names, unwrapped_name
+from lightning_tracin.parallel.fsdp import full_state_dict, is_fsdp, unwrapped_name
 from lightning_tracin.parallel.processes import ALONE, Processes
 from lightning_tracin.storage.checkpoint import DRAWN, WEIGHTS, Checkpoint
 from lightning_tracin.storage.files import atomic_folder, write_tensors
@@ -33,6 +33,7 @@ def new_checkpoint(
     epoch: int,
     previous: str | None,
     steps: list[Step],
+    groups: list[list[list[str]]],
     drawn: Tensor | None = None,
     keep_weights: bool = True,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
@@ -50,6 +51,7 @@ def new_checkpoint(
         epoch: ``trainer.current_epoch``.
         previous: id of the checkpoint before; None for the first one.
         steps: the optimizer steps since the previous checkpoint.
+        groups: the parameter names of each group of each optimizer that made some.
         drawn: (n_train,) bool, the examples that were trained on since then; None if all were, or if it is not known.
         keep_weights: whether to store the weights.
         shapes: those of the state dict that the trace was begun with, by name; None if they are not known.
@@ -71,14 +73,6 @@ def new_checkpoint(
                     "copy, or fit again."
                 )
             shared = recorded[-1].shared if recorded else {}
-    names = parameter_names(module)
-    groups = [
-        [
-            [name for parameter in group["params"] for name in names.get(id(parameter), [])]
-            for group in optimizer.param_groups
-        ]
-        for optimizer in optimizers
-    ]
     stored_steps, repeats = summed_up(steps)
     content: dict[str, Any] = {
         "id": uuid.uuid4().hex,
