@@ -206,12 +206,13 @@ class MeanLoss:
             TypeError,
         ) as error:  # it may need what only training sets up
             why = f"{type(error).__name__}: {error}"
-            advice = f"{_use_mixin()}."
-            if hasattr(self.module, "influence_loss"):  # it has the mixin, and training's own gradients are wanted
+            earlier = make_earlier(self.module, error)
+            advice = f"{_use_mixin()}." if not earlier else f"Or p{_use_mixin()[1:]}."
+            if callable(getattr(self.module, "influence_loss", None)):  # training's own gradients are wanted
                 advice = 'cache="checkpoint" does without it.'
             raise ValueError(
                 f"The training_step of {type(self.module).__name__} cannot be called by itself: {why}. "
-                f"{make_earlier(self.module, error)}{advice}"
+                f"{earlier}{advice}"
             ) from error
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1:

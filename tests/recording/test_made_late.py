@@ -52,7 +52,7 @@ class Renamed(Criterion):
 
 
 def test_a_list_that_training_makes(tmp_path):
-    plain = r"'Remembering' object has no attribute 'outs'. Make self.outs in __init__: .* Put TracInMixin before"
+    plain = r"'Remembering' object has no attribute 'outs'. Make self.outs in __init__: .* Or put TracInMixin before"
     with pytest.raises(ValueError, match=plain):
         fitted(tmp_path / "trace", remembering(Plain))
     with pytest.raises(
