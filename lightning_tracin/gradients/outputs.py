@@ -192,6 +192,7 @@ def tell_classes(logits: Tensor, gradients: Tensor, labels: Tensor, rounding: fl
         False
     """
     counts = (labels >= 0) & gradients.isfinite().all(1) & logits.isfinite().all(1)
+    counts &= (gradients != 0).any(1)  # a loss may leave out examples
     logits, gradients, numbers = logits[counts].double(), gradients[counts].double(), labels[counts].long()
     total = float(gradients.square().sum())
     if not total:
