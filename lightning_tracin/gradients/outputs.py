@@ -215,7 +215,9 @@ def tell_classes(logits: Tensor, gradients: Tensor, labels: Tensor, rounding: fl
     fits = _spread_as(said, gradients, others, step) and _as_large_as(said[~others], of_label, numbers)
     fits = fits or _is_hinge(logits, gradients, others, numbers, step)
     n_fitted = 0 if logits.shape[1] > 2 else len(torch.unique(numbers))  # of two classes, a multiple for each fits much
-    return False if not fits else True if len(numbers) > _FEW + n_fitted else None
+    if not fits:
+        return False
+    return True if len(numbers) > _FEW + n_fitted else None
 
 
 def _spread_as(said: Tensor, gradients: Tensor, others: Tensor, step: Tensor) -> bool:
@@ -229,22 +231,16 @@ def _spread_as(said: Tensor, gradients: Tensor, others: Tensor, step: Tensor) ->
     """
     said, wanted = said * others, gradients * others
     most = _LEFT * float(wanted.square().sum()) + float((step * others).square().sum())
-
-    def factors_and_rest(smoothed: Tensor) -> tuple[Tensor, Tensor]:
-        factors = ((wanted + smoothed) * said).sum(1) / said.square().sum(1).clamp(min=1e-300)
-        return factors, factors[:, None] * said - wanted
-
     for share in torch.linspace(0, _MOST_SMOOTHED, 26).tolist():
         directions = functional.normalize((said - share / said.shape[1]) * others, dim=1)
-        if (
-            float((wanted - (wanted * directions).sum(1, keepdim=True).clamp(min=0) * directions).square().sum())
-            <= most
-        ):
+        lengths = (wanted * directions).sum(1, keepdim=True).clamp(min=0)
+        if float((wanted - lengths * directions).square().sum()) <= most:
             return True
     smoothed = torch.zeros(said.shape[1], dtype=torch.float64)
     # Least squares of a multiple for each example, and then of what each class is smoothed by, which fit any few.
     for _ in range(_ROUNDS if len(said) > _FEW else 0):
-        factors, rest = factors_and_rest(smoothed * others)
+        factors = ((wanted + smoothed * others) * said).sum(1) / said.square().sum(1).clamp(min=1e-300)
+        rest = factors[:, None] * said - wanted
         is_smoothing = float(smoothed.sum()) <= _MOST_SMOOTHED * float(factors.mean())
         if is_smoothing and float((rest - smoothed * others).square().sum()) <= most:
             return True
@@ -266,13 +262,13 @@ def _as_large_as(said: Tensor, gradients: Tensor, numbers: Tensor) -> bool:
     smoothed = torch.stack([missing - share for share in torch.linspace(0, _MOST_SMOOTHED, 26).tolist()])
 
     def left(shapes: Tensor) -> Tensor:
-        """The squares that multiples of some shapes leave of one label, (n,)."""
-        found = torch.zeros(len(torch.unique(numbers)), len(shapes), dtype=torch.float64)
-        for row, number in enumerate(torch.unique(numbers)):
+        """(labels, n) the squares that multiples of n shapes leave of each label."""
+        found: list[Tensor] = []
+        for number in torch.unique(numbers):
             shape, wanted = shapes[:, numbers == number], gradients[numbers == number]
             factors = (shape @ wanted / shape.square().sum(1).clamp(min=1e-300)).clamp(min=0)
-            found[row] = (factors[:, None] * shape - wanted).square().sum(1)
-        return found
+            found.append((factors[:, None] * shape - wanted).square().sum(1))
+        return torch.stack(found)
 
     least = min(float(left(torch.stack(forms)).sum(0).min()), float(left(smoothed).amin(1).sum()))
     return least <= _LEFT_OF_LABEL * float(gradients.square().sum())

@@ -78,14 +78,14 @@ def typed(value: Any, like: Any) -> Any:
         return torch.as_tensor(value, dtype=like.dtype)
     if isinstance(like, (np.ndarray, np.generic)):
         return np.asarray(value, dtype=like.dtype)
-    if (
-        isinstance(value, list)
-        and isinstance(like, (list, tuple))
-        and like
-        and (len(like) == 1 or isinstance(like[0], float))
-    ):
+    if isinstance(value, list) and _is_of_alike(like):
         return [typed(each, like[0]) for each in value]
     return type(like)(value) if isinstance(like, (float, bool)) and isinstance(value, (int, float)) else value
+
+
+def _is_of_alike(like: Any) -> bool:
+    """Whether a list or tuple tells the type of each of its numbers: one in a column, or floats."""
+    return isinstance(like, (list, tuple)) and len(like) > 0 and (len(like) == 1 or isinstance(like[0], float))
 
 
 def are_own_labels(items: Sequence[Any], name: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import repeat
 from statistics import fmean
 from typing import Any
 
@@ -104,15 +103,17 @@ def tail_patch_gains(
 
 def _rates_of_groups(checkpoints: Sequence[Checkpoint]) -> dict[tuple[int, int], float]:
     """The mean learning rate of each parameter group, by the numbers of its optimizer and of itself there."""
-    found: dict[tuple[int, int], list[float]] = defaultdict(list)
+    means: dict[tuple[int, int], list[float]] = defaultdict(list)
     for checkpoint in checkpoints:
-        own: dict[tuple[int, int], list[float]] = defaultdict(list)
-        for (_, optimizer, rates, _), n in zip(checkpoint.steps, checkpoint.repeats or repeat(1), strict=False):
+        sums: dict[tuple[int, int], float] = defaultdict(float)
+        counts: dict[tuple[int, int], int] = defaultdict(int)
+        for (_, optimizer, rates, _), n in checkpoint.counted_steps:
             for group, rate in enumerate(rates):
-                own[optimizer, group] += [rate] * n
-        for key, of_steps in own.items():
-            found[key].append(fmean(of_steps))
-    return {key: fmean(means) for key, means in found.items()}
+                sums[optimizer, group] += n * rate
+                counts[optimizer, group] += n
+        for key, total in sums.items():
+            means[key].append(total / counts[key])
+    return {key: fmean(of_checkpoints) for key, of_checkpoints in means.items()}
 
 
 def _checked_indices(asked: Tensor, n: int, n_train: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from math import fsum
@@ -95,7 +95,7 @@ class Checkpoint:
         held = self._groups_of(site)
         sums: list[float] = []
         n_rates = 0
-        for (_, optimizer, group_rates, unmoved), n in zip(self.steps, self.repeats or repeat(1), strict=False):
+        for (_, optimizer, group_rates, unmoved), n in self.counted_steps:
             rates: list[float] = []
             if not held:
                 rates = group_rates if site.key in self.frozen_sites else [0.0]
@@ -106,6 +106,11 @@ class Checkpoint:
             sums += [n * rate for rate in rates]
             n_rates += n * len(rates)
         return fsum(sums) / n_rates if n_rates else 0.0
+
+    @property
+    def counted_steps(self) -> Iterator[tuple[Step, int]]:
+        """Each of :attr:`steps`, with how many it stands for."""
+        return zip(self.steps, self.repeats or repeat(1), strict=False)
 
     def moves(self, site: Site) -> bool:
         """Whether a step since the previous checkpoint moved a site's weight."""
